@@ -1,0 +1,122 @@
+"""From logits to the log-prob of a token and the entropy, in float32 whatever the compute type.
+
+`response_view` is the only place that knows the off-by-one between positions and actions.
+"""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def response_view(x: jax.Array, prompt_length: int) -> jax.Array:
+    """What belongs to the states before each response token, of an array over the positions of `[prompt | response]`.
+
+    Action `t` is the token at position `P + t`; its state ends at position `P + t - 1`, and there its logits and its value are.
+
+    Args:
+      x: `[B, T - 1, ...]` one entry a position, of all but the last, after which nothing comes; `T = P + R`.
+      prompt_length: `P`, at least 1.
+
+    Returns:
+      `[B, R, ...]`.
+
+    Example:
+      >>> tokens = jnp.array([[10, 11, 12, 20, 21]])  # P = 3, R = 2
+      >>> response_view(tokens[:, :-1], 3)  # the last token of each state
+      Array([[12, 20]], dtype=int32)
+    """
+    return x[:, prompt_length - 1 :]
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    """Log-prob of each token: `ℓ_a - logsumexp(ℓ)` with `ℓ = logits / temperature`.
+
+    Args:
+      logits: `[..., V]` float, any type; computed in float32.
+      tokens: `[...]` int32, `0 <= token < V`.
+      temperature: the one that the tokens were sampled with; positive.
+
+    Returns:
+      `[...]` float32, nats.
+
+    Example:
+      >>> token_logprobs(jnp.array([[0.0, 0.0, 0.0]]), jnp.array([2])).round(4)
+      Array([-1.0986], dtype=float32)
+    """
+    chex.assert_equal_shape([logits[..., 0], tokens])
+    logits = logits.astype(jnp.float32) / temperature
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def entropy(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    """Entropy `-Σᵥ π(v) log π(v)` of each position.
+
+    Args:
+      logits: `[..., V]` float; `-inf` marks a token that cannot be said and adds nothing.
+      temperature: divides the logits.
+
+    Returns:
+      `[...]` float32, nats.
+
+    Example:
+      >>> entropy(jnp.zeros((1, 4))).round(4)
+      Array([1.3863], dtype=float32)
+    """
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    p = jnp.exp(logp)
+    return -jnp.sum(jnp.where(p > 0, p * logp, 0), axis=-1)
+
+
+def chunked_logprobs_and_entropy(
+    unembed: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    tokens: jax.Array,
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies from hidden states, a chunk of positions at a time, so that `[B, R, V]` never exists.
+
+    Each chunk's logits are made, used and dropped, and made again for the gradient.
+
+    Args:
+      unembed: `[B, S, D] -> [B, S, V]`, the logits of hidden states.
+      hidden: `[B, R, D]` float, the states before each token.
+      tokens: `[B, R]` int32.
+      temperature: divides the logits.
+      chunk: positions at a time, any number; `None` takes all at once.
+
+    Returns:
+      `logprobs` and `entropies`, `[B, R]` float32.
+
+    Example:
+      >>> hidden, tokens = jnp.ones((1, 3, 2)), jnp.array([[0, 1, 2]])
+      >>> logprobs, entropies = chunked_logprobs_and_entropy(lambda h: h @ jnp.ones((2, 4)), hidden, tokens, chunk=2)
+      >>> logprobs.round(4)
+      Array([[-1.3863, -1.3863, -1.3863]], dtype=float32)
+    """
+    chex.assert_equal_shape_prefix([hidden, tokens], 2)
+
+    def of(hidden, tokens):
+        # The barrier makes the logits an array of their own: fused into the matmul or not, they round alike (see DESIGN in
+        # `models.transformer`), so the ratio of a policy with itself is 1.
+        logits = jax.lax.optimization_barrier(unembed(hidden))
+        return token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
+
+    length = tokens.shape[1]
+    if chunk is None or chunk >= length:
+        return of(hidden, tokens)
+    of = jax.checkpoint(of, prevent_cse=False)
+    whole = length // chunk * chunk
+    chunks = jax.tree.map(
+        lambda x: jnp.moveaxis(x[:, :whole].reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0), (hidden, tokens)
+    )
+    _, parts = jax.lax.scan(lambda _, xs: (None, of(*xs)), None, chunks)
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], whole), parts)
+    if whole == length:
+        return parts
+    rest = of(hidden[:, whole:], tokens[:, whole:])
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), parts, rest)
