@@ -5,7 +5,8 @@ counts are then reduced over it, so a result never depends on how the batch was 
 NaN included.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import chex
 import jax
@@ -73,6 +74,16 @@ def masked_mean(
     return masked_sum(x, mask, axis_name=axis_name) / count
 
 
+def sequence_count(mask: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+    """Number of rows with a real token, at least 1: `[]` float32, for `mask [B, R]`.
+
+    Example:
+      >>> sequence_count(jnp.array([[True, True], [False, False]]))
+      Array(1., dtype=float32)
+    """
+    return masked_count(mask.any(axis=1), axis_name=axis_name)
+
+
 def sequence_mean(x: jax.Array, mask: jax.Array, *, count: jax.Array | None = None) -> jax.Array:
     """Mean over sequences of the mean over each one's tokens, so a short response weighs as much as a long one.
 
@@ -93,6 +104,17 @@ def sequence_mean(x: jax.Array, mask: jax.Array, *, count: jax.Array | None = No
     lengths = jnp.maximum(mask.sum(axis=1), 1).astype(x.dtype)
     per_row = jnp.where(mask, x, 0).sum(axis=1) / lengths
     return masked_mean(per_row, mask.any(axis=1), count=count)
+
+
+class Aggregation(NamedTuple):
+    """A mean and the count that it divides by, so that micro-batches can share the count of the whole."""
+
+    mean: Aggregate
+    count: Callable[..., jax.Array]
+
+
+BY_TOKEN = Aggregation(masked_mean, masked_count)
+BY_SEQUENCE = Aggregation(sequence_mean, sequence_count)
 
 
 def masked_var(

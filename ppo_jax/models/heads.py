@@ -1,0 +1,75 @@
+"""Numbers from hidden states: the value of a state, the score of a text."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.types import CriticFn, Params
+
+
+def init_head(width: int, key: jax.Array) -> Params:
+    """A linear map `[D] -> 1` without bias: `{"kernel": [D, 1]}`, drawn at `1 / √(D + 1)` as in Stiennon et al. 2020."""
+    return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
+
+
+def apply_head(params: Params, hidden: jax.Array) -> jax.Array:
+    """`[..., D]` hidden states to `[...]` float32.
+
+    Example:
+      >>> apply_head({"kernel": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]]))
+      Array([3.], dtype=float32)
+    """
+    # A sum of products, not a matrix product: its order of summation is then the same in every program that computes it.
+    weights = params["kernel"][:, 0].reshape((1,) * (hidden.ndim - 1) + (-1,))
+    return jnp.sum(hidden.astype(jnp.float32) * weights, axis=-1)
+
+
+def shared_critic() -> CriticFn:
+    """A value head on the policy's own trunk; parameters `{"head": ...}`."""
+
+    def critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        del tokens, mask
+        return apply_head(params["head"], hidden)
+
+    return critic
+
+
+def separate_critic(config: TransformerConfig) -> CriticFn:
+    """A decoder of its own with a value head; parameters `{"trunk": ..., "head": ...}`, as a reward model's."""
+    model = language_model(config)
+
+    def critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        del hidden
+        return apply_head(params["head"], model.hidden(params["trunk"], tokens, mask)[0])
+
+    return critic
+
+
+def reward_model(config: TransformerConfig) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """A decoder whose head scores a text at its last real token.
+
+    Returns:
+      `score(params, tokens [B, S], mask [B, S]) -> [B] float32`; parameters `{"trunk": ..., "head": ...}`.
+
+    Example:
+      >>> config = TransformerConfig(vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> params = init_scorer(config, jax.random.key(0))
+      >>> reward_model(config)(params, jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)).shape
+      (2,)
+    """
+    model = language_model(config)
+
+    def score(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        hidden, _ = model.hidden(params["trunk"], tokens, mask)
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+    return score
+
+
+def init_scorer(config: TransformerConfig, key: jax.Array, trunk: Params | None = None) -> Params:
+    """Parameters of a separate critic or a reward model, with a given trunk or a fresh one."""
+    trunk_key, head_key = jax.random.split(key)
+    return {"trunk": init_params(config, trunk_key) if trunk is None else trunk, "head": init_head(config.width, head_key)}
