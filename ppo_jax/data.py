@@ -1,0 +1,124 @@
+"""Texts into arrays: prompts from a list, a file or a `datasets` dataset; padding; shuffled batches that never repeat a key."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Left-padded prompts.
+
+    Attributes:
+      rows: what each came as, `{"prompt": text, ...}`; further columns are for the reward.
+      tokens: `[n, P]` int32.
+      mask: `[n, P]` bool.
+    """
+
+    rows: Sequence[dict[str, Any]]
+    tokens: np.ndarray
+    mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def texts(self) -> list[str]:
+        return [row["prompt"] for row in self.rows]
+
+    def take(self, indices: np.ndarray) -> "Prompts":
+        return Prompts([self.rows[i] for i in indices], self.tokens[indices], self.mask[indices])
+
+
+def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, column: str = "prompt") -> list[dict[str, Any]]:
+    """Rows of a list, a `datasets` dataset, a `.jsonl` file (one object a line) or a text file (one prompt a line).
+
+    Args:
+      source: any of those.
+      column: where a row keeps its prompt.
+
+    Raises:
+      ValueError: if the file cannot be read, a line is no object with that column, or nothing is there.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"The prompt file {path} cannot be read: {error}.") from error
+        items: Iterable = lines
+        if path.suffix in (".jsonl", ".json"):
+            try:
+                items = [json.loads(line) for line in lines]
+            except ValueError as error:
+                raise ValueError(f"{path} must hold one JSON object a line: {error}.") from error
+    else:
+        items = source
+    rows = []
+    for number, item in enumerate(items):
+        row = {column: item} if isinstance(item, str) else item
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            raise ValueError(f"Row {number} of the prompts needs a text in its column {column!r}.")
+        rows.append({**row, "prompt": row[column]})
+    if not rows:
+        raise ValueError(f"There is no prompt in {source if isinstance(source, str | Path) else 'the given list'}.")
+    return rows
+
+
+def pad(sequences: Sequence[Sequence[int]], *, length: int | None = None, pad_id: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists to `[n, length]` int32 and their mask, padded on one side.
+
+    Example:
+      >>> pad([[1, 2], [3]], pad_id=0, left=True)[0]
+      array([[1, 2],
+             [0, 3]], dtype=int32)
+    """
+    length = max(map(len, sequences)) if length is None else length
+    tokens, mask = np.full((len(sequences), length), pad_id, np.int32), np.zeros((len(sequences), length), bool)
+    for i, ids in enumerate(sequences):
+        at = slice(length - len(ids), length) if left else slice(0, len(ids))
+        tokens[i, at], mask[i, at] = ids, True
+    return tokens, mask
+
+
+def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions: int, new_tokens: int, pad_id: int) -> Prompts:
+    """Tokenizes prompts.
+
+    Raises:
+      ValueError: if a prompt is empty, or leaves no room for a response within the model's positions.
+    """
+    ids = [tokenizer(row["prompt"]).input_ids for row in rows]
+    for i, prompt in enumerate(ids):
+        if not prompt:
+            raise ValueError(f"Prompt {i} ({rows[i]['prompt']!r}) has no token.")
+        if len(prompt) + new_tokens > positions:
+            raise ValueError(
+                f"Prompt {i} has {len(prompt)} tokens; with max_new_tokens={new_tokens} it exceeds the model's {positions} positions."
+            )
+    return Prompts(rows, *pad(ids, pad_id=pad_id, left=True))
+
+
+def batch_rows(n: int, batch_size: int, update: int, *, seed: int) -> np.ndarray:
+    """Row numbers of batch `update`, from a stream of permutations of `n` rows, a fresh one each pass: `[batch_size]`.
+
+    A function of its arguments alone, so a run can go on from any update.
+
+    Example:
+      >>> sorted(np.concatenate([batch_rows(4, 2, u, seed=0) for u in (0, 1)]).tolist())
+      [0, 1, 2, 3]
+    """
+    first = update * batch_size
+    passes = range(first // n, (first + batch_size - 1) // n + 1)
+    stream = np.concatenate([np.random.default_rng((seed, p)).permutation(n) for p in passes])
+    start = first - passes[0] * n
+    return stream[start : start + batch_size]
+
+
+def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Texts of the real tokens of each row, special tokens left out."""
+    rows = [row[real].tolist() for row, real in zip(np.asarray(tokens), np.asarray(mask), strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)

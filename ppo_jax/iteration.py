@@ -1,0 +1,130 @@
+"""The PPO iteration, on one screen: sample, score, turn scores into experience, learn.
+
+Everything that changes is in `PPOState`; `sample`, `score` and `learn` are pure, and `Trainer` (in `train`) compiles them once.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.training.train_state import TrainState
+
+from ppo_jax import update
+from ppo_jax.config import PPOConfig
+from ppo_jax.kl import KLState
+from ppo_jax.metrics import Metrics, experience_metrics
+from ppo_jax.rewards import ScaleState, apply_missing_eos, running_scale
+from ppo_jax.rollout import generate
+from ppo_jax.scoring import make_experience, score_rollout
+from ppo_jax.types import CriticFn, LanguageModel, Params, Rollout, Scores
+
+_SAMPLE, _SHUFFLE = 0, 1  # one key a purpose
+
+
+@flax.struct.dataclass
+class PPOState:
+    """All that changes in a run, and all that a checkpoint holds beside the data's position.
+
+    Attributes:
+      train: parameters `{"policy": ..., "critic": ...}` and optimizer state.
+      kl: the KL controller's.
+      scale: running moments of the scores.
+      key: `[]` typed key, the root; never drawn from itself.
+      update: `[]` int32, updates done.
+    """
+
+    train: TrainState
+    kl: KLState
+    scale: ScaleState
+    key: jax.Array
+    update: jax.Array
+
+    @property
+    def policy(self) -> Params:
+        return self.train.params["policy"]
+
+    def key_for(self, purpose: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(self.key, self.update), purpose)
+
+
+class Agent(NamedTuple):
+    """What is fixed while compiled: the functions of the policy and critic, and the settings."""
+
+    model: LanguageModel
+    critic: CriticFn
+    config: PPOConfig
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def init_state(agent: Agent, params: Params, key: jax.Array, *, updates: int) -> PPOState:
+    """The state before the first of `updates` updates, from `{"policy": ..., "critic": ...}`."""
+    train = TrainState.create(apply_fn=agent.model.hidden, params=params, tx=agent.config.optimizer(updates))
+    train = train.replace(step=jnp.int32(0))
+    return PPOState(train, agent.config.controller().init(), running_scale().init(), key, jnp.int32(0))
+
+
+def sample(agent: Agent, state: PPOState, prompts: jax.Array, prompt_mask: jax.Array) -> Rollout:
+    """A response to each of `B` left-padded prompts `[B, P]`."""
+    c = agent.config
+    return generate(
+        agent.model, state.policy, state.key_for(_SAMPLE), prompts, prompt_mask,
+        max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, stop_ids=agent.stop_ids, pad_id=agent.pad_id,
+        temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop_at_end=c.stop_at_end,
+    )  # fmt: skip
+
+
+def score(agent: Agent, state: PPOState, ref_params: Params, rollout: Rollout) -> Scores:
+    """What policy, reference and critic say of the responses; it needs no task score, so it runs while that is made."""
+    c = agent.config
+    return score_rollout(
+        agent.model, agent.critic, state.train.params, ref_params, rollout,
+        temperature=c.temperature, kl_estimator=c.kl_estimator.function, micro_batch=c.rows_at_a_time, chunk=c.logit_chunk,
+    )  # fmt: skip
+
+
+def learn(
+    agent: Agent, state: PPOState, rollout: Rollout, scores: Scores, task_scores: jax.Array,
+    token_scores: jax.Array | None = None, axis_name: str | None = None,
+) -> tuple[PPOState, Metrics]:  # fmt: skip
+    """Task scores `[B]` (and `[B, R]` of tokens) to rewards, advantages and `epochs x minibatches` steps."""
+    c = agent.config
+    final = apply_missing_eos(task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty)
+    scale, scaled = running_scale().update(state.scale, final)
+    final = scaled if c.scale_scores else final
+    final = final if c.score_clip is None else jnp.clip(final, -c.score_clip, c.score_clip)
+    experience, rewards = make_experience(
+        rollout, scores, final, kl_coef=state.kl.coef, gamma=c.gamma, lam=c.lam, score_at=c.score_at,
+        token_scores=token_scores, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages,
+        unbiased=c.unbiased_whitening,
+    )  # fmt: skip
+    loss_fn = update.ppo_loss_fn(
+        agent.model, agent.critic, temperature=c.temperature, clip_low=c.clip_low, clip_high=c.clip_high,
+        value_clip=c.value_clip, vf_coef=c.vf_coef, entropy_coef=c.entropy_coef, dual_clip=c.dual_clip,
+        aggregation=c.weighting.aggregation, chunk=c.logit_chunk,
+    )  # fmt: skip
+    train, learned = update.ppo_update(
+        state.train, experience, state.key_for(_SHUFFLE), loss_fn=loss_fn, epochs=c.epochs, minibatches=c.minibatches,
+        micro_batches=c.micro_batches, aggregation=c.weighting.aggregation, target_kl=c.target_kl,
+        skip_nonfinite=c.skip_nonfinite, axis_name=axis_name,
+    )  # fmt: skip
+    seen = experience_metrics(rollout, scores, experience, rewards, task_scores, axis_name=axis_name)
+    kl_state = c.controller().update(state.kl, seen["objective/kl"], c.batch_size)
+    metrics = {**seen, **learned, "objective/kl_coef": state.kl.coef}
+    return PPOState(train, kl_state, scale, state.key, state.update + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("agent", "reward"))
+def ppo_iteration(agent: Agent, state: PPOState, ref_params: Params, prompts: jax.Array, prompt_mask: jax.Array, reward):
+    """The whole iteration as one program, for a jittable `reward(tokens, mask, response_mask) -> [B]`.
+
+    Returns:
+      The new state, the rollout and the metrics.
+    """
+    rollout = sample(agent, state, prompts, prompt_mask)
+    scores = score(agent, state, ref_params, rollout)
+    task_scores = reward(rollout.tokens, rollout.mask, rollout.response_mask)
+    state, metrics = learn(agent, state, rollout, scores, task_scores)
+    return state, rollout, metrics
