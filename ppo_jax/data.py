@@ -97,7 +97,8 @@ def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions:
             raise ValueError(f"Prompt {i} ({rows[i]['prompt']!r}) has no token.")
         if len(prompt) + new_tokens > positions:
             raise ValueError(
-                f"Prompt {i} has {len(prompt)} tokens; with max_new_tokens={new_tokens} it exceeds the model's {positions} positions."
+                f"Prompt {i} has {len(prompt)} tokens; with max_new_tokens={new_tokens} it exceeds the model's {positions} "
+                "positions."
             )
     return Prompts(rows, *pad(ids, pad_id=pad_id, left=True))
 

@@ -1,0 +1,150 @@
+"""The stateful edge: a small loop that carries a `PPOState`, calls the reward on the host, and writes the run's folder."""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ppo_jax import data, iteration
+from ppo_jax.checkpoint import Checkpoints
+from ppo_jax.iteration import Agent, PPOState
+from ppo_jax.logging import RunLog, claim
+from ppo_jax.reward_functions import RewardFn
+from ppo_jax.types import Params, Rollout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to run and what to write."""
+
+    updates: int = 100
+    """PPO updates."""
+    seed: int = 0
+    """Of sampling, shuffling and new parameters."""
+    eval_every: int = 0
+    """Updates between evaluations on held-out prompts; 0: only at the end."""
+    save_every: int = 50
+    """Updates between checkpoints; 0: only at the end."""
+    samples: int = 4
+    """Sampled texts written an update."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+    resume: bool = False
+    """Go on from the folder's newest checkpoint."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+class Trainer:
+    """PPO on prompts and a reward.
+
+    Example (also in the README)::
+
+        trainer = Trainer(agent, params, tokenizer, prompts, reward, out=Path("runs/mine"), loop=LoopConfig(updates=50))
+        state = trainer.run()
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        params: Params,
+        tokenizer: Any,
+        prompts: data.Prompts,
+        reward: RewardFn,
+        *,
+        out: Path,
+        loop: LoopConfig,
+        eval_prompts: data.Prompts | None = None,
+        ref_params: Params | None = None,
+        settings: Any = None,
+    ):
+        """Takes over `params`, `{"policy": ..., "critic": ...}`; the reference is the policy as it comes, unless given."""
+        self.agent, self.tokenizer, self.prompts, self.reward, self.loop = agent, tokenizer, prompts, reward, loop
+        self.eval_prompts = eval_prompts
+        self.out = claim(out, resume=loop.resume)
+        self.log = RunLog(out, tensorboard=loop.tensorboard, wandb_project=loop.wandb_project)
+        if not loop.resume:
+            self.log.config({"ppo": agent.config, "loop": loop, "settings": settings})
+        self.checkpoints = Checkpoints(out / "checkpoints")
+        # The update donates its state's buffers, so the reference and the caller's arrays must not be among them.
+        copy = functools.partial(jax.tree.map, lambda x: jax.numpy.array(x, copy=True))
+        self.ref_params = copy(params["policy"] if ref_params is None else ref_params)
+        self.state = iteration.init_state(agent, copy(params), jax.random.key(loop.seed), updates=loop.updates)
+        if loop.resume:
+            self.state = self.checkpoints.restore(self.state)
+        self._sample = jax.jit(functools.partial(iteration.sample, agent))
+        self._score = jax.jit(functools.partial(iteration.score, agent))
+        self._learn = jax.jit(functools.partial(iteration.learn, agent), donate_argnums=(0,))
+
+    def step(self) -> dict[str, float]:
+        """One PPO iteration; its metrics as numbers."""
+        start, c = time.perf_counter(), self.agent.config
+        update = int(self.state.update)
+        batch = self.prompts.take(data.batch_rows(len(self.prompts), c.batch_size, update, seed=self.loop.seed))
+        rollout = self._sample(self.state, batch.tokens, batch.mask)
+        jax.block_until_ready(rollout)
+        sampled = time.perf_counter()
+        scores = self._score(self.state, self.ref_params, rollout)  # runs while the host makes the reward
+        responses = self.texts(rollout)
+        task_scores = self.reward(rollout, batch, responses)
+        scored = time.perf_counter()
+        self.state, metrics = self._learn(self.state, rollout, scores, task_scores)
+        numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        end = time.perf_counter()
+        numbers |= {
+            "time/rollout_s": sampled - start,
+            "time/reward_s": scored - sampled,
+            "time/update_s": end - scored,
+            "perf/response_tokens_per_s": float(np.sum(rollout.response_mask)) / (end - start),
+        }
+        self.log.metrics(update, numbers)
+        n = self.loop.samples
+        self.log.samples(update, batch.texts[:n], responses[:n], task_scores[:n])
+        return numbers
+
+    def run(self) -> PPOState:
+        """All updates, with evaluations and checkpoints; the final state."""
+        loop, done = self.loop, int(self.state.update)
+        try:
+            with tqdm(range(done, loop.updates), initial=done, total=loop.updates, disable=not loop.progress, desc="PPO") as bar:
+                for update in bar:
+                    m = self.step()
+                    bar.set_postfix(score=f"{m['objective/scores']:.3f}", kl=f"{m['objective/kl']:.2f}",
+                                    clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
+                    last = update + 1 == loop.updates
+                    if last or (loop.save_every and (update + 1) % loop.save_every == 0):
+                        self.checkpoints.save(self.state)
+                    if self.eval_prompts is not None and (last or (loop.eval_every and (update + 1) % loop.eval_every == 0)):
+                        self.log.metrics(update, self.evaluate(self.eval_prompts)[0])
+        finally:
+            self.checkpoints.close()
+            self.log.close()
+        return self.state
+
+    def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:
+        """Samples a response to each held-out prompt with a key of its own, the same at every evaluation."""
+        state = self.state.replace(key=jax.random.key(self.loop.seed + 1), update=jax.numpy.int32(0))
+        size, responses, scores, lengths = self.agent.config.batch_size, [], [], []
+        for first in range(0, len(prompts), size):
+            rows = np.arange(first, first + size) % len(prompts)  # the last batch is filled up, so one shape is compiled
+            keep = min(size, len(prompts) - first)
+            batch = prompts.take(rows)
+            rollout = self._sample(state.replace(update=jax.numpy.int32(first // size)), batch.tokens, batch.mask)
+            texts = self.texts(rollout)
+            scores.extend(self.reward(rollout, batch, texts)[:keep])
+            responses.extend(texts[:keep])
+            lengths.extend(np.asarray(rollout.response_mask).sum(axis=1)[:keep])
+        return {"eval/scores": float(np.mean(scores)), "eval/length_mean": float(np.mean(lengths))}, responses
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """The responses as texts, cut after the first end token."""
+        tokens, mask = np.asarray(rollout.responses), np.asarray(rollout.response_mask)
+        ends = np.isin(tokens, self.agent.stop_ids) & mask
+        return data.decode(self.tokenizer, tokens, mask & (np.cumsum(ends, axis=1) - ends == 0))
