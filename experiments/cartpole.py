@@ -1,4 +1,14 @@
-"""PPO balances a pole: the functions that fine-tune language models, applied to something that is not text."""
+"""PPO balances a pole: the functions that fine-tune language models, on a task without words.
+
+    python -m experiments.cartpole --out runs/cartpole --seed 0
+
+The advantages, the loss, the whitening, the log-probs and the sampling are `ppo_jax`'s own. The arrays are the usual `[B, R]`, with
+an environment in place of a sequence and a step in place of a token; the vocabulary is two words, left and right. The network
+and the loop, `iteration` in `train`, are this file's. The whole training is one compiled program.
+
+Result: a mean return of 500.0, the highest possible, over the last 100 episodes, for each of the seeds 0, 1, 2, 3 and 4 (475 is
+solved). 512,000 environment steps in 7 to 16 s, of which about 6 are compilation, on two CPU cores shared with others.
+"""
 
 import json
 import math
@@ -52,9 +62,7 @@ class Settings:
         if self.envs * self.steps % self.minibatches:
             raise ValueError(f"minibatches={self.minibatches} must divide envs x steps = {self.envs * self.steps}.")
         if self.steps * self.updates < TIME_LIMIT:
-            raise ValueError(
-                f"updates={self.updates} x steps={self.steps} is shorter than an episode may be, {TIME_LIMIT}: raise one."
-            )
+            raise ValueError(f"updates={self.updates} x steps={self.steps} is less than an episode, {TIME_LIMIT}: raise one.")
 
 
 class ActorCritic(nn.Module):
@@ -110,10 +118,10 @@ def rollout(state: TrainState, world: World, key: jax.Array, length: int) -> tup
     """Lets the policy act for `length` steps in each environment."""
 
     def step(world: World, key: jax.Array) -> tuple[World, Steps]:
-        keys = jax.random.split(key, (2, world.score.size))
+        action_keys, world_keys = jax.random.split(key, (2, world.score.size))
         logits, values = state.apply_fn(state.params, world.obs)
-        actions, logprobs = jax.vmap(sample_token)(keys[0], logits)
-        obs, env_state, rewards, terminated, truncated, info = jax.vmap(ENV.step)(keys[1], world.env_state, actions)
+        actions, logprobs = jax.vmap(sample_token)(action_keys, logits)
+        obs, env_state, rewards, terminated, truncated, info = jax.vmap(ENV.step)(world_keys, world.env_state, actions)
         scores = world.score + rewards
         seen = Steps(world.obs, actions, logprobs, values, rewards, terminated, truncated, info["final_observation"], scores)
         return World(env_state, obs, jnp.where(terminated | truncated, 0, scores)), seen
@@ -147,11 +155,11 @@ def update(state: TrainState, experience: Experience, key: jax.Array, settings: 
     def learn(state: TrainState, batch: Experience) -> tuple[TrainState, dict]:
         def loss_fn(params):
             logits, values = state.apply_fn(params, batch.obs)
-            every = jnp.ones(values.shape, bool)
+            real = jnp.ones(values.shape, bool)
             return ppo_loss(
                 token_logprobs(logits, batch.actions), values, entropy(logits),
                 old_logprobs=batch.logprobs, old_values=batch.values, advantages=batch.advantages, returns=batch.returns,
-                mask=every, value_mask=every, clip_low=settings.clip, clip_high=settings.clip, value_clip=None,
+                mask=real, value_mask=real, clip_low=settings.clip, clip_high=settings.clip, value_clip=None,
                 vf_coef=settings.vf_coef, entropy_coef=settings.entropy_coef,
             )  # fmt: skip
 
@@ -211,9 +219,9 @@ def plot(ends: np.ndarray, returns: np.ndarray, path: Path) -> None:
 
 
 def main(settings: Settings) -> dict[str, float]:
-    """Trains, writes the results into `settings.out` and prints them."""
+    """Trains, writes the results into `settings.out`, prints them and returns them."""
     if (settings.out / "summary.json").exists():
-        raise ValueError(f"out={settings.out} already holds a summary.json: name another folder, or delete this one.")
+        raise SystemExit(f"out={settings.out} already holds a summary.json: name another folder, or delete this one.")
     start = time.perf_counter()
     _, history = jax.device_get(train(jax.random.key(settings.seed), settings))
     ends, returns = finished_episodes(history)
@@ -233,7 +241,4 @@ def main(settings: Settings) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings))
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    main(tyro.cli(Settings))

@@ -1,0 +1,55 @@
+"""PPO fine-tuning of GPT-style language models in JAX and Flax, as functions to import."""
+
+from ppo_jax.advantages import generalized_advantage_estimation as generalized_advantage_estimation
+from ppo_jax.config import PRESETS as PRESETS
+from ppo_jax.config import PPOConfig as PPOConfig
+from ppo_jax.iteration import Agent as Agent
+from ppo_jax.iteration import PPOState as PPOState
+from ppo_jax.iteration import init_state as init_state
+from ppo_jax.iteration import learn as learn
+from ppo_jax.iteration import ppo_iteration as ppo_iteration
+from ppo_jax.iteration import sample as sample
+from ppo_jax.iteration import score as score
+from ppo_jax.kl import KLController as KLController
+from ppo_jax.kl import adaptive_kl as adaptive_kl
+from ppo_jax.kl import fixed_kl as fixed_kl
+from ppo_jax.kl import kl_abs as kl_abs
+from ppo_jax.kl import kl_full as kl_full
+from ppo_jax.kl import kl_k1 as kl_k1
+from ppo_jax.kl import kl_k2 as kl_k2
+from ppo_jax.kl import kl_k3 as kl_k3
+from ppo_jax.logprobs import chunked_logprobs_and_entropy as chunked_logprobs_and_entropy
+from ppo_jax.logprobs import entropy as entropy
+from ppo_jax.logprobs import token_logprobs as token_logprobs
+from ppo_jax.losses import clipped_policy_loss as clipped_policy_loss
+from ppo_jax.losses import clipped_value_loss as clipped_value_loss
+from ppo_jax.losses import entropy_bonus as entropy_bonus
+from ppo_jax.losses import policy_ratio as policy_ratio
+from ppo_jax.losses import ppo_loss as ppo_loss
+from ppo_jax.masked import masked_mean as masked_mean
+from ppo_jax.masked import masked_sum as masked_sum
+from ppo_jax.masked import masked_var as masked_var
+from ppo_jax.masked import masked_whiten as masked_whiten
+from ppo_jax.masked import sequence_mean as sequence_mean
+from ppo_jax.metrics import explained_variance as explained_variance
+from ppo_jax.metrics import policy_metrics as policy_metrics
+from ppo_jax.rewards import MissingEOS as MissingEOS
+from ppo_jax.rewards import ScoreAt as ScoreAt
+from ppo_jax.rewards import apply_missing_eos as apply_missing_eos
+from ppo_jax.rewards import running_scale as running_scale
+from ppo_jax.rewards import token_rewards as token_rewards
+from ppo_jax.rollout import generate as generate
+from ppo_jax.sampling import greedy_token as greedy_token
+from ppo_jax.sampling import process_logits as process_logits
+from ppo_jax.sampling import sample_token as sample_token
+from ppo_jax.scoring import forward_responses as forward_responses
+from ppo_jax.scoring import make_experience as make_experience
+from ppo_jax.scoring import score_rollout as score_rollout
+from ppo_jax.types import CriticFn as CriticFn
+from ppo_jax.types import Experience as Experience
+from ppo_jax.types import LanguageModel as LanguageModel
+from ppo_jax.types import Rollout as Rollout
+from ppo_jax.update import ppo_loss_fn as ppo_loss_fn
+from ppo_jax.update import ppo_update as ppo_update
+
+__version__ = "0.1.0"

@@ -111,9 +111,7 @@ def chunked_logprobs_and_entropy(
         return of(hidden, tokens)
     of = jax.checkpoint(of, prevent_cse=False)
     whole = length // chunk * chunk
-    chunks = jax.tree.map(
-        lambda x: jnp.moveaxis(x[:, :whole].reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0), (hidden, tokens)
-    )
+    chunks = jax.tree.map(lambda x: jnp.moveaxis(x[:, :whole].reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0), (hidden, tokens))
     _, parts = jax.lax.scan(lambda _, xs: (None, of(*xs)), None, chunks)
     parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], whole), parts)
     if whole == length:

@@ -186,9 +186,7 @@ def ppo_loss(
         logprobs, old_logprobs, advantages, mask,
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, aggregate=aggregate,
     )  # fmt: skip
-    value = clipped_value_loss(
-        values, old_values, returns, value_mask, clip=value_clip, aggregate=value_aggregate or aggregate
-    )
+    value = clipped_value_loss(values, old_values, returns, value_mask, clip=value_clip, aggregate=value_aggregate or aggregate)
     bonus = entropy_bonus(entropies, mask, aggregate=aggregate)
     loss = policy + vf_coef * value - entropy_coef * bonus
     return loss, {"loss/policy": policy, "loss/value": value, "policy/entropy": bonus}

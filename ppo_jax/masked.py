@@ -51,9 +51,7 @@ def masked_count(mask: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     return jnp.maximum(count, 1)
 
 
-def masked_mean(
-    x: jax.Array, mask: jax.Array, *, count: jax.Array | None = None, axis_name: str | None = None
-) -> jax.Array:
+def masked_mean(x: jax.Array, mask: jax.Array, *, count: jax.Array | None = None, axis_name: str | None = None) -> jax.Array:
     """Mean over the kept entries: `Σ mask·x / count`.
 
     Args:
@@ -117,9 +115,7 @@ BY_TOKEN = Aggregation(masked_mean, masked_count)
 BY_SEQUENCE = Aggregation(sequence_mean, sequence_count)
 
 
-def masked_var(
-    x: jax.Array, mask: jax.Array, *, unbiased: bool = False, axis_name: str | None = None
-) -> jax.Array:
+def masked_var(x: jax.Array, mask: jax.Array, *, unbiased: bool = False, axis_name: str | None = None) -> jax.Array:
     """Variance over the kept entries: `Σ mask·(x - mean)² / n`, or `/ (n - 1)` where `unbiased`.
 
     Args:

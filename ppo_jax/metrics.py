@@ -67,9 +67,7 @@ def policy_metrics(
     )
 
 
-def explained_variance(
-    values: jax.Array, returns: jax.Array, mask: jax.Array, *, axis_name: str | None = None
-) -> jax.Array:
+def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """`1 - Var[G - V] / Var[G]`: 1 where the critic knows the returns, 0 where it knows their mean only.
 
     Args:

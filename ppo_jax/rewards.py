@@ -51,9 +51,7 @@ def score_index(mask: jax.Array, score_at: ScoreAt) -> jax.Array:
             return jnp.full_like(after, length - 1)
 
 
-def apply_missing_eos(
-    scores: jax.Array, ended: jax.Array, *, rule: MissingEOS, penalty: float = 1.0
-) -> jax.Array:
+def apply_missing_eos(scores: jax.Array, ended: jax.Array, *, rule: MissingEOS, penalty: float = 1.0) -> jax.Array:
     """Changes the scores of responses that never ended.
 
     Args:

@@ -122,9 +122,7 @@ def score_rollout(
             kl = kl_.kl_full(logits, ref_logits, temperature=temperature)
         else:
             kl = kl_estimator(out.logprobs, ref.logprobs)
-        logprobs, ref_logprobs, kl, entropies = (
-            jnp.where(real, x, 0) for x in (out.logprobs, ref.logprobs, kl, out.entropies)
-        )
+        logprobs, ref_logprobs, kl, entropies = (jnp.where(real, x, 0) for x in (out.logprobs, ref.logprobs, kl, out.entropies))
         return Scores(logprobs, ref_logprobs, kl, entropies, out.values)
 
     rows = (rollout.tokens, rollout.mask, rollout.response_mask)
@@ -163,9 +161,7 @@ def make_experience(
       The experience, and the token rewards, `[B, R]` float32.
     """
     mask = rollout.response_mask
-    rewards, steps = token_rewards(
-        task_scores, scores.kl, mask, kl_coef=kl_coef, score_at=score_at, token_scores=token_scores
-    )
+    rewards, steps = token_rewards(task_scores, scores.kl, mask, kl_coef=kl_coef, score_at=score_at, token_scores=token_scores)
     if whiten_rewards:
         rewards = masked_whiten(rewards, steps, shift_mean=False, unbiased=unbiased)
     values = jnp.where(steps, scores.values, 0)

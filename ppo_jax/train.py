@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,15 @@ class Trainer:
         self.log.samples(update, batch.texts[:n], responses[:n], task_scores[:n])
         return numbers
 
-    def run(self) -> PPOState:
-        """All updates, with evaluations and checkpoints; the final state."""
+    def run(self, on_update: Callable[[dict[str, float]], None] | None = None) -> PPOState:
+        """All updates, with evaluations and checkpoints; the final state. `on_update` is called with each one's metrics."""
         loop, done = self.loop, int(self.state.update)
         try:
             with tqdm(range(done, loop.updates), initial=done, total=loop.updates, disable=not loop.progress, desc="PPO") as bar:
                 for update in bar:
                     m = self.step()
+                    if on_update is not None:
+                        on_update(m)
                     bar.set_postfix(score=f"{m['objective/scores']:.3f}", kl=f"{m['objective/kl']:.2f}",
                                     clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
                     last = update + 1 == loop.updates

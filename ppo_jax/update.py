@@ -128,9 +128,7 @@ def minibatch_gradient(
     return grads, metrics
 
 
-def shuffled_minibatches(
-    key: jax.Array, rows: int, *, epochs: int, minibatches: int, axis_name: str | None = None
-) -> jax.Array:
+def shuffled_minibatches(key: jax.Array, rows: int, *, epochs: int, minibatches: int, axis_name: str | None = None) -> jax.Array:
     """Row numbers of each minibatch: `[epochs · minibatches, rows / minibatches]` int32, a fresh permutation each epoch.
 
     Under `axis_name`, the part of each minibatch that this device takes.

@@ -62,9 +62,11 @@ def config_from_hf(hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool 
     )
 
 
-def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """The `config.json` of our config; `transformers` reads it."""
+def config_to_hf(config: TransformerConfig, *, end_id: int | None = None) -> dict[str, Any]:
+    """The `config.json` of our config; `transformers` reads it. `end_id` begins and ends a text."""
     return {
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.vocab_size,

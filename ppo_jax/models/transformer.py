@@ -160,9 +160,7 @@ class Block(nn.Module):
         def add(x, y):
             return round_to(x.astype(jnp.float32) + y.astype(jnp.float32), c.dtype)
 
-        y_BSD, keys, values = Attention(c, self.layer, name="attn")(
-            LayerNorm(c, name="attn_norm")(x_BSD), allowed_BSN, cache
-        )
+        y_BSD, keys, values = Attention(c, self.layer, name="attn")(LayerNorm(c, name="attn_norm")(x_BSD), allowed_BSN, cache)
         x_BSD = add(x_BSD, y_BSD)
         return add(x_BSD, MLP(c, name="mlp")(LayerNorm(c, name="mlp_norm")(x_BSD))), keys, values
 

@@ -1,0 +1,308 @@
+"""`ppo_jax.losses`: values and slopes against loops and rlax, where clipping cuts the gradient, and splits that add up."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import rlax
+from checks import HOW, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
+
+from ppo_jax.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus, policy_ratio, ppo_loss
+from ppo_jax.masked import masked_count, masked_mean, sequence_mean
+
+B, R = 16, 6
+GOLDEN = Path(__file__).parent / "golden" / "trl_one_update"
+CLIPS = [
+    {"clip_low": 0.2, "clip_high": 0.2},
+    {"clip_low": 0.1, "clip_high": 0.4},
+    {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 1.5},
+]
+AGGREGATES = {masked_mean: oracles.mean, sequence_mean: oracles.sequence_mean}
+close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture
+def policy():
+    """`logprobs, old_logprobs, advantages, mask`, of ratios from about 0.3 to 3."""
+    rng = np.random.default_rng(0)
+    old = -np.abs(oracles.normal(rng, B, R))
+    mask = oracles.ragged_mask(rng, B, R, holes=True)
+    return old + oracles.normal(rng, B, R) / 2, old, oracles.normal(rng, B, R), mask
+
+
+@pytest.fixture
+def critic(policy):
+    """`values, old_values, returns, mask`; about half of the values left their neighbourhood of ±0.3."""
+    rng = np.random.default_rng(7)
+    old = oracles.normal(rng, B, R)
+    return old + oracles.normal(rng, B, R) / 2, old, oracles.normal(rng, B, R), policy[-1]
+
+
+def token_weights(mask, aggregate) -> np.ndarray:
+    """How much each token weighs in the loss."""
+    if aggregate is masked_mean:
+        return mask / mask.sum()
+    return mask / np.maximum(mask.sum(axis=1, keepdims=True), 1) / mask.any(axis=1).sum()
+
+
+# --- policy ---
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("clips", CLIPS)
+def test_policy_oracle(policy, clips, aggregate):
+    """The loss, and its slope at each token: exactly 0 where clipped, else -ρ A over the count."""
+    loss, slope = jax.value_and_grad(clipped_policy_loss)(*policy, **clips, aggregate=aggregate)
+    terms, slopes = oracles.policy_terms(*policy, **clips)
+    close(loss, AGGREGATES[aggregate](terms, policy[-1]))
+    close(slope, slopes * token_weights(policy[-1], aggregate))
+    np.testing.assert_array_equal(np.asarray(slope)[slopes == 0], 0)
+    assert ((slopes == 0) & policy[-1]).any()  # some real token is clipped
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, expected",
+    [
+        (1.0, 1.5, 0.0),  # good and already likelier: no more
+        (1.0, 1.1, -1.1),
+        (1.0, 0.5, -0.5),  # good and now unlikely: comes back, however far it is
+        (-1.0, 0.5, 0.0),  # bad and already unlikelier: no more
+        (-1.0, 0.9, 0.9),
+        (-1.0, 1.5, 1.5),  # bad and now likelier: comes back
+    ],
+)
+def test_where_the_gradient_is_cut(advantage, ratio, expected):
+    one = jnp.ones((1, 1))
+    of = lambda x: clipped_policy_loss(x, 0 * one, advantage * one, one > 0, clip_low=0.2, clip_high=0.2)
+    slope = jax.grad(of)(jnp.log(ratio) * one)
+    close(slope, [[expected]], atol=0 if expected == 0 else 1e-6)
+
+
+@pytest.mark.parametrize("ratio, slope", [(1.5, 1.5), (2.9, 2.9), (3.1, 0.0)])
+def test_dual_clip_bounds_a_bad_token(ratio, slope):
+    one = jnp.ones((1, 1))
+    of = lambda x: clipped_policy_loss(x, 0 * one, -one, one > 0, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    loss, gradient = jax.value_and_grad(of)(jnp.log(ratio) * one)
+    close(loss, min(ratio, 3))
+    close(gradient, [[slope]])
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_ratio_one(policy, aggregate):
+    """The first step of an update: the loss is minus the mean advantage, and its slope that of plain policy gradient."""
+    _, old, advantages, mask = policy
+    loss, slope = jax.value_and_grad(clipped_policy_loss)(
+        old, old, advantages, mask, clip_low=0.2, clip_high=0.2, aggregate=aggregate
+    )
+    close(loss, -AGGREGATES[aggregate](advantages, mask))
+    close(slope, -advantages * token_weights(mask, aggregate))
+
+
+def test_wide_clip_is_no_clip(policy):
+    logprobs, old, advantages, mask = policy
+    plain = lambda x: -masked_mean(policy_ratio(x, old, mask) * advantages, mask)
+    of = lambda x: clipped_policy_loss(x, old, advantages, mask, clip_low=1 - 1e-6, clip_high=1e6)
+    jax.tree.map(close, jax.value_and_grad(of)(logprobs), jax.value_and_grad(plain)(logprobs))
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.3])
+def test_policy_equals_rlax(policy, epsilon):
+    logprobs, old, advantages, mask = policy
+    theirs = lambda x: rlax.clipped_surrogate_pg_loss(jnp.exp(x - old)[mask], advantages[mask], epsilon)
+    ours = lambda x: clipped_policy_loss(x, old, advantages, mask, clip_low=epsilon, clip_high=epsilon)
+    jax.tree.map(close, jax.value_and_grad(ours)(logprobs), jax.value_and_grad(theirs)(logprobs))
+
+
+def test_ratio(policy):
+    logprobs, old, _, mask = policy
+    close(policy_ratio(logprobs, old, mask), np.where(mask, np.exp(logprobs - old), 1))
+
+
+# --- value ---
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("clip", [None, 0.3, 0.01])
+def test_value_oracle(critic, clip, aggregate):
+    loss, slope = jax.value_and_grad(clipped_value_loss)(*critic, clip=clip, aggregate=aggregate)
+    terms, slopes = oracles.value_terms(*critic, clip=clip)
+    close(loss, AGGREGATES[aggregate](terms, critic[-1]))
+    close(slope, slopes * token_weights(critic[-1], aggregate))
+    np.testing.assert_array_equal(np.asarray(slope)[slopes == 0], 0)
+    assert clip is None or ((slopes == 0) & critic[-1]).any()
+
+
+def test_wide_value_clip_is_no_clip(critic):
+    jax.tree.map(
+        close,
+        jax.value_and_grad(clipped_value_loss)(*critic, clip=1e6),
+        jax.value_and_grad(clipped_value_loss)(*critic, clip=None),
+    )
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_value_equals_rlax(critic, clip):
+    """rlax has no clipped value loss; it is the larger of two of its `l2_loss`."""
+    values, old, returns, mask = critic
+
+    def theirs(v):
+        loss = rlax.l2_loss(v, returns)
+        if clip is not None:
+            loss = jnp.maximum(loss, rlax.l2_loss(old + jnp.clip(v - old, -clip, clip), returns))
+        return loss[mask].mean()
+
+    ours = lambda v: clipped_value_loss(v, old, returns, mask, clip=clip)
+    jax.tree.map(close, jax.value_and_grad(ours)(values), jax.value_and_grad(theirs)(values))
+
+
+def test_trl_losses():
+    """At the first step of the recorded update, where policy and values are the old ones."""
+    meta = json.loads((GOLDEN / "meta.json").read_text())
+    config, logged = meta["config"], meta["metrics"]
+    with np.load(GOLDEN / "step.npz") as file:
+        step = dict(file)
+    policy = clipped_policy_loss(
+        step["logprobs"],
+        step["logprobs"],
+        step["advantages"],
+        ~step["padding_mask"],
+        clip_low=config["clip"],
+        clip_high=config["clip"],
+    )
+    value = clipped_value_loss(step["values"], step["values"], step["returns"], ~step["padding_mask_p1"], clip=config["value_clip"])
+    np.testing.assert_allclose(policy, logged["loss/policy_avg"], atol=1e-6)
+    np.testing.assert_allclose(value, logged["loss/value_avg"], rtol=1e-5)
+
+
+# --- together ---
+
+
+def test_entropy_bonus(policy):
+    entropies, mask = np.abs(policy[2]), policy[-1]
+    for aggregate, oracle in AGGREGATES.items():
+        close(entropy_bonus(entropies, mask, aggregate=aggregate), oracle(entropies, mask))
+
+
+def whole_loss(policy, critic, value_mask, **options):
+    """`ppo_loss` as a function of what learns, of a batch whose value mask is not the policy's."""
+    logprobs, old_logprobs, advantages, mask = policy
+    values, old_values, returns, _ = critic
+    fixed = {"old_logprobs": old_logprobs, "old_values": old_values, "advantages": advantages, "returns": returns}
+    options = {"clip_low": 0.2, "clip_high": 0.3, "value_clip": 0.3, "vf_coef": 0.5, "entropy_coef": 0.01} | options
+    return partial(ppo_loss, **fixed, mask=mask, value_mask=value_mask, **options), (logprobs, values, abs(advantages))
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_ppo_loss_is_the_sum_of_its_terms(policy, critic, aggregate):
+    value_mask = np.roll(policy[-1], 1, axis=1) | policy[-1]
+    of, learned = whole_loss(policy, critic, value_mask, aggregate=aggregate, dual_clip=1.5)
+    loss, terms = of(*learned)
+    clips = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5}
+    oracle = AGGREGATES[aggregate]
+    expected = {
+        "loss/policy": oracle(oracles.policy_terms(*policy, **clips)[0], policy[-1]),
+        "loss/value": oracle(oracles.value_terms(*critic[:3], value_mask, clip=0.3)[0], value_mask),
+        "policy/entropy": oracle(learned[2], policy[-1]),
+    }
+    assert terms.keys() == expected.keys()
+    jax.tree.map(close, terms, expected)
+    close(loss, expected["loss/policy"] + 0.5 * expected["loss/value"] - 0.01 * expected["policy/entropy"])
+
+
+def test_value_aggregate_may_differ(policy, critic):
+    of, learned = whole_loss(policy, critic, policy[-1], aggregate=sequence_mean, value_aggregate=masked_mean)
+    _, terms = of(*learned)
+    close(terms["loss/value"], oracles.mean(oracles.value_terms(*critic, clip=0.3)[0], critic[-1]))
+    close(terms["policy/entropy"], oracles.sequence_mean(learned[2], policy[-1]))
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_micro_batches_add_up(policy, critic, aggregate):
+    """Loss and gradient of the parts, each over the counts of the whole, sum to those of the whole."""
+    value_mask = np.roll(policy[-1], 1, axis=1) | policy[-1]
+    counts = [masked_count(m if aggregate is masked_mean else m.any(axis=1)) for m in (policy[-1], value_mask)]
+    options = {"aggregate": partial(aggregate, count=counts[0]), "value_aggregate": partial(aggregate, count=counts[1])}
+    of, learned = whole_loss(policy, critic, value_mask, aggregate=aggregate)
+    whole, gradient = jax.jit(jax.value_and_grad(lambda xs: of(*xs)[0]))(learned)
+    total, gradients = 0.0, []
+    for rows in np.split(np.arange(B), [3, 4, 10]):
+        part = lambda xs, rows=rows: [x[rows] for x in xs]
+        of, learned = whole_loss(part(policy), part(critic), value_mask[rows], **options)
+        loss, slope = jax.jit(jax.value_and_grad(lambda xs, of=of: of(*xs)[0]))(learned)
+        total += loss
+        gradients.append(slope)
+    close(total, whole)
+    jax.tree.map(close, jax.tree.map(lambda *xs: jnp.concatenate(xs), *gradients), gradient)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_devices(policy, how):
+    """Local sum over the global count, then a sum over devices, for the loss and the gradient of a shared parameter."""
+    mask = policy[-1]
+    mask[:2], mask[2:4] = False, True  # one device without a real token, one full
+
+    def loss(shift, logprobs, old, advantages, mask, aggregate=masked_mean):
+        return clipped_policy_loss(logprobs + shift, old, advantages, mask, clip_low=0.2, clip_high=0.2, aggregate=aggregate)
+
+    def local(shift, *batch):
+        aggregate = partial(masked_mean, count=masked_count(batch[-1], axis_name="devices"))
+        return jax.lax.psum(jax.value_and_grad(partial(loss, aggregate=aggregate))(shift[0], *batch), "devices")
+
+    whole = jax.value_and_grad(loss)(0.1, *policy)
+    pieces = on_devices(how, local, np.full(8, 0.1, np.float32), *policy)
+    jax.tree.map(lambda piece, x: close(piece, np.full(8, x)), pieces, whole)
+
+
+OF_POLICY = {
+    "policy": partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2),
+    "policy_sequence": partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2, aggregate=sequence_mean),
+    "policy_dual": partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2, dual_clip=1.5),
+}
+OF_VALUES = {
+    "value": partial(clipped_value_loss, clip=0.3),
+    "value_unclipped": partial(clipped_value_loss, clip=None),
+    "value_sequence": partial(clipped_value_loss, clip=0.3, aggregate=sequence_mean),
+}
+
+
+@pytest.mark.parametrize("name", OF_POLICY | OF_VALUES)
+def test_jit_vmap_and_blind_under_mask(policy, critic, name):
+    function, arrays = (OF_POLICY | OF_VALUES)[name], policy if name in OF_POLICY else critic
+    assert_jit_and_vmap_agree(function, *arrays)
+    assert_blind_under_mask(lambda *xs: function(*xs, arrays[-1]), arrays[:-1], arrays[-1])
+
+
+def test_ppo_loss_jit_vmap_and_blind_under_mask(policy, critic):
+    mask = policy[-1]
+
+    def of(logprobs, old_logprobs, advantages, values, old_values, returns, entropies, mask):
+        batch = (logprobs, old_logprobs, advantages, mask), (values, old_values, returns, mask)
+        function, _ = whole_loss(*batch, mask, dual_clip=1.5)
+        return function(logprobs, values, entropies)[0]
+
+    arrays = (*policy[:3], *critic[:3], np.abs(policy[2]))
+    assert_jit_and_vmap_agree(of, *arrays, mask)
+    assert_blind_under_mask(lambda *xs: of(*xs, mask), arrays, mask)
+
+
+def test_no_real_token_is_no_loss(policy, critic):
+    none = np.zeros((B, R), bool)
+    of, learned = whole_loss((*policy[:3], none), (*critic[:3], none), none)
+    loss, gradients = jax.value_and_grad(lambda xs: of(*xs)[0])(learned)
+    assert loss == 0
+    jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradients)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_shapes_must_match(policy, which):
+    """A `[B, 1]` among `[B, R]` would broadcast into a number that looks right."""
+    bad = [x[:, :1] if i == which else x for i, x in enumerate(policy)]
+    with pytest.raises(AssertionError):
+        clipped_policy_loss(*bad, clip_low=0.2, clip_high=0.2)
+    with pytest.raises(AssertionError):
+        clipped_value_loss(*bad, clip=0.2)

@@ -1,0 +1,131 @@
+"""`ppo_jax.masked`: against loops over the kept entries, on 8 devices, and with anything under the mask."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from checks import HOW, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
+
+from ppo_jax import masked
+
+B, R = 16, 7
+close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture(params=["ragged", "holes"])
+def batch(request):
+    rng = np.random.default_rng(0)
+    mask = oracles.ragged_mask(rng, B, R, holes=request.param == "holes")
+    mask[3] = False  # a row with no real token
+    return 3 * oracles.normal(rng, B, R) + 5, mask
+
+
+def test_moments(batch):
+    x, mask = batch
+    close(masked.masked_sum(x, mask), sum(oracles.kept(x, mask)))
+    assert masked.masked_count(mask) == mask.sum()
+    close(masked.masked_mean(x, mask), oracles.mean(x, mask))
+    close(masked.sequence_mean(x, mask), oracles.sequence_mean(x, mask))
+    for unbiased in (False, True):
+        close(masked.masked_var(x, mask, unbiased=unbiased), oracles.var(x, mask, unbiased=unbiased))
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_whiten(batch, shift_mean, unbiased):
+    x, mask = batch
+    options = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": 1e-3}
+    white = masked.masked_whiten(x, mask, **options)
+    close(white, oracles.whiten(x, mask, **options))
+    np.testing.assert_array_equal(np.asarray(white)[~mask], 0)
+
+
+def test_whiten_undoes_scale_and_shift(batch):
+    x, mask = batch
+    close(masked.masked_whiten(4 * x + 100, mask), masked.masked_whiten(x, mask), atol=2e-4)
+    close(masked.masked_var(masked.masked_whiten(x, mask), mask), 1)
+
+
+def test_variance_far_from_zero():
+    """`E[x²] - E[x]²` would lose all digits here."""
+    x = 4096 + np.array([-1.0, 0.0, 1.0, 9.0], np.float32)
+    close(masked.masked_var(x, x < 4100), 2 / 3)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_few_entries(unbiased):
+    """One entry has no spread and no entry has no mean: 0, not NaN."""
+    x, none = np.full((2, 3), 7, np.float32), np.zeros((2, 3), bool)
+    one = none.copy()
+    one[1, 1] = True
+    assert masked.masked_var(x, one, unbiased=unbiased) == 0
+    np.testing.assert_array_equal(masked.masked_whiten(x, one, unbiased=unbiased), 0)
+    for result in (masked.masked_mean, masked.sequence_mean, partial(masked.masked_var, unbiased=unbiased)):
+        assert result(x, none) == 0
+
+
+@pytest.mark.parametrize("mean", [masked.masked_mean, masked.sequence_mean])
+def test_parts_add_up(batch, mean):
+    """With the count of the whole batch, micro-batches of any size sum to its mean; the plain mean of means does not."""
+    x, mask = batch
+    count = masked.masked_count(mask if mean is masked.masked_mean else mask.any(axis=1))
+    parts = list(zip(np.split(x, [3, 4, 10]), np.split(mask, [3, 4, 10]), strict=True))
+    close(sum(mean(a, m, count=count) for a, m in parts), mean(x, mask))
+    assert abs(sum(mean(a, m) for a, m in parts) / len(parts) - mean(x, mask)) > 1e-3
+
+
+FUNCTIONS = {
+    "sum": masked.masked_sum,
+    "mean": masked.masked_mean,
+    "mean_count": partial(masked.masked_mean, count=jnp.float32(11)),
+    "sequence_mean": masked.sequence_mean,
+    "var": masked.masked_var,
+    "var_unbiased": partial(masked.masked_var, unbiased=True),
+    "whiten": masked.masked_whiten,
+    "whiten_keep_mean": partial(masked.masked_whiten, shift_mean=False, unbiased=True),
+}
+GLOBAL = {name: f for name, f in FUNCTIONS.items() if name != "sequence_mean"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_jit_and_vmap(batch, name):
+    assert_jit_and_vmap_agree(FUNCTIONS[name], *batch)
+    assert_jit_and_vmap_agree(masked.masked_count, batch[1])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_blind_under_mask(batch, name):
+    x, mask = batch
+    weights = np.linspace(-1, 2, R, dtype=np.float32)[None]  # the plain sum of whitened entries has no gradient
+    of = lambda x: jnp.sum(FUNCTIONS[name](x, mask) * weights)
+    assert_blind_under_mask(of, (x,), mask)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", GLOBAL)
+def test_devices(how, name):
+    """Global moments, though the devices hold 0 to 14 real tokens each; per-device moments would differ."""
+    rng = np.random.default_rng(5)
+    x, mask = oracles.normal(rng, B, R) + 2, oracles.ragged_mask(rng, B, R)
+    mask[:2], mask[2:4] = False, True
+    whole = GLOBAL[name](x, mask)
+    pieces = on_devices(how, partial(GLOBAL[name], axis_name="devices"), x, mask)
+    pieces = pieces.reshape(whole.shape) if whole.ndim else pieces
+    close(pieces, np.broadcast_to(whole, pieces.shape))
+    assert on_devices(how, partial(masked.masked_count, axis_name="devices"), mask)[0] == mask.sum()
+
+
+def test_gradient_of_mean(batch):
+    x, mask = batch
+    close(jax.grad(masked.masked_mean)(x, mask), mask / mask.sum())
+    per_row = mask / np.maximum(mask.sum(axis=1, keepdims=True), 1) / mask.any(axis=1).sum()
+    close(jax.grad(masked.sequence_mean)(x, mask), per_row)
+
+
+@pytest.mark.parametrize("function", [masked.masked_sum, masked.sequence_mean, masked.masked_whiten])
+def test_shapes_must_match(function):
+    with pytest.raises(AssertionError):
+        function(jnp.ones((2, 3)), jnp.ones((2, 1), bool))
