@@ -80,7 +80,8 @@ def kl_full(logits: jax.Array, ref_logits: jax.Array, *, temperature: float = 1.
     logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     logq = jax.nn.log_softmax(ref_logits.astype(jnp.float32) / temperature)
     p = jnp.exp(logp)
-    return jnp.sum(jnp.where(p > 0, p * (logp - logq), 0), axis=-1)
+    said = p > 0  # 0 · log 0 is 0, in the gradient too
+    return jnp.sum(p * (jnp.where(said, logp, 0) - jnp.where(said, logq, 0)), axis=-1)
 
 
 class KLState(NamedTuple):

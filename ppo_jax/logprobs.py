@@ -67,7 +67,7 @@ def entropy(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
     """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     p = jnp.exp(logp)
-    return -jnp.sum(jnp.where(p > 0, p * logp, 0), axis=-1)
+    return -jnp.sum(p * jnp.where(p > 0, logp, 0), axis=-1)  # 0 · log 0 is 0, in the gradient too
 
 
 def chunked_logprobs_and_entropy(
@@ -99,6 +99,8 @@ def chunked_logprobs_and_entropy(
       Array([[-1.3863, -1.3863, -1.3863]], dtype=float32)
     """
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}.")
 
     def of(hidden, tokens):
         # The barrier makes the logits an array of their own: fused into the matmul or not, they round alike (see DESIGN in

@@ -112,6 +112,7 @@ def clipped_value_loss(
       Array(1.125, dtype=float32)
     """
     chex.assert_equal_shape([values, old_values, returns, mask])
+    values, old_values, returns = (jnp.where(mask, x, 0) for x in (values, old_values, returns))  # NaN there reaches no gradient
     error = (values - returns) ** 2
     if clip is not None:
         near = old_values + jnp.clip(values - old_values, -clip, clip)

@@ -131,6 +131,7 @@ def masked_var(x: jax.Array, mask: jax.Array, *, unbiased: bool = False, axis_na
       >>> masked_var(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]), unbiased=True)
       Array(2., dtype=float32)
     """
+    x = jnp.where(mask, x, 0)  # NaN under the mask must not reach the gradient of the square
     n = masked_count(mask, axis_name=axis_name)
     mean = masked_mean(x, mask, count=n, axis_name=axis_name)
     return masked_sum((x - mean) ** 2, mask, axis_name=axis_name) / (jnp.maximum(n - 1, 1) if unbiased else n)
@@ -166,6 +167,7 @@ def masked_whiten(
       Array([-1.,  1.,  0.], dtype=float32)
     """
     chex.assert_equal_shape([x, mask])
+    x = jnp.where(mask, x, 0)
     mean = masked_mean(x, mask, axis_name=axis_name)
     var = masked_var(x, mask, unbiased=unbiased, axis_name=axis_name)
     white = (x - mean) * jax.lax.rsqrt(var + eps)

@@ -124,7 +124,9 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
         shift = mean - state.mean
         share = n / jnp.maximum(count, 1)
         state = ScaleState(count, state.mean + shift * share, state.m2 + m2 + shift**2 * state.count * share)
-        return state, scores * jax.lax.rsqrt(state.m2 / jnp.maximum(count, 1) + eps)
+        var = state.m2 / jnp.maximum(count, 1)
+        # Scores that do not differ yet have no scale.
+        return state, scores * jnp.where(var > eps, jax.lax.rsqrt(var + eps), 1)
 
     return RewardScaling(init=lambda: ScaleState(*(jnp.zeros(()) for _ in range(3))), update=update)
 

@@ -50,6 +50,8 @@ def filter_top_p(logits: jax.Array, p: float) -> jax.Array:
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {p}.")
+    if p == 1:
+        return logits
     largest_first = -jnp.sort(-logits, axis=-1)
     probs = jax.nn.softmax(largest_first.astype(jnp.float32))
     before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier words; a word stays if they fall short of p
@@ -101,7 +103,8 @@ def sample_token(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Arra
     target = jax.random.uniform(key) * mass.sum()
     block = _first_beyond(mass, target)
     within = _first_beyond(blocks[block], target - jnp.sum(jnp.where(jnp.arange(mass.size) < block, mass, 0)))
-    token = (block * _BLOCK + within).astype(jnp.int32)
+    # Only weights of NaN leave the search past the end.
+    token = jnp.minimum(block * _BLOCK + within, logits.size - 1).astype(jnp.int32)
     return token, logits[token] - jax.nn.logsumexp(logits)
 
 

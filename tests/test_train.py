@@ -1,0 +1,210 @@
+"""The loop and the command, end to end on a tiny model: it learns, resumes without a break, and refuses bad input in a sentence."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ppo_jax import cli, data, iteration
+from ppo_jax.config import PPOConfig
+from ppo_jax.models import gpt2, heads, pretrained
+from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.reward_functions import RewardError, TextReward, check_scores
+from ppo_jax.train import LoopConfig, Trainer
+
+WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
+PPO = PPOConfig(batch_size=32, epochs=2, minibatches=2, max_new_tokens=6, learning_rate=3e-3, kl_coef=0.01, vf_coef=0.5)
+
+
+def tokenizer():
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+
+
+def policy(**changes):
+    config = TransformerConfig(
+        **{"vocab_size": len(WORDS), "positions": 16, "width": 16, "layers": 2, "heads": 2, "mlp_width": 32} | changes
+    )
+    return pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
+
+
+def likes_b(prompts, responses):
+    return [response.split().count("b") / 2 for response in responses]
+
+
+def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, **loop):
+    model, words = policy(), tokenizer()
+    rows = data.read_rows(["a b", "c", "d e f", "g"])
+    prompts = data.encode_prompts(rows, words, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0)
+    critic = heads.shared_critic() if shared else heads.separate_critic(model.config)
+    fresh = heads.init_scorer(model.config, jax.random.key(1))
+    params = {"policy": model.params, "critic": {"head": fresh["head"]} if shared else fresh}
+    agent = iteration.Agent(language_model(model.config), critic, ppo, (0,), 0)
+    config = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, **loop})
+    return Trainer(agent, params, words, prompts, TextReward(reward), out=out, loop=config, eval_prompts=prompts)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_learns_and_writes_its_folder(tmp_path, shared):
+    run = trainer(tmp_path / "run", shared=shared, updates=40)
+    seen = []
+    run.run(on_update=seen.append)
+    assert seen[-1]["objective/scores"] > seen[0]["objective/scores"] + 0.3
+    assert max(m["policy/first_ratio_error_max"] for m in seen) < 2e-6
+    assert seen[0]["objective/kl"] == 0 and all(m["policy/first_clipfrac"] == 0 for m in seen)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in lines if "objective/kl" in row] == list(range(40))
+    assert "eval/scores" in lines[-1]
+    assert json.loads((tmp_path / "run/config.json").read_text())["ppo"]["score_at"] == "last_token"
+    with pytest.raises(ValueError, match="holds another run"):
+        trainer(tmp_path / "run")
+
+
+def test_resume_is_no_break(tmp_path):
+    ppo = PPOConfig(**{**vars(PPO), "kl_target": 0.5, "scale_scores": True})
+    whole = trainer(tmp_path / "whole", ppo=ppo).run()
+    half = trainer(tmp_path / "half", ppo=ppo, save_every=2)
+    half.step(), half.step()
+    half.checkpoints.save(half.state)
+    half.checkpoints.close()
+    again = trainer(tmp_path / "half", ppo=ppo, resume=True)
+    assert int(again.state.update) == 2
+    resumed = again.run()
+    for a, b in zip(jax.tree.leaves(whole.train.params), jax.tree.leaves(resumed.train.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert float(whole.kl.coef) == float(resumed.kl.coef) != ppo.kl_coef
+    assert float(whole.scale.count) == float(resumed.scale.count)
+
+
+def test_a_second_update_compiles_nothing(tmp_path):
+    run = trainer(tmp_path / "run")
+    run.step()
+    traced = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: traced.append(name))
+    run.step()
+    assert not [name for name in traced if "compile" in name], traced
+
+
+def test_samples_and_shuffles_differ_between_updates():
+    state = iteration.PPOState(None, None, None, jax.random.key(0), jax.numpy.int32(0))
+    keys = [state.replace(update=jax.numpy.int32(u)).key_for(p) for u in range(5) for p in (0, 1)]
+    assert len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == 10
+
+
+@pytest.mark.parametrize("n, size", [(10, 4), (4, 10), (8, 8)])
+def test_batches_pass_over_every_row_before_any_returns(n, size):
+    stream = np.concatenate([data.batch_rows(n, size, update, seed=3) for update in range(n)])
+    for one_pass in stream.reshape(-1, n):
+        assert sorted(one_pass) == list(range(n))
+    assert (stream[:n] != stream[n : 2 * n]).any()
+
+
+@pytest.mark.parametrize(
+    "scores, says",
+    [
+        ([1.0], "shape"),
+        (["a", "b"], "numbers"),
+        ([1.0, float("nan")], "nan for response 1"),
+        ([[1.0], [2.0]], "shape"),
+        (None, "numbers"),
+    ],
+)
+def test_what_is_no_score_is_refused(scores, says):
+    with pytest.raises(RewardError, match=says):
+        check_scores(scores, 2)
+
+
+def test_a_reward_that_raises_is_named(tmp_path):
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        trainer(tmp_path / "run", reward=lambda prompts, responses: 1 / 0).step()
+
+
+def test_reward_gets_the_rows_if_it_wants_them():
+    rows = [{"prompt": "a", "answer": "b"}]
+    prompts = data.Prompts(rows, np.zeros((1, 1), np.int32), np.ones((1, 1), bool))
+    reward = TextReward(lambda prompts, responses, rows: [float(rows[0]["answer"] == responses[0])])
+    assert reward(None, prompts, ["b"]).tolist() == [1.0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pretrained.save_policy(tmp_path / "model", policy(), tokenizer())
+    (tmp_path / "prompts.txt").write_text("a b\nc\n")
+    (tmp_path / "long.txt").write_text("a " * 40)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": 3}\n')
+    (tmp_path / "reward.py").write_text("def score(prompts, responses):\n    return [len(r) / 3 for r in responses]\n")
+    return tmp_path
+
+
+def command(folder, **changes):
+    options = {
+        "model": folder / "model", "prompts": folder / "prompts.txt", "reward": f"{folder / 'reward.py'}:score",
+        "out": folder / "out", "loop.updates": 2, "ppo.batch-size": 8, "ppo.max-new-tokens": 4,
+    } | changes  # fmt: skip
+    return ["train", "--loop.no-progress", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
+
+
+def test_the_command_trains_a_model_that_generates(folder, capsys):
+    cli.main(command(folder))
+    assert json.loads((folder / "out/summary.json").read_text())["updates"] == 2
+    cli.main(["generate", "--model", str(folder / "out/model"), "--prompts", "a b", "c", "--max-new-tokens", "3"])
+    assert "a b|" in capsys.readouterr().out
+    cli.main(["evaluate", "--model", str(folder / "out/model"), "--prompts", str(folder / "prompts.txt"), "--reward",
+              f"{folder / 'reward.py'}:score", "--max-new-tokens", "3"])  # fmt: skip
+    assert "2 responses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
+        ({"prompts": "empty.txt"}, "no prompt"),
+        ({"prompts": "broken.jsonl"}, "needs a text in its column 'prompt'"),
+        ({"prompts": "long.txt"}, "exceeds the model's 16 positions"),
+        ({"reward": "reward.py:nothing"}, "no function 'nothing'"),
+        ({"reward": "none.py:score"}, "does not exist"),
+        ({"loop.updates": 0}, "at least 1"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_writes_nothing(folder, capsys, changes, says):
+    at = {k: folder / v if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command(folder, **at))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and said.count("\n") == 1, said
+    assert not (folder / "out").exists()
+
+
+def test_a_tokenizer_too_large_for_its_model_is_refused(folder, capsys):
+    pretrained.save_policy(folder / "model", policy(vocab_size=7), tokenizer())
+    with pytest.raises(SystemExit):
+        cli.main(command(folder))
+    assert "vocab_size=7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, says", [({"minibatches": 3}, "minibatches=3"), ({"micro_batch": 5}, "micro_batch=5"), ({"epochs": 0}, "epochs")]
+)
+def test_settings_that_cannot_run_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        PPOConfig(**changes)
+
+
+@pytest.mark.parametrize("stage, rows", [
+    ("sft", [{"prompt": "a b", "response": "c d"}]),
+    ("reward", [{"prompt": "a", "chosen": "b b", "rejected": "c c"}]),
+])  # fmt: skip
+def test_supervised_stages_learn_and_their_folders_load(folder, stage, rows, capsys):
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 40))
+    cli.main([stage, "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--out", str(folder / "new"),
+              "--length", "8", "--epochs", "6", "--learning-rate", "1e-2"])  # fmt: skip
+    assert json.loads((folder / "new/summary.json").read_text())["eval/accuracy"] == 1.0
+    if stage == "sft":
+        assert pretrained.load_policy(folder / "new").config.vocab_size == len(WORDS)
+    else:
+        cli.main(command(folder, reward=folder / "new"))
