@@ -42,7 +42,7 @@ END = "<|endoftext|>"
 LENGTH = 48  # tokens of a sentence; longer ones are cut
 N_TRAIN, N_PPO = 8600, 1000  # sentences for the models, openings for PPO; the rest is the test set
 PPO = PPOConfig(
-    batch_size=128, epochs=3, minibatches=4, max_new_tokens=20, min_new_tokens=8, kl_coef=0.08, learning_rate=2e-4,
+    batch_size=128, epochs=3, minibatches=4, max_new_tokens=20, min_new_tokens=8, kl_coef=0.05, learning_rate=2e-4,
     vf_coef=0.5, decay_learning_rate=True, scale_scores=True,
 )  # fmt: skip
 
@@ -57,11 +57,11 @@ class Settings:
     """Of everything random."""
     model: str | None = None
     """A GPT-2 checkpoint (folder or Hugging Face id) in place of the small GPT; it is fine-tuned on the sentences too."""
-    sft_epochs: int = 8
+    sft_epochs: int = 5
     """Passes over the training sentences."""
-    reward_epochs: int = 3
+    reward_epochs: int = 4
     """Passes over the human scores."""
-    updates: int = 60
+    updates: int = 90
     """PPO updates."""
     opening: int = 5
     """Tokens of an opening."""

@@ -194,7 +194,7 @@ def ppo_update(
         grads, metrics = minibatch_gradient(
             loss_fn, state.params, batch, micro_batches=micro_batches, aggregation=aggregation, axis_name=axis_name
         )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
         bad = ~jnp.isfinite(norm) if skip_nonfinite else jnp.bool_(False)
         new = state.apply_gradients(grads=grads)
