@@ -92,7 +92,8 @@ def test_parameters_after_the_step(step, experience, models):
     )  # fmt: skip
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
     update = jax.jit(lambda s, e, k: ppo_update(s, e, k, loss_fn=loss_fn, epochs=1, minibatches=1))
-    state, metrics = update(state, experience[0], jax.random.key(0))
+    recorded = {name: jnp.asarray(step[name]) for name in ("advantages", "returns", "values", "logprobs")}
+    state, metrics = update(state, experience[0].replace(**recorded), jax.random.key(0))
     after = {
         "policy": pretrained.load_policy(GOLDEN / "policy_after").params,
         "critic": pretrained.load_scorer(GOLDEN / "value_after").params,

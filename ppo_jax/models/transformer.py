@@ -123,14 +123,19 @@ class Attention(nn.Module):
             x_BSHC = linear(name=name, init_std=c.init_std)(x_BSD).reshape(B, S, c.heads, c.head_width)
             return x_BSHC.transpose(0, 2, 1, 3)
 
-        q_BHSC, k_BKNC, v_BKNC = heads("q"), heads("k"), heads("v")
+        scale = c.head_width**-0.5 if c.scale_attention else 1.0
+        scale = scale / (self.layer + 1) if c.scale_attention_by_layer else scale
+
+        def scaled(x: jax.Array) -> jax.Array:
+            # Half of the scale on each side, as PyTorch does: a parameter whose gradient is small then steps as it does there.
+            return round_to(x.astype(jnp.float32) * scale**0.5, c.dtype)
+
+        q_BHSC, k_BKNC, v_BKNC = scaled(heads("q")), scaled(heads("k")), heads("v")
         if cache is not None:
             at = (0, 0, cache.length, 0)
             k_BKNC = jax.lax.dynamic_update_slice(cache.keys[self.layer], k_BKNC, at)
             v_BKNC = jax.lax.dynamic_update_slice(cache.values[self.layer], v_BKNC, at)
-        scale = c.head_width**-0.5 if c.scale_attention else 1.0
-        scale = scale / (self.layer + 1) if c.scale_attention_by_layer else scale
-        logits_BHSN = jnp.einsum("bhsc,bhnc->bhsn", q_BHSC, k_BKNC, preferred_element_type=jnp.float32) * scale
+        logits_BHSN = jnp.einsum("bhsc,bhnc->bhsn", q_BHSC, k_BKNC, preferred_element_type=jnp.float32)
         logits_BHSN = jnp.where(allowed_BSN[:, None], logits_BHSN, jnp.finfo(jnp.float32).min)
         probs_BHSN = round_to(jax.nn.softmax(logits_BHSN), c.dtype)
         out_BHSC = jnp.einsum("bhsn,bhnc->bhsc", probs_BHSN, v_BKNC, preferred_element_type=jnp.float32)
