@@ -6,6 +6,9 @@ the reward model likes, while a KL penalty keeps it near. PPO's openings and the
 were trained on. An independent judge, the VADER lexicon, which nothing was trained on, compares before and after.
 
     python -m experiments.movie_sentiment --out runs/movies
+
+Seen with `--seed 1` on 2 cores: 239 s; judge 0.137 to 0.468, distinct-2 0.872 to 0.668, KL 14.4 nats a response, Spearman of the
+reward model with human scores on held-out sentences 0.599.
 """
 
 import dataclasses

@@ -27,6 +27,7 @@ def test_moments(batch):
     x, mask = batch
     close(masked.masked_sum(x, mask), sum(oracles.kept(x, mask)))
     assert masked.masked_count(mask) == mask.sum()
+    assert masked.sequence_count(mask) == mask.any(axis=1).sum() < B
     close(masked.masked_mean(x, mask), oracles.mean(x, mask))
     close(masked.sequence_mean(x, mask), oracles.sequence_mean(x, mask))
     for unbiased in (False, True):
@@ -67,13 +68,12 @@ def test_few_entries(unbiased):
         assert result(x, none) == 0
 
 
-@pytest.mark.parametrize("mean", [masked.masked_mean, masked.sequence_mean])
-def test_parts_add_up(batch, mean):
+@pytest.mark.parametrize("mean, count", [masked.BY_TOKEN, masked.BY_SEQUENCE], ids=["token", "sequence"])
+def test_parts_add_up(batch, mean, count):
     """With the count of the whole batch, micro-batches of any size sum to its mean; the plain mean of means does not."""
     x, mask = batch
-    count = masked.masked_count(mask if mean is masked.masked_mean else mask.any(axis=1))
     parts = list(zip(np.split(x, [3, 4, 10]), np.split(mask, [3, 4, 10]), strict=True))
-    close(sum(mean(a, m, count=count) for a, m in parts), mean(x, mask))
+    close(sum(mean(a, m, count=count(mask)) for a, m in parts), mean(x, mask))
     assert abs(sum(mean(a, m) for a, m in parts) / len(parts) - mean(x, mask)) > 1e-3
 
 
@@ -87,7 +87,7 @@ FUNCTIONS = {
     "whiten": masked.masked_whiten,
     "whiten_keep_mean": partial(masked.masked_whiten, shift_mean=False, unbiased=True),
 }
-GLOBAL = {name: f for name, f in FUNCTIONS.items() if name != "sequence_mean"}
+GLOBAL = {name: f for name, f in FUNCTIONS.items() if name in ("sum", "mean", "var_unbiased", "whiten")}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -115,7 +115,14 @@ def test_devices(how, name):
     pieces = on_devices(how, partial(GLOBAL[name], axis_name="devices"), x, mask)
     pieces = pieces.reshape(whole.shape) if whole.ndim else pieces
     close(pieces, np.broadcast_to(whole, pieces.shape))
-    assert on_devices(how, partial(masked.masked_count, axis_name="devices"), mask)[0] == mask.sum()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_counts_on_devices(how):
+    mask = oracles.ragged_mask(np.random.default_rng(5), B, R)
+    mask[:2] = False
+    for count in (masked.masked_count, masked.sequence_count):
+        np.testing.assert_array_equal(on_devices(how, partial(count, axis_name="devices"), mask), np.full(8, count(mask)))
 
 
 def test_gradient_of_mean(batch):
