@@ -1,0 +1,123 @@
+"""The compiled update: a policy's ratio to itself is 1, splits change nothing, and it stops or skips when told."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+from ppo_jax.masked import BY_SEQUENCE, BY_TOKEN
+from ppo_jax.models import heads
+from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.rollout import generate
+from ppo_jax.scoring import make_experience, score_rollout
+from ppo_jax.update import ppo_loss_fn, ppo_update, shuffled_minibatches
+
+ROWS = 16
+
+
+@functools.cache
+def world(dtype=jnp.float32):
+    """Model, critic, parameters and one scored batch of experience."""
+    config = TransformerConfig(vocab_size=97, positions=32, width=32, layers=2, heads=4, mlp_width=64, init_std=0.2, dtype=dtype)
+    model, critic = language_model(config), heads.separate_critic(config)
+    key = jax.random.key(0)
+    params = {"policy": init_params(config, key), "critic": heads.init_scorer(config, jax.random.key(1))}
+    prompts = jax.random.randint(key, (ROWS, 6), 0, 97)
+    mask = jnp.arange(6)[None, :] >= jax.random.randint(key, (ROWS, 1), 0, 5)
+    rollout = generate(model, params["policy"], key, prompts, mask, max_new_tokens=12, stop_ids=(3, 4, 5), temperature=0.7)
+    assert bool((~rollout.response_mask).any())
+    scores = jax.jit(lambda p, ro: score_rollout(model, critic, p, p["policy"], ro, temperature=0.7, micro_batch=4))(
+        params, rollout
+    )
+    np.testing.assert_array_equal(scores.kl, 0)  # of a model with itself
+    experience, _ = make_experience(rollout, scores, jax.random.normal(key, (ROWS,)), kl_coef=0.1, gamma=1.0, lam=0.95)
+    return model, critic, params, experience
+
+
+def run(dtype=jnp.float32, *, tx=None, experience=None, aggregation=BY_TOKEN, chunk=None, key=2, **options):
+    model, critic, params, made = world(dtype)
+    loss_fn = ppo_loss_fn(
+        model, critic, temperature=0.7, clip_low=0.2, clip_high=0.2, value_clip=0.2, vf_coef=0.1, entropy_coef=0.01,
+        aggregation=aggregation, chunk=chunk,
+    )  # fmt: skip
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.05) if tx is None else tx)
+    options = {"epochs": 2, "minibatches": 2, "micro_batches": 2} | options
+    update = jax.jit(functools.partial(ppo_update, loss_fn=loss_fn, aggregation=aggregation, **options))
+    return update(state, made if experience is None else experience, jax.random.key(key))
+
+
+def close(a, b, atol=1e-6):
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+@pytest.mark.parametrize("dtype, bound", [(jnp.float32, 2e-6), (jnp.bfloat16, 5e-3)])
+def test_first_ratio_is_one(dtype, bound):
+    _, metrics = run(dtype, tx=optax.adam(3e-3), epochs=4)
+    assert metrics["policy/first_ratio_error_max"] <= bound
+    assert metrics["policy/first_clipfrac"] == 0
+    assert metrics["policy/clipfrac"] > 0.01  # later, clipping is active
+
+
+@pytest.mark.parametrize("aggregation", [BY_TOKEN, BY_SEQUENCE])
+def test_micro_batches_and_chunks_change_nothing(aggregation):
+    one, metrics = run(aggregation=aggregation, micro_batches=1)
+    many, same = run(aggregation=aggregation, micro_batches=4)
+    close(one, many)
+    close(one, run(aggregation=aggregation, chunk=5)[0])
+    for name in ("loss/total", "policy/approx_kl", "policy/ratio_max"):
+        np.testing.assert_allclose(metrics[name], same[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(AssertionError):
+        close(one, run(aggregation=aggregation, key=3)[0])  # another shuffle does
+
+
+def test_further_padding_changes_nothing():
+    experience = world()[3]
+    wider = {name: jnp.pad(getattr(experience, name), ((0, 0), (2, 3))) for name in ("tokens", "mask")}
+    for name in ("response_mask", "value_mask", "logprobs", "values", "advantages", "returns"):
+        wider[name] = jnp.pad(getattr(experience, name), ((0, 0), (0, 3)))
+    close(run()[0], run(experience=experience.replace(**wider))[0])
+
+
+def test_every_row_once_an_epoch_in_a_fresh_order():
+    order = shuffled_minibatches(jax.random.key(0), 12, epochs=3, minibatches=4).reshape(3, 12)
+    for epoch in order:
+        assert sorted(epoch.tolist()) == list(range(12))
+    assert len({tuple(epoch.tolist()) for epoch in order}) == 3
+    assert (shuffled_minibatches(jax.random.key(1), 12, epochs=3, minibatches=4).reshape(3, 12) != order).any()
+
+
+def test_target_kl_stops():
+    _, free = run(tx=optax.sgd(1.0), epochs=4)
+    _, held = run(tx=optax.sgd(1.0), epochs=4, target_kl=1e-4)
+    assert free["optimizer/stopped"] == 0 and free["optimizer/steps"] == 8
+    assert held["optimizer/stopped"] == 1 and 0 < held["optimizer/steps"] < 8
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted():
+    params, experience = world()[2:]
+    bad = experience.replace(advantages=experience.advantages.at[0, 0].set(jnp.inf))
+    state, metrics = run(experience=bad, minibatches=1, skip_nonfinite=True)
+    assert metrics["optimizer/skipped"] == 2 and metrics["optimizer/steps"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+
+
+def test_eight_devices_by_pmap_equal_one():
+    model, critic, params, experience = world()
+    loss_fn = ppo_loss_fn(
+        model, critic, temperature=0.7, clip_low=0.2, clip_high=0.2, value_clip=0.2, vf_coef=0.1, entropy_coef=0.01
+    )
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.05))
+    spread = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), experience)
+    update = jax.pmap(
+        functools.partial(ppo_update, loss_fn=loss_fn, epochs=2, minibatches=2, axis_name="data"),
+        axis_name="data", in_axes=(None, 0, None),
+    )  # fmt: skip
+    many, metrics = update(state, spread, jax.random.key(2))
+    one, same = run(micro_batches=1)
+    close(one, jax.tree.map(lambda x: x[3], many))
+    np.testing.assert_allclose(metrics["loss/total"][5], same["loss/total"], rtol=1e-4)
