@@ -62,7 +62,7 @@ class Settings:
     """A GPT-2 checkpoint (folder or Hugging Face id) in place of the small GPT; it is fine-tuned on the sentences too."""
     sft_epochs: int = 5
     """Passes over the training sentences."""
-    reward_epochs: int = 4
+    reward_epochs: int = 3
     """Passes over the human scores."""
     updates: int = 90
     """PPO updates."""
@@ -97,15 +97,15 @@ def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Any, pretraine
     return tokenizer, pretrained.Pretrained(config, params, gpt2.config_to_hf(config, end_id=tokenizer.eos_token_id))
 
 
-def encode(tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`[n, LENGTH]` tokens and mask of sentences with their end."""
-    ids = [[*tokenizer(text).input_ids[: LENGTH - 1], tokenizer.eos_token_id] for text in texts]
+def encode(tokenizer, texts: Sequence[str], *, end: bool) -> tuple[np.ndarray, np.ndarray]:
+    """`[n, LENGTH]` tokens and mask of sentences, with their end token or, as a reward model sees them, without."""
+    ids = [[*tokenizer(text).input_ids[: LENGTH - 1], *[tokenizer.eos_token_id] * end] for text in texts]
     return data.pad(ids, length=LENGTH, pad_id=tokenizer.eos_token_id, left=False)
 
 
 def fine_tune(settings: Settings, tokenizer, model: pretrained.Pretrained, texts: Sequence[str]) -> pretrained.Pretrained:
     lm = language_model(model.config)
-    tokens, mask = encode(tokenizer, texts)
+    tokens, mask = encode(tokenizer, texts, end=True)
     params = sft.fit(
         lambda p, tokens, mask: sft.sft_loss(lm, p, tokens, mask, mask), model.params, (tokens, mask),
         seed=settings.seed, epochs=settings.sft_epochs, batch_size=32, learning_rate=2e-3 if settings.model is None else 5e-5,
@@ -115,29 +115,20 @@ def fine_tune(settings: Settings, tokenizer, model: pretrained.Pretrained, texts
 
 
 def train_reward(settings: Settings, tokenizer, policy: pretrained.Pretrained, texts, scores) -> tuple[ModelReward, Any]:
-    """A reward model on the human scores, from the fine-tuned trunk; one part in ten tells when it is best."""
+    """A reward model on the human scores, from the fine-tuned trunk."""
     score = heads.reward_model(policy.config)
-    tokens, mask = encode(tokenizer, texts)
-    targets = np.asarray(scores, np.float32)
-    held = len(texts) // 10
-    jitted = jax.jit(score)
-    best = [-1.0, None]
+    arrays = (*encode(tokenizer, texts, end=False), np.asarray(scores, np.float32))
 
     def loss_fn(params, tokens, mask, targets):
         return regression_loss(score(params, tokens, mask), targets)
 
-    def keep_best(epoch, loss, params):
-        rank = spearmanr(np.asarray(jitted(params, tokens[:held], mask[:held])), targets[:held]).statistic
-        print(f"  epoch {epoch + 1}: squared error {loss:.3f}, held-out Spearman {rank:.3f}", flush=True)
-        if rank > best[0]:
-            best[:] = [rank, jax.tree.map(np.asarray, params)]
-
     params = heads.init_scorer(policy.config, jax.random.key(settings.seed + 100), trunk=policy.params)
-    sft.fit(
-        loss_fn, params, (tokens[held:], mask[held:], targets[held:]), seed=settings.seed, epochs=settings.reward_epochs,
-        batch_size=32, learning_rate=4e-4 if settings.model is None else 5e-5, weight_decay=0.1, on_epoch=keep_best,
+    params = sft.fit(
+        loss_fn, params, arrays, seed=settings.seed, epochs=settings.reward_epochs, batch_size=32,
+        learning_rate=4e-4 if settings.model is None else 5e-5, weight_decay=0.1,
+        on_epoch=lambda e, loss, _: print(f"  epoch {e + 1}: squared error {loss:.3f}", flush=True),
     )  # fmt: skip
-    return ModelReward(jitted, best[1], tokenizer, LENGTH, tokenizer.eos_token_id), best[1]
+    return ModelReward(jax.jit(score), params, tokenizer, LENGTH, tokenizer.eos_token_id), params
 
 
 def distinct2(texts: Sequence[str]) -> float:

@@ -12,6 +12,10 @@ from ppo_jax.masked import BY_SEQUENCE, BY_TOKEN, Aggregation
 from ppo_jax.rewards import MissingEOS, ScoreAt
 
 
+class SettingError(Exception):
+    """A setting that cannot run. No `ValueError`: the command's parser takes those for its own, and their sentence is lost."""
+
+
 class KLEstimator(enum.Enum):
     """Which per-token estimate of the KL is the penalty (see `ppo_jax.kl`)."""
 
@@ -133,13 +137,26 @@ class PPOConfig:
     """Clip the gradient's global norm."""
 
     def __post_init__(self):
+        for name in ("batch_size", "epochs", "minibatches", "max_new_tokens", "temperature", "learning_rate", "kl_horizon"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("micro_batch", "logit_chunk", "top_k", "kl_target", "score_clip", "target_kl", "value_clip", "max_grad_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise SettingError(f"{name} must be positive, or none, not {getattr(self, name)}.")
+        for name in ("kl_coef", "vf_coef", "missing_eos_penalty", "clip_low", "clip_high", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise SettingError(f"{name} must not be negative, but is {getattr(self, name)}.")
+        for name in ("gamma", "lam", "top_p", "clip_low"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"{name} must lie in 0 .. 1, not {getattr(self, name)}.")
         if self.batch_size % self.minibatches:
-            raise ValueError(f"minibatches={self.minibatches} must divide batch_size={self.batch_size}.")
+            raise SettingError(f"minibatches={self.minibatches} must divide batch_size={self.batch_size}.")
         if self.minibatch_size % (self.micro_batch or self.minibatch_size):
-            raise ValueError(f"micro_batch={self.micro_batch} must divide a minibatch of {self.minibatch_size} rows.")
-        for name in ("batch_size", "epochs", "minibatches", "max_new_tokens", "temperature", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
+            raise SettingError(f"micro_batch={self.micro_batch} must divide a minibatch of {self.minibatch_size} rows.")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise SettingError(f"min_new_tokens={self.min_new_tokens} must lie in 0 .. max_new_tokens={self.max_new_tokens}.")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise SettingError(f"dual_clip must be over 1, or none, not {self.dual_clip}.")
 
     @property
     def minibatch_size(self) -> int:

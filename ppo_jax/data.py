@@ -34,22 +34,22 @@ class Prompts:
         return Prompts([self.rows[i] for i in indices], self.tokens[indices], self.mask[indices])
 
 
-def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, column: str = "prompt") -> list[dict[str, Any]]:
-    """Rows of a list, a `datasets` dataset, a `.jsonl` file (one object a line) or a text file (one prompt a line).
+def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: Sequence[str] = ("prompt",)) -> list[dict[str, Any]]:
+    """Rows of a list, a `datasets` dataset, a `.jsonl` file (one object a line) or a text file (one text a line).
 
     Args:
       source: any of those.
-      column: where a row keeps its prompt.
+      columns: texts that every row must have; a bare text is the first of them.
 
     Raises:
-      ValueError: if the file cannot be read, a line is no object with that column, or nothing is there.
+      ValueError: if the file cannot be read, a row lacks a column or has no text there, or nothing is there.
     """
     if isinstance(source, str | Path):
         path = Path(source)
         try:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"The prompt file {path} cannot be read: {error}.") from error
+            raise ValueError(f"{path} cannot be read: {error}.") from error
         items: Iterable = lines
         if path.suffix in (".jsonl", ".json"):
             try:
@@ -60,12 +60,13 @@ def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, column: st
         items = source
     rows = []
     for number, item in enumerate(items):
-        row = {column: item} if isinstance(item, str) else item
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            raise ValueError(f"Row {number} of the prompts needs a text in its column {column!r}.")
-        rows.append({**row, "prompt": row[column]})
+        row = {columns[0]: item} if isinstance(item, str) else item
+        for column in columns:
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                raise ValueError(f"Row {number} needs a text in its column {column!r}.")
+        rows.append(row)
     if not rows:
-        raise ValueError(f"There is no prompt in {source if isinstance(source, str | Path) else 'the given list'}.")
+        raise ValueError(f"There is no {columns[0]} in {source if isinstance(source, str | Path) else 'the given list'}.")
     return rows
 
 

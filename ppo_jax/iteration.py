@@ -66,13 +66,15 @@ def init_state(agent: Agent, params: Params, key: jax.Array, *, updates: int) ->
     return PPOState(train, agent.config.controller().init(), running_scale().init(), key, jnp.int32(0))
 
 
-def sample(agent: Agent, state: PPOState, prompts: jax.Array, prompt_mask: jax.Array) -> Rollout:
-    """A response to each of `B` left-padded prompts `[B, P]`."""
+def sample(
+    agent: Agent, state: PPOState, prompts: jax.Array, prompt_mask: jax.Array, row_ids: jax.Array | None = None
+) -> Rollout:
+    """A response to each of `B` left-padded prompts `[B, P]`; `row_ids [B]` number them in the global batch."""
     c = agent.config
     return generate(
         agent.model, state.policy, state.key_for(_SAMPLE), prompts, prompt_mask,
         max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, stop_ids=agent.stop_ids, pad_id=agent.pad_id,
-        temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop_at_end=c.stop_at_end,
+        temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop_at_end=c.stop_at_end, row_ids=row_ids,
     )  # fmt: skip
 
 
@@ -89,16 +91,19 @@ def learn(
     agent: Agent, state: PPOState, rollout: Rollout, scores: Scores, task_scores: jax.Array,
     token_scores: jax.Array | None = None, axis_name: str | None = None,
 ) -> tuple[PPOState, Metrics]:  # fmt: skip
-    """Task scores `[B]` (and `[B, R]` of tokens) to rewards, advantages and `epochs x minibatches` steps."""
+    """Task scores `[B]` (and `[B, R]` of tokens) to rewards, advantages and `epochs x minibatches` steps.
+
+    Under a mapped `axis_name` the rows are this device's share of the batch, and all averages are global.
+    """
     c = agent.config
     final = apply_missing_eos(task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty)
-    scale, scaled = running_scale().update(state.scale, final)
+    scale, scaled = running_scale().update(state.scale, final, axis_name=axis_name)
     final = scaled if c.scale_scores else final
     final = final if c.score_clip is None else jnp.clip(final, -c.score_clip, c.score_clip)
     experience, rewards = make_experience(
         rollout, scores, final, kl_coef=state.kl.coef, gamma=c.gamma, lam=c.lam, score_at=c.score_at,
         token_scores=token_scores, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages,
-        unbiased=c.unbiased_whitening,
+        unbiased=c.unbiased_whitening, axis_name=axis_name,
     )  # fmt: skip
     loss_fn = update.ppo_loss_fn(
         agent.model, agent.critic, temperature=c.temperature, clip_low=c.clip_low, clip_high=c.clip_high,
@@ -110,7 +115,8 @@ def learn(
         micro_batches=c.micro_batches, aggregation=c.weighting.aggregation, target_kl=c.target_kl,
         skip_nonfinite=c.skip_nonfinite, axis_name=axis_name,
     )  # fmt: skip
-    seen = experience_metrics(rollout, scores, experience, rewards, task_scores, axis_name=axis_name)
+    total = task_scores if token_scores is None else task_scores + jnp.where(rollout.response_mask, token_scores, 0).sum(axis=1)
+    seen = experience_metrics(rollout, scores, experience, rewards, total, axis_name=axis_name)
     kl_state = c.controller().update(state.kl, seen["objective/kl"], c.batch_size)
     metrics = {**seen, **learned, "objective/kl_coef": state.kl.coef}
     return PPOState(train, kl_state, scale, state.key, state.update + 1), metrics

@@ -12,15 +12,24 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+_MARKS = ("config.json", "summary.json", "metrics.jsonl")  # any of them means that a run was here
 
-def claim(folder: Path, *, resume: bool = False) -> Path:
-    """Makes a run's folder.
+
+def check_free(folder: Path, *, resume: bool = False) -> None:
+    """Writes nothing.
 
     Raises:
-      ValueError: if it holds another run, unless that run is to be resumed.
+      ValueError: if the folder holds another run, unless that run is to be resumed; or if it is a file.
     """
-    if (folder / "config.json").exists() and not resume:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; the results need a folder.")
+    if not resume and any((folder / mark).exists() for mark in _MARKS):
         raise ValueError(f"{folder} holds another run; choose another folder, or resume it.")
+
+
+def claim(folder: Path, *, resume: bool = False) -> Path:
+    """Makes a run's folder after `check_free`."""
+    check_free(folder, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -27,6 +27,8 @@ def response_view(x: jax.Array, prompt_length: int) -> jax.Array:
       >>> response_view(tokens[:, :-1], 3)  # the last token of each state
       Array([[12, 20]], dtype=int32)
     """
+    if not 1 <= prompt_length <= x.shape[1]:
+        raise ValueError(f"prompt_length={prompt_length} must lie in 1 .. {x.shape[1]}, the positions of the array.")
     return x[:, prompt_length - 1 :]
 
 
@@ -47,8 +49,10 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: float =
     """
     chex.assert_equal_shape([logits[..., 0], tokens])
     logits = logits.astype(jnp.float32) / temperature
+    # Relative to the largest logit, so that large logits cost no precision; log Σ alone then decides the last bits.
+    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
 
 
 def entropy(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:

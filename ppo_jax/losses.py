@@ -14,6 +14,8 @@ from ppo_jax.masked import Aggregate, masked_mean
 def policy_ratio(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
     """Importance ratio `ρ_t = π(a_t|s_t) / π_old(a_t|s_t)`; 1 outside the mask, whatever stands there.
 
+    The log-ratio is held within ±60, far beyond any clip, so that neither the ratio nor its gradient overflows.
+
     Args:
       logprobs: `[B, R]` float32, of the policy that learns, in nats.
       old_logprobs: `[B, R]` float32, of the policy that acted.
@@ -27,7 +29,7 @@ def policy_ratio(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) 
       Array([[1., 1.]], dtype=float32)
     """
     chex.assert_equal_shape([logprobs, old_logprobs, mask])
-    return jnp.exp(jnp.where(mask, logprobs - old_logprobs, 0))
+    return jnp.exp(jnp.clip(jnp.where(mask, logprobs - old_logprobs, 0), -60, 60))
 
 
 def clipped_policy_loss(

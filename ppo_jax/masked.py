@@ -28,14 +28,14 @@ def masked_sum(x: jax.Array, mask: jax.Array, *, axis_name: str | None = None) -
       axis_name: mapped axis to sum over as well.
 
     Returns:
-      `[]`, the type of `x`.
+      `[]` float32, or the type of `x` if that is wider.
 
     Example:
       >>> masked_sum(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False]))
       Array(3., dtype=float32)
     """
     chex.assert_equal_shape([x, mask])
-    total = jnp.sum(jnp.where(mask, x, 0))
+    total = jnp.sum(jnp.where(mask, x, 0), dtype=jnp.promote_types(x.dtype, jnp.float32))
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
@@ -62,7 +62,7 @@ def masked_mean(x: jax.Array, mask: jax.Array, *, count: jax.Array | None = None
       axis_name: mapped axis to average over as well.
 
     Returns:
-      `[]`, the type of `x`; 0 where the mask keeps nothing.
+      `[]` float32, or the type of `x` if that is wider; 0 where the mask keeps nothing.
 
     Example:
       >>> masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))
@@ -125,13 +125,14 @@ def masked_var(x: jax.Array, mask: jax.Array, *, unbiased: bool = False, axis_na
       axis_name: mapped axis whose moments are global.
 
     Returns:
-      `[]`, the type of `x`.
+      `[]` float32, or the type of `x` if that is wider.
 
     Example:
       >>> masked_var(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]), unbiased=True)
       Array(2., dtype=float32)
     """
     x = jnp.where(mask, x, 0)  # NaN under the mask must not reach the gradient of the square
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     n = masked_count(mask, axis_name=axis_name)
     mean = masked_mean(x, mask, count=n, axis_name=axis_name)
     return masked_sum((x - mean) ** 2, mask, axis_name=axis_name) / (jnp.maximum(n - 1, 1) if unbiased else n)
@@ -157,7 +158,7 @@ def masked_whiten(
       axis_name: mapped axis whose moments are global.
 
     Returns:
-      The shape and type of `x`; 0 outside the mask.
+      The shape of `x`, float32 or wider; 0 outside the mask.
 
     Source:
       `whiten` of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), as in their code.

@@ -15,9 +15,25 @@ class RewardError(ValueError):
     """A reward function failed or returned what is no score; the message says which."""
 
 
+class TaskScores(NamedTuple):
+    """What a reward says of `B` responses.
+
+    Attributes:
+      response: `[B]` float32, of each as a whole.
+      tokens: `[B, R]` float32, of single tokens beside it, or `None`.
+    """
+
+    response: np.ndarray
+    tokens: np.ndarray | None = None
+
+    def total(self, mask: Any) -> np.ndarray:
+        """`[B]`, the scores of a response and of its tokens within `mask [B, R]`."""
+        return self.response if self.tokens is None else self.response + np.where(mask, self.tokens, 0).sum(axis=1)
+
+
 class RewardFn(Protocol):
-    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> np.ndarray:
-        """Scores `[B]` float32 of responses, given as arrays and as texts."""
+    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
+        """Scores of responses, given as arrays and as texts."""
 
 
 class Tokenizer(Protocol):
@@ -29,23 +45,34 @@ class TextReward(NamedTuple):
 
     function: Callable[..., Sequence[float]]
 
-    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> np.ndarray:
+    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
         args = [prompts.texts, responses, prompts.rows][: max(2, len(inspect.signature(self.function).parameters))]
         try:
             scores = self.function(*args)
         except Exception as error:
             raise RewardError(f"The reward function raised {type(error).__name__}: {error}") from error
-        return check_scores(scores, len(responses))
+        return TaskScores(check_scores(scores, (len(responses),)))
 
 
 class TokenReward(NamedTuple):
-    """A jittable `function(tokens [B, T], mask [B, T], response_mask [B, R]) -> [B]`."""
+    """A jittable `function(tokens [B, T], mask [B, T], response_mask [B, R])`: scores `[B]`, or scores of tokens `[B, R]`, or
+    both as a pair."""
 
-    function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array | tuple[jax.Array, jax.Array]]
 
-    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> np.ndarray:
-        scores = jax.jit(self.function)(rollout.tokens, rollout.mask, rollout.response_mask)
-        return check_scores(scores, len(responses))
+    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
+        try:
+            scores = jax.jit(self.function)(rollout.tokens, rollout.mask, rollout.response_mask)
+        except Exception as error:
+            raise RewardError(f"The reward function raised {type(error).__name__}: {error}") from error
+        rows, columns = rollout.response_mask.shape
+        if isinstance(scores, tuple):
+            if len(scores) != 2:
+                raise RewardError(f"The reward function returned {len(scores)} arrays, not one or two.")
+            return TaskScores(check_scores(scores[0], (rows,)), check_scores(scores[1], (rows, columns)))
+        if np.ndim(scores) == 2:
+            return TaskScores(np.zeros(rows, np.float32), check_scores(scores, (rows, columns)))
+        return TaskScores(check_scores(scores, (rows,)))
 
 
 class ModelReward(NamedTuple):
@@ -57,23 +84,23 @@ class ModelReward(NamedTuple):
     length: int  # tokens that a text is cut or padded to
     pad_id: int
 
-    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> np.ndarray:
-        return self.score_texts([p + r for p, r in zip(prompts.texts, responses, strict=True)])
+    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
+        return TaskScores(self.score_texts([p + r for p, r in zip(prompts.texts, responses, strict=True)]))
 
     def score_texts(self, texts: list[str]) -> np.ndarray:
         ids = [self.tokenizer(text).input_ids[: self.length] or [self.pad_id] for text in texts]
         tokens, mask = data.pad(ids, length=self.length, pad_id=self.pad_id, left=False)
-        return check_scores(self.score(self.params, tokens, mask), len(texts))
+        return check_scores(self.score(self.params, tokens, mask), (len(texts),))
 
 
-def check_scores(scores: Any, rows: int) -> np.ndarray:
-    """`[rows]` float32 scores of whatever a reward function returned.
+def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 scores of whatever a reward function returned.
 
     Raises:
       RewardError: for another number of them, text, or a value that is not finite.
 
     Example:
-      >>> check_scores([0.5, 1], 2)
+      >>> check_scores([0.5, 1], (2,))
       array([0.5, 1. ], dtype=float32)
     """
     try:
@@ -82,10 +109,12 @@ def check_scores(scores: Any, rows: int) -> np.ndarray:
             raise TypeError(f"{array.dtype} is no number")
         array = array.astype(np.float32)
     except (TypeError, ValueError) as error:
-        raise RewardError(f"The reward function must return {rows} numbers: {error}.") from error
-    if array.shape != (rows,):
-        raise RewardError(f"The reward function returned scores of shape {array.shape} for {rows} responses.")
+        raise RewardError(f"The reward function must return {shape[0]} numbers: {error}.") from error
+    if array.shape != shape:
+        raise RewardError(f"The reward function returned scores of shape {array.shape}, not {shape}, for {shape[0]} responses.")
     if not np.isfinite(array).all():
-        bad = np.flatnonzero(~np.isfinite(array))
-        raise RewardError(f"The reward function returned {array[bad[0]]} for response {bad[0]} ({bad.size} such of {rows}).")
+        bad = np.argwhere(~np.isfinite(array))
+        raise RewardError(
+            f"The reward function returned {array[tuple(bad[0])]} for response {bad[0][0]} ({len(bad)} such of {array.size})."
+        )
     return array

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.masked import masked_count, masked_sum
+from ppo_jax.masked import masked_mean, masked_sum
 
 
 class ScoreAt(enum.Enum):
@@ -93,7 +93,7 @@ class RewardScaling(NamedTuple):
     """Division of the scores by their running standard deviation, as a pair of pure functions."""
 
     init: Callable[[], ScaleState]
-    update: Callable[[ScaleState, jax.Array], tuple[ScaleState, jax.Array]]
+    update: Callable[..., tuple[ScaleState, jax.Array]]
 
 
 def running_scale(*, eps: float = 1e-8) -> RewardScaling:
@@ -105,7 +105,7 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
       eps: added to the variance.
 
     Returns:
-      A pair; `update(state, scores: [B]) -> (state, scaled: [B])`.
+      A pair; `update(state, scores: [B], *, axis_name=None) -> (state, scaled: [B])`, whose moments are global over that axis.
 
     Example:
       >>> scaling = running_scale()
@@ -114,12 +114,12 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
       Array([-1.,  1.], dtype=float32)
     """
 
-    def update(state: ScaleState, scores: jax.Array) -> tuple[ScaleState, jax.Array]:
+    def update(state: ScaleState, scores: jax.Array, *, axis_name: str | None = None) -> tuple[ScaleState, jax.Array]:
         chex.assert_rank(scores, 1)
         real = jnp.isfinite(scores)
-        n = jnp.sum(real, dtype=jnp.float32)
-        mean = masked_sum(scores, real) / masked_count(real)
-        m2 = masked_sum((scores - mean) ** 2, real)
+        n = masked_sum(jnp.ones_like(scores), real, axis_name=axis_name)
+        mean = masked_mean(scores, real, axis_name=axis_name)
+        m2 = masked_sum((scores - mean) ** 2, real, axis_name=axis_name)
         count = state.count + n
         shift = mean - state.mean
         share = n / jnp.maximum(count, 1)

@@ -1,6 +1,6 @@
 """From logits to a token and its log-prob.
 
-A sample takes one uniform number a row and inverts the cumulative distribution; the usual Gumbel trick needs one random number
+A sample takes two uniform numbers a row and inverts the cumulative distribution; the usual Gumbel trick needs one random number
 for each word of the vocabulary, which costs more than the model in a small decode step.
 """
 
@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 256  # words whose weights are summed before the search; the two searches then take about √V steps each
+_BLOCK = 256  # words drawn as one before the word itself is drawn: two sums of about √V numbers instead of one of V
 
 
 def filter_top_k(logits: jax.Array, k: int) -> jax.Array:
@@ -100,9 +100,9 @@ def sample_token(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Arra
     weights = jnp.exp(logits - jnp.max(logits))
     blocks = jnp.pad(weights, (0, -weights.size % _BLOCK)).reshape(-1, _BLOCK)
     mass = blocks.sum(axis=1)
-    target = jax.random.uniform(key) * mass.sum()
-    block = _first_beyond(mass, target)
-    within = _first_beyond(blocks[block], target - jnp.sum(jnp.where(jnp.arange(mass.size) < block, mass, 0)))
+    u, v = jax.random.uniform(key, (2,))  # one float32 is too coarse for words below 1e-7
+    block = _first_beyond(mass, u * mass.sum())
+    within = _first_beyond(blocks[block], v * mass[block])
     # Only weights of NaN leave the search past the end.
     token = jnp.minimum(block * _BLOCK + within, logits.size - 1).astype(jnp.int32)
     return token, logits[token] - jax.nn.logsumexp(logits)

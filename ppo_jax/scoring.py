@@ -15,11 +15,12 @@ from ppo_jax.types import CriticFn, Experience, LanguageModel, Params, Rollout, 
 
 
 class Forward(NamedTuple):
-    """`logprobs`, `values` and `entropies` of each response token, `[B, R]` float32."""
+    """`logprobs`, `values` and `entropies` of each response token, `[B, R]` float32; the states' `hidden`, `[B, R, D]`."""
 
     logprobs: jax.Array
     values: jax.Array
     entropies: jax.Array
+    hidden: jax.Array
 
 
 def forward_responses(
@@ -52,14 +53,15 @@ def forward_responses(
     inputs, input_mask = tokens[:, :-1], mask[:, :-1]
     hidden, _ = model.hidden(params["policy"], inputs, input_mask)
     values = response_view(critic(params["critic"], hidden, inputs, input_mask), prompt_length)
+    hidden = response_view(hidden, prompt_length)
     logprobs, entropies = chunked_logprobs_and_entropy(
         lambda h: model.logits(params["policy"], h),
-        response_view(hidden, prompt_length),
+        hidden,
         tokens[:, prompt_length:],
         temperature=temperature,
         chunk=chunk,
     )
-    return Forward(logprobs, values, entropies)
+    return Forward(logprobs, values, entropies, hidden)
 
 
 def split_rows(tree, parts: int):
@@ -115,10 +117,7 @@ def score_rollout(
             ref_model, no_critic, {"policy": ref_params, "critic": None}, tokens, mask, P, temperature=temperature, chunk=chunk
         )
         if kl_estimator is kl_.kl_full:
-            logits, ref_logits = (
-                m.logits(p, response_view(m.hidden(p, tokens[:, :-1], mask[:, :-1])[0], P))
-                for m, p in ((model, params["policy"]), (ref_model, ref_params))
-            )
+            logits, ref_logits = model.logits(params["policy"], out.hidden), ref_model.logits(ref_params, ref.hidden)
             kl = kl_.kl_full(logits, ref_logits, temperature=temperature)
         else:
             kl = kl_estimator(out.logprobs, ref.logprobs)
@@ -144,6 +143,7 @@ def make_experience(
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
     unbiased: bool = False,
+    axis_name: str | None = None,
 ) -> tuple[Experience, jax.Array]:
     """Rewards, advantages and returns of a scored rollout.
 
@@ -156,6 +156,7 @@ def make_experience(
       whiten_rewards: scale the token rewards to variance 1, keeping their mean.
       whiten_advantages: scale and shift the advantages to variance 1, mean 0; the returns are made before.
       unbiased: which variance whitens.
+      axis_name: mapped axis over which the rows are spread; the moments are global.
 
     Returns:
       The experience, and the token rewards, `[B, R]` float32.
@@ -163,11 +164,11 @@ def make_experience(
     mask = rollout.response_mask
     rewards, steps = token_rewards(task_scores, scores.kl, mask, kl_coef=kl_coef, score_at=score_at, token_scores=token_scores)
     if whiten_rewards:
-        rewards = masked_whiten(rewards, steps, shift_mean=False, unbiased=unbiased)
+        rewards = masked_whiten(rewards, steps, shift_mean=False, unbiased=unbiased, axis_name=axis_name)
     values = jnp.where(steps, scores.values, 0)
     advantages, returns = generalized_advantage_estimation(rewards, values, steps, gamma=gamma, lam=lam)
     if whiten_advantages:
-        advantages = masked_whiten(advantages, mask, unbiased=unbiased)
+        advantages = masked_whiten(advantages, mask, unbiased=unbiased, axis_name=axis_name)
     experience = Experience(
         tokens=rollout.tokens,
         mask=rollout.mask,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ppo_jax import data, iteration
 from ppo_jax.checkpoint import Checkpoints
+from ppo_jax.config import SettingError
 from ppo_jax.iteration import Agent, PPOState
 from ppo_jax.logging import RunLog, claim
 from ppo_jax.reward_functions import RewardFn
@@ -40,7 +41,11 @@ class LoopConfig:
     resume: bool = False
     """Go on from the folder's newest checkpoint."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show a progress bar, where there is a terminal."""
+
+    def __post_init__(self):
+        if self.updates < 1:
+            raise SettingError(f"updates must be at least 1, not {self.updates}.")
 
 
 class Trainer:
@@ -96,7 +101,7 @@ class Trainer:
         responses = self.texts(rollout)
         task_scores = self.reward(rollout, batch, responses)
         scored = time.perf_counter()
-        self.state, metrics = self._learn(self.state, rollout, scores, task_scores)
+        self.state, metrics = self._learn(self.state, rollout, scores, *task_scores)
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
         end = time.perf_counter()
         numbers |= {
@@ -107,14 +112,15 @@ class Trainer:
         }
         self.log.metrics(update, numbers)
         n = self.loop.samples
-        self.log.samples(update, batch.texts[:n], responses[:n], task_scores[:n])
+        self.log.samples(update, batch.texts[:n], responses[:n], task_scores.total(rollout.response_mask)[:n])
         return numbers
 
     def run(self, on_update: Callable[[dict[str, float]], None] | None = None) -> PPOState:
         """All updates, with evaluations and checkpoints; the final state. `on_update` is called with each one's metrics."""
         loop, done = self.loop, int(self.state.update)
+        hide = None if loop.progress else True  # None hides the bar where there is no terminal
         try:
-            with tqdm(range(done, loop.updates), initial=done, total=loop.updates, disable=not loop.progress, desc="PPO") as bar:
+            with tqdm(range(done, loop.updates), initial=done, total=loop.updates, disable=hide, desc="PPO") as bar:
                 for update in bar:
                     m = self.step()
                     if on_update is not None:
@@ -141,7 +147,7 @@ class Trainer:
             batch = prompts.take(rows)
             rollout = self._sample(state.replace(update=jax.numpy.int32(first // size)), batch.tokens, batch.mask)
             texts = self.texts(rollout)
-            scores.extend(self.reward(rollout, batch, texts)[:keep])
+            scores.extend(self.reward(rollout, batch, texts).total(rollout.response_mask)[:keep])
             responses.extend(texts[:keep])
             lengths.extend(np.asarray(rollout.response_mask).sum(axis=1)[:keep])
         return {"eval/scores": float(np.mean(scores)), "eval/length_mean": float(np.mean(lengths))}, responses

@@ -130,10 +130,13 @@ def test_rare_words_at_the_end_do_not_gain():
     assert tokens.max() < 3000
 
 
-@pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.25, 100), (0.5, 256), (0.75, 258), (1 - 2**-24, 258)])
-def test_steps_of_the_uniform(monkeypatch, uniform, token):
-    """A word owns `[c, c + p)` of the unit interval; the number next to 1 is the last word's."""
-    monkeypatch.setattr(jax.random, "uniform", lambda key, shape=(), *args, **kwargs: jnp.full(shape, uniform, jnp.float32))
+NEAR_1 = 1 - 2**-24
+
+
+@pytest.mark.parametrize("u, v, token", [(0, 0, 1), (0, 0.5, 100), (0.5, 0, 256), (0.5, 0.5, 258), (NEAR_1, NEAR_1, 258)])
+def test_steps_of_the_uniform(monkeypatch, u, v, token):
+    """A block owns `[c, c + p)` of the first number's interval, a word of the second's; the number next to 1 is the last's."""
+    monkeypatch.setattr(jax.random, "uniform", lambda *args, **kwargs: jnp.array([u, v], jnp.float32))
     logits = np.full(600, -np.inf, np.float32)
     logits[[1, 100, 256, 258]] = 0
     assert sample_token(jax.random.key(0), logits)[0] == token

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import cli, data, iteration
-from ppo_jax.config import PPOConfig
+from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.models import gpt2, heads, pretrained
 from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
-from ppo_jax.reward_functions import RewardError, TextReward, check_scores
+from ppo_jax.reward_functions import RewardError, TextReward, TokenReward, check_scores
 from ppo_jax.train import LoopConfig, Trainer
+from ppo_jax.types import Rollout
 
 WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
 PPO = PPOConfig(batch_size=32, epochs=2, minibatches=2, max_new_tokens=6, learning_rate=3e-3, kl_coef=0.01, vf_coef=0.5)
@@ -36,7 +38,7 @@ def likes_b(prompts, responses):
     return [response.split().count("b") / 2 for response in responses]
 
 
-def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, **loop):
+def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, wrap=TextReward, **loop):
     model, words = policy(), tokenizer()
     rows = data.read_rows(["a b", "c", "d e f", "g"])
     prompts = data.encode_prompts(rows, words, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0)
@@ -45,7 +47,7 @@ def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, **loop):
     params = {"policy": model.params, "critic": {"head": fresh["head"]} if shared else fresh}
     agent = iteration.Agent(language_model(model.config), critic, ppo, (0,), 0)
     config = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, **loop})
-    return Trainer(agent, params, words, prompts, TextReward(reward), out=out, loop=config, eval_prompts=prompts)
+    return Trainer(agent, params, words, prompts, wrap(reward), out=out, loop=config, eval_prompts=prompts)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -115,7 +117,35 @@ def test_batches_pass_over_every_row_before_any_returns(n, size):
 )
 def test_what_is_no_score_is_refused(scores, says):
     with pytest.raises(RewardError, match=says):
-        check_scores(scores, 2)
+        check_scores(scores, (2,))
+
+
+def test_scores_of_tokens_stand_beside_those_of_responses():
+    """A jittable reward may score responses, tokens, or both; what it returns reaches the rewards of the right tokens."""
+    mask = jax.numpy.array([[True, True, False], [True, True, True]])
+    rollout = Rollout(jax.numpy.zeros((2, 4), int), jax.numpy.ones((2, 4), bool), mask, jax.numpy.zeros((2, 3)), mask[:, 0])
+    of_tokens = lambda tokens, mask, real: jax.numpy.where(real, 0.5, 9.0)
+    of_both = lambda tokens, mask, real: (real.sum(axis=1), of_tokens(tokens, mask, real))
+    ask = lambda function: TokenReward(function)(rollout, None, ["", ""])
+    np.testing.assert_array_equal(ask(lambda t, m, real: real.sum(axis=1)).response, [2, 3])
+    assert ask(lambda t, m, real: real.sum(axis=1)).tokens is None
+    np.testing.assert_array_equal(ask(of_tokens).total(mask), [1, 1.5])
+    np.testing.assert_array_equal(ask(of_both).total(mask), [3, 4.5])
+    for wrong, says in ((lambda t, m, r: (r, r, r), "3 arrays"), (lambda t, m, r: t, "shape"), (lambda t, m, r: 1 / 0, "Zero")):
+        with pytest.raises(RewardError, match=says):
+            ask(wrong)
+
+
+def test_a_reward_of_tokens_teaches(tmp_path):
+    """Token 2 pays wherever it stands: the loop hands each token's score to its step."""
+    run = trainer(tmp_path / "run", reward=None, updates=25, wrap=lambda _: TokenReward(pays_for_b))
+    seen = []
+    run.run(on_update=seen.append)
+    assert seen[-1]["objective/scores"] > seen[0]["objective/scores"] + 0.5
+
+
+def pays_for_b(tokens, mask, response_mask):
+    return (tokens[:, -response_mask.shape[1] :] == WORDS.index("b")) * 0.5
 
 
 def test_a_reward_that_raises_is_named(tmp_path):
@@ -127,7 +157,7 @@ def test_reward_gets_the_rows_if_it_wants_them():
     rows = [{"prompt": "a", "answer": "b"}]
     prompts = data.Prompts(rows, np.zeros((1, 1), np.int32), np.ones((1, 1), bool))
     reward = TextReward(lambda prompts, responses, rows: [float(rows[0]["answer"] == responses[0])])
-    assert reward(None, prompts, ["b"]).tolist() == [1.0]
+    assert reward(None, prompts, ["b"]).response.tolist() == [1.0]
 
 
 @pytest.fixture
@@ -137,7 +167,10 @@ def folder(tmp_path):
     (tmp_path / "long.txt").write_text("a " * 40)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": 3}\n')
-    (tmp_path / "reward.py").write_text("def score(prompts, responses):\n    return [len(r) / 3 for r in responses]\n")
+    (tmp_path / "reward.py").write_text(
+        "def score(prompts, responses):\n    return [len(r) / 3 for r in responses]\n"
+        "def count(tokens, mask, response_mask):\n    return response_mask.sum(axis=1)\n"
+    )
     return tmp_path
 
 
@@ -147,6 +180,44 @@ def command(folder, **changes):
         "out": folder / "out", "loop.updates": 2, "ppo.batch-size": 8, "ppo.max-new-tokens": 4,
     } | changes  # fmt: skip
     return ["train", "--loop.no-progress", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
+
+
+@pytest.mark.parametrize("rows, options, says", [
+    ([{"response": "a"}], "--learn-from scores", "Row 0 needs a number in 'score', not None"),
+    ([{"response": "a", "score": 0.5}], "--learn-from classes", "Row 0 needs a class 0, 1, 2, ... in 'score', not 0.5"),
+    ([{"response": "a", "score": 0}], "--learn-from classes", "single class"),
+    ([{"chosen": "a"}], "", "Row 0 needs a text in its column 'rejected'"),
+    ([{"chosen": "a", "rejected": ""}], "", "no text in 'rejected'"),
+])  # fmt: skip
+def test_rows_that_cannot_be_learned_from_are_named(folder, rows, options, says, capsys):
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 20))
+    with pytest.raises(SystemExit):
+        cli.main(["reward", "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--out", str(folder / "new"),
+                  *options.split()])  # fmt: skip
+    assert says in capsys.readouterr().err
+    assert not (folder / "new").exists()
+
+
+def test_rewards_on_arrays_from_the_command(folder, capsys):
+    cli.main(command(folder, **{"reward": f"{folder / 'reward.py'}:count", "reward-given": "tokens"}))
+    cli.main(["evaluate", "--model", str(folder / "out/model"), "--prompts", str(folder / "prompts.txt"), "--reward",
+              f"{folder / 'reward.py'}:count", "--reward-given", "tokens", "--max-new-tokens", "3"])  # fmt: skip
+    assert "2 responses" in capsys.readouterr().out
+
+
+def test_a_run_in_the_folder_is_seen_before_the_model_is_read(folder, capsys):
+    (folder / "out").mkdir()
+    (folder / "out/config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, model="no such model"))
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_prompts_from_a_dataset():
+    rows = data.read_rows(datasets.Dataset.from_list([{"prompt": "a b", "answer": 1}, {"prompt": "c", "answer": 2}]))
+    assert rows == [{"prompt": "a b", "answer": 1}, {"prompt": "c", "answer": 2}]
+    with pytest.raises(ValueError, match="column 'prompt'"):
+        data.read_rows(datasets.Dataset.from_list([{"text": "a"}]))
 
 
 def test_the_command_trains_a_model_that_generates(folder, capsys):
@@ -188,20 +259,33 @@ def test_a_tokenizer_too_large_for_its_model_is_refused(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes, says", [({"minibatches": 3}, "minibatches=3"), ({"micro_batch": 5}, "micro_batch=5"), ({"epochs": 0}, "epochs")]
+    "changes, says",
+    [
+        ({"minibatches": 3}, "minibatches=3"),
+        ({"micro_batch": 5}, "micro_batch=5"),
+        ({"epochs": 0}, "epochs must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"top_k": 0}, "top_k must be positive, or none"),
+        ({"top_p": 1.5}, "top_p must lie in 0 .. 1"),
+        ({"kl_coef": -1}, "kl_coef must not be negative"),
+        ({"min_new_tokens": 99}, "min_new_tokens=99"),
+        ({"dual_clip": 0.5}, "dual_clip must be over 1"),
+    ],
 )
 def test_settings_that_cannot_run_are_refused(changes, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(SettingError, match=says):
         PPOConfig(**changes)
 
 
 @pytest.mark.parametrize("stage, rows", [
     ("sft", [{"prompt": "a b", "response": "c d"}]),
     ("reward", [{"prompt": "a", "chosen": "b b", "rejected": "c c"}]),
+    ("reward --learn-from scores", [{"response": "b b", "score": 1.5}, {"response": "c c", "score": -1}]),
+    ("reward --learn-from classes", [{"prompt": "a ", "response": x, "score": i} for i, x in enumerate("bcd")]),
 ])  # fmt: skip
 def test_supervised_stages_learn_and_their_folders_load(folder, stage, rows, capsys):
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 40))
-    cli.main([stage, "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--out", str(folder / "new"),
+    cli.main([*stage.split(), "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--out", str(folder / "new"),
               "--length", "8", "--epochs", "20", "--learning-rate", "1e-2"])  # fmt: skip
     assert json.loads((folder / "new/summary.json").read_text())["eval/accuracy"] == 1.0
     if stage == "sft":

@@ -1,0 +1,90 @@
+"""`ppo-jax generate` and `ppo-jax evaluate`."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ppo_jax import data, rollout
+from ppo_jax.commands.loading import load_model, load_reward, pad_id
+from ppo_jax.models.transformer import language_model
+from ppo_jax.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are drawn."""
+
+    model: str
+    """A folder or a Hugging Face id."""
+    max_new_tokens: int = 32
+    """Longest response."""
+    temperature: float = 1.0
+    """Of sampling."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens."""
+    top_p: float | None = None
+    """Sample within this probability mass."""
+    greedy: bool = False
+    """Take the likeliest token."""
+    seed: int = 0
+    """Of sampling."""
+    batch_size: int = 64
+    """Responses at a time; the samples do not depend on it."""
+
+    def sample(self, rows: list[dict[str, Any]]) -> Iterator[tuple[Rollout, data.Prompts, list[str]]]:
+        """Responses to prompts, a batch at a time."""
+        policy, tokenizer = load_model(self.model)
+        prompts = data.encode_prompts(
+            rows, tokenizer, positions=policy.config.positions, new_tokens=self.max_new_tokens, pad_id=pad_id(tokenizer)
+        )
+        generate = functools.partial(
+            rollout.generate, language_model(policy.config), max_new_tokens=self.max_new_tokens,
+            stop_ids=(tokenizer.eos_token_id,), pad_id=pad_id(tokenizer), temperature=self.temperature,
+            top_k=self.top_k, top_p=self.top_p, greedy=self.greedy,
+        )  # fmt: skip
+        generate = jax.jit(generate)
+        size = min(self.batch_size, len(prompts))
+        for first in range(0, len(prompts), size):
+            ids = np.arange(first, first + size)  # past the end the first prompts come again, so one shape is compiled
+            batch = prompts.take(ids % len(prompts))
+            out = generate(policy.params, jax.random.key(self.seed), batch.tokens, batch.mask, row_ids=ids)
+            keep = min(size, len(prompts) - first)
+            out, batch = jax.tree.map(lambda x, keep=keep: x[:keep], out), batch.take(np.arange(keep))
+            yield out, batch, data.decode(tokenizer, out.responses, out.response_mask)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Sampling):
+    """Continue prompts with a model."""
+
+    prompts: list[str]
+    """One or more texts."""
+
+    def run(self) -> None:
+        for _, batch, responses in self.sample(data.read_rows(self.prompts)):
+            for prompt, response in zip(batch.texts, responses, strict=True):
+                print(f"{prompt}|{response}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Sampling):
+    """Mean reward of a model's responses to held-out prompts."""
+
+    prompts: Path
+    """A text file or .jsonl, as for train."""
+    reward: str
+    """As for train."""
+    reward_given: Literal["text", "tokens"] = "text"
+    """As for train."""
+
+    def run(self) -> None:
+        rows, reward = data.read_rows(self.prompts), load_reward(self.reward, self.reward_given)
+        scores = np.concatenate(
+            [reward(out, batch, responses).total(out.response_mask) for out, batch, responses in self.sample(rows)]
+        )
+        print(f"mean score {scores.mean():.4f}, standard error {scores.std() / len(scores) ** 0.5:.4f}, {len(scores)} responses")

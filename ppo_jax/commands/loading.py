@@ -1,0 +1,71 @@
+"""What several commands read: a model with its tokenizer, prompts, a reward."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax import data
+from ppo_jax.models import heads, pretrained
+from ppo_jax.reward_functions import ModelReward, RewardFn, TextReward, TokenReward
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    from transformers import AutoTokenizer  # slow to import, and `--help` does without
+
+    folder = pretrained.resolve(model)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
+
+
+def load_model(model: str, dtype: str = "float32", remat: bool = False) -> tuple[pretrained.Pretrained, Any]:
+    """A policy and its tokenizer, checked against each other."""
+    policy = pretrained.load_policy(model, dtype=jnp.dtype(dtype), remat=remat)
+    tokenizer = load_tokenizer(model)
+    pretrained.check_tokenizer(tokenizer, policy.config)
+    return policy, tokenizer
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The tokenizer's pad id, or its end id: any will do, it is never read."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def load_prompts(path: Path, tokenizer: Any, policy: pretrained.Pretrained, new_tokens: int) -> data.Prompts:
+    return data.encode_prompts(
+        data.read_rows(path), tokenizer, positions=policy.config.positions, new_tokens=new_tokens, pad_id=pad_id(tokenizer)
+    )
+
+
+def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardFn:
+    """A reward of `file.py:function`, on texts or on arrays, or a reward model's folder or Hugging Face id.
+
+    Raises:
+      ValueError: if there is no such thing.
+    """
+    file, colon, name = spec.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        scorer = pretrained.load_scorer(spec)
+        tokenizer = load_tokenizer(spec)
+        score = jax.jit(heads.reward_model(scorer.config))
+        return ModelReward(score, scorer.params, tokenizer, scorer.config.positions, pad_id(tokenizer))
+    if not Path(file).is_file():
+        raise ValueError(f"The reward file {file} does not exist.")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"The reward file {file} does not run: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"The reward file {file} has no function {name!r}.")
+    return (TextReward if given == "text" else TokenReward)(getattr(module, name))

@@ -1,0 +1,151 @@
+"""`ppo-jax sft` and `ppo-jax reward`: the stages before PPO."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax import data, reward_model, sft
+from ppo_jax.commands.loading import load_model
+from ppo_jax.logging import check_free, claim, plain, write_json
+from ppo_jax.models import heads, pretrained
+from ppo_jax.models.transformer import language_model
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What supervised stages share."""
+
+    model: str
+    """Where to start: a folder or a Hugging Face id of a GPT-2 checkpoint."""
+    data: Path
+    """Training rows, one JSON object a line."""
+    out: Path
+    """Folder for the result."""
+    eval_data: Path | None = None
+    """Held-out rows; by default a tenth of the training rows is held out."""
+    length: int = 128
+    """Tokens that a row is cut to."""
+    epochs: int = 3
+    """Passes over the rows."""
+    batch_size: int = 16
+    """Rows a step."""
+    learning_rate: float = 5e-5
+    """Peak of the cosine schedule."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay."""
+    seed: int = 0
+    """Of the shuffles and of new parameters."""
+
+    def split(self, columns: Sequence[str]) -> tuple[Rows, Rows]:
+        """Rows to learn from and rows held out; both have the texts in `columns`."""
+        rows = data.read_rows(self.data, columns=columns)
+        if self.eval_data is not None:
+            return rows, data.read_rows(self.eval_data, columns=columns)
+        order = np.random.default_rng(self.seed).permutation(len(rows))
+        held = max(len(rows) // 10, 1)
+        return [rows[i] for i in order[held:]], [rows[i] for i in order[:held]]
+
+    def fit(self, loss_fn, params, train: tuple[np.ndarray, ...], held: tuple[np.ndarray, ...]):
+        """Trains, shows the loss on held-out rows after every epoch, and writes `summary.json`."""
+        shown: list[tuple[float, float]] = []
+
+        def show(epoch: int, loss: float, params) -> None:
+            shown.append(sft.evaluate_loss(loss_fn, params, held))
+            held_loss, accuracy = shown[-1]
+            print(f"epoch {epoch + 1}: loss {loss:.4f}, held out: loss {held_loss:.4f}, accuracy {accuracy:.3f}", flush=True)
+
+        params = sft.fit(
+            loss_fn, params, train, seed=self.seed, epochs=self.epochs, batch_size=self.batch_size,
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay, on_epoch=show,
+        )  # fmt: skip
+        claim(self.out)
+        write_json(self.out / "summary.json", {"eval/loss": shown[-1][0], "eval/accuracy": shown[-1][1]})
+        write_json(self.out / "run.json", plain(self))
+        return params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFT(Fit):
+    """Supervised fine-tuning on rows {"prompt": ..., "response": ...}; only the response is learned. Without a prompt, all is."""
+
+    def run(self) -> None:
+        check_free(self.out)
+        policy, tokenizer = load_model(self.model)
+        train, held = (self.encode(rows, tokenizer) for rows in self.split(("response",)))
+        model = language_model(policy.config)
+        params = self.fit(lambda p, *batch: sft.sft_loss(model, p, *batch), policy.params, train, held)
+        pretrained.save_policy(self.out, policy._replace(params=params), tokenizer)
+
+    def encode(self, rows: Rows, tokenizer: Any) -> tuple[np.ndarray, ...]:
+        """Tokens, mask and the mask of what is learned, `[n, length]` each."""
+        prompts = [tokenizer(row["prompt"]).input_ids if row.get("prompt") else [] for row in rows]
+        responses = [[*tokenizer(row["response"]).input_ids, tokenizer.eos_token_id] for row in rows]
+        ids = [(p + r)[: self.length] for p, r in zip(prompts, responses, strict=True)]
+        tokens, mask = data.pad(ids, length=self.length, pad_id=0, left=False)
+        return tokens, mask, mask & (np.arange(self.length)[None] >= np.array([[len(p)] for p in prompts]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward(Fit):
+    """A reward model from pairs or from scores. Rows may hold a "prompt", which is read before the answer."""
+
+    learn_from: Literal["pairs", "scores", "classes"] = "pairs"
+    """pairs: rows {"chosen": ..., "rejected": ...}, Bradley-Terry loss; scores: rows {"response": ..., "score": number}, squared
+    error; classes: rows {"response": ..., "score": 0, 1, 2, ...} in order, ordinal loss."""
+    columns: ClassVar = {"pairs": ("chosen", "rejected"), "scores": ("response",), "classes": ("response",)}
+
+    def run(self) -> None:
+        check_free(self.out)
+        policy, tokenizer = load_model(self.model)
+        rows, held_rows = self.split(self.columns[self.learn_from])
+        train, held = (self.encode(part, tokenizer) for part in (rows, held_rows))
+        params = heads.init_scorer(policy.config, jax.random.key(self.seed), trunk=policy.params)
+        if self.learn_from == "classes":
+            params["thresholds"] = _first_thresholds(np.concatenate([train[-1], held[-1]]))
+        params = self.fit(self.loss(heads.reward_model(policy.config)), params, train, held)
+        scorer = {"trunk": params["trunk"], "head": params["head"]}
+        pretrained.save_scorer(self.out, policy._replace(params=scorer), tokenizer)
+
+    def loss(self, score: Callable) -> Callable:
+        """The loss of a batch as `encode` gives it, and its accuracy."""
+        match self.learn_from:
+            case "pairs":
+                return lambda p, a, a_mask, b, b_mask: reward_model.bradley_terry_loss(score(p, a, a_mask), score(p, b, b_mask))
+            case "scores":
+                return lambda p, tokens, mask, target: reward_model.regression_loss(score(p, tokens, mask), target)
+            case "classes":
+                return lambda p, tokens, mask, label: reward_model.ordinal_loss(score(p, tokens, mask), label, p["thresholds"])
+
+    def encode(self, rows: Rows, tokenizer: Any) -> tuple[np.ndarray, ...]:
+        """Tokens and mask of each text column, `[n, length]`, and the scores, `[n]`, unless the rows are pairs."""
+        arrays = []
+        for column in self.columns[self.learn_from]:
+            ids = [tokenizer(row.get("prompt", "") + row[column]).input_ids[: self.length] for row in rows]
+            if not all(ids):
+                raise ValueError(f"Row {[bool(i) for i in ids].index(False)} has no text in {column!r}.")
+            arrays += data.pad(ids, length=self.length, pad_id=0, left=False)
+        if self.learn_from == "pairs":
+            return tuple(arrays)
+        whole = self.learn_from == "classes"
+        scores = [row.get("score") for row in rows]
+        for i, score in enumerate(scores):
+            ok = isinstance(score, int | float) and np.isfinite(score) and (not whole or (score >= 0 and score == int(score)))
+            if not ok:
+                raise ValueError(f"Row {i} needs a {'class 0, 1, 2, ...' if whole else 'number'} in 'score', not {score!r}.")
+        return (*arrays, np.asarray(scores, np.int32 if whole else np.float32))
+
+
+def _first_thresholds(classes: np.ndarray) -> jax.Array:
+    """Between each two of the classes `0 .. K`, from their shares: the logits of `P(class <= k)`."""
+    count = np.bincount(classes)
+    if len(count) < 2:
+        raise ValueError("The scores hold a single class; an ordinal loss needs two.")
+    share = np.clip(np.cumsum(count)[:-1] / count.sum(), 0.01, 0.99)
+    return jnp.asarray(np.log(share / (1 - share)), jnp.float32)
