@@ -5,6 +5,7 @@ import enum
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ppo_jax import kl
@@ -67,6 +68,8 @@ class PPOConfig:
     """A response cannot end before this many tokens."""
     stop_at_end: bool = True
     """Stop a row at its end token; if false, sample on and let the score alone see the cut text."""
+    truncate_after: int = 0
+    """End tokens among this many first ones are words like others (min_new_tokens forbids them instead)."""
     temperature: float = 1.0
     """Of sampling and of every log-prob."""
     top_k: int | None = None
@@ -122,7 +125,7 @@ class PPOConfig:
     learning_rate: float = 1e-5
     """Peak learning rate."""
     decay_learning_rate: bool = False
-    """Decay it linearly to 0 over the run."""
+    """Decay it linearly to 0 over the run, by a step an update."""
     warmup_steps: int = 0
     """Optimizer steps over which it rises from 0."""
     adam_b1: float = 0.9
@@ -143,7 +146,7 @@ class PPOConfig:
         for name in ("micro_batch", "logit_chunk", "top_k", "kl_target", "score_clip", "target_kl", "value_clip", "max_grad_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be positive, or none, not {getattr(self, name)}.")
-        for name in ("kl_coef", "vf_coef", "missing_eos_penalty", "clip_low", "clip_high", "warmup_steps", "weight_decay"):
+        for name in ("kl_coef", "vf_coef", "missing_eos_penalty", "clip_high", "truncate_after", "warmup_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise SettingError(f"{name} must not be negative, but is {getattr(self, name)}.")
         for name in ("gamma", "lam", "top_p", "clip_low"):
@@ -177,26 +180,28 @@ class PPOConfig:
 
     def optimizer(self, updates: int) -> optax.GradientTransformation:
         """AdamW with warm-up, decay and clipping, for a run of `updates` updates."""
-        steps = updates * self.epochs * self.minibatches
-        parts = [optax.linear_schedule(0.0, self.learning_rate, max(self.warmup_steps, 1))]
-        end = 0.0 if self.decay_learning_rate else self.learning_rate
-        parts.append(optax.linear_schedule(self.learning_rate, end, max(steps - self.warmup_steps, 1)))
-        rate = optax.join_schedules(parts, [self.warmup_steps]) if self.warmup_steps else parts[1]
+
+        def rate(step: jax.Array) -> jax.Array:
+            warm = jnp.minimum((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+            left = 1 - (step // (self.epochs * self.minibatches)) / updates if self.decay_learning_rate else 1.0
+            return self.learning_rate * warm * left
+
         adam = optax.adamw(rate, b1=self.adam_b1, b2=self.adam_b2, eps=self.adam_eps, weight_decay=self.weight_decay)
         return adam if self.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adam)
 
 
-OAI2019 = PPOConfig(
-    batch_size=512, epochs=4, minibatches=1, max_new_tokens=24, stop_at_end=False, temperature=0.7, whiten_rewards=True,
-    kl_coef=0.15, kl_target=6.0, score_at=ScoreAt.LAST_INDEX, missing_eos=MissingEOS.REPLACE, decay_learning_rate=True,
-    max_grad_norm=None,
-)  # fmt: skip
-NPLUS = PPOConfig(
-    batch_size=512, epochs=4, minibatches=1, max_new_tokens=53, temperature=0.7, unbiased_whitening=True,
-    kl_coef=0.05, score_at=ScoreAt.AFTER_LAST_TOKEN, missing_eos=MissingEOS.REPLACE, learning_rate=3e-6,
+# The settings of the released code of each work, checked against it; what no setting can say stands in the README.
+OAI2019 = PPOConfig(  # openai/lm-human-preferences, sentiment and descriptiveness
+    batch_size=512, epochs=4, minibatches=1, max_new_tokens=24, stop_at_end=False, truncate_after=16, temperature=0.7,
+    whiten_rewards=True, kl_coef=0.15, kl_target=6.0, score_at=ScoreAt.LAST_INDEX, missing_eos=MissingEOS.REPLACE,
     decay_learning_rate=True, adam_eps=1e-5, max_grad_norm=None,
 )  # fmt: skip
-TRL = PPOConfig(
+NPLUS = PPOConfig(  # vwxyzjn/summarize_from_feedback_details, ppo.py
+    batch_size=512, epochs=4, minibatches=1, max_new_tokens=53, temperature=0.7 + 1e-7, kl_coef=0.05,
+    score_at=ScoreAt.AFTER_LAST_TOKEN, missing_eos=MissingEOS.REPLACE, learning_rate=3e-6, decay_learning_rate=True,
+    adam_eps=1e-5, weight_decay=0.01, max_grad_norm=None,
+)  # fmt: skip
+TRL = PPOConfig(  # trl.experimental.ppo 1.10, with stop_token="eos" and the batch of its example for one device
     batch_size=64, epochs=4, minibatches=1, max_new_tokens=53, temperature=0.7 + 1e-7, unbiased_whitening=True,
     kl_coef=0.05, score_at=ScoreAt.AFTER_LAST_TOKEN, missing_eos=MissingEOS.KEEP, learning_rate=3e-6,
     decay_learning_rate=True, max_grad_norm=None,

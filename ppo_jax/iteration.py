@@ -74,7 +74,8 @@ def sample(
     return generate(
         agent.model, state.policy, state.key_for(_SAMPLE), prompts, prompt_mask,
         max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, stop_ids=agent.stop_ids, pad_id=agent.pad_id,
-        temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop_at_end=c.stop_at_end, row_ids=row_ids,
+        temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop_at_end=c.stop_at_end, truncate_after=c.truncate_after,
+        row_ids=row_ids,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def generate(
     greedy: bool = False,
     row_ids: jax.Array | None = None,
     stop_at_end: bool = True,
+    truncate_after: int = 0,
 ) -> Rollout:
     """Samples a response to each prompt. The loop ends early once every row has ended.
 
@@ -62,6 +63,7 @@ def generate(
       row_ids: `[B]` int32 global numbers of the rows, by default `0 .. B-1`.
       stop_at_end: if false, rows go on to `R` tokens after a stop id, and all of them are real (Ziegler et al. 2019 sample so
         and cut the text afterwards); `ended` still tells.
+      truncate_after: stop ids among the first so many tokens of a response are words like others.
 
     Returns:
       The rollout; `logprobs` are of the distribution drawn from, after temperature and filters.
@@ -99,7 +101,7 @@ def generate(
         return state._replace(
             t=state.t + 1,
             token=jnp.where(real, token, pad_id),
-            done=state.done | (_is_stop(token, stop_ids) if stop_at_end else False),
+            done=state.done | (_is_stop(token, stop_ids) & (state.t >= truncate_after) if stop_at_end else False),
             tokens=state.tokens.at[:, state.t].set(jnp.where(real, token, pad_id)),
             mask=state.mask.at[:, state.t].set(real),
             logprobs=state.logprobs.at[:, state.t].set(jnp.where(real, logprob, 0)),
@@ -129,7 +131,7 @@ def generate(
         mask=jnp.concatenate([prompt_mask, final.mask], axis=1),
         response_mask=final.mask,
         logprobs=final.logprobs,
-        ended=jnp.any(_is_stop(final.tokens, stop_ids) & final.mask, axis=1),
+        ended=jnp.any((_is_stop(final.tokens, stop_ids) & final.mask)[:, truncate_after:], axis=1),
     )
 
 

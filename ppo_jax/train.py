@@ -155,5 +155,6 @@ class Trainer:
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses as texts, cut after the first end token."""
         tokens, mask = np.asarray(rollout.responses), np.asarray(rollout.response_mask)
-        ends = np.isin(tokens, self.agent.stop_ids) & mask
+        late = np.arange(tokens.shape[1]) >= self.agent.config.truncate_after
+        ends = np.isin(tokens, self.agent.stop_ids) & mask & late[None, :]
         return data.decode(self.tokenizer, tokens, mask & (np.cumsum(ends, axis=1) - ends == 0))

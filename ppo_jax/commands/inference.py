@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ppo_jax import data, rollout
-from ppo_jax.commands.loading import load_model, load_reward, pad_id
+from ppo_jax.commands.loading import load_model, load_reward, pad_id, stop_ids
 from ppo_jax.models.transformer import language_model
 from ppo_jax.types import Rollout
 
@@ -33,6 +33,8 @@ class Sampling:
     """Take the likeliest token."""
     seed: int = 0
     """Of sampling."""
+    stop_tokens: tuple[str, ...] = ()
+    """Further tokens that end a response."""
     batch_size: int = 64
     """Responses at a time; the samples do not depend on it."""
 
@@ -44,7 +46,7 @@ class Sampling:
         )
         generate = functools.partial(
             rollout.generate, language_model(policy.config), max_new_tokens=self.max_new_tokens,
-            stop_ids=(tokenizer.eos_token_id,), pad_id=pad_id(tokenizer), temperature=self.temperature,
+            stop_ids=stop_ids(tokenizer, self.stop_tokens), pad_id=pad_id(tokenizer), temperature=self.temperature,
             top_k=self.top_k, top_p=self.top_p, greedy=self.greedy,
         )  # fmt: skip
         generate = jax.jit(generate)

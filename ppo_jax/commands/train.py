@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from ppo_jax import iteration
-from ppo_jax.commands.loading import load_model, load_prompts, load_reward, pad_id
+from ppo_jax.commands.loading import load_model, load_prompts, load_reward, pad_id, stop_ids
 from ppo_jax.config import PPOConfig
 from ppo_jax.logging import check_free, write_json
 from ppo_jax.models import heads, pretrained
@@ -32,8 +32,11 @@ class Train:
     """Folder for metrics, samples, checkpoints and the final model."""
     eval_prompts: Path | None = None
     """Held-out prompts for evaluation, in the same formats."""
-    critic: Literal["shared", "separate"] = "separate"
-    """A value head on the policy's trunk, or a critic of its own that starts from the policy."""
+    critic: str = "separate"
+    """shared: a value head on the policy's trunk; separate: a critic of its own that starts from the policy; or the reward model
+    (a folder or a Hugging Face id) that a critic of its own starts from."""
+    stop_tokens: tuple[str, ...] = ()
+    """Further tokens that end a response, each one token of the tokenizer; its own end token always does."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters are float32 always."""
     remat: bool = False
@@ -52,7 +55,8 @@ class Train:
             for path in (self.prompts, self.eval_prompts)
         )
         critic, critic_params = self.make_critic(policy)
-        agent = iteration.Agent(language_model(policy.config), critic, self.ppo, (tokenizer.eos_token_id,), pad_id(tokenizer))
+        stops = stop_ids(tokenizer, self.stop_tokens)
+        agent = iteration.Agent(language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer))
         params = {"policy": policy.params, "critic": critic_params}
         trainer = Trainer(
             agent, params, tokenizer, prompts, reward, out=self.out, loop=self.loop, eval_prompts=held_out, settings=self
@@ -65,7 +69,15 @@ class Train:
 
     def make_critic(self, policy: pretrained.Pretrained):
         """The critic's function and its first parameters."""
-        key = jax.random.key(self.loop.seed)
         if self.critic == "shared":
-            return heads.shared_critic(), {"head": heads.init_head(policy.config.width, key)}
-        return heads.separate_critic(policy.config), heads.init_scorer(policy.config, key, trunk=policy.params)
+            return heads.shared_critic(), {"head": heads.zero_head(policy.config.width)}
+        if self.critic == "separate":
+            key = jax.random.key(self.loop.seed)
+            return heads.separate_critic(policy.config), heads.init_scorer(policy.config, key, trunk=policy.params)
+        scorer = pretrained.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat)
+        if scorer.config.vocab_size != policy.config.vocab_size:
+            raise ValueError(
+                f"The critic {self.critic} has vocab_size={scorer.config.vocab_size}, the policy {policy.config.vocab_size}: it "
+                "must read the policy's tokens."
+            )
+        return heads.separate_critic(scorer.config), scorer.params

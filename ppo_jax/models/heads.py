@@ -14,6 +14,11 @@ def init_head(width: int, key: jax.Array) -> Params:
     return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
 
 
+def zero_head(width: int) -> Params:
+    """A head that says 0 of everything, as the value heads of Ziegler et al. 2019 begin."""
+    return {"kernel": jnp.zeros((width, 1))}
+
+
 def apply_head(params: Params, hidden: jax.Array) -> jax.Array:
     """`[..., D]` hidden states to `[...]` float32.
 
