@@ -20,6 +20,7 @@ from ppo_jax.kl import kl_k2 as kl_k2
 from ppo_jax.kl import kl_k3 as kl_k3
 from ppo_jax.logprobs import chunked_logprobs_and_entropy as chunked_logprobs_and_entropy
 from ppo_jax.logprobs import entropy as entropy
+from ppo_jax.logprobs import response_view as response_view
 from ppo_jax.logprobs import token_logprobs as token_logprobs
 from ppo_jax.losses import clipped_policy_loss as clipped_policy_loss
 from ppo_jax.losses import clipped_value_loss as clipped_value_loss
@@ -33,6 +34,12 @@ from ppo_jax.masked import masked_whiten as masked_whiten
 from ppo_jax.masked import sequence_mean as sequence_mean
 from ppo_jax.metrics import explained_variance as explained_variance
 from ppo_jax.metrics import policy_metrics as policy_metrics
+from ppo_jax.models.heads import separate_critic as separate_critic
+from ppo_jax.models.heads import shared_critic as shared_critic
+from ppo_jax.models.heads import zero_head as zero_head
+from ppo_jax.models.transformer import TransformerConfig as TransformerConfig
+from ppo_jax.models.transformer import init_params as init_params
+from ppo_jax.models.transformer import language_model as language_model
 from ppo_jax.rewards import MissingEOS as MissingEOS
 from ppo_jax.rewards import ScoreAt as ScoreAt
 from ppo_jax.rewards import apply_missing_eos as apply_missing_eos

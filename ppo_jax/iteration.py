@@ -90,11 +90,12 @@ def score(agent: Agent, state: PPOState, ref_params: Params, rollout: Rollout) -
 
 def learn(
     agent: Agent, state: PPOState, rollout: Rollout, scores: Scores, task_scores: jax.Array,
-    token_scores: jax.Array | None = None, axis_name: str | None = None,
+    token_scores: jax.Array | None = None, loss_fn: update.LossFn | None = None, axis_name: str | None = None,
 ) -> tuple[PPOState, Metrics]:  # fmt: skip
     """Task scores `[B]` (and `[B, R]` of tokens) to rewards, advantages and `epochs x minibatches` steps.
 
-    Under a mapped `axis_name` the rows are this device's share of the batch, and all averages are global.
+    `loss_fn` stands in for PPO's loss. Under a mapped `axis_name` the rows are this device's share of the batch, and all averages
+    are global.
     """
     c = agent.config
     final = apply_missing_eos(task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty)
@@ -106,7 +107,7 @@ def learn(
         token_scores=token_scores, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages,
         unbiased=c.unbiased_whitening, axis_name=axis_name,
     )  # fmt: skip
-    loss_fn = update.ppo_loss_fn(
+    loss_fn = loss_fn or update.ppo_loss_fn(
         agent.model, agent.critic, temperature=c.temperature, clip_low=c.clip_low, clip_high=c.clip_high,
         value_clip=c.value_clip, vf_coef=c.vf_coef, entropy_coef=c.entropy_coef, dual_clip=c.dual_clip,
         aggregation=c.weighting.aggregation, chunk=c.logit_chunk,

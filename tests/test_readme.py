@@ -1,0 +1,50 @@
+"""The README's Python runs as it stands, top to bottom, and the presets' table says what the presets are."""
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from test_train import policy, tokenizer
+
+from ppo_jax.config import PRESETS
+from ppo_jax.models import pretrained
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    """A tiny checkpoint answers to the name `gpt2`, since no hub may be in reach."""
+    pretrained.save_policy(tmp_path / "gpt2", policy(positions=64), tokenizer())
+    monkeypatch.chdir(tmp_path)
+    load = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: load(tmp_path / name))
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    assert (tmp_path / "runs/python/metrics.jsonl").read_text().count("\n") == 2
+    assert float(names["loss"]) == pytest.approx(0, abs=1e-6)
+    assert int(names["state"].update) == 3 and "policy/clipfrac" in names["metrics"]
+
+
+def test_table_of_presets():
+    lines = [line.split("|") for line in README.splitlines() if line.startswith("|")]
+    rows = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
+    presets = [PRESETS[name] for name in ("default", "oai2019", "nplus", "trl")]
+    assert rows["rows an update, epochs x minibatches"] == [f"{c.batch_size}, {c.epochs}x{c.minibatches}" for c in presets]
+    assert rows["longest response"] == [str(c.max_new_tokens) for c in presets]
+    assert [cell.startswith("yes") for cell in rows["a row samples on after its end token"]] == [not c.stop_at_end for c in presets]
+    assert rows["first token that may end it"] == [str(c.truncate_after) for c in presets]
+    assert rows["temperature"] == [{1.0: "1", 0.7: "0.7", 0.7 + 1e-7: "0.7 + 1e-7"}[c.temperature] for c in presets]
+    assert [cell.replace(" the", "").replace(" ", "_") for cell in rows["score is added at"]] == [c.score_at.value for c in presets]
+    says = {"keep": "keeps its score", "replace": "scores -1"}
+    assert rows["response without an end"] == [says[c.missing_eos.value] for c in presets]
+    adapts = [f", adapts to {c.kl_target:g} nats" if c.kl_target else "" for c in presets]
+    assert rows["KL weight"] == [f"{c.kl_coef}{more}" for c, more in zip(presets, adapts, strict=True)]
+    assert [cell.startswith("yes") for cell in rows["token rewards whitened"]] == [c.whiten_rewards for c in presets]
+    assert rows["variance that whitens"] == ["unbiased" if c.unbiased_whitening else "biased" for c in presets]
+    rates = [f"{c.learning_rate:.0e}".replace("e-0", "e-") + ", decays" * c.decay_learning_rate for c in presets]
+    assert rows["learning rate"] == rates
+    adam = [f"{c.adam_eps:.0e}".replace("e-0", "e-") + f", {c.weight_decay:g}" for c in presets]
+    assert rows["Adam's epsilon, weight decay"] == adam
+    assert rows["gradient clipped at"] == ["no" if c.max_grad_norm is None else f"{c.max_grad_norm:g}" for c in presets]
