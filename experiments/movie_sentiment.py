@@ -45,7 +45,7 @@ END = "<|endoftext|>"
 LENGTH = 48  # tokens of a sentence; longer ones are cut
 N_TRAIN, N_PPO = 8600, 1000  # sentences for the models, openings for PPO; the rest is the test set
 PPO = PPOConfig(
-    batch_size=128, epochs=3, minibatches=4, max_new_tokens=20, min_new_tokens=8, kl_coef=0.05, learning_rate=2e-4,
+    batch_size=128, epochs=3, minibatches=4, max_new_tokens=24, min_new_tokens=8, kl_coef=0.02, learning_rate=2e-4,
     vf_coef=0.5, decay_learning_rate=True, scale_scores=True,
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ class Settings:
     """Passes over the training sentences."""
     reward_epochs: int = 3
     """Passes over the human scores."""
-    updates: int = 90
+    updates: int = 100
     """PPO updates."""
     opening: int = 5
     """Tokens of an opening."""
