@@ -32,8 +32,10 @@ from experiments import assets
 from ppo_jax import data, iteration, sft
 from ppo_jax.config import PPOConfig
 from ppo_jax.logging import claim, write_json
-from ppo_jax.models import gpt2, heads, pretrained
-from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.models import heads, pretrained
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.families import gpt2
+from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.reward_functions import ModelReward
 from ppo_jax.reward_model import regression_loss
 from ppo_jax.train import LoopConfig, Trainer

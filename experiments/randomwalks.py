@@ -30,7 +30,8 @@ from ppo_jax import iteration, sft
 from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.logging import check_free, claim, plain, write_json
 from ppo_jax.models import heads
-from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.transformer import init_params, language_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

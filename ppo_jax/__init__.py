@@ -34,10 +34,10 @@ from ppo_jax.masked import masked_whiten as masked_whiten
 from ppo_jax.masked import sequence_mean as sequence_mean
 from ppo_jax.metrics import explained_variance as explained_variance
 from ppo_jax.metrics import policy_metrics as policy_metrics
+from ppo_jax.models.config import TransformerConfig as TransformerConfig
 from ppo_jax.models.heads import separate_critic as separate_critic
 from ppo_jax.models.heads import shared_critic as shared_critic
 from ppo_jax.models.heads import zero_head as zero_head
-from ppo_jax.models.transformer import TransformerConfig as TransformerConfig
 from ppo_jax.models.transformer import init_params as init_params
 from ppo_jax.models.transformer import language_model as language_model
 from ppo_jax.rewards import MissingEOS as MissingEOS

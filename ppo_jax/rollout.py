@@ -72,7 +72,7 @@ def generate(
       ValueError: if `max_new_tokens` is not positive, `temperature` not positive, or `min_new_tokens` over the maximum.
 
     Example:
-      >>> from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+      >>> from ppo_jax import TransformerConfig, init_params, language_model
       >>> config = TransformerConfig(vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
       >>> model, params = language_model(config), init_params(config, jax.random.key(0))
       >>> prompts = jnp.array([[0, 3], [2, 5]])

@@ -8,8 +8,10 @@ import torch
 import transformers
 
 from ppo_jax.logprobs import response_view, token_logprobs
-from ppo_jax.models import gpt2, pretrained, weights
-from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.models import pretrained, weights
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.families import gpt2
+from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.rollout import generate
 
 CASES = [
@@ -90,13 +92,13 @@ def test_our_own_config_loads_in_transformers(tmp_path):
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     peer(tmp_path)
-    tensors = weights.read_safetensors(tmp_path)
+    tensors = dict(weights.StoredTensors(tmp_path))
     lost = {k: v for k, v in tensors.items() if k != "transformer.h.1.mlp.c_fc.bias"}
-    weights.write_safetensors(tmp_path, {**lost, "transformer.h.1.extra": np.zeros(1, np.float32)})
-    with pytest.raises(ValueError, match=r"missing tensors \['h.1.mlp.c_fc.bias'\], left over \['h.1.extra'\]"):
+    weights.write_safetensors(tmp_path, [*lost.items(), ("transformer.h.1.extra", np.zeros(1, np.float32))])
+    with pytest.raises(ValueError, match=r"missing tensors \['transformer.h.1.mlp.c_fc.bias'\], left over \['transformer.h.1.extra'"):
         pretrained.load_policy(tmp_path)
-    weights.write_safetensors(tmp_path, {**tensors, "transformer.ln_f.bias": np.zeros(5, np.float32)})
-    with pytest.raises(ValueError, match=r"final_norm/bias is \(5,\), not \(32,\)"):
+    weights.write_safetensors(tmp_path, {**tensors, "transformer.ln_f.bias": np.zeros(5, np.float32)}.items())
+    with pytest.raises(ValueError, match=r"final_norm/bias is \(5,\) in transformer.ln_f.bias, not \(32,\)"):
         pretrained.load_policy(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickle"):

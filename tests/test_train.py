@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import cli, data, iteration
 from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.models import gpt2, heads, pretrained
-from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.models import heads, pretrained
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.families import gpt2
+from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.reward_functions import RewardError, TextReward, TokenReward, check_scores
 from ppo_jax.train import LoopConfig, Trainer
 from ppo_jax.types import Rollout

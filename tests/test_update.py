@@ -11,7 +11,8 @@ from flax.training.train_state import TrainState
 
 from ppo_jax.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.models import heads
-from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.rollout import generate
 from ppo_jax.scoring import make_experience, score_rollout
 from ppo_jax.update import ppo_loss_fn, ppo_update, shuffled_minibatches

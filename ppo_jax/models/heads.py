@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.models.transformer import TransformerConfig, init_params, language_model
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.types import CriticFn, Params
 
 
@@ -20,15 +21,19 @@ def zero_head(width: int) -> Params:
 
 
 def apply_head(params: Params, hidden: jax.Array) -> jax.Array:
-    """`[..., D]` hidden states to `[...]` float32.
+    """`[..., D]` hidden states to `[...]` float32: the product with `kernel`, and `bias` and BERT's `pooler` where there are any.
 
     Example:
       >>> apply_head({"kernel": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]]))
       Array([3.], dtype=float32)
     """
     # A sum of products, not a matrix product: its order of summation is then the same in every program that computes it.
-    weights = params["kernel"][:, 0].reshape((1,) * (hidden.ndim - 1) + (-1,))
-    return jnp.sum(hidden.astype(jnp.float32) * weights, axis=-1)
+    over = (1,) * (hidden.ndim - 1) + (-1,)
+    hidden = hidden.astype(jnp.float32)
+    if "pooler" in params:
+        hidden = jnp.tanh(hidden @ params["pooler"]["kernel"] + params["pooler"]["bias"].reshape(over))
+    out = jnp.sum(hidden * params["kernel"][:, 0].reshape(over), axis=-1)
+    return out + params["bias"][0] if "bias" in params else out
 
 
 def shared_critic() -> CriticFn:
@@ -42,7 +47,13 @@ def shared_critic() -> CriticFn:
 
 
 def separate_critic(config: TransformerConfig) -> CriticFn:
-    """A decoder of its own with a value head; parameters `{"trunk": ..., "head": ...}`, as a reward model's."""
+    """A decoder of its own with a value head; parameters `{"trunk": ..., "head": ...}`, as a reward model's.
+
+    Raises:
+      ValueError: if the trunk is an encoder, whose states know the words to come.
+    """
+    if not config.causal:
+        raise ValueError("A critic must not see the words to come; this trunk is an encoder, not a decoder.")
     model = language_model(config)
 
     def critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -53,7 +64,7 @@ def separate_critic(config: TransformerConfig) -> CriticFn:
 
 
 def reward_model(config: TransformerConfig) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-    """A decoder whose head scores a text at its last real token.
+    """A model whose head scores a text: a decoder at its last real token, an encoder at its first.
 
     Returns:
       `score(params, tokens [B, S], mask [B, S]) -> [B] float32`; parameters `{"trunk": ..., "head": ...}`.
@@ -68,8 +79,8 @@ def reward_model(config: TransformerConfig) -> Callable[[Params, jax.Array, jax.
 
     def score(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         hidden, _ = model.hidden(params["trunk"], tokens, mask)
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+        at = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1) if config.causal else jnp.argmax(mask, axis=1)
+        return apply_head(params["head"], jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0])
 
     return score
 

@@ -1,19 +1,24 @@
-"""Models as folders that `transformers` reads and writes: `config.json`, `model.safetensors` and the tokenizer."""
+"""Models as folders that `transformers` reads and writes: `config.json`, safetensors and the tokenizer."""
 
+import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ppo_jax.models import gpt2, weights
-from ppo_jax.models.transformer import TransformerConfig, init_params
+from ppo_jax.models import weights
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.families import family_of
+from ppo_jax.models.family import Family
+from ppo_jax.models.transformer import init_params
 from ppo_jax.types import Params
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
-_HEAD = "score.weight"  # of GPT2ForSequenceClassification, (labels, D)
 
 
 class Pretrained(NamedTuple):
@@ -41,7 +46,7 @@ def resolve(model: str | Path) -> Path:
 
 
 def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
-    """A language model of the GPT-2 family; parameters float32 whatever the file holds.
+    """A language model; parameters float32 whatever the file holds.
 
     Args:
       model: a folder or a Hugging Face id.
@@ -51,42 +56,65 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
     Raises:
       ValueError: naming what the folder lacks or the tensors that do not fit.
     """
-    folder, hf, config = _read_config(model, dtype, remat)
-    rules = _rules(config)
-    tensors = _trunk_names(weights.read_safetensors(folder))
-    if config.tied:
-        tensors.pop("lm_head.weight", None)  # a copy of the embedding
+    folder, hf, family = _read_config(model)
+    config = config_of(hf, dtype=dtype, remat=remat)
+    rules = weights.expand(family.rules(config), config.layers)
+    tensors = _named(weights.StoredTensors(folder), rules, family)
+    for name in [name for name in tensors if config.tied and name in _OUTPUTS]:
+        del tensors[name]  # a copy of the embedding
+    for name in [name for name in tensors if name.startswith("bert.pooler.")]:
+        del tensors[name]  # says nothing of the next token
     return Pretrained(config, weights.to_params(tensors, rules, _shapes(config), source=str(folder)), hf)
 
 
 def load_scorer(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
-    """A reward model or separate critic (`GPT2ForSequenceClassification`, one label): `{"trunk": ..., "head": ...}`."""
-    folder, hf, config = _read_config(model, dtype, remat)
-    tensors = _trunk_names(weights.read_safetensors(folder))
-    head = tensors.pop(_HEAD, None)
-    if head is None or head.shape != (1, config.width):
-        found = None if head is None else head.shape
-        raise ValueError(f"{folder} needs a {_HEAD} of shape (1, {config.width}) to score a text, not {found}.")
-    trunk = weights.to_params(tensors, _rules(config), _shapes(config), source=str(folder))
-    return Pretrained(config, {"trunk": trunk, "head": {"kernel": jnp.asarray(head.T, jnp.float32)}}, hf)
+    """A reward model or separate critic (a class `...ForSequenceClassification`, one label): `{"trunk": ..., "head": ...}`."""
+    folder, hf, family = _read_config(model)
+    config = dataclasses.replace(config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True)
+    rules, stored = weights.expand(family.rules(config), config.layers), weights.StoredTensors(folder)
+    head, tensors = {}, _named(stored, [*rules, *family.score], family)
+    for rule in family.score:
+        if rule.stored not in tensors:
+            raise ValueError(f"{folder} needs a tensor {rule.stored} to score a text.")
+        head |= rule.load(np.asarray(tensors.pop(rule.stored)).astype(np.float32))
+    if head["kernel"].shape != (config.width, 1):
+        raise ValueError(f"{folder} scores with a {family.score[0].stored} of {head['kernel'].shape[1]} labels, not one.")
+    for name in [name for name in tensors if name in _OUTPUTS]:
+        del tensors[name]
+    trunk = weights.to_params(tensors, rules, _shapes(config), source=str(folder))
+    return Pretrained(config, {"trunk": trunk, "head": weights.unflatten_dict(head, sep="/")}, hf)
+
+
+def config_of(hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = False) -> TransformerConfig:
+    """Our config of a `config.json`.
+
+    Raises:
+      ValueError: for a family or a switch that is not supported, or a field that is missing.
+    """
+    try:
+        return TransformerConfig(**family_of(hf.get("model_type")).config(hf), dtype=dtype, remat=remat)
+    except KeyError as error:
+        raise ValueError(f"The config of a {hf['model_type']} needs {error}.") from error
 
 
 def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM` loads."""
-    tensors = {
-        name if name.startswith("lm_head") else f"transformer.{name}": tensor
-        for name, tensor in weights.from_params(model.params, _rules(model.config)).items()
-    }
-    _write(folder, {**model.hf_config, "architectures": ["GPT2LMHeadModel"]}, tensors, tokenizer)
+    kind = model.hf_config["model_type"]
+    family = family_of(kind)
+    tensors = weights.from_params(model.params, weights.expand(family.rules(model.config), model.config.layers))
+    _write(folder, {**model.hf_config, "architectures": [family.classes[kind][0]]}, tensors, tokenizer)
 
 
 def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
     """Writes a folder that `transformers.AutoModelForSequenceClassification` loads."""
-    trunk = weights.from_params(model.params["trunk"], _rules(model.config))
-    tensors = {f"transformer.{name}": tensor for name, tensor in trunk.items() if not name.startswith("lm_head")}
-    tensors[_HEAD] = jax.device_get(model.params["head"]["kernel"]).T.copy()
-    extra = {"architectures": ["GPT2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    _write(folder, {**model.hf_config, **extra}, tensors, tokenizer)
+    kind = model.hf_config["model_type"]
+    family, config = family_of(kind), dataclasses.replace(model.config, lm_transform=False, tied=True)
+    # An output matrix of its own has no place in a model that scores.
+    trunk = {name: part for name, part in model.params["trunk"].items() if name not in ("unembedding", "lm_dense", "lm_norm", "lm_bias")}
+    tensors = dict(weights.from_params(trunk, weights.expand(family.rules(config), config.layers)))
+    tensors |= dict(weights.from_params(model.params["head"], family.score))
+    extra = {"architectures": [family.classes[kind][1]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    _write(folder, {**model.hf_config, **extra}, tensors.items(), tokenizer)
 
 
 def check_tokenizer(tokenizer: Any, config: TransformerConfig) -> None:
@@ -102,7 +130,10 @@ def count_params(params: Params) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def _read_config(model: str | Path, dtype: Any, remat: bool) -> tuple[Path, dict[str, Any], TransformerConfig]:
+_OUTPUTS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+
+
+def _read_config(model: str | Path) -> tuple[Path, dict[str, Any], Family]:
     folder = resolve(model)
     file = folder / "config.json"
     if not file.exists():
@@ -111,24 +142,37 @@ def _read_config(model: str | Path, dtype: Any, remat: bool) -> tuple[Path, dict
         hf = json.loads(file.read_text())
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}.") from error
-    return folder, hf, gpt2.config_from_hf(hf, dtype=dtype, remat=remat)
-
-
-def _rules(config: TransformerConfig) -> list[weights.Rule]:
-    return weights.expand((*gpt2.RULES, *(() if config.tied else (gpt2.UNTIED,))), config.layers)
+    if not isinstance(hf, dict):
+        raise ValueError(f"{file} is no JSON object.")
+    return folder, hf, family_of(hf.get("model_type"))
 
 
 def _shapes(config: TransformerConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def _trunk_names(tensors: dict) -> dict:
-    """Names without the `transformer.` that some files have, and without stored masks."""
-    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in bare.items() if not gpt2.BUFFERS.fullmatch(name)}
+def _named(stored: Mapping[str, Any], rules: list[weights.Rule], family: Family) -> "_Renamed":
+    """The stored tensors by the names of the table, without those that are no parameters."""
+    known = {rule.stored for rule in rules}
+    names = {name if name in known or family.prefix + name not in known else family.prefix + name: name for name in stored}
+    return _Renamed(stored, {new: old for new, old in names.items() if not family.ignored.fullmatch(old)})
 
 
-def _write(folder: str | Path, hf: dict[str, Any], tensors: dict, tokenizer: Any) -> None:
+class _Renamed(dict):
+    """Tensors under new names, read when they are asked for."""
+
+    def __init__(self, stored: Mapping[str, Any], names: dict[str, str]):
+        super().__init__(names)
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Any:
+        return self._stored[super().__getitem__(name)]
+
+    def pop(self, name: str) -> Any:
+        return self._stored[super().pop(name)]
+
+
+def _write(folder: str | Path, hf: dict[str, Any], tensors: Any, tokenizer: Any) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")

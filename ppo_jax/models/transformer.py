@@ -1,173 +1,39 @@
-"""The decoder that every policy, critic and reward model is made of; its config says what differs between families.
-
-Rounding. Old and new log-probs come from two compiled programs, a forward pass alone and one under a gradient. Left to
-itself, a compiler keeps some bfloat16 intermediates in float32, and not the same ones in both programs; the ratio of a policy
-with itself is then off by percents. So the points of rounding are part of the model: arithmetic runs in float32 between them,
-and `round_to` marks them by `lax.reduce_precision`, which no compiler may drop. Matrix products take rounded operands and
-accumulate in float32.
-"""
-
-import dataclasses
-import enum
-import functools
-from typing import Any
+"""The decoder that every policy, critic and reward model is made of; its config says what differs between families."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.models.config import NormAt, TransformerConfig
+from ppo_jax.models.layers import MLP, Attention, Linear, Norm, round_to, soft_cap
 from ppo_jax.types import KVCache, LanguageModel, Params
 
 
-class Activation(enum.Enum):
-    """The non-linearity of the MLP, by the names of Hugging Face configs."""
-
-    GELU = "gelu"
-    GELU_NEW = "gelu_new"
-    RELU = "relu"
-    SILU = "silu"
-    TANH = "tanh"
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        match self:
-            case Activation.GELU:
-                return jax.nn.gelu(x, approximate=False)
-            case Activation.GELU_NEW:
-                return jax.nn.gelu(x, approximate=True)
-            case Activation.RELU:
-                return jax.nn.relu(x)
-            case Activation.SILU:
-                return jax.nn.silu(x)
-            case Activation.TANH:
-                return jnp.tanh(x)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Everything that fixes a decoder's function and its shapes."""
-
-    vocab_size: int  # V
-    positions: int  # the longest sequence
-    width: int  # D
-    layers: int  # L
-    heads: int  # H
-    mlp_width: int
-    activation: Activation = Activation.GELU_NEW
-    norm_eps: float = 1e-5
-    tied: bool = True  # the output matrix is the embedding
-    scale_attention: bool = True  # logits of attention divided by √C
-    scale_attention_by_layer: bool = False  # ... and by the layer's number, from 1
-    init_std: float = 0.02
-    dtype: Any = jnp.float32  # of activations and matrix products; parameters are float32
-    remat: bool = False  # recompute each block in the backward pass instead of keeping it
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}.")
-
-    @property
-    def head_width(self) -> int:  # C
-        return self.width // self.heads
-
-
-def round_to(x: jax.Array, dtype: Any) -> jax.Array:
-    """Rounds float32 `x` to `dtype`, at this very point of the program (see the top of this file)."""
-    if jnp.dtype(dtype) == jnp.float32:
-        return x
-    info = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant).astype(dtype)
-
-
-class Linear(nn.Module):
-    """`x W + b`. Rows are flattened first: XLA's CPU compiler is slow at weight gradients that contract two axes."""
-
-    features: int
-    config: TransformerConfig
-    init_std: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        rows = x.reshape(-1, x.shape[-1])
-        out = jnp.dot(rows, round_to(kernel, self.config.dtype), preferred_element_type=jnp.float32) + bias[None, :]
-        return round_to(out, self.config.dtype).reshape(*x.shape[:-1], self.features)
-
-
-class LayerNorm(nn.Module):
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
-        over = (1,) * (x.ndim - 1) + (-1,)
-        return round_to(x * scale.reshape(over) + bias.reshape(over), self.config.dtype)
-
-
-class Attention(nn.Module):
-    config: TransformerConfig
-    layer: int
-
-    @nn.compact
-    def __call__(self, x_BSD: jax.Array, allowed_BSN: jax.Array, cache: KVCache | None):
-        """Attends from the S new positions to N slots; gives the output and this layer's keys and values."""
-        c = self.config
-        B, S, D = x_BSD.shape
-        linear = functools.partial(Linear, features=D, config=c)
-
-        def heads(name: str) -> jax.Array:
-            x_BSHC = linear(name=name, init_std=c.init_std)(x_BSD).reshape(B, S, c.heads, c.head_width)
-            return x_BSHC.transpose(0, 2, 1, 3)
-
-        scale = c.head_width**-0.5 if c.scale_attention else 1.0
-        scale = scale / (self.layer + 1) if c.scale_attention_by_layer else scale
-
-        def scaled(x: jax.Array) -> jax.Array:
-            # Half of the scale on each side, as PyTorch does: a parameter whose gradient is small then steps as it does there.
-            return round_to(x.astype(jnp.float32) * scale**0.5, c.dtype)
-
-        q_BHSC, k_BKNC, v_BKNC = scaled(heads("q")), scaled(heads("k")), heads("v")
-        if cache is not None:
-            at = (0, 0, cache.length, 0)
-            k_BKNC = jax.lax.dynamic_update_slice(cache.keys[self.layer], k_BKNC, at)
-            v_BKNC = jax.lax.dynamic_update_slice(cache.values[self.layer], v_BKNC, at)
-        logits_BHSN = jnp.einsum("bhsc,bhnc->bhsn", q_BHSC, k_BKNC, preferred_element_type=jnp.float32)
-        logits_BHSN = jnp.where(allowed_BSN[:, None], logits_BHSN, jnp.finfo(jnp.float32).min)
-        probs_BHSN = round_to(jax.nn.softmax(logits_BHSN), c.dtype)
-        out_BHSC = jnp.einsum("bhsn,bhnc->bhsc", probs_BHSN, v_BKNC, preferred_element_type=jnp.float32)
-        out_BSD = round_to(out_BHSC, c.dtype).transpose(0, 2, 1, 3).reshape(B, S, D)
-        return linear(name="o", init_std=c.init_std * (2 * c.layers) ** -0.5)(out_BSD), k_BKNC, v_BKNC
-
-
-class MLP(nn.Module):
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = Linear(c.mlp_width, c, c.init_std, name="up")(x)
-        x = round_to(c.activation(x.astype(jnp.float32)), c.dtype)
-        return Linear(c.width, c, c.init_std * (2 * c.layers) ** -0.5, name="down")(x)
-
-
 class Block(nn.Module):
+    """Attention and MLP, each added to what it read."""
+
     config: TransformerConfig
     layer: int
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, allowed_BSN: jax.Array, cache: KVCache | None):
+    def __call__(self, x_BSD: jax.Array, allowed_BSN: jax.Array, angles: jax.Array | None, cache: KVCache | None):
         c = self.config
 
-        def add(x, y):
-            return round_to(x.astype(jnp.float32) + y.astype(jnp.float32), c.dtype)
+        def before(x: jax.Array, name: str) -> jax.Array:
+            return x if c.norm_at is NormAt.AFTER else Norm(c, name=f"{name}_norm")(x)
 
-        y_BSD, keys, values = Attention(c, self.layer, name="attn")(LayerNorm(c, name="attn_norm")(x_BSD), allowed_BSN, cache)
-        x_BSD = add(x_BSD, y_BSD)
-        return add(x_BSD, MLP(c, name="mlp")(LayerNorm(c, name="mlp_norm")(x_BSD))), keys, values
+        def add(x: jax.Array, *ys: jax.Array, name: str) -> jax.Array:
+            if c.norm_at is NormAt.AROUND:
+                ys = tuple(Norm(c, name=f"{name}_post_norm")(y) for y in ys)
+            total = round_to(sum((y.astype(jnp.float32) for y in ys), start=x.astype(jnp.float32)), c.dtype)
+            return Norm(c, name=f"{name}_norm")(total) if c.norm_at is NormAt.AFTER else total
+
+        attention, mlp = Attention(c, self.layer, name="attn"), MLP(c, name="mlp")
+        y_BSD, keys, values = attention(before(x_BSD, "attn"), allowed_BSN, angles, cache)
+        if c.parallel:
+            return add(x_BSD, y_BSD, mlp(before(x_BSD, "mlp")), name="attn"), keys, values
+        x_BSD = add(x_BSD, y_BSD, name="attn")
+        return add(x_BSD, mlp(before(x_BSD, "mlp")), name="mlp"), keys, values
 
 
 class Decoder(nn.Module):
@@ -180,40 +46,82 @@ class Decoder(nn.Module):
         init = nn.initializers.normal(c.init_std)
         block = nn.remat(Block) if c.remat else Block
         self.embedding = self.param("embedding", init, (c.vocab_size, c.width))
-        self.position_embedding = self.param("position_embedding", init, (c.positions, c.width))
+        if c.learned_positions:
+            self.position_embedding = self.param("position_embedding", init, (c.positions + c.position_offset, c.width))
+        if c.token_types:
+            self.type_embedding = self.param("type_embedding", init, (c.token_types, c.width))
+        if c.embedding_norm:
+            self.embedding_norm = Norm(c)
         self.blocks = [block(c, i, name=f"layer_{i}") for i in range(c.layers)]
-        self.final_norm = LayerNorm(c)
+        if c.norm_at is not NormAt.AFTER:
+            self.final_norm = Norm(c)
         if not c.tied:
             self.unembedding = self.param("unembedding", init, (c.vocab_size, c.width))
+        if c.lm_transform:
+            self.lm_dense, self.lm_norm = Linear(c.width, c), Norm(c)
+            self.lm_bias = self.param("lm_bias", nn.initializers.zeros, (c.vocab_size,))
 
     def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array, cache: KVCache | None = None):
         """`[B, S]` tokens and mask, after what the cache holds, to `[B, S, D]` hidden states and the new cache."""
+        c = self.config
         start, mask_BN = 0, mask_BS
         if cache is not None:
             start = cache.length
             mask_BN = jax.lax.dynamic_update_slice(cache.mask, mask_BS, (0, start))
         slots_S = start + jnp.arange(tokens_BS.shape[1])
-        causal_SN = jnp.arange(mask_BN.shape[1])[None, :] <= slots_S[:, None]
-        allowed_BSN = causal_SN[None] & mask_BN[:, None]
+        ago_SN = slots_S[:, None] - jnp.arange(mask_BN.shape[1])[None, :]
         # A token's position is the number of real tokens before it, so padding shifts nothing.
-        before_BS = jnp.sum(allowed_BSN, axis=-1) - mask_BS
-        x_BSD = self.embedding[tokens_BS] + self.position_embedding[before_BS]
-        x_BSD = round_to(x_BSD, self.config.dtype)
-        keys, values = [], []
-        for block in self.blocks:
-            x_BSD, k, v = block(x_BSD, allowed_BSN, cache)
+        position_BS = jnp.sum((ago_SN > 0)[None] & mask_BN[:, None], axis=-1)
+        reach = {
+            window: mask_BN[:, None] & _reach(ago_SN, window, c.causal)[None] for window in dict.fromkeys(c.layer_windows)
+        }
+        turn = {rotary: _angles(rotary, position_BS) for rotary in (c.rotary, c.local_rotary)}
+        x_BSD, keys, values = self._embed(tokens_BS, position_BS), [], []
+        for block, window in zip(self.blocks, c.layer_windows, strict=True):
+            rotary = c.rotary if window is None or c.local_rotary is None else c.local_rotary
+            x_BSD, k, v = block(x_BSD, reach[window], turn[rotary], cache)
             keys.append(k)
             values.append(v)
         if cache is not None:
             cache = KVCache(tuple(keys), tuple(values), mask_BN, start + tokens_BS.shape[1])
-        return self.final_norm(x_BSD), cache
+        return x_BSD if c.norm_at is NormAt.AFTER else self.final_norm(x_BSD), cache
+
+    def _embed(self, tokens_BS: jax.Array, position_BS: jax.Array) -> jax.Array:
+        c = self.config
+        x_BSD = self.embedding[tokens_BS]
+        if c.scale_embedding:
+            x_BSD = x_BSD * jnp.sqrt(jnp.float32(c.width)).astype(c.dtype).astype(jnp.float32)
+        if c.learned_positions:
+            x_BSD = x_BSD + self.position_embedding[position_BS + c.position_offset]
+        if c.token_types:
+            x_BSD = x_BSD + self.type_embedding[None, :1]
+        return self.embedding_norm(x_BSD) if c.embedding_norm else round_to(x_BSD, c.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D]` hidden states to `[..., V]` float32 logits."""
-        matrix_VD = round_to(self.embedding if self.config.tied else self.unembedding, self.config.dtype)
+        c = self.config
         rows = hidden.reshape(-1, hidden.shape[-1])
-        out = jnp.einsum("nd,vd->nv", rows, matrix_VD, preferred_element_type=jnp.float32)
+        if c.lm_transform:
+            rows = self.lm_norm(round_to(c.activation(self.lm_dense(rows).astype(jnp.float32)), c.dtype))
+        matrix_VD = round_to(self.embedding if c.tied else self.unembedding, c.dtype)
+        out = soft_cap(jnp.einsum("nd,vd->nv", rows, matrix_VD, preferred_element_type=jnp.float32), c.logit_cap)
+        out = out + self.lm_bias[None, :] if c.lm_transform else out
         return out.reshape(*hidden.shape[:-1], -1)
+
+    def everything(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+        """Touches every parameter, so that `init` makes them all."""
+        return self.logits(self(tokens_BS, mask_BS)[0])
+
+
+def _reach(ago_SN: jax.Array, window: int | None, causal: bool) -> jax.Array:
+    """Which slots a position may see, `[S, N]` bool, by how many positions ago each was."""
+    reach = ago_SN >= 0 if causal else jnp.ones(ago_SN.shape, bool)
+    return reach if window is None else reach & (jnp.abs(ago_SN) < window)
+
+
+def _angles(rotary, position_BS: jax.Array) -> jax.Array | None:
+    """`[B, S, W/2]` float32 radians."""
+    return None if rotary is None else position_BS[..., None].astype(jnp.float32) * rotary.frequencies()[None, None, :]
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
@@ -225,7 +133,7 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
       (7, 4)
     """
     one = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(config).init(key, one, one == 0)["params"]
+    return Decoder(config).init(key, one, one == 0, method="everything")["params"]
 
 
 def language_model(config: TransformerConfig) -> LanguageModel:
@@ -247,7 +155,7 @@ def language_model(config: TransformerConfig) -> LanguageModel:
         return decoder.apply({"params": params}, hidden, method="logits")
 
     def init_cache(batch_size: int, slots: int) -> KVCache:
-        shape = (batch_size, config.heads, slots, config.head_width)
+        shape = (batch_size, config.key_heads, slots, config.head_width)
         empty = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
         return KVCache(empty(), empty(), jnp.zeros((batch_size, slots), bool), jnp.int32(0))
 

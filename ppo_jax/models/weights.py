@@ -5,7 +5,7 @@ A family's table is a list of `Rule`s; names hold `{i}` where they repeat for ea
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -16,23 +16,56 @@ from safetensors.numpy import save_file
 
 from ppo_jax.types import Params
 
+SHARD_BYTES = 5 * 2**30  # of a file; larger models are split
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One stored tensor and the parameters that it holds.
 
     Attributes:
-      stored: the name in the file, e.g. `h.{i}.attn.c_attn.weight`.
-      ours: path(s) in our tree, `/` between levels; several lie side by side on the last axis of the stored tensor.
+      stored: the name in the file, e.g. `transformer.h.{i}.attn.c_attn.weight`.
+      ours: path(s) in our tree, `/` between levels; several lie side by side on the last axis of the tensor, transposed if it is.
       transpose: the stored matrix is `(out, in)`, ours `(in, out)`.
+      heads: several lie side by side within each of so many heads instead.
     """
 
     stored: str
     ours: tuple[str, ...]
     transpose: bool = False
+    heads: int = 1
 
     def at(self, layer: int) -> "Rule":
-        return Rule(self.stored.format(i=layer), tuple(path.format(i=layer) for path in self.ours), self.transpose)
+        ours = tuple(path.format(i=layer) for path in self.ours)
+        return dataclasses.replace(self, stored=self.stored.format(i=layer), ours=ours)
+
+    def load(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
+        """Our parameters of the stored tensor."""
+        tensor = tensor.T if self.transpose else tensor
+        if len(self.ours) == 1:
+            return {self.ours[0]: tensor}
+        parts = np.split(tensor.reshape(*tensor.shape[:-1], self.heads, -1), len(self.ours), axis=-1)
+        return {path: part.reshape(*part.shape[:-2], -1) for path, part in zip(self.ours, parts, strict=True)}
+
+    def save(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The stored tensor; the inverse of `load`."""
+        parts = [np.asarray(params[path]) for path in self.ours]
+        tensor = parts[0]
+        if len(parts) > 1:
+            tensor = np.concatenate([part.reshape(*part.shape[:-1], self.heads, -1) for part in parts], axis=-1)
+            tensor = tensor.reshape(*tensor.shape[:-2], -1)
+        return np.ascontiguousarray(tensor.T if self.transpose else tensor)
+
+
+def linear(stored: str, *ours: str, bias: bool = True, transpose: bool = True, heads: int = 1) -> list[Rule]:
+    """The rules of a linear layer; PyTorch's `Linear` is stored transposed."""
+    rules = [Rule(f"{stored}.weight", tuple(f"{path}/kernel" for path in ours), transpose, heads)]
+    return rules + ([Rule(f"{stored}.bias", tuple(f"{path}/bias" for path in ours), heads=heads)] if bias else [])
+
+
+def norm(stored: str, ours: str, bias: bool = True) -> list[Rule]:
+    """The rules of a norm, whose scale is called a weight."""
+    return [Rule(f"{stored}.weight", (f"{ours}/scale",))] + ([Rule(f"{stored}.bias", (f"{ours}/bias",))] if bias else [])
 
 
 def expand(rules: Iterable[Rule], layers: int) -> list[Rule]:
@@ -41,12 +74,12 @@ def expand(rules: Iterable[Rule], layers: int) -> list[Rule]:
 
 
 def to_params(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], shapes: Params, *, source: str) -> Params:
-    """Our parameters, float32, of stored tensors.
+    """Our parameters, float32, of stored tensors, read one at a time.
 
     Args:
       tensors: stored arrays by name.
       rules: the expanded table.
-      shapes: the tree that must result, of anything with a `shape`.
+      shapes: the tree that must result, of anything with a `shape`; where a leaf has a `sharding`, the parameter goes there.
       source: where the tensors are from, for messages.
 
     Raises:
@@ -58,19 +91,25 @@ def to_params(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], shapes: 
     left_over = sorted(set(tensors) - {rule.stored for rule in rules})
     if missing or left_over:
         raise ValueError(f"{source} does not fit the model: missing tensors {missing}, left over {left_over}.")
-    found: dict[str, np.ndarray] = {}
+    found, wrong = {}, []
     for rule in rules:
-        tensor = np.asarray(tensors[rule.stored]).astype(np.float32)
-        parts = np.split(tensor.T if rule.transpose else tensor, len(rule.ours), axis=-1)
-        found.update(zip(rule.ours, parts, strict=True))
-    wrong = [f"{path} is {found[path].shape}, not {want[path].shape}" for path in want if found[path].shape != want[path].shape]
+        tensor = np.asarray(tensors[rule.stored])
+        try:
+            parts = rule.load(tensor)
+        except ValueError:
+            parts = {path: tensor for path in rule.ours}  # cannot be split, so none has the right shape
+        for path, part in parts.items():
+            if part.shape != want[path].shape:
+                wrong.append(f"{path} is {part.shape} in {rule.stored}, not {want[path].shape}")
+            else:
+                found[path] = jax.device_put(part.astype(np.float32), getattr(want[path], "sharding", None))
     if wrong:
         raise ValueError(f"{source} holds tensors of the wrong shape: {'; '.join(wrong)}.")
-    return unflatten_dict({path: jax.numpy.asarray(found[path]) for path in want}, sep="/")
+    return unflatten_dict({path: found[path] for path in want}, sep="/")
 
 
-def from_params(params: Params, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
-    """Stored tensors of our parameters; the inverse of `to_params`.
+def from_params(params: Params, rules: Iterable[Rule]) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and stored tensors of our parameters; the inverse of `to_params`.
 
     Raises:
       ValueError: naming every parameter that the table leaves out.
@@ -80,37 +119,66 @@ def from_params(params: Params, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
     forgotten = sorted(set(flat) - {path for rule in rules for path in rule.ours})
     if forgotten:
         raise ValueError(f"The weight table has no rule for {forgotten}.")
-    tensors = {}
-    for rule in rules:
-        tensor = np.concatenate([np.asarray(flat[path]) for path in rule.ours], axis=-1)
-        tensors[rule.stored] = np.ascontiguousarray(tensor.T if rule.transpose else tensor)
-    return tensors
+    return ((rule.stored, rule.save(flat)) for rule in rules)
 
 
-def read_safetensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a model folder, in one file or in shards.
+class StoredTensors(Mapping[str, np.ndarray]):
+    """The tensors of a model folder, in one safetensors file or in shards; each is read when it is asked for.
 
     Raises:
       ValueError: if there are none, or a file is damaged. Pickles are never opened.
     """
+
+    def __init__(self, folder: Path):
+        self._files = {}
+        for file in _files(folder):
+            try:
+                opened = safe_open(file, framework="flax")  # knows bfloat16, which numpy does not
+                self._files.update(dict.fromkeys(opened.keys(), opened))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is no readable safetensors file: {error}.") from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self._files[name].get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _files(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    elif single.exists():
-        files = [single]
-    else:
-        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        why = f" ({', '.join(pickles)} is a pickle, which can run code; convert it to safetensors)" if pickles else ""
-        raise ValueError(f"{folder} holds no model.safetensors{why}.")
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
         try:
-            with safe_open(file, framework="numpy") as stored:
-                tensors.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is no readable safetensors file: {error}.") from error
-    return tensors
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is no index of safetensors files: {error}.") from error
+        # A name may not lead out of the folder.
+        return [folder / Path(name).name for name in names]
+    if single.exists():
+        return [single]
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    why = f" ({', '.join(pickles)} is a pickle, which can run code; convert it to safetensors)" if pickles else ""
+    raise ValueError(f"{folder} holds no model.safetensors{why}.")
 
 
-def write_safetensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `model.safetensors`, or shards of up to `shard_bytes` and their index."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, tensor in tensors:
+        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(x.nbytes for shard in shards for x in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+
+

@@ -1,0 +1,88 @@
+"""What a family of models is: how its `config.json` becomes ours, and where its tensors go."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ppo_jax.models.config import Activation, Rotary, TransformerConfig
+from ppo_jax.models.weights import Rule
+
+
+class Family(NamedTuple):
+    """One family.
+
+    Attributes:
+      classes: each `model_type`, with the names of its classes in `transformers`: for text, and for a score.
+      config: fields of `TransformerConfig` of a `config.json`; raises ValueError for a switch that the decoder does not have.
+      rules: the table of a config's tensors, names as in the class for text.
+      prefix: what the names of the trunk begin with there; files of the bare trunk lack it.
+      score: the rules of the head of a model that scores, paths as in `models.heads`.
+      ignored: names of stored tensors that are no parameters.
+    """
+
+    classes: dict[str, tuple[str, str]]
+    config: Callable[[dict[str, Any]], dict[str, Any]]
+    rules: Callable[[TransformerConfig], list[Rule]]
+    prefix: str
+    score: tuple[Rule, ...] = (Rule("score.weight", ("kernel",), transpose=True),)
+    ignored: re.Pattern = re.compile(r"(?!)")
+
+
+def activation(hf: dict[str, Any], key: str, default: str) -> Activation:
+    """The activation that a config names.
+
+    Raises:
+      ValueError: if it is none of ours.
+    """
+    name = hf.get(key) or default
+    if name not in [a.value for a in Activation]:
+        raise ValueError(f"{key} {name!r} is not supported; known: {[a.value for a in Activation]}.")
+    return Activation(name)
+
+
+def rotary(settings: dict[str, Any], *, base: float, head: int, positions: int, share: float = 1.0) -> Rotary:
+    """Rotary positions of a config's `rope_parameters` (or the older `rope_scaling`).
+
+    Args:
+      settings: those.
+      base: where they hold no `rope_theta`.
+      head: `C`.
+      positions: those that the model was trained on, where they do not say.
+      share: of each head that rotates, where they hold no `partial_rotary_factor`.
+
+    Raises:
+      ValueError: for a kind that is not supported.
+    """
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    base = float(settings.get("rope_theta") or base)
+    width = int(head * (settings.get("partial_rotary_factor") or share))
+    if kind == "default":
+        return Rotary(base=base, width=width)
+    factor = float(settings["factor"])
+    if kind == "linear":
+        return Rotary(base=base, width=width, scale=factor)
+    if kind == "llama3":
+        old = settings.get("original_max_position_embeddings") or positions
+        bands = (old / settings["low_freq_factor"], old / settings["high_freq_factor"])
+        return Rotary(base=base, width=width, scale=factor, bands=bands)
+    raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3.")
+
+
+def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
+    """What a config of any age says of its rotary positions."""
+    settings = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    if hf.get("rope_theta") is not None:
+        settings.setdefault("rope_theta", hf["rope_theta"])
+    if hf.get("partial_rotary_factor") is not None:
+        settings.setdefault("partial_rotary_factor", hf["partial_rotary_factor"])
+    return settings
+
+
+def windows(hf: dict[str, Any], layers: int, default: list[str]) -> tuple[int | None, ...] | None:
+    """The window of each layer, of a config's `layer_types`."""
+    size = hf.get("sliding_window")
+    types = hf.get("layer_types") or default
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} entries for {layers} layers.")
+    found = tuple(size if kind == "sliding_attention" else None for kind in types)
+    return found if any(found) else None

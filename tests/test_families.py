@@ -1,0 +1,149 @@
+"""Every family against `transformers` on random small models: logits, greedy generation, and the way there and back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_gpt2 import left_padded
+
+from ppo_jax.models import heads, pretrained, weights
+from ppo_jax.models.transformer import language_model
+from ppo_jax.rollout import generate
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
+         "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2}
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 16}  # fmt: skip
+GEMMA = {**GROUPED, "head_dim": 6, "query_pre_attn_scalar": 10, "sliding_window": 4}
+CASES = {
+    "neo": ("GPTNeo", {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "local"], 1]], "window_size": 4,
+                       "num_hidden_layers": None, "num_attention_heads": None}),
+    "neox": ("GPTNeoX", {}),
+    "neox, in a row, all turns": ("GPTNeoX", {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new",
+                                              "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 1.0}}),
+    "llama": ("Llama", {"num_key_value_heads": 4}),
+    "llama 3.1": ("Llama", {**GROUPED, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "llama, linear, biases, wide heads": ("Llama", {"num_key_value_heads": 1, "head_dim": 12, "attention_bias": True, "mlp_bias": True,
+                                                    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
+    "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}),
+    "mistral, no window": ("Mistral", {**GROUPED, "sliding_window": None}),
+    "qwen2": ("Qwen2", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen2, windows": ("Qwen2", {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 12}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3": ("Gemma3", {**GEMMA, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                          "final_logit_softcapping": 5.0}),
+    "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
+}  # fmt: skip
+BIASES = {"Bert": "LMHeadModel"}
+
+
+def peer(case, folder):
+    name, changes = CASES[case]
+    options = {k: v for k, v in {**SMALL, **changes}.items() if not (k in changes and v is None and k.startswith("num_"))}
+    suffix = "TextConfig" if name == "Gemma3" else "Config"
+    config = getattr(transformers, name + suffix)(**options)
+    torch.manual_seed(0)
+    model = getattr(transformers, name + BIASES.get(name, "ForCausalLM"))(config).eval()
+    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a wrong one
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
+    torch_model = peer(case, tmp_path)
+    loaded = pretrained.load_policy(tmp_path)
+    model = language_model(loaded.config)
+    tokens, mask = left_padded()
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
+    arguments = {"attention_mask": torch.tensor(mask).long(), "position_ids": torch.tensor(positions)}
+    with torch.no_grad():
+        want = torch_model(torch.tensor(tokens), **arguments).logits.numpy()
+    got = model.logits(loaded.params, model.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(mask))[0])
+    np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
+    assert np.ptp(want) > 2
+
+    texts = torch_model.generate(
+        torch.tensor(tokens), attention_mask=arguments["attention_mask"], do_sample=False, max_new_tokens=20, pad_token_id=0,
+        eos_token_id=1,
+    ).numpy()  # fmt: skip
+    out = jax.jit(
+        lambda p: generate(
+            model, p, jax.random.key(0), jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=20, stop_ids=(1,), greedy=True
+        )
+    )(loaded.params)
+    np.testing.assert_array_equal(np.asarray(out.tokens)[:, : texts.shape[1]], texts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_is_bit_identical(tmp_path, case):
+    torch_model = peer(case, tmp_path / "a")
+    loaded = pretrained.load_policy(tmp_path / "a")
+    pretrained.save_policy(tmp_path / "b", loaded)
+    again = type(torch_model).from_pretrained(tmp_path / "b")
+    tokens = torch.tensor([[2, 3, 4, 5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(torch_model(tokens).logits, again(tokens).logits)
+    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(pretrained.load_policy(tmp_path / "b").params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Bert"])
+def test_scores_equal_transformers_and_come_back(tmp_path, name):
+    """A reward model in its `ForSequenceClassification` class; BERT as the encoder that it is."""
+    torch.manual_seed(0)
+    options = {**SMALL, "num_key_value_heads": 4, **({"n_embd": 32, "n_layer": 3, "n_head": 4} if name == "GPT2" else {})}
+    model = getattr(transformers, f"{name}ForSequenceClassification")(getattr(transformers, f"{name}Config")(**options, num_labels=1))
+    model.eval().save_pretrained(tmp_path / "a")
+    tokens = np.array([[2, 3, 4, 5], [6, 7, 8, 0], [9, 0, 0, 0]])
+    with torch.no_grad():
+        want = model(torch.tensor(tokens), attention_mask=torch.tensor(tokens != 0).long()).logits[:, 0].numpy()
+    loaded = pretrained.load_scorer(tmp_path / "a")
+    got = heads.reward_model(loaded.config)(loaded.params, jnp.asarray(tokens), jnp.asarray(tokens != 0))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    pretrained.save_scorer(tmp_path / "b", loaded)
+    again = type(model).from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        assert torch.equal(again(torch.tensor(tokens[:1])).logits, model(torch.tensor(tokens[:1])).logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_shards_load(tmp_path, dtype):
+    """A sharded file of 16-bit tensors, as `transformers` writes it; ours are its numbers in float32."""
+    model = peer("llama", tmp_path / "a").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "b", max_shard_size="20KB")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    loaded = pretrained.load_policy(tmp_path / "b")
+    want = model.model.layers[1].mlp.up_proj.weight.float().detach().numpy().T
+    np.testing.assert_array_equal(loaded.params["layer_1"]["mlp"]["up"]["kernel"], want)
+
+
+def test_we_write_shards(tmp_path):
+    peer("llama", tmp_path / "a")
+    loaded = pretrained.load_policy(tmp_path / "a")
+    table = pretrained.family_of("llama").rules(loaded.config)
+    weights.write_safetensors(tmp_path / "a", weights.from_params(loaded.params, weights.expand(table, 3)), shard_bytes=20_000)
+    (tmp_path / "a/model.safetensors").unlink()
+    again = pretrained.load_policy(tmp_path / "a")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, again.params)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"model_type": "mamba"}, "'mamba' is not supported; known are bert, gemma2"),
+    ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+    ({"num_key_value_heads": 3}, "must be a multiple of kv_heads=3"),
+    ({"hidden_size": None}, "'hidden_size'"),
+])  # fmt: skip
+def test_a_config_that_cannot_be_is_refused(changes, says):
+    hf = transformers.LlamaConfig(**SMALL).to_dict()
+    hf = {k: v for k, v in {**hf, **changes}.items() if not (k in changes and v is None)}
+    with pytest.raises(ValueError, match=says):
+        pretrained.config_of(hf)
