@@ -194,7 +194,7 @@ class PPOConfig:
 OAI2019 = PPOConfig(  # openai/lm-human-preferences, sentiment and descriptiveness
     batch_size=512, epochs=4, minibatches=1, max_new_tokens=24, stop_at_end=False, truncate_after=16, temperature=0.7,
     whiten_rewards=True, kl_coef=0.15, kl_target=6.0, score_at=ScoreAt.LAST_INDEX, missing_eos=MissingEOS.REPLACE,
-    decay_learning_rate=True, adam_eps=1e-5, max_grad_norm=None,
+    learning_rate=1e-5, decay_learning_rate=True, adam_eps=1e-5, max_grad_norm=None,
 )  # fmt: skip
 NPLUS = PPOConfig(  # vwxyzjn/summarize_from_feedback_details, ppo.py
     batch_size=512, epochs=4, minibatches=1, max_new_tokens=53, temperature=0.7 + 1e-7, kl_coef=0.05,
