@@ -126,8 +126,7 @@ def train_reward(settings: Settings, tokenizer, policy: pretrained.Pretrained, t
     """
     score, rng = heads.reward_model(policy.config), np.random.default_rng(settings.seed)
     tokens, mask, targets = (
-        np.concatenate([x] * settings.reward_epochs)
-        for x in (*encode(tokenizer, texts, end=False), np.asarray(scores, np.float32))
+        np.concatenate([x] * settings.reward_epochs) for x in (*encode(tokenizer, texts, end=False), np.asarray(scores, np.float32))
     )
     noise = (rng.random(tokens.shape) < settings.reward_noise) & mask
     tokens = np.where(noise, rng.integers(0, len(tokenizer), tokens.shape, np.int32), tokens)

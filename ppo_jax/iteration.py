@@ -18,7 +18,7 @@ from ppo_jax.metrics import Metrics, experience_metrics
 from ppo_jax.rewards import ScaleState, apply_missing_eos, running_scale
 from ppo_jax.rollout import generate
 from ppo_jax.scoring import make_experience, score_rollout
-from ppo_jax.types import CriticFn, LanguageModel, Params, Rollout, Scores
+from ppo_jax.types import CriticFn, LanguageModel, Params, Rollout, Scores, overlay
 
 _SAMPLE, _SHUFFLE = 0, 1  # one key a purpose
 
@@ -67,30 +67,35 @@ def init_state(agent: Agent, params: Params, key: jax.Array, *, updates: int) ->
 
 
 def sample(
-    agent: Agent, state: PPOState, prompts: jax.Array, prompt_mask: jax.Array, row_ids: jax.Array | None = None
-) -> Rollout:
-    """A response to each of `B` left-padded prompts `[B, P]`; `row_ids [B]` number them in the global batch."""
+    agent: Agent, state: PPOState, prompts: jax.Array, prompt_mask: jax.Array, *, row_ids: jax.Array | None = None,
+    frozen: Params | None = None,
+) -> Rollout:  # fmt: skip
+    """A response to each of `B` left-padded prompts `[B, P]`; `row_ids [B]` number them in the global batch.
+
+    Here and below, `frozen` holds parameters that do not train: the state's lie over them (see `types.overlay`, `models.lora`).
+    """
     c = agent.config
     return generate(
-        agent.model, state.policy, state.key_for(_SAMPLE), prompts, prompt_mask,
+        agent.model, overlay(frozen, state.train.params)["policy"], state.key_for(_SAMPLE), prompts, prompt_mask,
         max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, stop_ids=agent.stop_ids, pad_id=agent.pad_id,
         temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop_at_end=c.stop_at_end, truncate_after=c.truncate_after,
         row_ids=row_ids,
     )  # fmt: skip
 
 
-def score(agent: Agent, state: PPOState, ref_params: Params, rollout: Rollout) -> Scores:
+def score(agent: Agent, state: PPOState, ref_params: Params, rollout: Rollout, *, frozen: Params | None = None) -> Scores:
     """What policy, reference and critic say of the responses; it needs no task score, so it runs while that is made."""
     c = agent.config
     return score_rollout(
-        agent.model, agent.critic, state.train.params, ref_params, rollout,
+        agent.model, agent.critic, overlay(frozen, state.train.params), ref_params, rollout,
         temperature=c.temperature, kl_estimator=c.kl_estimator.function, micro_batch=c.rows_at_a_time, chunk=c.logit_chunk,
     )  # fmt: skip
 
 
 def learn(
     agent: Agent, state: PPOState, rollout: Rollout, scores: Scores, task_scores: jax.Array,
-    token_scores: jax.Array | None = None, loss_fn: update.LossFn | None = None, axis_name: str | None = None,
+    token_scores: jax.Array | None = None, *, frozen: Params | None = None, loss_fn: update.LossFn | None = None,
+    axis_name: str | None = None,
 ) -> tuple[PPOState, Metrics]:  # fmt: skip
     """Task scores `[B]` (and `[B, R]` of tokens) to rewards, advantages and `epochs x minibatches` steps.
 
@@ -113,9 +118,10 @@ def learn(
         aggregation=c.weighting.aggregation, chunk=c.logit_chunk,
     )  # fmt: skip
     train, learned = update.ppo_update(
-        state.train, experience, state.key_for(_SHUFFLE), loss_fn=loss_fn, epochs=c.epochs, minibatches=c.minibatches,
+        state.train, experience, state.key_for(_SHUFFLE), epochs=c.epochs, minibatches=c.minibatches,
         micro_batches=c.micro_batches, aggregation=c.weighting.aggregation, target_kl=c.target_kl,
         skip_nonfinite=c.skip_nonfinite, axis_name=axis_name,
+        loss_fn=lambda params, batch, counts: loss_fn(overlay(frozen, params), batch, counts),
     )  # fmt: skip
     total = task_scores if token_scores is None else task_scores + jnp.where(rollout.response_mask, token_scores, 0).sum(axis=1)
     seen = experience_metrics(rollout, scores, experience, rewards, total, axis_name=axis_name)

@@ -69,9 +69,13 @@ class Trainer:
         loop: LoopConfig,
         eval_prompts: data.Prompts | None = None,
         ref_params: Params | None = None,
+        frozen: Params | None = None,
         settings: Any = None,
     ):
-        """Takes over `params`, `{"policy": ..., "critic": ...}`; the reference is the policy as it comes, unless given."""
+        """Learns `params`, `{"policy": ..., "critic": ...}`, over the `frozen` ones if there are any.
+
+        The reference, unless given, is the policy that does not train; without one, the policy as it comes.
+        """
         self.agent, self.tokenizer, self.prompts, self.reward, self.loop = agent, tokenizer, prompts, reward, loop
         self.eval_prompts = eval_prompts
         self.out = claim(out, resume=loop.resume)
@@ -81,7 +85,9 @@ class Trainer:
         self.checkpoints = Checkpoints(out / "checkpoints")
         # The update donates its state's buffers, so the reference and the caller's arrays must not be among them.
         copy = functools.partial(jax.tree.map, lambda x: jax.numpy.array(x, copy=True))
-        self.ref_params = copy(params["policy"] if ref_params is None else ref_params)
+        if ref_params is None:
+            ref_params = (frozen or {}).get("policy") or copy(params["policy"])
+        self.ref_params, self.frozen = ref_params, frozen
         self.state = iteration.init_state(agent, copy(params), jax.random.key(loop.seed), updates=loop.updates)
         if loop.resume:
             self.state = self.checkpoints.restore(self.state)
@@ -94,14 +100,14 @@ class Trainer:
         start, c = time.perf_counter(), self.agent.config
         update = int(self.state.update)
         batch = self.prompts.take(data.batch_rows(len(self.prompts), c.batch_size, update, seed=self.loop.seed))
-        rollout = self._sample(self.state, batch.tokens, batch.mask)
+        rollout = self._sample(self.state, batch.tokens, batch.mask, frozen=self.frozen)
         jax.block_until_ready(rollout)
         sampled = time.perf_counter()
-        scores = self._score(self.state, self.ref_params, rollout)  # runs while the host makes the reward
+        scores = self._score(self.state, self.ref_params, rollout, frozen=self.frozen)  # runs while the host makes the reward
         responses = self.texts(rollout)
         task_scores = self.reward(rollout, batch, responses)
         scored = time.perf_counter()
-        self.state, metrics = self._learn(self.state, rollout, scores, *task_scores)
+        self.state, metrics = self._learn(self.state, rollout, scores, *task_scores, frozen=self.frozen)
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
         end = time.perf_counter()
         numbers |= {
@@ -145,7 +151,9 @@ class Trainer:
             rows = np.arange(first, first + size) % len(prompts)  # the last batch is filled up, so one shape is compiled
             keep = min(size, len(prompts) - first)
             batch = prompts.take(rows)
-            rollout = self._sample(state.replace(update=jax.numpy.int32(first // size)), batch.tokens, batch.mask)
+            rollout = self._sample(
+                state.replace(update=jax.numpy.int32(first // size)), batch.tokens, batch.mask, frozen=self.frozen
+            )
             texts = self.texts(rollout)
             scores.extend(self.reward(rollout, batch, texts).total(rollout.response_mask)[:keep])
             responses.extend(texts[:keep])

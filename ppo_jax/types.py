@@ -14,6 +14,7 @@ Padding. Prompts are padded on the left and responses on the right, so that the 
 with every array of tokens; nothing is inferred from the id of a token.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -36,6 +37,18 @@ class KVCache:
     values: tuple[jax.Array, ...]
     mask: jax.Array
     length: jax.Array
+
+
+def overlay(base: Params | None, top: Params) -> Params:
+    """The tree of both, where `top` wins; no array is copied. Frozen parameters lie below, those that train on top.
+
+    Example:
+      >>> overlay({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": 4})
+      {'a': {'x': 1, 'y': 3}, 'b': 4}
+    """
+    if not isinstance(base, Mapping) or not isinstance(top, Mapping):
+        return top
+    return {**base, **{name: overlay(base.get(name), part) for name, part in top.items()}}
 
 
 class HiddenFn(Protocol):

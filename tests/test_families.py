@@ -12,8 +12,10 @@ from ppo_jax.models import heads, pretrained, weights
 from ppo_jax.models.transformer import language_model
 from ppo_jax.rollout import generate
 
-SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
-         "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
 GROUPED = {"num_key_value_heads": 2}
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 16}  # fmt: skip
@@ -26,8 +28,8 @@ CASES = {
                                               "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 1.0}}),
     "llama": ("Llama", {"num_key_value_heads": 4}),
     "llama 3.1": ("Llama", {**GROUPED, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
-    "llama, linear, biases, wide heads": ("Llama", {"num_key_value_heads": 1, "head_dim": 12, "attention_bias": True, "mlp_bias": True,
-                                                    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
+    "llama, linear, biases, wide": ("Llama", {"num_key_value_heads": 1, "head_dim": 12, "attention_bias": True, "mlp_bias": True,
+                                              "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
     "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}),
     "mistral, no window": ("Mistral", {**GROUPED, "sliding_window": None}),
     "qwen2": ("Qwen2", {**GROUPED, "tie_word_embeddings": True}),
@@ -99,7 +101,9 @@ def test_scores_equal_transformers_and_come_back(tmp_path, name):
     """A reward model in its `ForSequenceClassification` class; BERT as the encoder that it is."""
     torch.manual_seed(0)
     options = {**SMALL, "num_key_value_heads": 4, **({"n_embd": 32, "n_layer": 3, "n_head": 4} if name == "GPT2" else {})}
-    model = getattr(transformers, f"{name}ForSequenceClassification")(getattr(transformers, f"{name}Config")(**options, num_labels=1))
+    model = getattr(transformers, f"{name}ForSequenceClassification")(
+        getattr(transformers, f"{name}Config")(**options, num_labels=1)
+    )
     model.eval().save_pretrained(tmp_path / "a")
     tokens = np.array([[2, 3, 4, 5], [6, 7, 8, 0], [9, 0, 0, 0]])
     with torch.no_grad():

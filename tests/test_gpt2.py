@@ -95,7 +95,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     tensors = dict(weights.StoredTensors(tmp_path))
     lost = {k: v for k, v in tensors.items() if k != "transformer.h.1.mlp.c_fc.bias"}
     weights.write_safetensors(tmp_path, [*lost.items(), ("transformer.h.1.extra", np.zeros(1, np.float32))])
-    with pytest.raises(ValueError, match=r"missing tensors \['transformer.h.1.mlp.c_fc.bias'\], left over \['transformer.h.1.extra'"):
+    with pytest.raises(
+        ValueError, match=r"missing tensors \['transformer.h.1.mlp.c_fc.bias'\], left over \['transformer.h.1.extra'"
+    ):
         pretrained.load_policy(tmp_path)
     weights.write_safetensors(tmp_path, {**tensors, "transformer.ln_f.bias": np.zeros(5, np.float32)}.items())
     with pytest.raises(ValueError, match=r"final_norm/bias is \(5,\) in transformer.ln_f.bias, not \(32,\)"):

@@ -12,25 +12,10 @@ from ppo_jax.models import heads, pretrained
 from ppo_jax.reward_functions import ModelReward, RewardFn, TextReward, TokenReward
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer in a model's folder.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    from transformers import AutoTokenizer  # slow to import, and `--help` does without
-
-    folder = pretrained.resolve(model)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise ValueError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
-
-
 def load_model(model: str, dtype: str = "float32", remat: bool = False) -> tuple[pretrained.Pretrained, Any]:
     """A policy and its tokenizer, checked against each other."""
     policy = pretrained.load_policy(model, dtype=jnp.dtype(dtype), remat=remat)
-    tokenizer = load_tokenizer(model)
+    tokenizer = pretrained.load_tokenizer(model)
     pretrained.check_tokenizer(tokenizer, policy.config)
     return policy, tokenizer
 
@@ -70,7 +55,7 @@ def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardF
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py"):
         scorer = pretrained.load_scorer(spec)
-        tokenizer = load_tokenizer(spec)
+        tokenizer = pretrained.load_tokenizer(spec)
         score = jax.jit(heads.reward_model(scorer.config))
         return ModelReward(score, scorer.params, tokenizer, scorer.config.positions, pad_id(tokenizer))
     if not Path(file).is_file():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.models import weights
+from ppo_jax.models import gguf_format, weights
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import family_of
 from ppo_jax.models.family import Family
@@ -49,17 +49,17 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
     """A language model; parameters float32 whatever the file holds.
 
     Args:
-      model: a folder or a Hugging Face id.
+      model: a folder, a Hugging Face id or a .gguf file.
       dtype: compute type.
       remat: recompute blocks in the backward pass.
 
     Raises:
       ValueError: naming what the folder lacks or the tensors that do not fit.
     """
-    folder, hf, family = _read_config(model)
-    config = config_of(hf, dtype=dtype, remat=remat)
+    folder, hf, stored = _read(model)
+    family, config = family_of(hf.get("model_type")), config_of(hf, dtype=dtype, remat=remat)
     rules = weights.expand(family.rules(config), config.layers)
-    tensors = _named(weights.StoredTensors(folder), rules, family)
+    tensors = _named(stored, rules, family)
     for name in [name for name in tensors if config.tied and name in _OUTPUTS]:
         del tensors[name]  # a copy of the embedding
     for name in [name for name in tensors if name.startswith("bert.pooler.")]:
@@ -67,11 +67,25 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
     return Pretrained(config, weights.to_params(tensors, rules, _shapes(config), source=str(folder)), hf)
 
 
+def load_trunk(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
+    """A model without any head, such as a sentence encoder."""
+    folder, hf, stored = _read(model)
+    family = family_of(hf.get("model_type"))
+    config = dataclasses.replace(config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True)
+    rules = weights.expand(family.rules(config), config.layers)
+    known = {rule.stored for rule in rules}
+    tensors = _named(stored, rules, family)
+    for name in [name for name in tensors if name not in known and not name.startswith(f"{family.prefix}encoder")]:
+        del tensors[name]  # a head
+    return Pretrained(config, weights.to_params(tensors, rules, _shapes(config), source=str(folder)), hf)
+
+
 def load_scorer(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
     """A reward model or separate critic (a class `...ForSequenceClassification`, one label): `{"trunk": ..., "head": ...}`."""
-    folder, hf, family = _read_config(model)
+    folder, hf, stored = _read(model)
+    family = family_of(hf.get("model_type"))
     config = dataclasses.replace(config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True)
-    rules, stored = weights.expand(family.rules(config), config.layers), weights.StoredTensors(folder)
+    rules = weights.expand(family.rules(config), config.layers)
     head, tensors = {}, _named(stored, [*rules, *family.score], family)
     for rule in family.score:
         if rule.stored not in tensors:
@@ -110,7 +124,7 @@ def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     kind = model.hf_config["model_type"]
     family, config = family_of(kind), dataclasses.replace(model.config, lm_transform=False, tied=True)
     # An output matrix of its own has no place in a model that scores.
-    trunk = {name: part for name, part in model.params["trunk"].items() if name not in ("unembedding", "lm_dense", "lm_norm", "lm_bias")}
+    trunk = {name: part for name, part in model.params["trunk"].items() if name != "unembedding" and not name.startswith("lm_")}
     tensors = dict(weights.from_params(trunk, weights.expand(family.rules(config), config.layers)))
     tensors |= dict(weights.from_params(model.params["head"], family.score))
     extra = {"architectures": [family.classes[kind][1]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -133,7 +147,26 @@ def count_params(params: Params) -> int:
 _OUTPUTS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
 
 
-def _read_config(model: str | Path) -> tuple[Path, dict[str, Any], Family]:
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer in a model's folder, hub snapshot or .gguf file.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    from transformers import AutoTokenizer  # slow to import, and `--help` does without
+
+    try:
+        if gguf_format.is_gguf(model):
+            return gguf_format.load_tokenizer(Path(model))
+        return AutoTokenizer.from_pretrained(resolve(model))
+    except Exception as error:
+        raise ValueError(f"{model} holds no tokenizer that transformers can load: {error}") from error
+
+
+def _read(model: str | Path) -> tuple[Path, dict[str, Any], Mapping[str, Any]]:
+    """Where a model is, its `config.json` and its tensors."""
+    if gguf_format.is_gguf(model):
+        return Path(model), *gguf_format.read(Path(model))
     folder = resolve(model)
     file = folder / "config.json"
     if not file.exists():
@@ -144,7 +177,8 @@ def _read_config(model: str | Path) -> tuple[Path, dict[str, Any], Family]:
         raise ValueError(f"{file} is not readable JSON: {error}.") from error
     if not isinstance(hf, dict):
         raise ValueError(f"{file} is no JSON object.")
-    return folder, hf, family_of(hf.get("model_type"))
+    family_of(hf.get("model_type"))  # one that is unknown is named before the tensors are looked for
+    return folder, hf, weights.StoredTensors(folder)
 
 
 def _shapes(config: TransformerConfig) -> Params:

@@ -72,9 +72,7 @@ class Decoder(nn.Module):
         ago_SN = slots_S[:, None] - jnp.arange(mask_BN.shape[1])[None, :]
         # A token's position is the number of real tokens before it, so padding shifts nothing.
         position_BS = jnp.sum((ago_SN > 0)[None] & mask_BN[:, None], axis=-1)
-        reach = {
-            window: mask_BN[:, None] & _reach(ago_SN, window, c.causal)[None] for window in dict.fromkeys(c.layer_windows)
-        }
+        reach = {window: mask_BN[:, None] & _reach(ago_SN, window, c.causal)[None] for window in dict.fromkeys(c.layer_windows)}
         turn = {rotary: _angles(rotary, position_BS) for rotary in (c.rotary, c.local_rotary)}
         x_BSD, keys, values = self._embed(tokens_BS, position_BS), [], []
         for block, window in zip(self.blocks, c.layer_windows, strict=True):

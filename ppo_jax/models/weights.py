@@ -182,3 +182,6 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *
         save_file(shard, folder / file, metadata={"format": "pt"})
 
 
+def transposed(rule: Rule) -> Rule:
+    """The rule with a stored tensor of `(out, in)`."""
+    return dataclasses.replace(rule, transpose=True)

@@ -10,7 +10,8 @@ from ppo_jax.models.weights import Rule, linear, norm
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     layers, width = hf.get("num_layers", 24), hf.get("hidden_size", 2048)
-    kinds = [kind for pattern, times in hf.get("attention_types", [[["global", "local"], 12]]) for _ in range(times) for kind in pattern]
+    patterns = hf.get("attention_types", [[["global", "local"], 12]])
+    kinds = [kind for pattern, times in patterns for _ in range(times) for kind in pattern]
     return {
         "vocab_size": hf.get("vocab_size", 50257),
         "positions": hf.get("max_position_embeddings", 2048),

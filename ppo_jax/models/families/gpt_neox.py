@@ -9,8 +9,8 @@ from ppo_jax.models.weights import Rule, linear, norm
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    width, heads, positions = hf.get("hidden_size", 6144), hf.get("num_attention_heads", 64), hf.get("max_position_embeddings", 2048)
-    bias = hf.get("attention_bias", True)
+    width, heads = hf.get("hidden_size", 6144), hf.get("num_attention_heads", 64)
+    positions, bias = hf.get("max_position_embeddings", 2048), hf.get("attention_bias", True)
     turn = rotary(
         rope_settings(hf), base=hf.get("rotary_emb_base", 10000.0), head=width // heads, positions=positions,
         share=hf.get("rotary_pct", 0.25),

@@ -1,0 +1,60 @@
+"""The real MiniLM encoder against PyTorch, and the real SmolLM2 against `transformers`' own reading of its GGUF file."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from experiments import assets
+from ppo_jax.models import encoder, heads, pretrained
+from ppo_jax.models.transformer import language_model
+
+TEXTS = ["A warm and funny film.", "the plot makes no sense at all , and the acting is worse", "Yes.", "naïve — café ☕ " * 30]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return encoder.load_encoder(assets.minilm(), length=64)
+
+
+def test_embeddings_equal_pytorch(minilm):
+    folder = assets.minilm()
+    tokenizer, model = (cls.from_pretrained(folder) for cls in (transformers.AutoTokenizer, transformers.AutoModel))
+    batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        states, mask = model.eval()(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    want = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1)).numpy()
+    np.testing.assert_allclose(minilm(TEXTS), want, atol=1e-5)
+
+
+def test_likeness_is_highest_to_itself(minilm):
+    reward = encoder.LikenessReward(minilm, "I love this movie")
+    scores = reward(["I love", "I really like", "The train"], [" this movie", " this film", " to Leeds is late"])
+    assert scores[0] == pytest.approx(1, abs=1e-5) and scores[0] > scores[1] > scores[2]
+
+
+def test_an_encoder_is_no_critic_and_a_decoder_no_encoder(minilm, tmp_path):
+    with pytest.raises(ValueError, match="must not see the words to come"):
+        heads.separate_critic(pretrained.load_trunk(assets.minilm()).config)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a decoder"):
+        encoder.load_encoder(tmp_path)
+
+
+def test_smollm2_equals_transformers(tmp_path):
+    """135 million real weights in Q4_1 and Q8_0; saved as safetensors they are the same model to `transformers`."""
+    file = assets.smollm2_gguf()
+    loaded, tokenizer = pretrained.load_policy(file), pretrained.load_tokenizer(file)
+    pretrained.check_tokenizer(tokenizer, loaded.config)
+    pretrained.save_policy(tmp_path, loaded, tokenizer)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = tokenizer("The film is a wonderful story of a boy who", return_tensors="pt").input_ids
+    with torch.no_grad():
+        want, saved = peer(tokens).logits.numpy(), again(tokens).logits.numpy()
+    ids, model = jnp.asarray(tokens.numpy()), language_model(loaded.config)
+    got = model.logits(loaded.params, model.hidden(loaded.params, ids, ids >= 0)[0])
+    np.testing.assert_allclose(got, want, atol=1e-3)
+    np.testing.assert_allclose(saved, want, atol=1e-3)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template

@@ -1,0 +1,120 @@
+"""Low-rank adapters: they start as nothing, merge into the base, train alone, and are the same in `peft`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from test_families import peer
+from test_gpt2 import left_padded
+from test_gpt2 import peer as gpt2_peer
+
+from ppo_jax import iteration
+from ppo_jax.config import PPOConfig
+from ppo_jax.models import heads, lora, pretrained
+from ppo_jax.models.transformer import language_model
+from ppo_jax.types import overlay
+
+EVERYTHING = lora.LoRA(rank=3, alpha=7.0, targets=r"(attn|mlp)/")
+SOME = lora.LoRA(rank=4, alpha=4.0, targets=r"layer_[02]/attn/(q|v)$", stabilised=True)
+
+
+def load(kind, folder):
+    (gpt2_peer if kind == "gpt2" else functools.partial(peer, kind))(folder)
+    return pretrained.load_policy(folder)
+
+
+def with_scale(loaded, one):
+    config = dataclasses.replace(loaded.config, lora_scale=one.scale)
+    return config, language_model(config)
+
+
+def noisy(adapters):
+    leaves, tree = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    return tree.unflatten([0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def logits(model, params, tokens, mask):
+    return model.logits(params, model.hidden(params, jnp.asarray(tokens), jnp.asarray(mask))[0])
+
+
+@pytest.mark.parametrize("one", [EVERYTHING, SOME])
+def test_fresh_adapters_change_no_bit_and_merged_ones_change_little(tmp_path, one):
+    loaded = load("qwen2", tmp_path)
+    _, model = with_scale(loaded, one)
+    fresh, batch = lora.init_lora(loaded.params, jax.random.key(0), one), left_padded()
+    np.testing.assert_array_equal(logits(model, overlay(loaded.params, fresh), *batch), logits(model, loaded.params, *batch))
+    full = overlay(loaded.params, noisy(fresh))
+    want = logits(model, full, *batch)
+    assert np.abs(np.asarray(want - logits(model, loaded.params, *batch))).max() > 0.1
+    merged = lora.merge(full, one.scale)
+    assert jax.tree.structure(merged) == jax.tree.structure(loaded.params)
+    np.testing.assert_allclose(logits(model, merged, *batch)[batch[1]], want[batch[1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "qwen2"])
+@pytest.mark.parametrize("one", [EVERYTHING, SOME, lora.LoRA(targets="mlp/up")])
+def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
+    loaded = load(kind, tmp_path / "base")
+    config, model = with_scale(loaded, one)
+    adapters = noisy(lora.init_lora(loaded.params, jax.random.key(0), one))
+    lora.save_adapter(tmp_path / "adapter", adapters, one, config, loaded.hf_config["model_type"], str(tmp_path / "base"))
+    base = (gpt2_peer if kind == "gpt2" else functools.partial(peer, kind))(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    tokens, mask = left_padded()
+    positions = torch.tensor(np.maximum(np.cumsum(mask, 1) - 1, 0))
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=positions).logits.numpy()
+    got = logits(model, overlay(loaded.params, adapters), tokens, mask)
+    np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
+
+    theirs.save_pretrained(tmp_path / "again")
+    back, scale = lora.load_adapter(tmp_path / "again", config, loaded.hf_config["model_type"])
+    assert scale == pytest.approx(one.scale)
+    np.testing.assert_allclose(logits(model, overlay(loaded.params, back), tokens, mask)[mask], np.asarray(got)[mask], atol=1e-5)
+
+
+def test_only_adapters_train_and_the_base_is_the_reference(tmp_path):
+    loaded = load("llama", tmp_path)
+    one = lora.LoRA(rank=2)
+    config, model = with_scale(loaded, one)
+    ppo = PPOConfig(batch_size=8, epochs=2, minibatches=2, max_new_tokens=6, learning_rate=1e-2)
+    agent = iteration.Agent(model, heads.separate_critic(config), ppo, (1,), 0)
+    head = heads.init_head(config.width, jax.random.key(1))
+    adapters = lora.init_lora(loaded.params, jax.random.key(0), one)
+    frozen = {"policy": loaded.params, "critic": {"trunk": loaded.params}}  # one base for both
+    params = {"policy": adapters, "critic": {"trunk": adapters, "head": head}}
+    state = iteration.init_state(agent, params, jax.random.key(2), updates=3)
+    moments = sum(x.size for x in jax.tree.leaves(state.train.opt_state))
+    assert moments < 3 * sum(x.size for x in jax.tree.leaves(params))
+    tokens, mask = (jnp.asarray(np.resize(x, (8, 10))) for x in left_padded())
+
+    @jax.jit
+    def update(state, frozen):
+        rollout = iteration.sample(agent, state, tokens, mask, frozen=frozen)
+        scores = iteration.score(agent, state, frozen["policy"], rollout, frozen=frozen)
+        return iteration.learn(agent, state, rollout, scores, rollout.responses[:, 0] / 30, frozen=frozen)
+
+    state, first = update(state, frozen)
+    assert first["objective/kl"] == 0 and first["policy/first_ratio_error_max"] < 2e-6
+    state, second = update(state, frozen)
+    assert second["objective/kl"] != 0
+    assert all((np.asarray(a) != np.asarray(b)).any() for a, b in zip(
+        jax.tree.leaves(state.train.params), jax.tree.leaves(params), strict=True))  # fmt: skip
+
+
+def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
+    loaded = load("llama", tmp_path / "base")
+    with pytest.raises(ValueError, match="adapts no layer: 'nothing' is found in none of"):
+        lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(targets="nothing"))
+    with pytest.raises(ValueError, match="holds no adapter"):
+        lora.load_adapter(tmp_path, loaded.config, "llama")
+    adapters = lora.init_lora(loaded.params, jax.random.key(0), EVERYTHING)
+    lora.save_adapter(tmp_path / "adapter", adapters, EVERYTHING, loaded.config, "llama", "base")
+    with pytest.raises(ValueError, match="left over"):
+        lora.load_adapter(tmp_path / "adapter", load("neox", tmp_path / "other").config, "gpt_neox")
