@@ -14,7 +14,8 @@ class Prompts:
     """Left-padded prompts.
 
     Attributes:
-      rows: what each came as, `{"prompt": text, ...}`; further columns are for the reward.
+      rows: what each came as, `{"prompt": text, ...}`; further columns are for the reward. A prompt that came as messages is the
+        text that the chat template made of them, and they are in the column `messages`.
       tokens: `[n, P]` int32.
       mask: `[n, P]` bool.
     """
@@ -39,7 +40,7 @@ def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: S
 
     Args:
       source: any of those.
-      columns: texts that every row must have; a bare text is the first of them.
+      columns: texts that every row must have (or lists of messages, `{"role": ..., "content": ...}`); a bare text is the first.
 
     Raises:
       ValueError: if the file cannot be read, a row lacks a column or has no text there, or nothing is there.
@@ -62,12 +63,39 @@ def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: S
     for number, item in enumerate(items):
         row = {columns[0]: item} if isinstance(item, str) else item
         for column in columns:
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            if not isinstance(row, dict) or not (isinstance(row.get(column), str) or _is_chat(row.get(column))):
                 raise ValueError(f"Row {number} needs a text in its column {column!r}.")
         rows.append(row)
     if not rows:
         raise ValueError(f"There is no {columns[0]} in {source if isinstance(source, str | Path) else 'the given list'}.")
     return rows
+
+
+def as_chat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose text prompts are a user's messages."""
+    return [
+        {**row, "prompt": [{"role": "user", "content": row["prompt"]}]} if isinstance(row["prompt"], str) else row for row in rows
+    ]
+
+
+def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of the special token that a chat template puts after an assistant's words, if there is one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return ()
+    mark = "ppo_jax_marks_this"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
+    special = [i for i in tokenizer(after, add_special_tokens=False).input_ids if i in tokenizer.all_special_ids]
+    return tuple(special[:1])
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+
+
+def _through_template(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    return {**row, "prompt": text, "messages": row["prompt"]}
 
 
 def pad(sequences: Sequence[Sequence[int]], *, length: int | None = None, pad_id: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -87,12 +115,17 @@ def pad(sequences: Sequence[Sequence[int]], *, length: int | None = None, pad_id
 
 
 def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions: int, new_tokens: int, pad_id: int) -> Prompts:
-    """Tokenizes prompts.
+    """Tokenizes prompts, those of messages through the tokenizer's chat template.
 
     Raises:
       ValueError: if a prompt is empty, or leaves no room for a response within the model's positions.
     """
-    ids = [tokenizer(row["prompt"]).input_ids for row in rows]
+    if any(_is_chat(row["prompt"]) for row in rows):
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("Prompts of messages need a tokenizer with a chat template; this one has none.")
+        rows = [_through_template(row, tokenizer) if _is_chat(row["prompt"]) else row for row in rows]
+    # A template writes its own special tokens.
+    ids = [tokenizer(row["prompt"], add_special_tokens="messages" not in row).input_ids for row in rows]
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"Prompt {i} ({rows[i]['prompt']!r}) has no token.")

@@ -33,6 +33,8 @@ class Sampling:
     """Take the likeliest token."""
     seed: int = 0
     """Of sampling."""
+    chat: bool = False
+    """Put each prompt as a user's message through the tokenizer's chat template."""
     stop_tokens: tuple[str, ...] = ()
     """Further tokens that end a response."""
     batch_size: int = 64
@@ -41,12 +43,13 @@ class Sampling:
     def sample(self, rows: list[dict[str, Any]]) -> Iterator[tuple[Rollout, data.Prompts, list[str]]]:
         """Responses to prompts, a batch at a time."""
         policy, tokenizer = load_model(self.model)
+        rows = data.as_chat(rows) if self.chat else rows
         prompts = data.encode_prompts(
             rows, tokenizer, positions=policy.config.positions, new_tokens=self.max_new_tokens, pad_id=pad_id(tokenizer)
         )
         generate = functools.partial(
             rollout.generate, language_model(policy.config), max_new_tokens=self.max_new_tokens,
-            stop_ids=stop_ids(tokenizer, self.stop_tokens), pad_id=pad_id(tokenizer), temperature=self.temperature,
+            stop_ids=stop_ids(tokenizer, policy, self.stop_tokens), pad_id=pad_id(tokenizer), temperature=self.temperature,
             top_k=self.top_k, top_p=self.top_p, greedy=self.greedy,
         )  # fmt: skip
         generate = jax.jit(generate)

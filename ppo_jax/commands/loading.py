@@ -25,25 +25,26 @@ def pad_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def stop_ids(tokenizer: Any, further: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's end token and further ones.
+def stop_ids(tokenizer: Any, policy: pretrained.Pretrained, further: tuple[str, ...] = ()) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's end token, those that the model's files name, its chat template's end of a turn,
+    and further ones.
 
     Raises:
       ValueError: if a text is not exactly one token.
     """
-    ids = [tokenizer.eos_token_id]
+    ids = [tokenizer.eos_token_id, *policy.end_ids, *data.end_of_turn(tokenizer)]
     for text in further:
         one = tokenizer(text, add_special_tokens=False).input_ids
         if len(one) != 1:
             raise ValueError(f"stop_tokens: {text!r} is {len(one)} tokens of this tokenizer, not one.")
         ids += one
-    return tuple(ids)
+    return tuple(dict.fromkeys(ids))
 
 
-def load_prompts(path: Path, tokenizer: Any, policy: pretrained.Pretrained, new_tokens: int) -> data.Prompts:
-    return data.encode_prompts(
-        data.read_rows(path), tokenizer, positions=policy.config.positions, new_tokens=new_tokens, pad_id=pad_id(tokenizer)
-    )
+def load_prompts(path: Path, tokenizer: Any, policy: pretrained.Pretrained, new_tokens: int, chat: bool = False) -> data.Prompts:
+    rows = data.read_rows(path)
+    rows = data.as_chat(rows) if chat else rows
+    return data.encode_prompts(rows, tokenizer, positions=policy.config.positions, new_tokens=new_tokens, pad_id=pad_id(tokenizer))
 
 
 def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardFn:

@@ -35,6 +35,8 @@ class Train:
     critic: str = "separate"
     """shared: a value head on the policy's trunk; separate: a critic of its own that starts from the policy; or the reward model
     (a folder or a Hugging Face id) that a critic of its own starts from."""
+    chat: bool = False
+    """Put each prompt as a user's message through the tokenizer's chat template; prompts that are lists of messages always are."""
     stop_tokens: tuple[str, ...] = ()
     """Further tokens that end a response, each one token of the tokenizer; its own end token always does."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -51,11 +53,11 @@ class Train:
         policy, tokenizer = load_model(self.model, self.dtype, self.remat)
         reward = load_reward(self.reward, self.reward_given)
         prompts, held_out = (
-            None if path is None else load_prompts(path, tokenizer, policy, self.ppo.max_new_tokens)
+            None if path is None else load_prompts(path, tokenizer, policy, self.ppo.max_new_tokens, self.chat)
             for path in (self.prompts, self.eval_prompts)
         )
         critic, critic_params = self.make_critic(policy)
-        stops = stop_ids(tokenizer, self.stop_tokens)
+        stops = stop_ids(tokenizer, policy, self.stop_tokens)
         agent = iteration.Agent(language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer))
         params = {"policy": policy.params, "critic": critic_params}
         trainer = Trainer(

@@ -22,11 +22,18 @@ _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 
 
 class Pretrained(NamedTuple):
-    """A loaded model: our config, our parameters, and its `config.json` to be written back."""
+    """A loaded model: our config, our parameters, and its `config.json` and `generation_config.json` to be written back."""
 
     config: TransformerConfig
     params: Params
     hf_config: dict[str, Any]
+    generation: dict[str, Any] | None = None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, as the model's own files say."""
+        ids = [(self.generation or {}).get("eos_token_id"), self.hf_config.get("eos_token_id")]
+        return tuple(dict.fromkeys(i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])))
 
 
 def resolve(model: str | Path) -> Path:
@@ -64,7 +71,9 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
         del tensors[name]  # a copy of the embedding
     for name in [name for name in tensors if name.startswith("bert.pooler.")]:
         del tensors[name]  # says nothing of the next token
-    return Pretrained(config, weights.to_params(tensors, rules, _shapes(config), source=str(folder)), hf)
+    params = weights.to_params(tensors, rules, _shapes(config), source=str(folder))
+    generation = folder / "generation_config.json"
+    return Pretrained(config, params, hf, _read_json(generation) if generation.is_file() else None)
 
 
 def load_trunk(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
@@ -117,6 +126,8 @@ def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     family = family_of(kind)
     tensors = weights.from_params(model.params, weights.expand(family.rules(model.config), model.config.layers))
     _write(folder, {**model.hf_config, "architectures": [family.classes[kind][0]]}, tensors, tokenizer)
+    if model.generation is not None:
+        (Path(folder) / "generation_config.json").write_text(json.dumps(model.generation, indent=2) + "\n")
 
 
 def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
@@ -171,14 +182,19 @@ def _read(model: str | Path) -> tuple[Path, dict[str, Any], Mapping[str, Any]]:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder} holds no config.json, so it is no model in the Hugging Face format.")
-    try:
-        hf = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is not readable JSON: {error}.") from error
-    if not isinstance(hf, dict):
-        raise ValueError(f"{file} is no JSON object.")
+    hf = _read_json(file)
     family_of(hf.get("model_type"))  # one that is unknown is named before the tensors are looked for
     return folder, hf, weights.StoredTensors(folder)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON object.")
+    return content
 
 
 def _shapes(config: TransformerConfig) -> Params:
