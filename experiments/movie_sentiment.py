@@ -7,8 +7,9 @@ were trained on. An independent judge, the VADER lexicon, which nothing was trai
 
     python -m experiments.movie_sentiment --out runs/movies
 
-Seen with `--seed 1` on 2 cores: 239 s; judge 0.137 to 0.468, distinct-2 0.872 to 0.668, KL 14.4 nats a response, Spearman of the
-reward model with human scores on held-out sentences 0.599.
+Seen with seeds 0, 1 and 2 on 2 cores: 186 to 191 s; judge 0.129 to 0.783, 0.138 to 0.677 and 0.181 to 0.737; distinct-2 0.87 to
+0.65, 0.87 to 0.63 and 0.86 to 0.72; KL 15.8, 16.5 and 18.4 nats a response; Spearman of the reward model with human scores on
+held-out sentences 0.656, 0.650 and 0.697.
 """
 
 import dataclasses

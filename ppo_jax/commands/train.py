@@ -20,7 +20,7 @@ class Train:
     """PPO: sample responses to prompts, score them with a reward, improve the policy, repeat."""
 
     model: str
-    """The policy: a folder or a Hugging Face id of a GPT-2 checkpoint."""
+    """The policy: a folder or a Hugging Face id in safetensors, or a .gguf file."""
     prompts: Path
     """A text file (one prompt a line) or .jsonl (one object a line, with a column "prompt")."""
     reward: str
