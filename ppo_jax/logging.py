@@ -24,13 +24,20 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; the results need a folder.")
     if not resume and any((folder / mark).exists() for mark in _MARKS):
-        raise ValueError(f"{folder} holds another run; choose another folder, or resume it.")
+        raise ValueError(f"{folder} holds another run; choose another folder.")
 
 
 def claim(folder: Path, *, resume: bool = False) -> Path:
-    """Makes a run's folder after `check_free`."""
+    """Makes a run's folder after `check_free`.
+
+    Raises:
+      ValueError: as that, or if the folder cannot be made.
+    """
     check_free(folder, resume=resume)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
     return folder
 
 

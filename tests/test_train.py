@@ -215,6 +215,19 @@ def test_a_run_in_the_folder_is_seen_before_the_model_is_read(folder, capsys):
     assert "holds another run" in capsys.readouterr().err
 
 
+def test_weights_and_biases_hears_of_every_update(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+
+    heard = []
+    log = wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda self, data, **more: (heard.append((more["step"], data)), log(self, data, **more)))
+    trainer(tmp_path / "run", updates=2, wandb_project="ppo_jax").run()
+    assert [step for step, data in heard if "objective/kl" in data] == [0, 1]
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+
+
 def test_prompts_from_a_dataset():
     rows = data.read_rows(datasets.Dataset.from_list([{"prompt": "a b", "answer": 1}, {"prompt": "c", "answer": 2}]))
     assert rows == [{"prompt": "a b", "answer": 1}, {"prompt": "c", "answer": 2}]
@@ -242,6 +255,7 @@ def test_the_command_trains_a_model_that_generates(folder, capsys):
         ({"reward": "reward.py:nothing"}, "no function 'nothing'"),
         ({"reward": "none.py:score"}, "does not exist"),
         ({"loop.updates": 0}, "at least 1"),
+        ({"ppo.top-k": 999}, "top_k=999 must lie in 1 .. 21"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_writes_nothing(folder, capsys, changes, says):

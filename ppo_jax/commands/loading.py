@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ppo_jax import data
 from ppo_jax.models import heads, pretrained
+from ppo_jax.models.config import TransformerConfig
 from ppo_jax.reward_functions import ModelReward, RewardFn, TextReward, TokenReward
 
 
@@ -39,6 +40,12 @@ def stop_ids(tokenizer: Any, policy: pretrained.Pretrained, further: tuple[str, 
             raise ValueError(f"stop_tokens: {text!r} is {len(one)} tokens of this tokenizer, not one.")
         ids += one
     return tuple(dict.fromkeys(ids))
+
+
+def check_top_k(top_k: int | None, config: TransformerConfig) -> None:
+    """Raises ValueError if there are fewer words than `top_k`."""
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k={top_k} must lie in 1 .. {config.vocab_size}, the model's vocabulary.")
 
 
 def load_prompts(path: Path, tokenizer: Any, policy: pretrained.Pretrained, new_tokens: int, chat: bool = False) -> data.Prompts:

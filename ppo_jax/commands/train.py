@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from ppo_jax import iteration
-from ppo_jax.commands.loading import load_model, load_prompts, load_reward, pad_id, stop_ids
+from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
 from ppo_jax.config import PPOConfig
 from ppo_jax.logging import check_free, write_json
 from ppo_jax.models import heads, pretrained
@@ -51,6 +51,7 @@ class Train:
     def run(self) -> None:
         check_free(self.out, resume=self.loop.resume)
         policy, tokenizer = load_model(self.model, self.dtype, self.remat)
+        check_top_k(self.ppo.top_k, policy.config)
         reward = load_reward(self.reward, self.reward_given)
         prompts, held_out = (
             None if path is None else load_prompts(path, tokenizer, policy, self.ppo.max_new_tokens, self.chat)

@@ -1,0 +1,52 @@
+"""Prompts of messages, and where a chat's answer ends."""
+
+import json
+
+import pytest
+import transformers
+from test_train import policy, tokenizer
+
+from ppo_jax import data
+from ppo_jax.commands.loading import stop_ids
+from ppo_jax.models import pretrained
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} t {% endfor %}{% if add_generation_prompt %}a {% endif %}"
+
+
+def chatty():
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["t"]})  # the end of a turn
+    words.chat_template = TEMPLATE
+    return words
+
+
+def encode(rows, words):
+    return data.encode_prompts(rows, words, positions=32, new_tokens=2, pad_id=0)
+
+
+def test_messages_and_texts_as_messages_go_through_the_template():
+    messages = [{"role": "user", "content": "b c"}]
+    told = encode([{"prompt": messages, "answer": 1}], chatty())
+    assert told.texts == ["u b c t a "] and told.rows[0]["messages"] == messages and told.rows[0]["answer"] == 1
+    # "u" is no word of this tokenizer; it stands as the unknown one, "a"
+    assert told.tokens[told.mask].tolist() == chatty().convert_tokens_to_ids(["a", "b", "c", "t", "a"])
+    plain = encode(data.as_chat([{"prompt": "b c"}, {"prompt": messages}]), chatty())
+    assert plain.texts == ["u b c t a "] * 2
+    assert encode([{"prompt": "b c"}], chatty()).texts == ["b c"]  # a text without --chat stays a text
+
+
+def test_messages_need_a_template():
+    with pytest.raises(ValueError, match="chat template; this one has none"):
+        encode([{"prompt": [{"role": "user", "content": "b"}]}], tokenizer())
+
+
+def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
+    words, model = chatty(), policy()._replace(generation={"eos_token_id": [3, 0]})
+    turn = words.convert_tokens_to_ids("t")
+    assert data.end_of_turn(words) == (turn,) and data.end_of_turn(tokenizer()) == ()
+    assert stop_ids(words, model, ("b",)) == (0, 3, turn, words.convert_tokens_to_ids("b"))
+    pretrained.save_policy(tmp_path, model, words)
+    assert pretrained.load_policy(tmp_path).end_ids == model.end_ids == (3, 0)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == model.generation
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == TEMPLATE and data.end_of_turn(again) == (turn,)
