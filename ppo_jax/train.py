@@ -146,7 +146,7 @@ class Trainer:
     def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:
         """Samples a response to each held-out prompt with a key of its own, the same at every evaluation."""
         state = self.state.replace(key=jax.random.key(self.loop.seed + 1), update=jax.numpy.int32(0))
-        size, responses, scores, lengths = self.agent.config.batch_size, [], [], []
+        size, responses, scores, lengths, kls = self.agent.config.batch_size, [], [], [], []
         for first in range(0, len(prompts), size):
             rows = np.arange(first, first + size) % len(prompts)  # the last batch is filled up, so one shape is compiled
             keep = min(size, len(prompts) - first)
@@ -158,7 +158,10 @@ class Trainer:
             scores.extend(self.reward(rollout, batch, texts).total(rollout.response_mask)[:keep])
             responses.extend(texts[:keep])
             lengths.extend(np.asarray(rollout.response_mask).sum(axis=1)[:keep])
-        return {"eval/scores": float(np.mean(scores)), "eval/length_mean": float(np.mean(lengths))}, responses
+            said = self._score(state, self.ref_params, rollout, frozen=self.frozen)
+            kls.extend(np.asarray(said.logprobs - said.ref_logprobs).sum(axis=1)[:keep])
+        means = {"eval/scores": scores, "eval/length_mean": lengths, "eval/kl": kls}
+        return {name: float(np.mean(x)) for name, x in means.items()}, responses
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses as texts, cut after the first end token."""
