@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import cli, data, iteration
 from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.models import heads, pretrained
+from ppo_jax.models import heads, lora, pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
 from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.reward_functions import RewardError, TextReward, TokenReward, check_scores
 from ppo_jax.train import LoopConfig, Trainer
-from ppo_jax.types import Rollout
+from ppo_jax.types import Rollout, overlay
 
 WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
 PPO = PPOConfig(batch_size=32, epochs=2, minibatches=2, max_new_tokens=6, learning_rate=3e-3, kl_coef=0.01, vf_coef=0.5)
@@ -213,6 +213,22 @@ def test_a_run_in_the_folder_is_seen_before_the_model_is_read(folder, capsys):
     with pytest.raises(SystemExit):
         cli.main(command(folder, model="no such model"))
     assert "holds another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate", "reward model"])
+def test_adapters_from_the_command(folder, critic):
+    """The merged model is the base under its adapter, and the run resumes."""
+    if critic == "reward model":
+        critic, base = str(folder / "scorer"), policy()
+        scorer = base._replace(params=heads.init_scorer(base.config, jax.random.key(3)))
+        pretrained.save_scorer(critic, scorer, tokenizer())
+    cli.main(command(folder, **{"lora.rank": 2, "lora.targets": "attn/(q|o)$", "critic": critic, "ppo.learning-rate": 1e-2}))
+    base, tuned = (pretrained.load_policy(folder / name) for name in ("model", "out/model"))
+    adapters, scale = lora.load_adapter(folder / "out/adapter", base.config, "gpt2")
+    merged = lora.merge(overlay(base.params, adapters), scale)
+    jax.tree.map(np.testing.assert_array_equal, merged, tuned.params)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), base.params, tuned.params)
+    assert moved["layer_0"]["attn"]["q"]["kernel"] and not moved["layer_0"]["attn"]["k"]["kernel"] and not moved["embedding"]
 
 
 def test_weights_and_biases_hears_of_every_update(tmp_path, monkeypatch):

@@ -8,11 +8,33 @@ import jax
 
 from ppo_jax import iteration
 from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
-from ppo_jax.config import PPOConfig
+from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.logging import check_free, write_json
-from ppo_jax.models import heads, pretrained
+from ppo_jax.models import heads, lora, pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.train import LoopConfig, Trainer
+from ppo_jax.types import overlay
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Low-rank adapters over the frozen model, which is then the reference too."""
+
+    rank: int = 0
+    """Of each; 0: no adapters, everything trains."""
+    alpha: float = 16.0
+    """The low-rank part counts alpha / rank."""
+    targets: str = r"attn/(q|v)$"
+    """A pattern found in the paths of the layers that are adapted: layer_0/attn/q, layer_0/mlp/up, ..."""
+    stabilised: bool = False
+    """Count it alpha / sqrt(rank) instead."""
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise SettingError(f"lora.rank must not be negative, but is {self.rank}.")
+
+    def settings(self) -> lora.LoRA | None:
+        return lora.LoRA(self.rank, self.alpha, self.targets, self.stabilised) if self.rank else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +67,7 @@ class Train:
     """Recompute activations in the backward pass to save memory."""
     preset: Literal["default", "oai2019", "nplus", "trl"] = "default"
     """Settings to start from; options given beside it win."""
+    lora: Adapters = dataclasses.field(default_factory=Adapters)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
@@ -57,16 +80,27 @@ class Train:
             None if path is None else load_prompts(path, tokenizer, policy, self.ppo.max_new_tokens, self.chat)
             for path in (self.prompts, self.eval_prompts)
         )
+        adapters = self.lora.settings()
+        if adapters is not None:
+            policy = policy._replace(config=dataclasses.replace(policy.config, lora_scale=adapters.scale))
         critic, critic_params = self.make_critic(policy)
         stops = stop_ids(tokenizer, policy, self.stop_tokens)
         agent = iteration.Agent(language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer))
-        params = {"policy": policy.params, "critic": critic_params}
+        params, frozen = {"policy": policy.params, "critic": critic_params}, None
+        if adapters is not None:
+            params, frozen = lora.adapt(params, jax.random.key(self.loop.seed), adapters)
         trainer = Trainer(
-            agent, params, tokenizer, prompts, reward, out=self.out, loop=self.loop, eval_prompts=held_out, settings=self
-        )
+            agent, params, tokenizer, prompts, reward, out=self.out, loop=self.loop, eval_prompts=held_out, frozen=frozen,
+            settings=self,
+        )  # fmt: skip
         metrics: dict[str, float] = {}
         state = trainer.run(on_update=metrics.update)
-        pretrained.save_policy(self.out / "model", policy._replace(params=state.policy), tokenizer)
+        tuned = state.policy
+        if adapters is not None:
+            kind = policy.hf_config["model_type"]
+            lora.save_adapter(self.out / "adapter", state.policy, adapters, policy.config, kind, self.model)
+            tuned = lora.merge(overlay(policy.params, state.policy), adapters.scale)
+        pretrained.save_policy(self.out / "model", policy._replace(params=tuned), tokenizer)
         write_json(self.out / "summary.json", {"updates": int(state.update), **metrics})
         print(f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in {self.out / 'metrics.jsonl'}.")
 
@@ -83,4 +117,5 @@ class Train:
                 f"The critic {self.critic} has vocab_size={scorer.config.vocab_size}, the policy {policy.config.vocab_size}: it "
                 "must read the policy's tokens."
             )
-        return heads.separate_critic(scorer.config), scorer.params
+        scorer_config = dataclasses.replace(scorer.config, lora_scale=policy.config.lora_scale)
+        return heads.separate_critic(scorer_config), scorer.params

@@ -70,6 +70,29 @@ def init_lora(base: Params, key: jax.Array, lora: LoRA) -> Params:
     return unflatten_dict(adapters, sep="/")
 
 
+def adapt(params: Params, key: jax.Array, lora: LoRA) -> tuple[Params, Params]:
+    """A policy and critic, `{"policy": ..., "critic": ...}`, as what trains and what is frozen.
+
+    The policy's adapters train, those of a critic with a trunk of its own, and its head. A trunk that starts from the policy is
+    the policy's very arrays: one base in memory.
+
+    Args:
+      params: of the whole models.
+      key: `[]` typed key, consumed.
+      lora: rank and targets, for both.
+
+    Returns:
+      The trees `(params, frozen)` that `iteration` takes.
+    """
+    policy_key, critic_key = jax.random.split(key)
+    critic = {name: part for name, part in params["critic"].items() if name != "trunk"}
+    frozen = {"policy": params["policy"]}
+    if "trunk" in params["critic"]:
+        critic["trunk"] = init_lora(params["critic"]["trunk"], critic_key, lora)
+        frozen["critic"] = {"trunk": params["critic"]["trunk"]}
+    return {"policy": init_lora(params["policy"], policy_key, lora), "critic": critic}, frozen
+
+
 def merge(params: Params, scale: float) -> Params:
     """Parameters without adapters, whose kernels are `W + s A B`."""
     flat = flatten_dict(params, sep="/")
