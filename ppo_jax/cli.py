@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from ppo_jax.commands.inference import Evaluate, Generate
+from ppo_jax.commands.models import Convert, Info
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.commands.train import Train
 from ppo_jax.config import PRESETS, PPOConfig, SettingError
@@ -24,6 +25,8 @@ def main(args: list[str] | None = None) -> None:
         | Annotated[Reward, tyro.conf.subcommand("reward")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing, ppo=PRESETS.get(chosen, PPOConfig())))]
     )
     try:
         tyro.cli(commands, prog="ppo-jax", description="PPO fine-tuning of GPT-style language models.", args=args).run()

@@ -120,6 +120,15 @@ def config_of(hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = Fal
         raise ValueError(f"The config of a {hf['model_type']} needs {error}.") from error
 
 
+def read_config(model: str | Path) -> dict[str, Any]:
+    """The `config.json` of a model, or what a .gguf file says in its place.
+
+    Raises:
+      ValueError: if there is none, or its family is not known.
+    """
+    return _read(model)[1]
+
+
 def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM` loads."""
     kind = model.hf_config["model_type"]
