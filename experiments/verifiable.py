@@ -1,0 +1,113 @@
+"""PPO with LoRA on tasks whose answers a program checks: SmolLM2-135M-Instruct learns to add and subtract, on a CPU.
+
+Questions and their check come from `reasoning_gym` ("chain_sum": two numbers of one or two digits). A response is right if its
+first number is the answer; right is worth 1, anything else 0. Accuracy is measured before and after on questions that PPO never
+sees.
+
+    python -m experiments.verifiable --out runs/verifiable
+"""
+
+import dataclasses
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import reasoning_gym
+import tyro
+
+from experiments import assets
+from ppo_jax import data, iteration
+from ppo_jax.config import PPOConfig
+from ppo_jax.logging import claim, write_json
+from ppo_jax.models import heads, lora, pretrained
+from ppo_jax.models.transformer import language_model
+from ppo_jax.reward_functions import TextReward
+from ppo_jax.train import LoopConfig, Trainer
+
+N_TRAIN, N_TEST = 2000, 256  # questions
+TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+ADAPTERS = lora.LoRA(rank=16, alpha=32.0, targets=r"(attn/(q|k|v|o)|mlp/(gate|up|down))$")
+PPO = PPOConfig(
+    batch_size=64, epochs=2, minibatches=2, max_new_tokens=5, kl_coef=0.01, learning_rate=5e-4, vf_coef=0.1,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """PPO on generated arithmetic."""
+
+    out: Path
+    """Folder for all results; must not hold another run."""
+    seed: int = 0
+    """Of everything random, the questions too."""
+    model: str | None = None
+    """Another language model (folder, Hugging Face id or .gguf file) in place of SmolLM2."""
+    updates: int = 40
+    """PPO updates."""
+    ppo: PPOConfig = PPO
+    """The PPO iteration."""
+
+
+def questions(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train on and held-out rows, without any question in common or twice."""
+    made = reasoning_gym.create_dataset("chain_sum", size=2 * (N_TRAIN + N_TEST), seed=seed, **TASK)
+    rows = list({entry["question"]: {"prompt": entry["question"], "answer": entry["answer"]} for entry in made}.values())
+    return rows[N_TEST : N_TEST + N_TRAIN], rows[:N_TEST]
+
+
+def correct(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+    """1 for each response whose first number is the row's answer, else 0.
+
+    Example:
+      >>> correct(["", ""], [" 12.", "so -1"], [{"answer": "12"}, {"answer": "1"}])
+      [1.0, 0.0]
+    """
+    found = (re.search(r"-?\d+", response) for response in responses)
+    return [float(number is not None and number.group() == row["answer"]) for number, row in zip(found, rows, strict=True)]
+
+
+def main(settings: Settings) -> dict[str, float]:
+    start, out = time.perf_counter(), claim(settings.out)
+    file = settings.model or assets.smollm2_gguf()
+    tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    prompts, test = (
+        data.encode_prompts(rows, tokenizer, positions=64, new_tokens=settings.ppo.max_new_tokens, pad_id=pad)
+        for rows in questions(settings.seed)
+    )
+    config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
+    stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *data.end_of_turn(tokenizer))))
+    agent = iteration.Agent(language_model(config), heads.shared_critic(), settings.ppo, stops, pad)
+    adapters = lora.init_lora(policy.params, jax.random.key(settings.seed), ADAPTERS)
+    trainer = Trainer(
+        agent, {"policy": adapters, "critic": {"head": heads.zero_head(config.width)}}, tokenizer, prompts, TextReward(correct),
+        out=out / "ppo", loop=LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0),
+        frozen={"policy": policy.params}, settings=settings,
+    )  # fmt: skip
+    before, first = trainer.evaluate(test)
+    print(f"accuracy on held-out questions before: {before['eval/scores']:.3f}", flush=True)
+    state = trainer.run(
+        on_update=lambda m: print(f"  accuracy {m['objective/scores']:.3f}, KL {m['objective/kl']:.2f}", flush=True)
+    )
+    after, last = trainer.evaluate(test)
+    lora.save_adapter(out / "adapter", state.policy, ADAPTERS, config, policy.hf_config["model_type"], str(file))
+    summary = {
+        "accuracy/before": before["eval/scores"],
+        "accuracy/after": after["eval/scores"],
+        "kl": after["eval/kl"],
+        "seed": settings.seed,
+        "time/total_s": time.perf_counter() - start,
+    }
+    write_json(out / "summary.json", summary)
+    print(f"accuracy on held-out questions after: {after['eval/scores']:.3f}; KL {after['eval/kl']:.2f} nats a response; "
+          f"{summary['time/total_s']:.0f} s\n")  # fmt: skip
+    for i in np.arange(5):
+        print(f"{test.texts[i]} {test.rows[i]['answer']}\n  before: {first[i]!r}\n  after:  {last[i]!r}")
+    return summary
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,21 @@
+"""The arithmetic questions: held-out ones are never trained on, and the check agrees with the task's own."""
+
+import reasoning_gym
+
+from experiments import verifiable
+
+
+def test_held_out_questions_are_held_out():
+    train, test = verifiable.questions(seed=0)
+    assert len(test) == verifiable.N_TEST and len(train) > 1500
+    seen = [row["prompt"] for row in train + test]
+    assert len(set(seen)) == len(seen)
+    assert verifiable.questions(seed=0) == (train, test) != verifiable.questions(seed=1)
+
+
+def test_a_right_answer_is_right_to_the_task_too():
+    task = reasoning_gym.create_dataset("chain_sum", size=20, seed=5, **verifiable.TASK)
+    for entry in task:
+        row = [{"answer": entry["answer"]}]
+        assert verifiable.correct([""], [f" {entry['answer']}."], row) == [1.0] == [task.score_answer(entry["answer"], entry)]
+        assert verifiable.correct([""], [f" {entry['answer']}9"], row) == verifiable.correct([""], [" none"], row) == [0.0]
