@@ -7,9 +7,9 @@ from experiments import verifiable
 
 def test_held_out_questions_are_held_out():
     train, test = verifiable.questions(seed=0)
-    assert len(test) == verifiable.N_TEST and len(train) > 1500
-    seen = [row["prompt"] for row in train + test]
-    assert len(set(seen)) == len(seen)
+    assert len(test) == verifiable.N_HELD_OUT and len(train) > 100
+    seen, held_out = ({row["prompt"] for row in rows} for rows in (train, test))
+    assert len(held_out) == len(test) and not seen & held_out
     assert verifiable.questions(seed=0) == (train, test) != verifiable.questions(seed=1)
 
 
