@@ -1,46 +1,107 @@
-"""Checkpoints of a run through Orbax: one pytree of all that changes."""
+"""Checkpoints of a run through Orbax: one pytree of all that changes, whole or not at all, and checked bit by bit when read."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as kept
 
 from ppo_jax.iteration import PPOState
+from ppo_jax.provenance import digest
+
+_LOG = logging.getLogger(__name__)
+SCORE = "eval/scores"  # by which a checkpoint is the best
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message says which and why."""
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a run's folder, each written whole or not at all."""
+    """The newest `keep` checkpoints of a run's folder and the one that evaluated best."""
 
-    def __init__(self, folder: Path, *, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
+        best = kept.BestN(get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=kept.AnyPreservationPolicy([kept.LatestN(keep), best]), enable_async_checkpointing=False,
+            cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only,
+        )  # fmt: skip
+        self.folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: PPOState) -> None:
-        self._manager.save(int(state.update), args=ocp.args.StandardSave(_arrays(state)))
+    def save(self, state: PPOState, about: dict[str, Any] | None = None, *, score: float | None = None) -> None:
+        """Writes a checkpoint named by the updates done, unless it is there.
 
-    def latest(self) -> int | None:
-        """The number of updates of the newest, or None."""
-        return self._manager.latest_step()
-
-    def restore(self, like: PPOState, step: int | None = None) -> PPOState:
-        """A state of the structure of `like`.
+        Args:
+          state: all that changes in the iteration.
+          about: what else the run must know to go on, as JSON.
+          score: of the evaluation at this point, if there was one.
 
         Raises:
-          ValueError: if there is none, or it does not fit.
+          CheckpointError: if it cannot be written, as on a full disk; the earlier ones stay as they are.
         """
-        step = self.latest() if step is None else step
-        if step is None:
-            raise ValueError(f"{self._manager.directory} holds no checkpoint to resume from.")
+        step, arrays = int(state.update), _arrays(state)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave({"digest": digest(arrays), **(about or {})})
+        )
         try:
-            stored = self._manager.restore(step, args=ocp.args.StandardRestore(_arrays(like)))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"Checkpoint {step} in {self._manager.directory} does not fit this run: {error}") from error
+            self._manager.save(step, args=items, metrics=None if score is None else {SCORE: score})
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a disk that is full or gone
+            raise CheckpointError(
+                f"Checkpoint {step} cannot be written to {self.folder}: {_first_line(error)} The earlier ones are untouched."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Numbers of updates of those there are, newest last."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, like: PPOState, step: int | None = None) -> tuple[PPOState, dict[str, Any]]:
+        """The newest good checkpoint, or that of `step`, as a state of the structure and sharding of `like`, and its `about`.
+
+        A damaged one is named in a warning, set aside as `N.damaged`, and the one before it is tried.
+
+        Raises:
+          CheckpointError: if there is no good one.
+        """
+        damaged = []
+        for number in reversed(self.steps()) if step is None else [step]:
+            try:
+                return self._read(number, like)
+            except Exception as error:  # a damaged file may raise anything
+                reason = f"Checkpoint {number} in {self.folder} cannot be used: {_first_line(error)}"
+            damaged.append(reason)
+            if step is None:
+                _LOG.warning("%s It is set aside as %d.damaged.", reason, number)
+                self._set_aside(number)
+        raise CheckpointError(" ".join(damaged) or f"{self.folder} holds no checkpoint.")
+
+    def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_arrays(like)), run=ocp.args.JsonRestore())
+        items = self._manager.restore(step, args=args)
+        stored, about = items["state"], items["run"]
+        if digest(stored) != about["digest"]:
+            raise ValueError("its arrays are not those that were written.")
         train = like.train.replace(**stored["train"])
-        return like.replace(**{**stored, "train": train, "key": jax.random.wrap_key_data(stored["key"])})
+        return like.replace(**{**stored, "train": train, "key": jax.random.wrap_key_data(stored["key"])}), about
+
+    def _set_aside(self, step: int) -> None:
+        place, number = self.folder / f"{step}.damaged", 1
+        while place.exists():
+            place, number = self.folder / f"{step}.damaged.{number}", number + 1
+        (self.folder / str(step)).rename(place)
+        self._manager.reload()
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return line if line.endswith(".") else line + "."
 
 
 def _arrays(state: PPOState) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import tyro
 
 from ppo_jax.commands.inference import Evaluate, Generate
 from ppo_jax.commands.models import Convert, Info
+from ppo_jax.commands.runs import Compare, Replay
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.commands.train import Train
 from ppo_jax.config import PRESETS, PPOConfig, SettingError
@@ -25,6 +26,8 @@ def main(args: list[str] | None = None) -> None:
         | Annotated[Reward, tyro.conf.subcommand("reward")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Replay, tyro.conf.subcommand("replay")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing, ppo=PRESETS.get(chosen, PPOConfig())))]
     )

@@ -60,6 +60,8 @@ class PPOConfig:
     """Optimizer steps a pass."""
     micro_batch: int | None = None
     """Rows whose activations exist at a time; none: a whole minibatch."""
+    rollout_rows: int | None = None
+    """Rows sampled at a time, which bounds the cache; none: the whole batch."""
     logit_chunk: int | None = None
     """Response positions whose logits exist at a time; none: all."""
     max_new_tokens: int = 24
@@ -143,7 +145,8 @@ class PPOConfig:
         for name in ("batch_size", "epochs", "minibatches", "max_new_tokens", "temperature", "learning_rate", "kl_horizon"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")
-        for name in ("micro_batch", "logit_chunk", "top_k", "kl_target", "score_clip", "target_kl", "value_clip", "max_grad_norm"):
+        for name in ("micro_batch", "rollout_rows", "logit_chunk", "top_k", "kl_target", "score_clip", "target_kl", "value_clip",
+                     "max_grad_norm"):  # fmt: skip
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be positive, or none, not {getattr(self, name)}.")
         for name in ("kl_coef", "vf_coef", "missing_eos_penalty", "clip_high", "truncate_after", "warmup_steps", "weight_decay"):
@@ -156,6 +159,8 @@ class PPOConfig:
             raise SettingError(f"minibatches={self.minibatches} must divide batch_size={self.batch_size}.")
         if self.minibatch_size % (self.micro_batch or self.minibatch_size):
             raise SettingError(f"micro_batch={self.micro_batch} must divide a minibatch of {self.minibatch_size} rows.")
+        if self.batch_size % (self.rollout_rows or self.batch_size):
+            raise SettingError(f"rollout_rows={self.rollout_rows} must divide batch_size={self.batch_size}.")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise SettingError(f"min_new_tokens={self.min_new_tokens} must lie in 0 .. max_new_tokens={self.max_new_tokens}.")
         if self.dual_clip is not None and not self.dual_clip > 1:

@@ -17,10 +17,11 @@ from ppo_jax.kl import KLState
 from ppo_jax.metrics import Metrics, experience_metrics
 from ppo_jax.rewards import ScaleState, apply_missing_eos, running_scale
 from ppo_jax.rollout import generate
-from ppo_jax.scoring import make_experience, score_rollout
+from ppo_jax.scoring import join_rows, make_experience, score_rollout, split_rows
 from ppo_jax.types import CriticFn, LanguageModel, Params, Rollout, Scores, overlay
 
 _SAMPLE, _SHUFFLE = 0, 1  # one key a purpose
+_INIT = 2**32 - 1  # no update has this number
 
 
 @flax.struct.dataclass
@@ -59,6 +60,14 @@ class Agent(NamedTuple):
     pad_id: int
 
 
+def init_key(seed: int, part: int) -> jax.Array:
+    """`[]` typed key for `part` of the new parameters, apart from all keys of a run with that seed.
+
+    Children of `jax.random.key(seed)` itself would be the keys of the first updates: `split` and `fold_in` give the same ones.
+    """
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _INIT), part)
+
+
 def init_state(agent: Agent, params: Params, key: jax.Array, *, updates: int) -> PPOState:
     """The state before the first of `updates` updates, from `{"policy": ..., "critic": ...}`."""
     train = TrainState.create(apply_fn=agent.model.hidden, params=params, tx=agent.config.optimizer(updates))
@@ -74,13 +83,20 @@ def sample(
 
     Here and below, `frozen` holds parameters that do not train: the state's lie over them (see `types.overlay`, `models.lora`).
     """
-    c = agent.config
-    return generate(
-        agent.model, overlay(frozen, state.train.params)["policy"], state.key_for(_SAMPLE), prompts, prompt_mask,
-        max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, stop_ids=agent.stop_ids, pad_id=agent.pad_id,
-        temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop_at_end=c.stop_at_end, truncate_after=c.truncate_after,
-        row_ids=row_ids,
-    )  # fmt: skip
+    c, params, key = agent.config, overlay(frozen, state.train.params)["policy"], state.key_for(_SAMPLE)
+
+    def some(rows: tuple[jax.Array, jax.Array, jax.Array]) -> Rollout:
+        return generate(
+            agent.model, params, key, rows[0], rows[1], max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens,
+            stop_ids=agent.stop_ids, pad_id=agent.pad_id, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+            stop_at_end=c.stop_at_end, truncate_after=c.truncate_after, row_ids=rows[2],
+        )  # fmt: skip
+
+    B = len(prompts)
+    rows = (prompts, prompt_mask, jnp.arange(B) if row_ids is None else row_ids)
+    if c.rollout_rows is None or c.rollout_rows >= B:
+        return some(rows)
+    return join_rows(jax.lax.map(some, split_rows(rows, B // c.rollout_rows)))
 
 
 def score(agent: Agent, state: PPOState, ref_params: Params, rollout: Rollout, *, frozen: Params | None = None) -> Scores:

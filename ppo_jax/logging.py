@@ -2,16 +2,18 @@
 
 import dataclasses
 import enum
-import importlib.metadata
 import json
-import platform
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from tensorboardX import SummaryWriter
 
+from ppo_jax.provenance import text_hash
+
+LINES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
 _MARKS = ("config.json", "summary.json", "metrics.jsonl")  # any of them means that a run was here
 
 
@@ -42,38 +44,37 @@ def claim(folder: Path, *, resume: bool = False) -> Path:
 
 
 class RunLog:
-    """Appends to a run's files."""
+    """Appends to a run's files; `sizes` says how far they are, and `cut_back` takes back what came after."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool = True, wandb_project: str | None = None):
+    def __init__(self, folder: Path, *, tensorboard: bool = True, wandb_project: str | None = None, first_update: int = 0):
         self._folder = folder
-        self._board = SummaryWriter(str(folder / "tensorboard")) if tensorboard else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update) if tensorboard else None
         self._wandb = None
         if wandb_project is not None:
             try:
                 import wandb
             except ImportError as error:
                 raise ValueError("Weights & Biases is not installed; pip install 'ppo-jax[wandb]'.") from error
-            self._wandb = wandb.init(project=wandb_project, dir=folder)
-
-    def config(self, settings: Any) -> None:
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "transformers", "numpy")}
-        about = {"python": platform.python_version(), "devices": [str(d) for d in jax.devices()], "versions": versions}
-        write_json(self._folder / "config.json", {"settings": plain(settings), **about})
+            self._wandb = wandb.init(project=wandb_project, dir=folder, id=text_hash(str(folder.resolve())), resume="allow")
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"update": update, **metrics}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON knows no NaN
+        self._append("metrics.jsonl", [{"update": update, **finite}])
         for name, value in metrics.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, update)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=update)
 
-    def samples(self, update: int, prompts: Sequence[str], responses: Sequence[str], scores: Sequence[float]) -> None:
-        with (self._folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt, response, score in zip(prompts, responses, scores, strict=True):
-                row = {"update": update, "prompt": prompt, "response": response, "score": float(score)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def samples(self, update: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._append("samples.jsonl", [{"update": update, **row} for row in rows])
+
+    def fault(self, update: int, kind: str, message: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._append("faults.jsonl", [{"update": update, "kind": kind, "message": message, **row} for row in rows])
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of lines."""
+        return {name: path.stat().st_size if (path := self._folder / name).exists() else 0 for name in LINES}
 
     def close(self) -> None:
         if self._board is not None:
@@ -81,9 +82,52 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with (self._folder / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Takes back all lines after a checkpoint, so that none stands twice; files that `sizes` does not name go.
+
+    Raises:
+      ValueError: if a file is shorter than it was.
+    """
+    for name in LINES:
+        path = folder / name
+        if (path.stat().st_size if path.exists() else 0) < sizes.get(name, 0):
+            raise ValueError(f"{path} is shorter than at the checkpoint; lines of it were lost, so the run cannot go on there.")
+        if path.exists() and sizes.get(name, 0) == 0:
+            path.unlink()
+        elif path.exists():
+            os.truncate(path, sizes[name])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none, if there is no file.
+
+    Raises:
+      ValueError: if a line is none.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError if there is no such file or it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes all of it or nothing."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
 
 
 def plain(x: Any) -> Any:

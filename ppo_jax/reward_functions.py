@@ -8,11 +8,8 @@ import jax
 import numpy as np
 
 from ppo_jax import data
+from ppo_jax.faults import RewardError
 from ppo_jax.types import Rollout
-
-
-class RewardError(ValueError):
-    """A reward function failed or returned what is no score; the message says which."""
 
 
 class TaskScores(NamedTuple):
@@ -115,6 +112,7 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
     if not np.isfinite(array).all():
         bad = np.argwhere(~np.isfinite(array))
         raise RewardError(
-            f"The reward function returned {array[tuple(bad[0])]} for response {bad[0][0]} ({len(bad)} such of {array.size})."
+            f"The reward function returned {array[tuple(bad[0])]} for response {bad[0][0]} ({len(bad)} such of {array.size}).",
+            tuple(sorted({int(row[0]) for row in bad})),
         )
     return array

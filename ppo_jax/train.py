@@ -5,24 +5,28 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from ppo_jax import data, iteration
-from ppo_jax.checkpoint import Checkpoints
+from ppo_jax import data, faults, iteration
+from ppo_jax.checkpoint import SCORE, Checkpoints
 from ppo_jax.config import SettingError
+from ppo_jax.faults import Fault, Faults
 from ppo_jax.iteration import Agent, PPOState
-from ppo_jax.logging import RunLog, claim
+from ppo_jax.logging import RunLog, claim, cut_back
+from ppo_jax.resume import check_unchanged, start_config
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.types import Params, Rollout
+
+Resume = Literal["no", "yes", "auto"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long to run and what to write."""
+    """How long to run and what to write. Only the seed shapes the result, and `updates` where the learning rate decays."""
 
     updates: int = 100
     """PPO updates."""
@@ -32,20 +36,25 @@ class LoopConfig:
     """Updates between evaluations on held-out prompts; 0: only at the end."""
     save_every: int = 50
     """Updates between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the one that evaluated best."""
     samples: int = 4
     """Sampled texts written an update."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project."""
-    resume: bool = False
-    """Go on from the folder's newest checkpoint."""
     progress: bool = True
     """Show a progress bar, where there is a terminal."""
+    faults: Faults = dataclasses.field(default_factory=Faults)
 
     def __post_init__(self):
-        if self.updates < 1:
-            raise SettingError(f"updates must be at least 1, not {self.updates}.")
+        for name in ("updates", "keep"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("eval_every", "save_every", "samples"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name} must not be negative, but is {getattr(self, name)}.")
 
 
 class Trainer:
@@ -71,32 +80,39 @@ class Trainer:
         ref_params: Params | None = None,
         frozen: Params | None = None,
         settings: Any = None,
+        resume: Resume = "no",
     ):
         """Learns `params`, `{"policy": ..., "critic": ...}`, over the `frozen` ones if there are any.
 
-        The reference, unless given, is the policy that does not train; without one, the policy as it comes.
+        The reference, unless given, is the policy that does not train; without one, the policy as it comes. `resume` goes on from
+        the folder's newest good checkpoint: "yes" needs one, "auto" starts afresh where there is none.
         """
         self.agent, self.tokenizer, self.prompts, self.reward, self.loop = agent, tokenizer, prompts, reward, loop
         self.eval_prompts = eval_prompts
-        self.out = claim(out, resume=loop.resume)
-        self.log = RunLog(out, tensorboard=loop.tensorboard, wandb_project=loop.wandb_project)
-        if not loop.resume:
-            self.log.config({"ppo": agent.config, "loop": loop, "settings": settings})
-        self.checkpoints = Checkpoints(out / "checkpoints")
+        self.out = claim(out, resume=resume != "no")
         # The update donates its state's buffers, so the reference and the caller's arrays must not be among them.
         copy = functools.partial(jax.tree.map, lambda x: jax.numpy.array(x, copy=True))
         if ref_params is None:
             ref_params = (frozen or {}).get("policy") or copy(params["policy"])
         self.ref_params, self.frozen = ref_params, frozen
         self.state = iteration.init_state(agent, copy(params), jax.random.key(loop.seed), updates=loop.updates)
-        if loop.resume:
-            self.state = self.checkpoints.restore(self.state)
+        config = start_config(agent.config, loop, settings, (params, frozen, ref_params), prompts, reward)
+        self.checkpoints = Checkpoints(out / "checkpoints", keep=loop.keep)
+        about: dict[str, Any] = {}
+        if resume == "yes" or (resume == "auto" and self.checkpoints.steps()):
+            check_unchanged(out, config)
+            self.state, about = self.checkpoints.restore(self.state)
+        cut_back(out, about.get("sizes", {}))
+        config.write(out, first_update=int(self.state.update))
+        self.log = RunLog(
+            out, tensorboard=loop.tensorboard, wandb_project=loop.wandb_project, first_update=int(self.state.update)
+        )
         self._sample = jax.jit(functools.partial(iteration.sample, agent))
         self._score = jax.jit(functools.partial(iteration.score, agent))
         self._learn = jax.jit(functools.partial(iteration.learn, agent), donate_argnums=(0,))
 
-    def step(self) -> dict[str, float]:
-        """One PPO iteration; its metrics as numbers."""
+    def step(self) -> dict[str, float] | None:
+        """One PPO iteration; its metrics as numbers, or None if a fault made it skip."""
         start, c = time.perf_counter(), self.agent.config
         update = int(self.state.update)
         batch = self.prompts.take(data.batch_rows(len(self.prompts), c.batch_size, update, seed=self.loop.seed))
@@ -105,7 +121,11 @@ class Trainer:
         sampled = time.perf_counter()
         scores = self._score(self.state, self.ref_params, rollout, frozen=self.frozen)  # runs while the host makes the reward
         responses = self.texts(rollout)
-        task_scores = self.reward(rollout, batch, responses)
+        try:
+            task_scores = self._ask(rollout, batch, responses)
+            faults.check_finite(rollout, scores)
+        except Fault as fault:
+            return self._skip(fault, rollout, batch, responses)
         scored = time.perf_counter()
         self.state, metrics = self._learn(self.state, rollout, scores, *task_scores, frozen=self.frozen)
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
@@ -117,31 +137,78 @@ class Trainer:
             "perf/response_tokens_per_s": float(np.sum(rollout.response_mask)) / (end - start),
         }
         self.log.metrics(update, numbers)
-        n = self.loop.samples
-        self.log.samples(update, batch.texts[:n], responses[:n], task_scores.total(rollout.response_mask)[:n])
+        total = task_scores.total(rollout.response_mask)
+        rows = self.rows(rollout, batch, responses)
+        self.log.samples(update, [{**row, "score": float(x)} for row, x in zip(rows[: self.loop.samples], total, strict=False)])
+        try:
+            faults.check_steps(numbers)
+        except Fault as fault:
+            self.log.fault(update, fault.kind, str(fault), rows)
+            if self.loop.faults.gradient == "stop" or not c.skip_nonfinite:
+                raise
         return numbers
 
     def run(self, on_update: Callable[[dict[str, float]], None] | None = None) -> PPOState:
-        """All updates, with evaluations and checkpoints; the final state. `on_update` is called with each one's metrics."""
+        """All updates, with evaluations and checkpoints; the final state. `on_update` is called with each one's metrics.
+
+        Raises:
+          SystemExit: with the status `faults.STOPPED`, after SIGTERM or SIGINT, when the update is done and a checkpoint written.
+        """
         loop, done = self.loop, int(self.state.update)
         hide = None if loop.progress else True  # None hides the bar where there is no terminal
+        due = lambda every, update: update + 1 == loop.updates or (every and (update + 1) % every == 0)
         try:
-            with tqdm(range(done, loop.updates), initial=done, total=loop.updates, disable=hide, desc="PPO") as bar:
+            bar = tqdm(range(done, loop.updates), initial=done, total=loop.updates, disable=hide, desc="PPO")
+            with faults.StopSignals() as signals, bar:
                 for update in bar:
                     m = self.step()
-                    if on_update is not None:
-                        on_update(m)
-                    bar.set_postfix(score=f"{m['objective/scores']:.3f}", kl=f"{m['objective/kl']:.2f}",
-                                    clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
-                    last = update + 1 == loop.updates
-                    if last or (loop.save_every and (update + 1) % loop.save_every == 0):
-                        self.checkpoints.save(self.state)
-                    if self.eval_prompts is not None and (last or (loop.eval_every and (update + 1) % loop.eval_every == 0)):
-                        self.log.metrics(update, self.evaluate(self.eval_prompts)[0])
+                    if m is not None:
+                        if on_update is not None:
+                            on_update(m)
+                        bar.set_postfix(score=f"{m['objective/scores']:.3f}", kl=f"{m['objective/kl']:.2f}",
+                                        clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
+                    evaluated: dict[str, float] = {}
+                    if self.eval_prompts is not None and due(loop.eval_every, update):
+                        evaluated = self.evaluate(self.eval_prompts)[0]
+                        self.log.metrics(update, evaluated)
+                    if due(loop.save_every, update) or signals.received:
+                        self.save(evaluated.get(SCORE))
+                    if signals.received and update + 1 < loop.updates:
+                        print(f"Stopped by a signal after update {update}; --resume auto goes on from there.", flush=True)
+                        raise SystemExit(faults.STOPPED)
         finally:
             self.checkpoints.close()
             self.log.close()
         return self.state
+
+    def save(self, score: float | None = None) -> None:
+        """A checkpoint of everything that the run needs to go on as if it had never stopped."""
+        self.checkpoints.save(self.state, {"sizes": self.log.sizes()}, score=score)
+
+    def rows(self, rollout: Rollout, batch: data.Prompts, responses: list[str]) -> list[dict[str, Any]]:
+        """Prompt, response and the response's tokens, of each row."""
+        tokens, mask = np.asarray(rollout.responses), np.asarray(rollout.response_mask)
+        return [
+            {"prompt": prompt, "response": response, "tokens": ids[real].tolist()}
+            for prompt, response, ids, real in zip(batch.texts, responses, tokens, mask, strict=True)
+        ]
+
+    def _ask(self, rollout: Rollout, batch: data.Prompts, responses: list[str]):
+        limits = self.loop.faults
+        return faults.persist(
+            lambda: self.reward(rollout, batch, responses), retries=limits.reward_retries, timeout_s=limits.reward_timeout_s
+        )
+
+    def _skip(self, fault: Fault, rollout: Rollout, batch: data.Prompts, responses: list[str]) -> None:
+        """Writes the offending rows; then ends the run after a checkpoint, or counts the update as done with nothing learned."""
+        update, rows = int(self.state.update), self.rows(rollout, batch, responses)
+        if getattr(self.loop.faults, fault.kind) == "stop":
+            self.save()
+        self.log.fault(update, fault.kind, str(fault), [rows[i] for i in fault.rows] or rows)
+        if getattr(self.loop.faults, fault.kind) == "stop":
+            raise fault
+        self.log.metrics(update, {"faults/skipped": 1.0})
+        self.state = self.state.replace(update=self.state.update + 1)
 
     def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:
         """Samples a response to each held-out prompt with a key of its own, the same at every evaluation."""
@@ -155,7 +222,7 @@ class Trainer:
                 state.replace(update=jax.numpy.int32(first // size)), batch.tokens, batch.mask, frozen=self.frozen
             )
             texts = self.texts(rollout)
-            scores.extend(self.reward(rollout, batch, texts).total(rollout.response_mask)[:keep])
+            scores.extend(self._ask(rollout, batch, texts).total(rollout.response_mask)[:keep])
             responses.extend(texts[:keep])
             lengths.extend(np.asarray(rollout.response_mask).sum(axis=1)[:keep])
             said = self._score(state, self.ref_params, rollout, frozen=self.frozen)

@@ -41,7 +41,7 @@ def likes_b(prompts, responses):
     return [response.split().count("b") / 2 for response in responses]
 
 
-def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, wrap=TextReward, **loop):
+def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, wrap=TextReward, resume="no", **loop):
     model, words = policy(), tokenizer()
     rows = data.read_rows(["a b", "c", "d e f", "g"])
     prompts = data.encode_prompts(rows, words, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0)
@@ -50,7 +50,7 @@ def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, wrap=TextReward, **lo
     params = {"policy": model.params, "critic": {"head": fresh["head"]} if shared else fresh}
     agent = iteration.Agent(language_model(model.config), critic, ppo, (0,), 0)
     config = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, **loop})
-    return Trainer(agent, params, words, prompts, wrap(reward), out=out, loop=config, eval_prompts=prompts)
+    return Trainer(agent, params, words, prompts, wrap(reward), out=out, loop=config, eval_prompts=prompts, resume=resume)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -74,9 +74,9 @@ def test_resume_is_no_break(tmp_path):
     whole = trainer(tmp_path / "whole", ppo=ppo).run()
     half = trainer(tmp_path / "half", ppo=ppo, save_every=2)
     half.step(), half.step()
-    half.checkpoints.save(half.state)
+    half.save()
     half.checkpoints.close()
-    again = trainer(tmp_path / "half", ppo=ppo, resume=True)
+    again = trainer(tmp_path / "half", ppo=ppo, resume="yes")
     assert int(again.state.update) == 2
     resumed = again.run()
     for a, b in zip(jax.tree.leaves(whole.train.params), jax.tree.leaves(resumed.train.params), strict=True):

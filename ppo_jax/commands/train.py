@@ -4,15 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import jax
-
-from ppo_jax import iteration
+from ppo_jax import iteration, provenance
 from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
 from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.logging import check_free, write_json
-from ppo_jax.models import heads, lora, pretrained
+from ppo_jax.logging import check_free, read_lines, write_json
+from ppo_jax.models import heads, pretrained
+from ppo_jax.models import lora as low_rank
 from ppo_jax.models.transformer import language_model
-from ppo_jax.train import LoopConfig, Trainer
+from ppo_jax.train import LoopConfig, Resume, Trainer
 from ppo_jax.types import overlay
 
 
@@ -33,8 +32,8 @@ class Adapters:
         if self.rank < 0:
             raise SettingError(f"lora.rank must not be negative, but is {self.rank}.")
 
-    def settings(self) -> lora.LoRA | None:
-        return lora.LoRA(self.rank, self.alpha, self.targets, self.stabilised) if self.rank else None
+    def settings(self) -> low_rank.LoRA | None:
+        return low_rank.LoRA(self.rank, self.alpha, self.targets, self.stabilised) if self.rank else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +66,34 @@ class Train:
     """Recompute activations in the backward pass to save memory."""
     preset: Literal["default", "oai2019", "nplus", "trl"] = "default"
     """Settings to start from; options given beside it win."""
+    resume: Resume = "no"
+    """yes: go on from out's newest good checkpoint, with the same settings; auto: the same, or a fresh start if none is there."""
+    deterministic: bool = False
+    """Make XLA use GPU kernels that give the same bits every time (slower where gradients are scattered); no effect on a CPU."""
     lora: Adapters = dataclasses.field(default_factory=Adapters)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def run(self) -> None:
-        check_free(self.out, resume=self.loop.resume)
+        if self.deterministic:
+            provenance.make_deterministic()
+        check_free(self.out, resume=self.resume != "no")
+        trainer, policy, adapters = self.build(self.out)
+        state = trainer.run()
+        tuned = state.policy
+        if adapters is not None:
+            kind = policy.hf_config["model_type"]
+            low_rank.save_adapter(self.out / "adapter", state.policy, adapters, policy.config, kind, self.model)
+            tuned = low_rank.merge(overlay(policy.params, state.policy), adapters.scale)
+        pretrained.save_policy(self.out / "model", policy._replace(params=tuned), trainer.tokenizer)
+        metrics = {k: v for row in read_lines(self.out / "metrics.jsonl")[-2:] for k, v in row.items() if k != "update"}
+        digest = provenance.digest(state.train.params)
+        write_json(self.out / "summary.json", {"updates": int(state.update), "digest": digest, **metrics})
+        print(f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in {self.out / 'metrics.jsonl'}.\n"
+              f"Digest of the final parameters: {digest}")  # fmt: skip
+
+    def build(self, out: Path, loop: LoopConfig | None = None) -> tuple[Trainer, pretrained.Pretrained, low_rank.LoRA | None]:
+        """Reads everything, and makes a trainer that writes to `out`; beside it the policy as it came, and the adapters."""
         policy, tokenizer = load_model(self.model, self.dtype, self.remat)
         check_top_k(self.ppo.top_k, policy.config)
         reward = load_reward(self.reward, self.reward_given)
@@ -88,28 +109,19 @@ class Train:
         agent = iteration.Agent(language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer))
         params, frozen = {"policy": policy.params, "critic": critic_params}, None
         if adapters is not None:
-            params, frozen = lora.adapt(params, jax.random.key(self.loop.seed), adapters)
+            params, frozen = low_rank.adapt(params, iteration.init_key(self.loop.seed, 1), adapters)
         trainer = Trainer(
-            agent, params, tokenizer, prompts, reward, out=self.out, loop=self.loop, eval_prompts=held_out, frozen=frozen,
-            settings=self,
+            agent, params, tokenizer, prompts, reward, out=out, loop=loop or self.loop, eval_prompts=held_out, frozen=frozen,
+            settings=self, resume=self.resume,
         )  # fmt: skip
-        metrics: dict[str, float] = {}
-        state = trainer.run(on_update=metrics.update)
-        tuned = state.policy
-        if adapters is not None:
-            kind = policy.hf_config["model_type"]
-            lora.save_adapter(self.out / "adapter", state.policy, adapters, policy.config, kind, self.model)
-            tuned = lora.merge(overlay(policy.params, state.policy), adapters.scale)
-        pretrained.save_policy(self.out / "model", policy._replace(params=tuned), tokenizer)
-        write_json(self.out / "summary.json", {"updates": int(state.update), **metrics})
-        print(f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in {self.out / 'metrics.jsonl'}.")
+        return trainer, policy, adapters
 
     def make_critic(self, policy: pretrained.Pretrained):
         """The critic's function and its first parameters."""
         if self.critic == "shared":
             return heads.shared_critic(), {"head": heads.zero_head(policy.config.width)}
         if self.critic == "separate":
-            key = jax.random.key(self.loop.seed)
+            key = iteration.init_key(self.loop.seed, 0)
             return heads.separate_critic(policy.config), heads.init_scorer(policy.config, key, trunk=policy.params)
         scorer = pretrained.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat)
         if scorer.config.vocab_size != policy.config.vocab_size:

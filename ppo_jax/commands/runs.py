@@ -1,0 +1,141 @@
+"""`ppo-jax replay` and `ppo-jax compare`: what a run left, done again and held against another's."""
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ppo_jax import provenance
+from ppo_jax.checkpoint import Checkpoints
+from ppo_jax.commands.train import Train
+from ppo_jax.logging import check_free, read_json, read_lines
+from ppo_jax.train import Trainer
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Say whether and where two runs part: settings, first metric, first token, final parameters. Exit status 1 if they do."""
+
+    run_a: tyro.conf.Positional[Path]
+    """Folder of a run of train."""
+    run_b: tyro.conf.Positional[Path]
+    """Folder of another."""
+
+    def run(self) -> None:
+        found = compare(self.run_a, self.run_b)
+        print("\n".join(found) if found else "The runs are the same: settings, metrics (timings apart), samples, final parameters.")
+        raise SystemExit(1 if found else 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Do one update of a run of train again, to the same bits, from its newest good checkpoint before it."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """Folder of the run. Nothing in it changes; relative paths in its settings are taken from here."""
+    update: int
+    """Which update, from 0."""
+    out: Path
+    """Folder for its metrics, all samples, and the checkpoint after it."""
+
+    def run(self) -> None:
+        stored = read_json(self.run_folder / "config.json")["settings"]["command"]
+        if stored is None:
+            raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
+        check_free(self.out)
+        command = dataclasses.replace(revive(Train, stored), out=self.out, resume="no")
+        trainer = start_at(command, self.run_folder, self.update)
+        numbers = trainer.step() or {}
+        trainer.save()
+        trainer.checkpoints.close()
+        trainer.log.close()
+        before = next((row for row in read_lines(self.run_folder / "metrics.jsonl") if row["update"] == self.update), None)
+        print(f"Update {self.update} is in {self.out}; digest of the parameters after it: "
+              f"{provenance.digest(trainer.state.train.params)}.")  # fmt: skip
+        if before is not None:
+            part = next(iter(_metric_differences(before, {"update": self.update, **numbers})), None)
+            print("All its metrics are those of the run." if part is None else f"It parts from the run: {part}.")
+
+
+def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
+    """A trainer of the run in `run_folder` just before `update`, that writes to the command's `out`.
+
+    Raises:
+      ValueError: if the run has no good checkpoint at or before it.
+    """
+    checkpoints = Checkpoints(run_folder / "checkpoints", read_only=True)
+    earlier = [step for step in checkpoints.steps() if step <= update]
+    if not earlier and update > 0:
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise ValueError(f"{run_folder} has no checkpoint at or before update {update}; there are: {there}.")
+    loop = dataclasses.replace(command.loop, samples=command.ppo.batch_size, tensorboard=False, wandb_project=None)
+    trainer = command.build(command.out, loop)[0]
+    if earlier:
+        trainer.state, _ = checkpoints.restore(trainer.state, earlier[-1])
+    checkpoints.close()
+    while int(trainer.state.update) < update:
+        trainer.step()
+    return trainer
+
+
+def compare(a: Path, b: Path) -> list[str]:
+    """A sentence for each way in which two runs differ, the first of its kind; none, if they are the same."""
+    config_a, config_b = (read_json(folder / "config.json") for folder in (a, b))
+    ignored = ("command.out", "command.resume")
+    found = []
+    for part in ("settings", "hashes"):
+        pairs = provenance.differences(config_a.get(part), config_b.get(part))
+        found += [f"{part}: {name} is {x} and {y}." for name, x, y in pairs if name not in ignored]
+    kinds = (("metrics.jsonl", _metric_differences), ("samples.jsonl", _sample_differences), ("faults.jsonl", _sample_differences))
+    for name, parts in kinds:
+        for row_a, row_b in zip_longest(read_lines(a / name), read_lines(b / name)):
+            if row_a is None or row_b is None:
+                found.append(f"{name}: {(row_a or row_b)['update']} is an update of one run only.")
+                break
+            first = next(iter(parts(row_a, row_b)), None)
+            if first is not None:
+                found.append(f"{name}: first at update {row_a['update']}: {first}.")
+                break
+    digests = [read_json(file)["digest"] if (file := folder / "summary.json").exists() else None for folder in (a, b)]
+    if digests[0] != digests[1]:
+        found.append(f"Final parameters: digest {digests[0]} and {digests[1]}.")
+    return found
+
+
+def _metric_differences(a: Row, b: Row) -> list[str]:
+    names = [name for name in dict.fromkeys([*a, *b]) if not name.startswith(("time/", "perf/"))]
+    return [f"{name} is {a.get(name)} and {b.get(name)}" for name in names if a.get(name) != b.get(name)]
+
+
+def _sample_differences(a: Row, b: Row) -> list[str]:
+    tokens = zip_longest(a.get("tokens", ()), b.get("tokens", ()))
+    first = next(((t, x, y) for t, (x, y) in enumerate(tokens) if x != y), None)
+    if first is not None and a.get("prompt") == b.get("prompt"):
+        return [f"after {a['prompt']!r} token {first[0]} is {first[1]} and {first[2]}"]
+    return [f"{name} is {a.get(name)!r} and {b.get(name)!r}" for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
+
+
+def revive(kind: Any, stored: Any) -> Any:
+    """A value of type `kind` from what `logging.plain` made of it.
+
+    Example:
+      >>> revive(LoopConfig, {"updates": 3, "wandb_project": None}).updates
+      3
+    """
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [part for part in typing.get_args(kind) if part is not type(None)]
+        return None if stored is None else revive(kinds[0], stored)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: revive(hints[name], value) for name, value in stored.items() if name in hints})
+    if typing.get_origin(kind) is tuple:
+        return tuple(stored)
+    return kind(stored) if isinstance(kind, type) and issubclass(kind, enum.Enum | Path) else stored

@@ -1,0 +1,61 @@
+"""A run's `config.json`, and what of it must be the same for a run to go on."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ppo_jax import data, provenance
+from ppo_jax.config import PPOConfig
+from ppo_jax.logging import plain, read_json, write_json
+
+# Settings that shape no result, or only name what `hashes` covers.
+_FREE = {
+    "loop": {"updates", "eval_every", "save_every", "keep", "samples", "tensorboard", "wandb_project", "progress", "faults"},
+    "command": {"out", "resume", "preset", "updates", "model", "prompts", "eval_prompts", "reward", "loop", "ppo"},
+    "ppo": set(),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Settings, and hashes of what they name: as JSON knows them."""
+
+    settings: dict[str, Any]
+    hashes: dict[str, Any]
+
+    def write(self, folder: Path, *, first_update: int) -> None:
+        """Writes `config.json`, with the environment of each process that worked on the run."""
+        file = folder / "config.json"
+        before = read_json(file).get("processes", []) if first_update else []
+        processes = [*before, {"first_update": first_update, **provenance.environment()}]
+        write_json(file, {"settings": self.settings, "hashes": self.hashes, "processes": processes})
+
+
+def start_config(ppo: PPOConfig, loop: Any, command: Any, models: Any, prompts: data.Prompts, reward: Any) -> RunConfig:
+    """Of a run about to start; `models` are all parameters that it starts from."""
+    settings = {"ppo": plain(ppo), "loop": plain(loop), "command": plain(command)}
+    hashes = {
+        "model": provenance.digest(models),
+        "prompts": provenance.text_hash(prompts.tokens, prompts.mask, list(prompts.rows)),
+        "reward": provenance.code_hash(reward),
+    }
+    return RunConfig(json.loads(json.dumps(settings)), hashes)
+
+
+def check_unchanged(folder: Path, now: RunConfig) -> None:
+    """Raises ValueError, naming it, if anything that shapes the result is not as it was when the run in `folder` began."""
+    before = read_json(folder / "config.json")
+    if not isinstance(before, dict) or not {"settings", "hashes"} <= set(before):
+        raise ValueError(f"{folder / 'config.json'} is not the one of a run.")
+    decays = now.settings["ppo"]["decay_learning_rate"]  # over all updates, so their number shapes the result too
+    for part, free in _FREE.items():
+        for name, old, new in provenance.differences(before["settings"].get(part), now.settings[part]):
+            first = name.split(".")[0]
+            if first not in free or (decays and (part, first) == ("loop", "updates")):
+                full = f"{part}.{name}" if part != "command" else name
+                raise ValueError(f"{full} was {old} in the run in {folder} and is {new} now; to resume, set it as it was.")
+    for name, old in before["hashes"].items():
+        if old != now.hashes.get(name):
+            raise ValueError(f"The {name} of the run in {folder} had the hash {old} and has {now.hashes.get(name)} now; to resume, "
+                             "give the same.")  # fmt: skip

@@ -1,0 +1,250 @@
+"""The same result twice: reruns, resumes from every checkpoint and after kills, and what a run refuses to go on from."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import everything
+import jax
+import numpy as np
+import pytest
+from everything import PPO, trainer
+
+from ppo_jax import faults
+from ppo_jax.checkpoint import CheckpointError
+from ppo_jax.commands.runs import compare
+from ppo_jax.provenance import digest
+
+UPDATES = 12
+
+
+def final(run):
+    return digest(run.run().train.params)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped, with all its checkpoints, and its digest."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, final(trainer(folder, updates=UPDATES, keep=UPDATES))
+
+
+def lines(folder, name):
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def same_files(a, b):
+    return all(lines(a, name) == lines(b, name) for name in ("metrics.jsonl", "samples.jsonl"))
+
+
+def until(whole, folder, step):
+    """The run as if it had been killed some time after checkpoint `step`: half a line and half a checkpoint lie about."""
+    shutil.copytree(whole, folder)
+    for place in (folder / "checkpoints").iterdir():
+        if place.name.isdigit() and int(place.name) > step:
+            shutil.rmtree(place)
+    (folder / "checkpoints" / f"{step + 1}.orbax-checkpoint-tmp").mkdir()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 3, "objec')
+    return folder
+
+
+def test_everything_that_a_checkpoint_holds_is_in_use(whole):
+    rows = [row for row in lines(whole[0], "metrics.jsonl") if "objective/kl" in row]
+    assert len({row["objective/kl_coef"] for row in rows}) > UPDATES // 2
+    assert any(row["optimizer/stopped"] for row in rows) and any(not row["optimizer/stopped"] for row in rows)
+    assert sum("eval/scores" in row for row in lines(whole[0], "metrics.jsonl")) == 4
+
+
+def test_a_second_run_is_the_same(whole, tmp_path):
+    assert final(trainer(tmp_path / "run", updates=UPDATES, keep=UPDATES)) == whole[1]
+    assert compare(whole[0], tmp_path / "run") == []
+    assert same_files(whole[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", range(1, UPDATES))
+def test_resume_from_every_checkpoint(whole, tmp_path, step):
+    folder = until(whole[0], tmp_path / "run", step)
+    run = trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)
+    assert int(run.state.update) == step
+    assert final(run) == whole[1]
+    assert same_files(whole[0], folder)
+
+
+def test_a_run_is_extended(whole, tmp_path):
+    first = trainer(tmp_path / "run", updates=5)
+    first.run()
+    assert final(trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
+
+
+def test_auto_starts_afresh_where_there_is_nothing(whole, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
+    (tmp_path / "run/config.json").write_text("{")
+    assert final(trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
+    assert same_files(whole[0], tmp_path / "run")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty/config.json").write_bytes((tmp_path / "run/config.json").read_bytes())
+        trainer(tmp_path / "empty", updates=UPDATES, resume="yes")
+
+
+def test_the_best_by_evaluation_is_kept(tmp_path):
+    run = trainer(tmp_path / "run", updates=9, keep=1)
+    run.run()
+    evals = {row["update"] + 1: row["eval/scores"] for row in lines(tmp_path / "run", "metrics.jsonl") if "eval/scores" in row}
+    best = max(evals, key=lambda step: (evals[step], step))
+    kept = {int(place.name) for place in (tmp_path / "run/checkpoints").iterdir() if place.name.isdigit()}
+    assert kept == {best, 9}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, damage, caplog):
+    folder = until(whole[0], tmp_path / "run", 6)
+    file = max((p for p in (folder / "checkpoints/6/state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    match damage:
+        case "flip":
+            file.write_bytes(content)
+        case "truncate":
+            file.write_bytes(content[: len(content) // 2])
+        case "delete":
+            file.unlink()
+    run = trainer(folder, updates=UPDATES, resume="auto", keep=UPDATES)
+    assert int(run.state.update) == 5 and "Checkpoint 6 in" in caplog.text
+    assert final(run) == whole[1] and same_files(whole[0], folder)
+    assert (folder / "checkpoints/6.damaged").is_dir()
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"ppo": PPO.__class__(**{**vars(PPO), "lam": 0.9})}, "ppo.lam was 0.95 in the run in .* and is 0.9 now"),
+    ({"seed": 3}, "loop.seed was 0"),
+    ({"adapters": False}, "The model of the run"),
+    ({"reward": sorted}, "The reward of the run"),
+])  # fmt: skip
+def test_what_changes_the_result_is_refused(whole, tmp_path, changes, says):
+    folder = until(whole[0], tmp_path / "run", 6)
+    with pytest.raises(ValueError, match=says):
+        trainer(folder, updates=UPDATES, resume="yes", **changes)
+    assert len(lines(whole[0], "samples.jsonl")) == len((folder / "samples.jsonl").read_text().splitlines())
+    free = trainer(folder, updates=7, resume="yes", samples=0, save_every=0, keep=1, tensorboard=True)
+    assert int(free.state.update) == 6
+
+
+def test_updates_cannot_change_where_the_learning_rate_decays_over_them(tmp_path):
+    ppo = PPO.__class__(**{**vars(PPO), "decay_learning_rate": True})
+    trainer(tmp_path / "run", ppo=ppo, updates=2).run()
+    with pytest.raises(ValueError, match=r"loop\.updates was 2"):
+        trainer(tmp_path / "run", ppo=ppo, updates=3, resume="auto")
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
+    """The system refuses to write more than a few bytes to a file, as a full disk does."""
+    run = trainer(tmp_path / "run", updates=2)
+    run.step()
+    run.save()
+    run.step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(CheckpointError, match="Checkpoint 2 cannot be written"):
+            run.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    run.checkpoints.close()
+    assert int(trainer(tmp_path / "run", updates=2, resume="yes").state.update) == 1
+
+
+# Signals and kills, in processes of their own.
+
+
+def start(folder, updates, cache):
+    environment = os.environ | {"PPO_JAX_TEST_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, everything.__file__, str(folder), str(updates)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=120.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if condition():
+            return
+        time.sleep(0.002)
+
+
+def test_a_signal_ends_a_run_after_its_update(whole, tmp_path):
+    folder = tmp_path / "run"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(folder, 500, tmp_path / "cache")
+        seen = len(list((folder / "checkpoints").glob("[0-9]*"))) and max(int(p.name) for p in (folder / "checkpoints").glob("*"))
+        wait_for(lambda seen=seen: (folder / f"checkpoints/{seen + 2}").exists(), process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == faults.STOPPED, err
+        assert "Stopped by a signal after update" in out
+    updates = [row["update"] for row in lines(folder, "metrics.jsonl") if "objective/kl" in row]
+    assert updates == list(range(len(updates)))
+
+
+def test_a_second_signal_ends_it_at_once():
+    code = (
+        "import os, signal, time\nfrom ppo_jax.faults import StopSignals\n"
+        "with StopSignals():\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('on', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT and done.stdout == "on\n"
+
+
+def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
+    """`kill -9` while it compiles, samples, learns, and writes checkpoints; half of them aimed at a write."""
+    chance, cache, updates = random.Random(0), tmp_path / "cache", 60
+    undisturbed = start(tmp_path / "whole", updates, cache)
+    expected, err = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, err
+    folder, kills = tmp_path / "killed", 0
+    while kills < 20:
+        process = start(folder, updates, cache)
+        aim = kills % 2 == 0
+        newest = max((int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+        if aim:  # at the writing of one of the next two checkpoints
+            wanted = newest + chance.choice((1, 2))
+            wait_for(lambda wanted=wanted: list((folder / "checkpoints").glob(f"{wanted}.*tmp*")), process)
+            time.sleep(chance.uniform(0, 0.03))
+        else:
+            time.sleep(chance.uniform(1, 8))
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate()
+        kills += 1
+    last = start(folder, updates, cache)
+    digest_after, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert digest_after == expected
+    assert same_files(tmp_path / "whole", folder)
+    assert compare(tmp_path / "whole", folder) == []
+
+
+def test_digests_see_a_bit_and_no_sharding():
+    x = jax.random.normal(jax.random.key(0), (8, 6, 4))
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b")))
+    assert digest({"x": x}) == digest({"x": spread}) != digest({"y": x})
+    bits = np.asarray(x).view(np.uint32).copy()
+    seen = {digest(x), digest(x.reshape(6, 8, 4)), digest(x.swapaxes(0, 1))}
+    for at in np.ndindex(2, 3, 2):
+        flipped = bits.copy()
+        flipped[at] ^= 1
+        seen.add(digest(flipped.view(np.float32)))
+    assert len(seen) == 15
