@@ -1,9 +1,15 @@
-"""A strict house: 8 virtual devices, silent broadcasting raises, nothing asks a model hub."""
+"""A strict house: 8 virtual devices, silent broadcasting raises, nothing asks a model hub.
+
+What one test compiled, later ones of the same session take from a cache; so do the processes that tests start.
+"""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ppo_jax_tests_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 

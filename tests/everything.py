@@ -10,7 +10,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,8 +24,8 @@ from ppo_jax.train import LoopConfig, Trainer
 
 WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
 PPO = PPOConfig(
-    batch_size=16, epochs=2, minibatches=2, micro_batch=4, max_new_tokens=5, learning_rate=1e-2, vf_coef=0.5, kl_coef=0.1,
-    kl_target=0.5, kl_horizon=200, scale_scores=True, target_kl=0.05, whiten_rewards=True,
+    batch_size=16, epochs=2, minibatches=2, micro_batch=4, max_new_tokens=5, learning_rate=0.1, vf_coef=0.5, kl_coef=0.1,
+    kl_target=0.5, kl_horizon=200, scale_scores=True, target_kl=0.001, whiten_rewards=True,
 )  # fmt: skip
 
 
@@ -63,7 +62,5 @@ def trainer(out, *, ppo=PPO, reward=likes_b, resume="no", adapters=True, **loop)
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", os.environ["PPO_JAX_TEST_CACHE"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     state = trainer(sys.argv[1], updates=int(sys.argv[2]), resume="auto").run()
     print(digest(state.train.params), flush=True)

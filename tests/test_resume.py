@@ -169,8 +169,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
 # Signals and kills, in processes of their own.
 
 
-def start(folder, updates, cache):
-    environment = os.environ | {"PPO_JAX_TEST_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])}
+def start(folder, updates):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, everything.__file__, str(folder), str(updates)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -186,7 +186,7 @@ def wait_for(condition, process, seconds=120.0):
 def test_a_signal_ends_a_run_after_its_update(whole, tmp_path):
     folder = tmp_path / "run"
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(folder, 500, tmp_path / "cache")
+        process = start(folder, 500)
         seen = len(list((folder / "checkpoints").glob("[0-9]*"))) and max(int(p.name) for p in (folder / "checkpoints").glob("*"))
         wait_for(lambda seen=seen: (folder / f"checkpoints/{seen + 2}").exists(), process)
         process.send_signal(number)
@@ -209,13 +209,13 @@ def test_a_second_signal_ends_it_at_once():
 
 def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
     """`kill -9` while it compiles, samples, learns, and writes checkpoints; half of them aimed at a write."""
-    chance, cache, updates = random.Random(0), tmp_path / "cache", 60
-    undisturbed = start(tmp_path / "whole", updates, cache)
+    chance, updates = random.Random(0), 60
+    undisturbed = start(tmp_path / "whole", updates)
     expected, err = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, err
     folder, kills = tmp_path / "killed", 0
     while kills < 20:
-        process = start(folder, updates, cache)
+        process = start(folder, updates)
         aim = kills % 2 == 0
         newest = max((int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), default=0)
         if aim:  # at the writing of one of the next two checkpoints
@@ -228,7 +228,7 @@ def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
         process.kill()
         process.communicate()
         kills += 1
-    last = start(folder, updates, cache)
+    last = start(folder, updates)
     digest_after, err = last.communicate(timeout=300)
     assert last.returncode == 0, err
     assert digest_after == expected
