@@ -17,7 +17,8 @@ from ppo_jax.config import PRESETS, PPOConfig, SettingError
 def main(args: list[str] | None = None) -> None:
     """Entry point; every error that a user can mend is one sentence and exit status 2."""
     args = sys.argv[1:] if args is None else args
-    chosen = next((b for a, b in itertools.pairwise(args) if a == "--preset"), "default")
+    spelled = list(itertools.chain.from_iterable(a.split("=", 1) if a.startswith("--preset=") else [a] for a in args))
+    chosen = next((b for a, b in itertools.pairwise(spelled) if a == "--preset"), "default")
     missing = tyro.MISSING
     train = Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=PRESETS.get(chosen, PPOConfig()))
     commands = (
@@ -29,10 +30,10 @@ def main(args: list[str] | None = None) -> None:
         | Annotated[Replay, tyro.conf.subcommand("replay")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
-        | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing, ppo=PRESETS.get(chosen, PPOConfig())))]
+        | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing))]
     )
     try:
-        tyro.cli(commands, prog="ppo-jax", description="PPO fine-tuning of GPT-style language models.", args=args).run()
+        tyro.cli(commands, config=(tyro.conf.EnumChoicesFromValues,), prog="ppo-jax", description=__doc__, args=args).run()
     except (ValueError, RuntimeError, SettingError) as error:
         print(f"ppo-jax: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -26,7 +26,7 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; the results need a folder.")
     if not resume and any((folder / mark).exists() for mark in _MARKS):
-        raise ValueError(f"{folder} holds another run; choose another folder.")
+        raise ValueError(f"{folder} holds another run; choose another folder, delete it, or go on with it by --resume auto.")
 
 
 def claim(folder: Path, *, resume: bool = False) -> Path:
@@ -55,7 +55,10 @@ class RunLog:
                 import wandb
             except ImportError as error:
                 raise ValueError("Weights & Biases is not installed; pip install 'ppo-jax[wandb]'.") from error
-            self._wandb = wandb.init(project=wandb_project, dir=folder, id=text_hash(str(folder.resolve())), resume="allow")
+            try:
+                self._wandb = wandb.init(project=wandb_project, dir=folder, id=text_hash(str(folder.resolve())), resume="allow")
+            except wandb.errors.Error as error:
+                raise ValueError(f"Weights & Biases does not start: {str(error).splitlines()[0]}") from error
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON knows no NaN

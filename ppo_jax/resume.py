@@ -43,11 +43,18 @@ def start_config(ppo: PPOConfig, loop: Any, command: Any, models: Any, prompts: 
     return RunConfig(json.loads(json.dumps(settings)), hashes)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a run; ValueError, if `folder` holds none."""
+    config = read_json(folder / "config.json")
+    parts = [config.get(name) for name in ("settings", "hashes")] if isinstance(config, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{folder / 'config.json'} is not the one of a run.")
+    return config
+
+
 def check_unchanged(folder: Path, now: RunConfig) -> None:
     """Raises ValueError, naming it, if anything that shapes the result is not as it was when the run in `folder` began."""
-    before = read_json(folder / "config.json")
-    if not isinstance(before, dict) or not {"settings", "hashes"} <= set(before):
-        raise ValueError(f"{folder / 'config.json'} is not the one of a run.")
+    before = read_config(folder)
     decays = now.settings["ppo"]["decay_learning_rate"]  # over all updates, so their number shapes the result too
     for part, free in _FREE.items():
         for name, old, new in provenance.differences(before["settings"].get(part), now.settings[part]):

@@ -1,7 +1,9 @@
 """The three kinds of reward that the train loop takes, behind one call, and the checks on what a user's function returns."""
 
 import inspect
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -47,7 +49,7 @@ class TextReward(NamedTuple):
         try:
             scores = self.function(*args)
         except Exception as error:
-            raise RewardError(f"The reward function raised {type(error).__name__}: {error}") from error
+            raise _raised(error) from error
         return TaskScores(check_scores(scores, (len(responses),)))
 
 
@@ -61,7 +63,7 @@ class TokenReward(NamedTuple):
         try:
             scores = jax.jit(self.function)(rollout.tokens, rollout.mask, rollout.response_mask)
         except Exception as error:
-            raise RewardError(f"The reward function raised {type(error).__name__}: {error}") from error
+            raise _raised(error) from error
         rows, columns = rollout.response_mask.shape
         if isinstance(scores, tuple):
             if len(scores) != 2:
@@ -88,6 +90,13 @@ class ModelReward(NamedTuple):
         ids = [self.tokenizer(text).input_ids[: self.length] or [self.pad_id] for text in texts]
         tokens, mask = data.pad(ids, length=self.length, pad_id=self.pad_id, left=False)
         return check_scores(self.score(self.params, tokens, mask), (len(texts),))
+
+
+def _raised(error: Exception) -> RewardError:
+    """Says what a reward function raised, and where in its own file."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    at = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if len(frames) > 1 else ""
+    return RewardError(f"The reward function raised {type(error).__name__}{at}: {error}")
 
 
 def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:

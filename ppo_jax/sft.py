@@ -85,7 +85,8 @@ def fit(
     steps = n // batch_size
     if not steps:
         raise ValueError(f"{n} rows are fewer than batch_size={batch_size}.")
-    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(int(warmup * steps * epochs), 1), steps * epochs)
+    rising = max(int(warmup * steps * epochs), 1)
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, rising, max(steps * epochs, rising + 1))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))
     state = TrainState.create(apply_fn=None, params=jax.tree.map(lambda x: jnp.array(x, copy=True), params), tx=tx)
     for epoch in range(epochs):

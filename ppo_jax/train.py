@@ -228,7 +228,7 @@ class Trainer:
             said = self._score(state, self.ref_params, rollout, frozen=self.frozen)
             kls.extend(np.asarray(said.logprobs - said.ref_logprobs).sum(axis=1)[:keep])
         means = {"eval/scores": scores, "eval/length_mean": lengths, "eval/kl": kls}
-        return {name: float(np.mean(x)) for name, x in means.items()}, responses
+        return {name: float(np.mean(x, dtype=np.float64)) for name, x in means.items()}, responses
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses as texts, cut after the first end token."""

@@ -20,7 +20,7 @@ class Sampling:
     """How responses are drawn."""
 
     model: str
-    """A folder or a Hugging Face id."""
+    """A folder or a Hugging Face id in safetensors, or a .gguf file."""
     max_new_tokens: int = 32
     """Longest response."""
     temperature: float = 1.0

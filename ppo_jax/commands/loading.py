@@ -62,7 +62,12 @@ def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardF
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py"):
-        scorer = pretrained.load_scorer(spec)
+        if given == "tokens":
+            raise ValueError(f"reward_given=tokens needs a function, my_file.py:function; {spec} would be a reward model.")
+        try:
+            scorer = pretrained.load_scorer(spec)
+        except ValueError as error:
+            raise ValueError(f"The reward is neither my_file.py:function nor a reward model: {error}") from error
         tokenizer = pretrained.load_tokenizer(spec)
         score = jax.jit(heads.reward_model(scorer.config))
         return ModelReward(score, scorer.params, tokenizer, scorer.config.positions, pad_id(tokenizer))

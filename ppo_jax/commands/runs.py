@@ -15,6 +15,7 @@ from ppo_jax import provenance
 from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.commands.train import Train
 from ppo_jax.logging import check_free, read_json, read_lines
+from ppo_jax.resume import read_config
 from ppo_jax.train import Trainer
 
 Row = Mapping[str, Any]
@@ -47,7 +48,7 @@ class Replay:
     """Folder for its metrics, all samples, and the checkpoint after it."""
 
     def run(self) -> None:
-        stored = read_json(self.run_folder / "config.json")["settings"]["command"]
+        stored = read_config(self.run_folder)["settings"].get("command")
         if stored is None:
             raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
         check_free(self.out)
@@ -88,7 +89,7 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
 
 def compare(a: Path, b: Path) -> list[str]:
     """A sentence for each way in which two runs differ, the first of its kind; none, if they are the same."""
-    config_a, config_b = (read_json(folder / "config.json") for folder in (a, b))
+    config_a, config_b = read_config(a), read_config(b)
     ignored = ("command.out", "command.resume")
     found = []
     for part in ("settings", "hashes"):
@@ -127,6 +128,7 @@ def revive(kind: Any, stored: Any) -> Any:
     """A value of type `kind` from what `logging.plain` made of it.
 
     Example:
+      >>> from ppo_jax.train import LoopConfig
       >>> revive(LoopConfig, {"updates": 3, "wandb_project": None}).updates
       3
     """

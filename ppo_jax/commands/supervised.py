@@ -23,7 +23,7 @@ class Fit:
     """What supervised stages share."""
 
     model: str
-    """Where to start: a folder or a Hugging Face id of a GPT-2 checkpoint."""
+    """Where to start: a folder or a Hugging Face id in safetensors, or a .gguf file."""
     data: Path
     """Training rows, one JSON object a line."""
     out: Path

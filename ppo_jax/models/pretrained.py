@@ -43,13 +43,16 @@ def resolve(model: str | Path) -> Path:
       ValueError: if there is neither.
     """
     if Path(model).is_dir():
-        return Path(model)
+        if not (Path(model) / "config.json").is_file() or not (Path(model) / "model" / "config.json").is_file():
+            return Path(model)
+        raise ValueError(f"{model} is the folder of a run; its model is {Path(model) / 'model'}.")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=_FILES))
     except Exception as error:  # the hub raises many kinds; each means that there is no such model to be had
-        raise ValueError(f"{model!r} is neither a folder nor a model that the hub gives: {error}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{str(model)!r} is no folder here, nor a model that the hub gives: {reason}") from error
 
 
 def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:

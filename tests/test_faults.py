@@ -1,0 +1,229 @@
+"""A run that goes wrong says so, leaves what is needed to look into it, and can be replayed."""
+
+import json
+import signal
+import time
+
+import everything
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from everything import PPO, likes_b, trainer
+
+from ppo_jax import cli, faults, iteration
+from ppo_jax.commands.runs import compare, revive
+from ppo_jax.commands.train import Train
+from ppo_jax.config import SettingError
+from ppo_jax.faults import Faults, NonFiniteError, RewardError, persist
+from ppo_jax.logging import plain, read_json, read_lines
+from ppo_jax.models import pretrained
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.families import gpt2
+from ppo_jax.models.transformer import init_params
+from ppo_jax.provenance import digest
+
+
+def failing(at, times, how):
+    """A reward that fails in its calls `at .. at + times - 1`."""
+    calls = iter(range(10**6))
+
+    def reward(prompts, responses):
+        scores = likes_b(prompts, responses)
+        return how(scores) if at <= next(calls) < at + times else scores
+
+    return reward
+
+
+def with_nan(scores):
+    return [*scores[:3], float("nan"), *scores[4:]]
+
+
+def raises(scores):
+    raise KeyError("gone")
+
+
+def test_a_reward_that_fails_is_asked_again(tmp_path):
+    calm = trainer(tmp_path / "calm", updates=3)
+    run = trainer(tmp_path / "run", updates=3, reward=failing(1, 2, raises), faults=Faults(reward_retries=2))
+    assert digest(calm.run().train.params) == digest(run.run().train.params)
+    assert not (tmp_path / "run/faults.jsonl").exists()
+
+
+@pytest.mark.parametrize("how, says, rows", [(with_nan, "nan for response 3", 1), (raises, "KeyError in test_faults.py, line", 16)])
+def test_a_reward_that_goes_on_failing_stops_the_run_after_a_checkpoint(tmp_path, how, says, rows):
+    run = trainer(tmp_path / "run", updates=5, save_every=0, reward=failing(2, 9, how), faults=Faults(reward_retries=1))
+    with pytest.raises(RewardError, match=says):
+        run.run()
+    dumped = read_lines(tmp_path / "run/faults.jsonl")
+    assert len(dumped) == rows and dumped[0]["update"] == 2 and dumped[0]["kind"] == "reward" and says[:8] in dumped[0]["message"]
+    resumed = trainer(tmp_path / "run", updates=5, save_every=0, resume="auto", reward=failing(99, 0, raises))
+    assert int(resumed.state.update) == 2
+    again = digest(resumed.run().train.params)
+    assert again == digest(trainer(tmp_path / "calm", updates=5).run().train.params)
+    assert not (tmp_path / "run/faults.jsonl").exists()  # of an update that was done again
+
+
+def test_a_reward_that_hangs_is_left(tmp_path):
+    hangs = failing(1, 9, lambda scores: time.sleep(30))
+    run = trainer(tmp_path / "run", updates=3, save_every=0, reward=hangs, faults=Faults(reward_timeout_s=1.0))
+    with pytest.raises(RewardError, match="took more than 1 s"):
+        run.run()
+    assert (tmp_path / "run/checkpoints/1").is_dir()
+
+
+def test_an_update_may_be_skipped_instead(tmp_path):
+    run = trainer(tmp_path / "run", updates=3, reward=failing(1, 1, with_nan), faults=Faults(reward="skip"))
+    seen = []
+    run.run(on_update=seen.append)
+    assert len(seen) == 2 and int(run.state.update) == 3
+    rows = read_lines(tmp_path / "run/metrics.jsonl")
+    assert [row["update"] for row in rows if "faults/skipped" in row] == [1]
+
+
+def spoiled(run, leaf=None):
+    """The run with a NaN in its critic's head, or in the policy's first adapter."""
+    params = run.state.train.params
+    bad = {**params, "critic": {**params["critic"], "head": jax.tree.map(lambda x: x * jnp.nan, params["critic"]["head"])}}
+    run.state = run.state.replace(train=run.state.train.replace(params=bad))
+    return run
+
+
+def test_values_that_are_not_finite_are_caught(tmp_path):
+    run = spoiled(trainer(tmp_path / "run", updates=3))
+    with pytest.raises(NonFiniteError, match="A value is not finite in 16 of 16 responses"):
+        run.run()
+    assert len(read_lines(tmp_path / "run/faults.jsonl")) == 16
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy, monkeypatch):
+    huge = lambda prompts, responses: [3e38] * len(responses)  # finite, but its square is not
+    ppo = PPO.__class__(**{**vars(PPO), "scale_scores": False, "whiten_rewards": False, "target_kl": None})
+    run = trainer(tmp_path / "run", ppo=ppo, updates=2, reward=huge, faults=Faults(gradient=policy))
+    before = digest(run.state.train.params)
+    if policy == "stop":
+        with pytest.raises(faults.GradientError, match="not finite; 4 steps"):
+            run.run()
+    else:
+        run.run()
+        assert digest(run.state.train.params) == before
+    assert {row["update"] for row in read_lines(tmp_path / "run/faults.jsonl")} == ({0} if policy == "stop" else {0, 1})
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["optimizer/skipped"] == 4
+
+
+def test_persist_and_its_settings():
+    with pytest.raises(RewardError, match=r"more than 0.05 s"):
+        persist(lambda: time.sleep(5), retries=0, timeout_s=0.05)
+    with pytest.raises(ZeroDivisionError):  # no fault of a reward: not tried again
+        persist(lambda: 1 / 0, retries=3, timeout_s=1.0)
+    for wrong in ({"reward_retries": -1}, {"reward_timeout_s": 0}):
+        with pytest.raises(SettingError):
+            Faults(**wrong)
+    with faults.StopSignals() as signals:
+        assert signals.received is None
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# Commands.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of the command, six updates with a checkpoint after every second."""
+    place = tmp_path_factory.mktemp("command")
+    config = TransformerConfig(vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32)
+    model = pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
+    pretrained.save_policy(place / "model", model, everything.tokenizer())
+    (place / "prompts.txt").write_text("a b\nc\nd e f\n")
+    (place / "reward.py").write_text("def score(prompts, responses):\n    return [r.count('b') for r in responses]\n")
+    cli.main(train(place, "run"))
+    return place
+
+
+def train(place, out, **more):
+    options = {
+        "model": place / "model", "prompts": place / "prompts.txt", "reward": f"{place / 'reward.py'}:score", "out": place / out,
+        "loop.updates": 6, "loop.save-every": 2, "loop.keep": 9, "ppo.batch-size": 8, "ppo.max-new-tokens": 4, "lora.rank": 2,
+        "ppo.learning-rate": 0.03,
+    } | more  # fmt: skip
+    return ["train", "--loop.no-progress", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
+
+
+def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
+    summary = read_json(folder / "run/summary.json")
+    cli.main(train(folder, "half", **{"loop.updates": 3}))
+    cli.main(train(folder, "half", resume="yes"))
+    assert capsys.readouterr().out.splitlines()[-1] == f"Digest of the final parameters: {summary['digest']}"
+    strip = lambda s: {k: v for k, v in s.items() if not k.startswith(("time/", "perf/"))}
+    assert strip(read_json(folder / "half/summary.json")) == strip(summary)
+    assert compare(folder / "run", folder / "half") == []
+    config = read_json(folder / "half/config.json")
+    assert [p["first_update"] for p in config["processes"]] == [0, 3]
+    assert {"versions", "devices", "xla_flags"} <= set(config["processes"][0])
+    assert set(config["hashes"]) == {"model", "prompts", "reward"} and all(config["hashes"].values())
+    with pytest.raises(SystemExit):
+        cli.main(train(folder, "half", resume="yes", **{"ppo.lam": 0.5}))
+    assert "ppo.lam was 0.95" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("update", [0, 3, 4])
+def test_replay_gives_the_same_bits(folder, tmp_path, update, capsys):
+    cli.main(["replay", str(folder / "run"), "--update", str(update), "--out", str(tmp_path / "again")])
+    out = capsys.readouterr().out
+    assert "All its metrics are those of the run." in out
+    original = [row for row in read_lines(folder / "run/samples.jsonl") if row["update"] == update]
+    replayed = [row for row in read_lines(tmp_path / "again/samples.jsonl") if row["update"] == update]
+    assert len(replayed) == 8 and replayed[:4] == original
+
+
+def test_replay_names_what_it_lacks(folder, tmp_path, capsys):
+    for wrong, says in ((folder / "model", "is not the one of a run"), (tmp_path, "cannot be read")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["replay", str(wrong), "--update", "1", "--out", str(tmp_path / "new")])
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_compare_says_where_two_runs_part(folder, capsys):
+    cli.main(train(folder, "other", **{"ppo.clip-low": 0.19, "ppo.epochs": 5}))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", str(folder / "run"), str(folder / "other")])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert "settings: ppo.epochs is 4 and 5." in out and "settings: ppo.clip_low is 0.2 and 0.19." in out
+    assert "metrics.jsonl: first at update 0: " in out and "Final parameters: digest " in out
+    cut = (folder / "other/samples.jsonl").read_text().splitlines()
+    row = json.loads(cut[2])
+    row["tokens"][1] += 1
+    (folder / "other/samples.jsonl").write_text("\n".join([*cut[:2], json.dumps(row), *cut[3:]]) + "\n")
+    says = f"token 1 is {row['tokens'][1] - 1} and {row['tokens'][1]}"
+    assert any(says in line for line in compare(folder / "run", folder / "other"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", str(folder / "run"), str(folder / "run")])
+    assert stop.value.code == 0
+
+
+def test_settings_come_back_from_json(folder):
+    stored = read_json(folder / "run/config.json")["settings"]["command"]
+    assert json.loads(json.dumps(plain(revive(Train, stored)))) == stored
+
+
+def test_deterministic_sets_the_flag_before_devices_are_used(monkeypatch):
+    from ppo_jax import provenance
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    provenance.make_deterministic()
+    provenance.make_deterministic()
+    import os
+
+    assert os.environ["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {provenance.DETERMINISTIC_GPU}"
+
+
+def test_no_two_new_parameters_share_a_key_with_an_update():
+    state = iteration.PPOState(None, None, None, jax.random.key(0), jnp.int32(0))
+    keys = [iteration.init_key(0, part) for part in range(3)]
+    keys += [child for key in keys for child in jax.random.split(key, 4)]
+    keys += [state.replace(update=jnp.int32(u)).key_for(p) for u in range(8) for p in (0, 1)]
+    keys += [jax.random.fold_in(jax.random.key(0), u) for u in range(8)]
+    assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == len(keys)

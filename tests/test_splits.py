@@ -1,0 +1,124 @@
+"""However a batch is split over chunks, micro-batches, padding and devices: the same samples and the same parameters."""
+
+import functools
+
+import everything
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ppo_jax import iteration
+from ppo_jax.config import PPOConfig
+from ppo_jax.models import heads
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.transformer import init_params, language_model
+
+CONFIG = TransformerConfig(vocab_size=61, positions=40, width=32, layers=2, heads=4, mlp_width=64, init_std=0.2)
+PPO = PPOConfig(
+    batch_size=32, epochs=2, minibatches=2, max_new_tokens=10, learning_rate=1e-4, kl_coef=0.1, kl_target=0.5, scale_scores=True,
+    vf_coef=0.5, temperature=0.8,
+)  # fmt: skip
+
+
+def three_updates(optimizer, *, devices=1, extra_padding=0, how="jit", **changes):
+    """Samples `[3, B, R]` and parameters after three updates."""
+    ppo = PPOConfig(**{**vars(PPO), **changes})
+    agent = iteration.Agent(language_model(CONFIG), heads.separate_critic(CONFIG), ppo, (3, 4), 0)
+    policy = init_params(CONFIG, jax.random.key(0))
+    params = {"policy": policy, "critic": heads.init_scorer(CONFIG, jax.random.key(1), trunk=policy)}
+    state = iteration.init_state(agent, params, jax.random.key(2), updates=3)
+    tx = optax.sgd(0.05) if optimizer == "sgd" else ppo.optimizer(3)
+    state = state.replace(train=TrainState.create(apply_fn=None, params=params, tx=tx).replace(step=jnp.int32(0)))
+    length = 6 + extra_padding
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    state, policy = put(state, PartitionSpec()), put(policy, PartitionSpec())
+
+    @jax.jit
+    def update(state, prompts, mask):
+        rollout = iteration.sample(agent, state, prompts, mask)
+        scores = iteration.score(agent, state, policy, rollout)
+        task = (rollout.responses % 7 == 1).sum(axis=1).astype(jnp.float32)
+        state, _ = iteration.learn(agent, state, rollout, scores, task)
+        return state, rollout
+
+    samples = []
+    for number in range(3):
+        key = jax.random.key(10 + number)
+        prompts = jnp.pad(jax.random.randint(key, (32, 6), 0, 61), ((0, 0), (extra_padding, 0)))
+        real = jnp.arange(length)[None, :] >= extra_padding + jax.random.randint(key, (32, 1), 0, 5)
+        state, rollout = update(state, put(prompts, PartitionSpec("data")), put(real, PartitionSpec("data")))
+        samples.append(np.asarray(jnp.where(rollout.response_mask, rollout.responses, -1)))
+    return np.stack(samples), jax.device_get(state.train.params)
+
+
+@functools.cache
+def undivided(optimizer):
+    return three_updates(optimizer)
+
+
+def is_noise(path):
+    """Adam turns the rounding of a gradient that is zero into steps of the learning rate: a key's bias shifts all scores of a query
+    alike, which the softmax does not see."""
+    names = [part.key for part in path]
+    return names[-2:] == ["k", "bias"]
+
+
+SPLITS = [
+    {"rollout_rows": 8}, {"rollout_rows": 1}, {"micro_batch": 4}, {"micro_batch": 8, "logit_chunk": 3}, {"extra_padding": 7},
+    {"devices": 2}, {"devices": 4}, {"devices": 8}, {"devices": 8, "micro_batch": 8, "rollout_rows": 16, "extra_padding": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: ",".join(f"{k}={v}" for k, v in split.items()))
+def test_no_split_changes_the_result(optimizer, split):
+    samples, params = undivided(optimizer)
+    samples_now, params_now = three_updates(optimizer, **split)
+    np.testing.assert_array_equal(samples_now, samples)
+    for path, x in jax.tree_util.tree_leaves_with_path(params_now):
+        if optimizer == "adamw" and is_noise(path):
+            continue
+        y = functools.reduce(lambda tree, part: tree[part.key], path, params)
+        np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_three_updates_moved_and_sampled_anew():
+    samples, params = undivided("sgd")
+    assert (samples[0] != samples[1]).any() and (samples >= 0).any(axis=(1, 2)).all() and (samples == -1).any()
+    start = init_params(CONFIG, jax.random.key(0))
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), start, params["policy"])
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_no_key_is_used_twice(tmp_path, monkeypatch):
+    """Records the key of every random draw of a run: two numbers a row and token, a permutation an epoch, nothing else."""
+    seen: list[tuple] = []
+
+    def recorded(draw):
+        def function(key, *args, **more):
+            jax.debug.callback(lambda *data: seen.append((draw.__name__, *(int(x) for x in data))), *jax.random.key_data(key))
+            return draw(key, *args, **more)
+
+        return function
+
+    for name in ("uniform", "normal", "permutation", "categorical", "gumbel", "bernoulli", "randint", "choice", "truncated_normal"):
+        monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
+    run = everything.trainer(tmp_path / "run", updates=3, eval_every=0, save_every=0)
+    made = len(seen)
+    assert made  # the new parameters' keys count too
+    for _ in range(3):
+        run.step()
+    jax.effects_barrier()
+    drawn = seen[made:]
+    c = everything.PPO
+    steps = sum(name == "uniform" for name, *_ in drawn)
+    assert steps % c.batch_size == 0 and c.batch_size * 3 < steps <= c.batch_size * 3 * c.max_new_tokens
+    assert sum(name == "permutation" for name, *_ in drawn) == 3 * c.epochs
+    assert len(drawn) == steps + 3 * c.epochs
+    keys = [key for _, *key in seen]
+    assert len({tuple(key) for key in keys}) == len(keys)
