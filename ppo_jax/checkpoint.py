@@ -1,5 +1,6 @@
 """Checkpoints of a run through Orbax: one pytree of all that changes, whole or not at all, and checked bit by bit when read."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as kept
 
 from ppo_jax.iteration import PPOState
-from ppo_jax.provenance import digest
+from ppo_jax.provenance import digest, text_hash
 
 _LOG = logging.getLogger(__name__)
 SCORE = "eval/scores"  # by which a checkpoint is the best
+
+
+def _is_no_leftover(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 class CheckpointError(ValueError):
@@ -28,6 +33,8 @@ class Checkpoints:
             preservation_policy=kept.AnyPreservationPolicy([kept.LatestN(keep), best]), enable_async_checkpointing=False,
             cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only,
         )  # fmt: skip
+        # Where one array of a damaged checkpoint fails, Orbax leaves the others' failures to be logged when they are collected.
+        logging.getLogger("asyncio").addFilter(_is_no_leftover)
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -45,9 +52,9 @@ class Checkpoints:
         step, arrays = int(state.update), _arrays(state)
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave({"digest": digest(arrays), **(about or {})})
-        )
+        about = json.dumps(about or {}, sort_keys=True)
+        run = {"digest": digest(arrays), "about": about, "about_digest": text_hash(about)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
         try:
             self._manager.save(step, args=items, metrics=None if score is None else {SCORE: score})
         except Exception as error:  # Orbax and TensorStore raise many kinds for a disk that is full or gone
@@ -82,11 +89,11 @@ class Checkpoints:
     def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_arrays(like)), run=ocp.args.JsonRestore())
         items = self._manager.restore(step, args=args)
-        stored, about = items["state"], items["run"]
-        if digest(stored) != about["digest"]:
-            raise ValueError("its arrays are not those that were written.")
+        stored, run = items["state"], items["run"]
+        if digest(stored) != run["digest"] or text_hash(run["about"]) != run["about_digest"]:
+            raise ValueError("it does not hold what was written.")
         train = like.train.replace(**stored["train"])
-        return like.replace(**{**stored, "train": train, "key": jax.random.wrap_key_data(stored["key"])}), about
+        return like.replace(**{**stored, "train": train, "key": jax.random.wrap_key_data(stored["key"])}), json.loads(run["about"])
 
     def _set_aside(self, step: int) -> None:
         place, number = self.folder / f"{step}.damaged", 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 
 import jax
@@ -142,6 +143,9 @@ class PPOConfig:
     """Clip the gradient's global norm."""
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingError(f"{name} must be a finite number, not {value}.")
         for name in ("batch_size", "epochs", "minibatches", "max_new_tokens", "temperature", "learning_rate", "kl_horizon"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")

@@ -48,14 +48,14 @@ def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: S
     if isinstance(source, str | Path):
         path = Path(source)
         try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}.") from error
         items: Iterable = lines
         if path.suffix in (".jsonl", ".json"):
             try:
                 items = [json.loads(line) for line in lines]
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} must hold one JSON object a line: {error}.") from error
     else:
         items = source
@@ -124,8 +124,12 @@ def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("Prompts of messages need a tokenizer with a chat template; this one has none.")
         rows = [_through_template(row, tokenizer) if _is_chat(row["prompt"]) else row for row in rows]
-    # A template writes its own special tokens.
-    ids = [tokenizer(row["prompt"], add_special_tokens="messages" not in row).input_ids for row in rows]
+    ids = []
+    for i, row in enumerate(rows):
+        try:  # a template writes its own special tokens
+            ids.append(tokenizer(row["prompt"], add_special_tokens="messages" not in row).input_ids)
+        except (TypeError, UnicodeError) as error:
+            raise ValueError(f"Prompt {i} ({row['prompt']!r:.80}) is no text that the tokenizer takes: {error}.") from error
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"Prompt {i} ({rows[i]['prompt']!r}) has no token.")

@@ -113,8 +113,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
       ValueError: if a line is none.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    except (OSError, ValueError) as error:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
@@ -122,7 +122,7 @@ def read_json(path: Path) -> Any:
     """Raises ValueError if there is no such file or it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 

@@ -80,7 +80,7 @@ def code_hash(thing: Any) -> str | None:
     thing = thing.func if isinstance(thing, functools.partial) else inspect.unwrap(thing)
     try:
         file = inspect.getsourcefile(thing if inspect.isroutine(thing) else type(thing))
-        return text_hash(np.fromfile(file, np.uint8))
+        return text_hash(np.fromfile(file, np.uint8)) if file else None
     except (TypeError, OSError):
         return None
 

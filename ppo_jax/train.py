@@ -104,9 +104,7 @@ class Trainer:
             self.state, about = self.checkpoints.restore(self.state)
         cut_back(out, about.get("sizes", {}))
         config.write(out, first_update=int(self.state.update))
-        self.log = RunLog(
-            out, tensorboard=loop.tensorboard, wandb_project=loop.wandb_project, first_update=int(self.state.update)
-        )
+        self.log = RunLog(out, tensorboard=loop.tensorboard, wandb_project=loop.wandb_project, first_update=int(self.state.update))
         self._sample = jax.jit(functools.partial(iteration.sample, agent))
         self._score = jax.jit(functools.partial(iteration.score, agent))
         self._learn = jax.jit(functools.partial(iteration.learn, agent), donate_argnums=(0,))

@@ -297,7 +297,7 @@ def test_a_tokenizer_too_large_for_its_model_is_refused(folder, capsys):
         ({"minibatches": 3}, "minibatches=3"),
         ({"micro_batch": 5}, "micro_batch=5"),
         ({"epochs": 0}, "epochs must be positive"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
         ({"top_k": 0}, "top_k must be positive, or none"),
         ({"top_p": 1.5}, "top_p must lie in 0 .. 1"),
         ({"kl_coef": -1}, "kl_coef must not be negative"),

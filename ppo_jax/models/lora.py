@@ -157,7 +157,7 @@ def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tu
     try:
         settings = json.loads((folder / "adapter_config.json").read_text())
         stored = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} holds no adapter in the format of peft: {error}.") from error
     if settings.get("peft_type") != "LORA" or settings.get("use_dora") or settings.get("bias", "none") != "none":
         raise ValueError(f"{folder} holds an adapter of another kind than plain LoRA (peft_type {settings.get('peft_type')!r}).")

@@ -117,10 +117,18 @@ def config_of(hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = Fal
     Raises:
       ValueError: for a family or a switch that is not supported, or a field that is missing.
     """
+    kind = hf.get("model_type")
     try:
-        return TransformerConfig(**family_of(hf.get("model_type")).config(hf), dtype=dtype, remat=remat)
+        config = TransformerConfig(**family_of(kind).config(hf), dtype=dtype, remat=remat)
     except KeyError as error:
-        raise ValueError(f"The config of a {hf['model_type']} needs {error}.") from error
+        raise ValueError(f"The config of a {kind} needs {error}.") from error
+    except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"The config of a {kind} holds a value of the wrong kind: {error}.") from error
+    for name in ("vocab_size", "positions", "width", "layers", "heads", "mlp_width"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < (4096 if name == "layers" else 2**31):
+            raise ValueError(f"The config of a {kind} gives {name}={value!r}; that must be a positive whole number.")
+    return config
 
 
 def read_config(model: str | Path) -> dict[str, Any]:
@@ -202,7 +210,7 @@ def _read(model: str | Path) -> tuple[Path, dict[str, Any], Mapping[str, Any]]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is no JSON object.")
@@ -210,7 +218,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _shapes(config: TransformerConfig) -> Params:
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    try:
+        return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    except (TypeError, OverflowError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(f"No model can be made of the config {config}: {str(error).splitlines()[0]}") from error
 
 
 def _named(stored: Mapping[str, Any], rules: list[weights.Rule], family: Family) -> "_Renamed":

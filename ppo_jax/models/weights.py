@@ -153,7 +153,7 @@ def _files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
             raise ValueError(f"{index} is no index of safetensors files: {error}.") from error
         # A name may not lead out of the folder.
         return [folder / Path(name).name for name in names]

@@ -13,7 +13,7 @@ def family_of(model_type: str | None) -> Family:
       ValueError: naming what is known.
     """
     for family in FAMILIES:
-        if model_type in family.classes:
+        if isinstance(model_type, str) and model_type in family.classes:
             return family
     known = sorted(name for family in FAMILIES for name in family.classes)
     raise ValueError(f"model_type {model_type!r} is not supported; known are {', '.join(known)}.")

@@ -1,0 +1,226 @@
+"""2,000 malformed inputs: each is taken, or refused in a sentence that names the cause; none hangs, crashes or loses anything."""
+
+import json
+import random
+import shutil
+import signal
+
+import everything
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+from ppo_jax import cli, data, iteration
+from ppo_jax.checkpoint import CheckpointError, Checkpoints
+from ppo_jax.kl import fixed_kl
+from ppo_jax.logging import cut_back
+from ppo_jax.models import pretrained
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.families import gpt2
+from ppo_jax.models.transformer import init_params
+from ppo_jax.provenance import digest
+from ppo_jax.resume import read_config
+from ppo_jax.rewards import running_scale
+
+JUNK = [None, True, -1, 0, 3, 10**30, 1.5, float("nan"), float("inf"), "", "🙂", "gpt2", [], [1, "a"], {}, {"a": 1}]
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """Ends the test with an error if it is still at it after four minutes."""
+
+    def late(*_):
+        raise TimeoutError("a malformed input hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(240)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    place = tmp_path_factory.mktemp("fuzz") / "model"
+    config = TransformerConfig(vocab_size=21, positions=16, width=8, layers=1, heads=2, mlp_width=8)
+    made = pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
+    pretrained.save_policy(place, made, everything.tokenizer())
+    return place
+
+
+def mutated(chance, content):
+    """Some bytes flipped, cut off, doubled or put in."""
+    content = bytearray(content)
+    match chance.randrange(4):
+        case 0:
+            for _ in range(chance.choice((1, 1, 3, 20))):
+                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        case 1:
+            del content[chance.randrange(len(content)) :]
+        case 2:
+            at = chance.randrange(len(content))
+            content[at:at] = bytes(chance.randrange(256) for _ in range(chance.randrange(1, 40)))
+        case 3:
+            start = chance.randrange(len(content))
+            content[start : start + chance.randrange(1, 40)] = b""
+    return bytes(content)
+
+
+def sentence(error):
+    text = str(error)
+    assert len(text) > 15 and " " in text, repr(text)
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_350_settings(part, tmp_path, capsys):
+    """Every number of the command set to what it may not be, and to what it may: then the model is missing, which is said."""
+    chance = random.Random(part)
+    fields = [*(f"ppo.{name.replace('_', '-')}" for name in vars(everything.PPO)), "loop.updates", "loop.keep", "loop.save-every",
+              "loop.faults.reward-timeout-s", "lora.rank", "lora.alpha", "dtype", "preset", "resume", "no-such-option"]  # fmt: skip
+    values = ["nan", "inf", "-inf", "-1", "0", "1e999", "", "None", "🙂", "[]", "true", "9" * 30, "0x10", "1e-400", "7", "--"]
+    for _ in range(70):
+        args = [x for _ in range(chance.choice((1, 2))) for x in (f"--{chance.choice(fields)}", chance.choice(values))]
+        base = ["train", "--model", str(tmp_path / "none"), "--prompts", "p", "--reward", "r.py:f", "--out", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as stop:
+            cli.main(base + args)
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and len(said.err + said.out) > 15 and "Traceback" not in said.err, (args, said)
+        assert not (tmp_path / "out").exists()
+
+
+def test_600_prompt_files(tmp_path):
+    chance, words = random.Random(1), everything.tokenizer()
+    # fmt: off
+    odd = [
+        "", " ", "a", "\u202e", "\ud7ff", "\U0001f642" * 9, "a\x00b", "e\u0301" * 30, "a " * 5000, "\ufeffa", "\u2028", "\r",
+        "[]", "{}", '{"prompt": ""}', '{"prompt": null}', '{"prompt": ["a"]}', '{"prompt": [{"role": "user"}]}', '{"a": 1}', '"a"',
+        "[" * 3000, '{"prompt": [{"role": "user", "content": "a"}]}', '{"prompt": "\\ud800"}', '{"prompt": "a\u2028b"}', "NaN",
+    ]
+    # fmt: on
+    for number in range(600):
+        file = tmp_path / f"prompts{number % 2}.{chance.choice(('txt', 'jsonl'))}"
+        lines = [chance.choice(odd) for _ in range(chance.randrange(1, 4))]
+        content = "\n".join(lines).encode("utf-8", "surrogatepass")
+        file.write_bytes(mutated(chance, content) if content and chance.random() < 0.5 else content)
+        try:
+            rows = data.read_rows(file)
+            made = data.encode_prompts(rows, words, positions=16, new_tokens=4, pad_id=0)
+        except ValueError as error:
+            sentence(error)
+        else:
+            assert made.tokens.shape == made.mask.shape and made.mask.any(axis=1).all()
+
+
+def hostile_header(chance, content):
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    name = chance.choice([n for n in header if n != "__metadata__"])
+    match chance.randrange(6):
+        case 0:
+            header[name][chance.choice(("dtype", "shape", "data_offsets"))] = chance.choice(JUNK)
+        case 1:
+            header[name]["data_offsets"] = [chance.choice((-1, 0, 8, 2**63)), chance.choice((0, 4, 2**62))]
+        case 2:
+            header[name]["shape"] = [chance.choice((0, -1, 2**40, 3)) for _ in range(chance.randrange(4))]
+        case 3:
+            header[chance.choice(("x", "", "🙂", "__metadata__"))] = header.pop(name)
+        case 4:
+            header[name]["dtype"] = chance.choice(("F64", "I8", "BOOL", "F8_E4M3", "U64", "nothing"))
+        case 5:
+            return chance.choice((0, 1, 2**20, 2**63, 2**64 - 1)).to_bytes(8, "little") + content[8:]
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def test_450_weight_files(model, tmp_path):
+    chance, folder = random.Random(2), tmp_path / "model"
+    shutil.copytree(model, folder)
+    content, like = (model / "model.safetensors").read_bytes(), jax.tree.structure(pretrained.load_policy(model).params)
+    for number in range(450):
+        (folder / "model.safetensors").write_bytes((hostile_header, mutated)[number % 2](chance, content))
+        try:
+            loaded = pretrained.load_policy(folder)
+        except ValueError as error:
+            sentence(error)
+        else:
+            assert jax.tree.structure(loaded.params) == like
+
+
+def test_200_model_configs(model, tmp_path):
+    chance, folder = random.Random(3), tmp_path / "model"
+    shutil.copytree(model, folder)
+    config = json.loads((model / "config.json").read_text())
+    for number in range(200):
+        text = json.dumps(config | {chance.choice(list(config)): chance.choice(JUNK)}).encode()
+        (folder / "config.json").write_bytes(mutated(chance, text) if number % 2 else text)
+        try:
+            pretrained.load_policy(folder)
+        except ValueError as error:
+            sentence(error)
+
+
+def state(update):
+    params = {"policy": {"w": jnp.full((40, 30), update, jnp.float32) + jnp.arange(30.0)[None]}, "critic": {"b": jnp.ones(3)}}
+    train = TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1)).replace(step=jnp.int32(update))
+    return iteration.PPOState(train, fixed_kl(0.1).init(), running_scale().init(), jax.random.key(0), jnp.int32(update))
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_250_checkpoints(tmp_path, part):
+    """Whatever happened to the newest one, what comes back is it or the one before, whole."""
+    chance = random.Random(10 + part)
+    whole = Checkpoints(tmp_path / "whole")
+    whole.save(state(1)), whole.save(state(2), {"sizes": {"metrics.jsonl": 7}})
+    whole.close()
+    good = {number: digest(state(number).train) for number in (1, 2)}
+    seen = set()
+    for _ in range(125):
+        folder = tmp_path / "now"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", folder)
+        files = sorted(p for p in (folder / "2").rglob("*") if p.is_file())
+        file = chance.choice(files)
+        if chance.random() < 0.1:
+            file.unlink()
+        elif content := file.read_bytes():
+            file.write_bytes(mutated(chance, content))
+        checkpoints = Checkpoints(folder)
+        back, about = checkpoints.restore(state(0))
+        checkpoints.close()
+        number = int(back.update)
+        assert digest(back.train) == good[number] and (number == 1 or about["sizes"] == {"metrics.jsonl": 7})
+        assert (folder / "2").is_dir() == (number == 2)
+        seen.add(number)
+    assert seen == {1, 2}
+
+
+def test_150_run_folders(tmp_path):
+    """A run's own files, damaged: `config.json`, lines shorter than the checkpoint says, or no good checkpoint at all."""
+    chance = random.Random(4)
+    config = json.dumps({"settings": {"ppo": {"lam": 0.9}}, "hashes": {"model": "a"}, "processes": []}).encode()
+    for number in range(140):
+        (tmp_path / "config.json").write_bytes(mutated(chance, config))
+        (tmp_path / "metrics.jsonl").write_bytes(b"x" * chance.randrange(30))
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        for attempt in (lambda: read_config(tmp_path), lambda: cut_back(tmp_path, {"metrics.jsonl": 15})):
+            try:
+                attempt()
+            except ValueError as error:
+                sentence(error)
+        after = (tmp_path / "metrics.jsonl").read_bytes()
+        assert after == before if len(before) < 15 else after == before[:15], number
+    for number in range(10):
+        folder = tmp_path / f"bad{number}"
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(state(1))
+        checkpoints.close()
+        for file in (p for p in (folder / "1").rglob("*") if p.is_file()):
+            file.write_bytes(bytes(chance.randrange(256) for _ in range(file.stat().st_size)))
+        checkpoints = Checkpoints(folder)
+        with pytest.raises(CheckpointError, match="Checkpoint 1 in"):
+            checkpoints.restore(state(0))
+        checkpoints.close()
+        assert np.size(list(folder.glob("1.damaged"))) == 1
