@@ -32,15 +32,22 @@ class RunConfig:
         write_json(file, {"settings": self.settings, "hashes": self.hashes, "processes": processes})
 
 
-def start_config(ppo: PPOConfig, loop: Any, command: Any, models: Any, prompts: data.Prompts, reward: Any) -> RunConfig:
+def start_config(
+    ppo: PPOConfig, loop: Any, command: Any, models: Any, prompts: data.Prompts, eval_prompts: data.Prompts | None, reward: Any
+) -> RunConfig:
     """Of a run about to start; `models` are all parameters that it starts from."""
     settings = {"ppo": plain(ppo), "loop": plain(loop), "command": plain(command)}
     hashes = {
         "model": provenance.digest(models),
-        "prompts": provenance.text_hash(prompts.tokens, prompts.mask, list(prompts.rows)),
+        "prompts": _data_hash(prompts),
+        "eval_prompts": None if eval_prompts is None else _data_hash(eval_prompts),
         "reward": provenance.code_hash(reward),
     }
     return RunConfig(json.loads(json.dumps(settings)), hashes)
+
+
+def _data_hash(prompts: data.Prompts) -> str:
+    return provenance.text_hash(prompts.tokens, prompts.mask, list(prompts.rows))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

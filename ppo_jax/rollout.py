@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax import sampling
+from ppo_jax.models.sharding import BATCH, constrain
 from ppo_jax.types import KVCache, LanguageModel, Params, Rollout
 
 
@@ -150,7 +151,7 @@ def _draw(
         too_early = t < min_new_tokens
         stops = jnp.asarray(stop_ids)
         logits = logits.at[:, stops].set(jnp.where(too_early, -jnp.inf, logits[:, stops]))
-    logits = process(logits)
+    logits = constrain(process(logits), BATCH)
     if greedy:
         return jax.vmap(sampling.greedy_token)(logits)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, t)

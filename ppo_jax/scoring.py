@@ -125,7 +125,7 @@ def score_rollout(
         return Scores(logprobs, ref_logprobs, kl, entropies, out.values)
 
     rows = (rollout.tokens, rollout.mask, rollout.response_mask)
-    if micro_batch is None or micro_batch == B:
+    if micro_batch is None or micro_batch >= B:  # a device's share of the rows may be smaller
         return score(rows)
     return join_rows(jax.lax.map(score, split_rows(rows, B // micro_batch)))
 

@@ -96,12 +96,13 @@ class Trainer:
             ref_params = (frozen or {}).get("policy") or copy(params["policy"])
         self.ref_params, self.frozen = ref_params, frozen
         self.state = iteration.init_state(agent, copy(params), jax.random.key(loop.seed), updates=loop.updates)
-        config = start_config(agent.config, loop, settings, (params, frozen, ref_params), prompts, reward)
+        config = start_config(agent.config, loop, settings, (params, frozen, ref_params), prompts, eval_prompts, reward)
         self.checkpoints = Checkpoints(out / "checkpoints", keep=loop.keep)
         about: dict[str, Any] = {}
         if resume == "yes" or (resume == "auto" and self.checkpoints.steps()):
             check_unchanged(out, config)
             self.state, about = self.checkpoints.restore(self.state)
+        self._unevaluated = about.get("unevaluated", False)
         cut_back(out, about.get("sizes", {}))
         config.write(out, first_update=int(self.state.update))
         self.log = RunLog(out, tensorboard=loop.tensorboard, wandb_project=loop.wandb_project, first_update=int(self.state.update))
@@ -158,6 +159,7 @@ class Trainer:
         try:
             bar = tqdm(range(done, loop.updates), initial=done, total=loop.updates, disable=hide, desc="PPO")
             with faults.StopSignals() as signals, bar:
+                self._evaluate(done - 1)  # that a fault put an end to
                 for update in bar:
                     m = self.step()
                     if m is not None:
@@ -165,12 +167,10 @@ class Trainer:
                             on_update(m)
                         bar.set_postfix(score=f"{m['objective/scores']:.3f}", kl=f"{m['objective/kl']:.2f}",
                                         clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
-                    evaluated: dict[str, float] = {}
-                    if self.eval_prompts is not None and due(loop.eval_every, update):
-                        evaluated = self.evaluate(self.eval_prompts)[0]
-                        self.log.metrics(update, evaluated)
+                    self._unevaluated = self.eval_prompts is not None and due(loop.eval_every, update)
+                    score = self._evaluate(update)
                     if due(loop.save_every, update) or signals.received:
-                        self.save(evaluated.get(SCORE))
+                        self.save(score)
                     if signals.received and update + 1 < loop.updates:
                         print(f"Stopped by a signal after update {update}; --resume auto goes on from there.", flush=True)
                         raise SystemExit(faults.STOPPED)
@@ -181,7 +181,21 @@ class Trainer:
 
     def save(self, score: float | None = None) -> None:
         """A checkpoint of everything that the run needs to go on as if it had never stopped."""
-        self.checkpoints.save(self.state, {"sizes": self.log.sizes()}, score=score)
+        self.checkpoints.save(self.state, {"sizes": self.log.sizes(), "unevaluated": self._unevaluated}, score=score)
+
+    def _evaluate(self, update: int) -> float | None:
+        """The mean score on held-out prompts after `update`, if it is still to be found; a fault ends the run, after a checkpoint."""
+        if not self._unevaluated:
+            return None
+        try:
+            found = self.evaluate(self.eval_prompts)[0]
+        except Fault as fault:
+            self.save()
+            self.log.fault(update, fault.kind, f"In the evaluation: {fault}", [{}])
+            raise
+        self._unevaluated = False
+        self.log.metrics(update, found)
+        return found[SCORE]
 
     def rows(self, rollout: Rollout, batch: data.Prompts, responses: list[str]) -> list[dict[str, Any]]:
         """Prompt, response and the response's tokens, of each row."""

@@ -14,6 +14,7 @@ from flax.training.train_state import TrainState
 from ppo_jax import losses
 from ppo_jax.masked import BY_TOKEN, Aggregation
 from ppo_jax.metrics import LossMetrics, Metrics, add_parts, policy_metrics
+from ppo_jax.models.sharding import constrain_rows, map_over_data
 from ppo_jax.scoring import forward_responses, split_rows
 from ppo_jax.types import CriticFn, Experience, LanguageModel, Params
 
@@ -190,10 +191,14 @@ def ppo_update(
     order = shuffled_minibatches(key, rows, epochs=epochs, minibatches=minibatches, axis_name=axis_name)
 
     def take_step(state: TrainState, rows_of: jax.Array) -> tuple[TrainState, _Step]:
-        batch = jax.tree.map(lambda x: x[rows_of], experience)
-        grads, metrics = minibatch_gradient(
-            loss_fn, state.params, batch, micro_batches=micro_batches, aggregation=aggregation, axis_name=axis_name
-        )
+        batch = constrain_rows(jax.tree.map(lambda x: x[rows_of], experience))
+
+        def gradient(batch: Experience, data_axis: str | None):
+            return minibatch_gradient(
+                loss_fn, state.params, batch, micro_batches=micro_batches, aggregation=aggregation, axis_name=axis_name or data_axis
+            )
+
+        grads, metrics = map_over_data(gradient, batch)
         norm = optax.tree.norm(grads)
         beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
         bad = ~jnp.isfinite(norm) if skip_nonfinite else jnp.bool_(False)

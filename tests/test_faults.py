@@ -64,6 +64,18 @@ def test_a_reward_that_goes_on_failing_stops_the_run_after_a_checkpoint(tmp_path
     assert not (tmp_path / "run/faults.jsonl").exists()  # of an update that was done again
 
 
+def test_a_reward_that_fails_in_an_evaluation_stops_the_run_after_a_checkpoint(tmp_path):
+    again = {"updates": 3, "save_every": 0, "eval_every": 1}
+    with pytest.raises(RewardError, match="KeyError"):
+        trainer(tmp_path / "run", reward=failing(1, 1, raises), **again).run()
+    assert "In the evaluation" in read_lines(tmp_path / "run/faults.jsonl")[0]["message"]
+    resumed = trainer(tmp_path / "run", resume="yes", reward=failing(99, 0, raises), **again)
+    assert int(resumed.state.update) == 1
+    calm = trainer(tmp_path / "calm", reward=failing(99, 0, raises), **again)
+    assert digest(resumed.run().train.params) == digest(calm.run().train.params)
+    assert compare(tmp_path / "run", tmp_path / "calm") == []
+
+
 def test_a_reward_that_hangs_is_left(tmp_path):
     hangs = failing(1, 9, lambda scores: time.sleep(30))
     run = trainer(tmp_path / "run", updates=3, save_every=0, reward=hangs, faults=Faults(reward_timeout_s=1.0))
@@ -161,7 +173,7 @@ def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
     config = read_json(folder / "half/config.json")
     assert [p["first_update"] for p in config["processes"]] == [0, 3]
     assert {"versions", "devices", "xla_flags"} <= set(config["processes"][0])
-    assert set(config["hashes"]) == {"model", "prompts", "reward"} and all(config["hashes"].values())
+    assert set(config["hashes"]) == {"model", "prompts", "eval_prompts", "reward"} and all(config["hashes"].values())
     with pytest.raises(SystemExit):
         cli.main(train(folder, "half", resume="yes", **{"ppo.lam": 0.5}))
     assert "ppo.lam was 0.95" in capsys.readouterr().err

@@ -17,11 +17,15 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     """A tiny checkpoint answers to the name `gpt2`, since no hub may be in reach."""
     pretrained.save_policy(tmp_path / "gpt2", policy(positions=64), tokenizer())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     load = transformers.AutoTokenizer.from_pretrained
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: load(tmp_path / name))
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(block, names)
+        if named := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / named[1]).write_text(block)
+        else:
+            exec(block, names)
     assert (tmp_path / "runs/python/metrics.jsonl").read_text().count("\n") == 2
     assert float(names["loss"]) == pytest.approx(0, abs=1e-6)
     assert int(names["state"].update) == 3 and "policy/clipfrac" in names["metrics"]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.models.config import NormKind, TransformerConfig
+from ppo_jax.models.sharding import BATCH, constrain
 from ppo_jax.types import KVCache
 
 
@@ -102,7 +103,7 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> jax.Array:
             x = Linear(count * C, c, use_bias=c.qkv_bias, name=name)(x_BSD).reshape(B, S, count, C)
-            return x.transpose(0, 2, 1, 3)
+            return constrain(x.transpose(0, 2, 1, 3), BATCH, "tensor")
 
         scale = C**-0.5 if c.attention_scale is None else c.attention_scale
         scale = scale / (self.layer + 1) if c.scale_attention_by_layer else scale
@@ -142,4 +143,5 @@ class MLP(nn.Module):
         else:
             up = c.activation(up)
         std = c.init_std * (2 * c.layers) ** -0.5
-        return Linear(c.width, c, use_bias=c.mlp_bias, init_std=std, name="down")(round_to(up, c.dtype))
+        up = constrain(round_to(up, c.dtype), BATCH, *(None,) * (x.ndim - 2), "tensor")
+        return Linear(c.width, c, use_bias=c.mlp_bias, init_std=std, name="down")(up)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from ppo_jax.models.config import NormAt, TransformerConfig
 from ppo_jax.models.layers import MLP, Attention, Linear, Norm, round_to, soft_cap
+from ppo_jax.models.sharding import BATCH, constrain
 from ppo_jax.types import KVCache, LanguageModel, Params
 
 
@@ -26,7 +27,8 @@ class Block(nn.Module):
             if c.norm_at is NormAt.AROUND:
                 ys = tuple(Norm(c, name=f"{name}_post_norm")(y) for y in ys)
             total = round_to(sum((y.astype(jnp.float32) for y in ys), start=x.astype(jnp.float32)), c.dtype)
-            return Norm(c, name=f"{name}_norm")(total) if c.norm_at is NormAt.AFTER else total
+            total = Norm(c, name=f"{name}_norm")(total) if c.norm_at is NormAt.AFTER else total
+            return constrain(total, BATCH)
 
         attention, mlp = Attention(c, self.layer, name="attn"), MLP(c, name="mlp")
         y_BSD, keys, values = attention(before(x_BSD, "attn"), allowed_BSN, angles, cache)
@@ -74,7 +76,7 @@ class Decoder(nn.Module):
         position_BS = jnp.sum((ago_SN > 0)[None] & mask_BN[:, None], axis=-1)
         reach = {window: mask_BN[:, None] & _reach(ago_SN, window, c.causal)[None] for window in dict.fromkeys(c.layer_windows)}
         turn = {rotary: _angles(rotary, position_BS) for rotary in (c.rotary, c.local_rotary)}
-        x_BSD, keys, values = self._embed(tokens_BS, position_BS), [], []
+        x_BSD, keys, values = constrain(self._embed(tokens_BS, position_BS), BATCH), [], []
         for block, window in zip(self.blocks, c.layer_windows, strict=True):
             rotary = c.rotary if window is None or c.local_rotary is None else c.local_rotary
             x_BSD, k, v = block(x_BSD, reach[window], turn[rotary], cache)
@@ -86,11 +88,11 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens_BS: jax.Array, position_BS: jax.Array) -> jax.Array:
         c = self.config
-        x_BSD = self.embedding[tokens_BS]
+        x_BSD = constrain(self.embedding, "tensor", None)[tokens_BS]
         if c.scale_embedding:
             x_BSD = x_BSD * jnp.sqrt(jnp.float32(c.width)).astype(c.dtype).astype(jnp.float32)
         if c.learned_positions:
-            x_BSD = x_BSD + self.position_embedding[position_BS + c.position_offset]
+            x_BSD = x_BSD + constrain(self.position_embedding, None)[position_BS + c.position_offset]
         if c.token_types:
             x_BSD = x_BSD + self.type_embedding[None, :1]
         return self.embedding_norm(x_BSD) if c.embedding_norm else round_to(x_BSD, c.dtype)
@@ -154,7 +156,7 @@ def language_model(config: TransformerConfig) -> LanguageModel:
 
     def init_cache(batch_size: int, slots: int) -> KVCache:
         shape = (batch_size, config.key_heads, slots, config.head_width)
-        empty = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
+        empty = lambda: tuple(constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor") for _ in range(config.layers))
         return KVCache(empty(), empty(), jnp.zeros((batch_size, slots), bool), jnp.int32(0))
 
     return LanguageModel(hidden, logits, init_cache)

@@ -1,0 +1,180 @@
+"""The only file that knows devices: the mesh, arrays onto it and back, the compiled steps of an iteration, several processes.
+
+Every function works in one process and in many. In many, each runs the same program; each holds the rows of the batch that lie on
+its devices (`rows_here`), and no number that shapes the result is known to one process alone.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ppo_jax import iteration
+from ppo_jax.config import SettingError
+from ppo_jax.iteration import Agent, PPOState
+from ppo_jax.models.sharding import AXES, rows_sharding, shardings
+from ppo_jax.types import Params
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of a mesh's axes.
+
+    Raises:
+      SettingError: if the text is not like the example.
+
+    Example:
+      >>> parse_mesh("data=2,fsdp=4")
+      {'data': 2, 'fsdp': 4}
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise SettingError(f"mesh must be like data=2,fsdp=4, of the axes {', '.join(AXES)}, each once; not {text!r}.")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all given devices; what `sizes` leaves open is on `data`.
+
+    Raises:
+      SettingError: if the sizes do not fit the number of devices.
+
+    Example:
+      >>> dict(make_mesh({"fsdp": 1}, jax.devices()[:1]).shape)
+      {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dict(sizes or {})
+    rest = int(np.prod([size for name, size in sizes.items() if name != "data"], dtype=int))
+    sizes.setdefault("data", max(1, len(devices) // rest))
+    if sizes["data"] * rest != len(devices):
+        said = ",".join(f"{name}={sizes[name]}" for name in AXES if name in sizes)
+        raise SettingError(f"The mesh {said} needs {sizes['data'] * rest} devices; there are {len(devices)}.")
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_rows(mesh: Mesh, **rows: int | None) -> None:
+    """Raises SettingError, naming it, if a number of rows does not spread evenly over `data` and `fsdp`."""
+    spread = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, count in rows.items():
+        if count is not None and count % spread:
+            raise SettingError(f"{name}={count} does not spread over data·fsdp={spread} devices; it must be a multiple.")
+
+
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """A copy of a tree of parameters, by the rules of `models.sharding`; no array of it is one of the given."""
+    if mesh is not None:
+        tree = jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def rows_here(mesh: Mesh | None, rows: int) -> np.ndarray:
+    """Numbers of those rows of a batch that lie on this process's devices."""
+    if mesh is None:
+        return np.arange(rows)
+    spread = rows_sharding(mesh).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index[0]] for index in spread.values()]))
+
+
+def to_mesh(tree: Any, mesh: Mesh | None) -> Any:
+    """Host arrays `[B, ...]`, spread by rows; a process reads the rows that it holds."""
+    if mesh is None:
+        return tree
+    spread = lambda x: jax.make_array_from_callback(x.shape, rows_sharding(mesh), lambda index: x[index])
+    return jax.tree.map(spread, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Numpy arrays, whole in every process."""
+    there = lambda x: isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+    whole = lambda x: multihost_utils.process_allgather(x, tiled=True) if there(x) else x
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def join_rows_here(tree: Any, mesh: Mesh | None, rows: int) -> Any:
+    """Host arrays of this process's rows to those of all `rows` rows, in every process."""
+    if jax.process_count() == 1:
+        return tree
+    numbers, parts = multihost_utils.process_allgather((rows_here(mesh, rows), tree))
+
+    def join(x: np.ndarray) -> np.ndarray:
+        whole = np.zeros((rows, *x.shape[2:]), x.dtype)
+        whole[numbers.reshape(-1)] = x.reshape(-1, *x.shape[2:])
+        return whole
+
+    return jax.tree.map(join, parts)
+
+
+class Steps(NamedTuple):
+    """`iteration.sample`, `score` and `learn`, compiled, without their `agent`."""
+
+    sample: Callable
+    score: Callable
+    learn: Callable
+
+
+def jit_steps(agent: Agent, mesh: Mesh | None = None, state: PPOState | None = None) -> Steps:
+    """By `jit`; on a mesh, with the rows spread and `learn`'s new state lying as `state` does."""
+    sample, score, learn = (functools.partial(f, agent) for f in (iteration.sample, iteration.score, iteration.learn))
+    if mesh is None:
+        return Steps(jax.jit(sample), jax.jit(score), jax.jit(learn, donate_argnums=0))
+    rows, whole = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    return Steps(
+        _on(mesh, jax.jit(sample, out_shardings=rows)),
+        _on(mesh, jax.jit(score, out_shardings=rows)),
+        _on(mesh, jax.jit(learn, donate_argnums=0, out_shardings=(shardings(state, mesh), whole))),
+    )
+
+
+def _on(mesh: Mesh, function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args, **more):
+        with jax.set_mesh(mesh):
+            return function(*args, **more)
+
+    return call
+
+
+def pmap_steps(agent: Agent, devices: Sequence[Any] | None = None) -> Steps:
+    """By `pmap`: a replica of everything on each device, rows spread, gradients and averages summed over the devices.
+
+    The same results as `jit_steps` with all devices on `data`, which is to be preferred: only a mesh can cut parameters, and JAX
+    keeps `pmap` for what exists. Use this one inside programs that are built on `pmap`. One process.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    n, axis = len(devices), "devices"
+    cut = functools.partial(jax.tree.map, lambda x: jnp.asarray(x).reshape(n, x.shape[0] // n, *x.shape[1:]))
+    join = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
+    mapped = functools.partial(jax.pmap, axis_name=axis, devices=devices)
+
+    def own_sample(state, frozen, prompts, mask, row_ids):
+        return iteration.sample(agent, state, prompts, mask, row_ids=row_ids, frozen=frozen)
+
+    def own_score(state, ref_params, frozen, rollout):
+        return iteration.score(agent, state, ref_params, rollout, frozen=frozen)
+
+    def own_learn(state, frozen, rollout, scores, task_scores, token_scores):
+        return iteration.learn(agent, state, rollout, scores, task_scores, token_scores, frozen=frozen, axis_name=axis)
+
+    all_sample = mapped(own_sample, in_axes=(None, None, 0, 0, 0))
+    all_score = mapped(own_score, in_axes=(None, None, None, 0))
+    all_learn = mapped(own_learn, in_axes=(None, None, 0, 0, 0, 0), out_axes=None)
+
+    def sample(state: PPOState, prompts: jax.Array, mask: jax.Array, *, frozen: Params | None = None):
+        return join(all_sample(state, frozen, *cut((prompts, mask, np.arange(len(prompts))))))
+
+    def score(state: PPOState, ref_params: Params, rollout, *, frozen: Params | None = None):
+        return join(all_score(state, ref_params, frozen, cut(rollout)))
+
+    def learn(state: PPOState, rollout, scores, task_scores, token_scores=None, *, frozen: Params | None = None):
+        return all_learn(state, frozen, *cut((rollout, scores, task_scores, token_scores)))
+
+    return Steps(sample, score, learn)
