@@ -40,9 +40,10 @@ def start_config(
     hashes = {
         "model": provenance.digest(models),
         "prompts": _data_hash(prompts),
-        "eval_prompts": None if eval_prompts is None else _data_hash(eval_prompts),
         "reward": provenance.code_hash(reward),
     }
+    if eval_prompts is not None:
+        hashes["eval_prompts"] = _data_hash(eval_prompts)
     return RunConfig(json.loads(json.dumps(settings)), hashes)
 
 

@@ -184,7 +184,7 @@ class Trainer:
         self.checkpoints.save(self.state, {"sizes": self.log.sizes(), "unevaluated": self._unevaluated}, score=score)
 
     def _evaluate(self, update: int) -> float | None:
-        """The mean score on held-out prompts after `update`, if it is still to be found; a fault ends the run, after a checkpoint."""
+        """The mean score on held-out prompts after `update`, if still to be found; a fault ends the run, after a checkpoint."""
         if not self._unevaluated:
             return None
         try:
