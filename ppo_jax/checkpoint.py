@@ -1,5 +1,6 @@
 """Checkpoints of a run through Orbax: one pytree of all that changes, whole or not at all, and checked bit by bit when read."""
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as kept
 
+from ppo_jax import processes
 from ppo_jax.iteration import PPOState
 from ppo_jax.provenance import digest, text_hash
 
@@ -76,14 +78,19 @@ class Checkpoints:
         """
         damaged = []
         for number in reversed(self.steps()) if step is None else [step]:
+            found, reason = None, ""
             try:
-                return self._read(number, like)
+                found = self._read(number, like)
             except Exception as error:  # a damaged file may raise anything
                 reason = f"Checkpoint {number} in {self.folder} cannot be used: {_first_line(error)}"
+            reason = next(filter(None, processes.told(reason)), "")
+            if found is not None and not reason:
+                return found
             damaged.append(reason)
             if step is None:
                 _LOG.warning("%s It is set aside as %d.damaged.", reason, number)
-                self._set_aside(number)
+                processes.first_does(functools.partial(self._set_aside, number))
+                self._manager.reload()
         raise CheckpointError(" ".join(damaged) or f"{self.folder} holds no checkpoint.")
 
     def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
@@ -100,7 +107,6 @@ class Checkpoints:
         while place.exists():
             place, number = self.folder / f"{step}.damaged.{number}", number + 1
         (self.folder / str(step)).rename(place)
-        self._manager.reload()
 
     def close(self) -> None:
         self._manager.close()

@@ -1,11 +1,15 @@
 """The command `ppo-jax`: every stage on one's own model, data and reward."""
 
 import itertools
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
+from ppo_jax import processes
 from ppo_jax.commands.inference import Evaluate, Generate
 from ppo_jax.commands.models import Convert, Info
 from ppo_jax.commands.runs import Compare, Replay
@@ -32,11 +36,24 @@ def main(args: list[str] | None = None) -> None:
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing))]
     )
+    keep_compiled()
     try:
         tyro.cli(commands, config=(tyro.conf.EnumChoicesFromValues,), prog="ppo-jax", description=__doc__, args=args).run()
     except (ValueError, RuntimeError, SettingError) as error:
-        print(f"ppo-jax: {error}", file=sys.stderr)
+        several = jax.distributed.is_initialized()
+        lost = "Another process is probably gone: " if several and isinstance(error, jax.errors.JaxRuntimeError) else ""
+        print(f"ppo-jax: {lost}{error}", file=sys.stderr)
+        if several:
+            processes.end(2)
         raise SystemExit(2) from error
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept for the next start, unless JAX's own settings say where or whether."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 if __name__ == "__main__":

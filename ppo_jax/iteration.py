@@ -136,8 +136,7 @@ def learn(
     train, learned = update.ppo_update(
         state.train, experience, state.key_for(_SHUFFLE), epochs=c.epochs, minibatches=c.minibatches,
         micro_batches=c.micro_batches, aggregation=c.weighting.aggregation, target_kl=c.target_kl,
-        skip_nonfinite=c.skip_nonfinite, axis_name=axis_name,
-        loss_fn=lambda params, batch, counts: loss_fn(overlay(frozen, params), batch, counts),
+        skip_nonfinite=c.skip_nonfinite, axis_name=axis_name, loss_fn=loss_fn, frozen=frozen,
     )  # fmt: skip
     total = task_scores if token_scores is None else task_scores + jnp.where(rollout.response_mask, token_scores, 0).sum(axis=1)
     seen = experience_metrics(rollout, scores, experience, rewards, total, axis_name=axis_name)

@@ -43,6 +43,21 @@ def claim(folder: Path, *, resume: bool = False) -> Path:
     return folder
 
 
+class NoLog:
+    """A `RunLog` that writes nothing, for the processes beside the first."""
+
+    def metrics(self, update: int, metrics: Mapping[str, float]) -> None: ...
+
+    def samples(self, update: int, rows: Iterable[Mapping[str, Any]]) -> None: ...
+
+    def fault(self, update: int, kind: str, message: str, rows: Iterable[Mapping[str, Any]]) -> None: ...
+
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None: ...
+
+
 class RunLog:
     """Appends to a run's files; `sizes` says how far they are, and `cut_back` takes back what came after."""
 

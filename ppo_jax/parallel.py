@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax import iteration
-from ppo_jax.config import SettingError
+from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.iteration import Agent, PPOState
-from ppo_jax.models.sharding import AXES, rows_sharding, shardings
+from ppo_jax.models.sharding import AXES, put, rows_sharding, shardings
 from ppo_jax.types import Params
 
 
@@ -41,7 +41,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all given devices; what `sizes` leaves open is on `data`.
+    """A mesh of the given devices, by default all; what `sizes` leaves open is on `data`. One process may use fewer of them.
 
     Raises:
       SettingError: if the sizes do not fit the number of devices.
@@ -54,26 +54,56 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     sizes = dict(sizes or {})
     rest = int(np.prod([size for name, size in sizes.items() if name != "data"], dtype=int))
     sizes.setdefault("data", max(1, len(devices) // rest))
-    if sizes["data"] * rest != len(devices):
+    need = sizes["data"] * rest
+    if need > len(devices) or (need < len(devices) and jax.process_count() > 1):
         said = ",".join(f"{name}={sizes[name]}" for name in AXES if name in sizes)
-        raise SettingError(f"The mesh {said} needs {sizes['data'] * rest} devices; there are {len(devices)}.")
+        raise SettingError(f"The mesh {said} needs {need} devices; there are {len(devices)}.")
     shape = tuple(sizes.get(name, 1) for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:need])
 
 
-def check_rows(mesh: Mesh, **rows: int | None) -> None:
-    """Raises SettingError, naming it, if a number of rows does not spread evenly over `data` and `fsdp`."""
-    spread = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_rows(config: PPOConfig, devices: int) -> None:
+    """Raises SettingError, naming it, if a number of rows does not spread evenly over so many devices."""
+    rows = {
+        "batch_size": config.batch_size,
+        "batch_size / minibatches": config.batch_size // config.minibatches,
+        "micro_batch": config.rows_at_a_time,
+        "rollout_rows": config.rollout_rows,
+    }
     for name, count in rows.items():
-        if count is not None and count % spread:
-            raise SettingError(f"{name}={count} does not spread over data·fsdp={spread} devices; it must be a multiple.")
+        if count is not None and count % devices:
+            raise SettingError(f"{name}={count} rows do not spread evenly over {devices} devices; change it, or the mesh.")
+
+
+def devices_of_rows(mesh: Mesh | None) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
-    """A copy of a tree of parameters, by the rules of `models.sharding`; no array of it is one of the given."""
-    if mesh is not None:
-        tree = jax.device_put(tree, shardings(tree, mesh))
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+    """Parameters, or a whole `PPOState`, where the rules of `models.sharding` want them."""
+    if mesh is None:
+        return tree
+    return (jax.device_put if jax.process_count() == 1 else _put_everywhere)(tree, shardings(tree, mesh))
+
+
+def _put_everywhere(tree: Any, where: Any) -> Any:
+    """`jax.device_put`, which in several processes takes neither keys nor arrays that each process has for itself."""
+
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x if x.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(x)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(np.asarray(jax.random.key_data(x)), sharding))
+        return put(np.asarray(x), sharding)
+
+    return jax.tree.map(one, tree, where)
+
+
+def start_state(agent: Agent, params: Params, key: jax.Array, *, updates: int, mesh: Mesh | None) -> PPOState:
+    """`iteration.init_state` from placed parameters; no array of it is one of theirs, since an update donates its state's."""
+    copies = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    return place(iteration.init_state(agent, copies, key, updates=updates), mesh)
 
 
 def rows_here(mesh: Mesh | None, rows: int) -> np.ndarray:

@@ -31,7 +31,8 @@ def digest(tree: Any) -> str:
       True
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get([_fingerprint(_plain(x)) for _, x in leaves])
+    # One at a time: virtual CPU devices that run several programs with sums at once wait for each other.
+    sums = [jax.device_get(_fingerprint(_plain(x))) for _, x in leaves]
     whole = hashlib.sha256()
     for (path, x), pair in zip(leaves, sums, strict=True):
         whole.update(f"{jax.tree_util.keystr(path)} {np.shape(x)} {jnp.result_type(x)} {pair[0]:08x}{pair[1]:08x}\n".encode())

@@ -12,7 +12,8 @@ from ppo_jax.logging import plain, read_json, write_json
 # Settings that shape no result, or only name what `hashes` covers.
 _FREE = {
     "loop": {"updates", "eval_every", "save_every", "keep", "samples", "tensorboard", "wandb_project", "progress", "faults"},
-    "command": {"out", "resume", "preset", "updates", "model", "prompts", "eval_prompts", "reward", "loop", "ppo"},
+    "command": {"out", "resume", "preset", "updates", "model", "prompts", "eval_prompts", "reward", "loop", "ppo", "mesh",
+                "processes"},
     "ppo": set(),
 }  # fmt: skip
 

@@ -1,7 +1,6 @@
 """The stateful edge: a small loop that carries a `PPOState`, calls the reward on the host, and writes the run's folder."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +8,17 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ppo_jax import data, faults, iteration
+from ppo_jax import data, faults, parallel, processes
 from ppo_jax.checkpoint import SCORE, Checkpoints
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Fault, Faults
 from ppo_jax.iteration import Agent, PPOState
-from ppo_jax.logging import RunLog, claim, cut_back
+from ppo_jax.logging import NoLog, RunLog, claim, cut_back
 from ppo_jax.resume import check_unchanged, start_config
-from ppo_jax.reward_functions import RewardFn
+from ppo_jax.reward_functions import RewardFn, TaskScores
 from ppo_jax.types import Params, Rollout
 
 Resume = Literal["no", "yes", "auto"]
@@ -81,21 +81,25 @@ class Trainer:
         frozen: Params | None = None,
         settings: Any = None,
         resume: Resume = "no",
+        mesh: Mesh | None = None,
+        pmap: bool = False,
     ):
         """Learns `params`, `{"policy": ..., "critic": ...}`, over the `frozen` ones if there are any.
 
         The reference, unless given, is the policy that does not train; without one, the policy as it comes. `resume` goes on from
-        the folder's newest good checkpoint: "yes" needs one, "auto" starts afresh where there is none.
+        the folder's newest good checkpoint: "yes" needs one, "auto" starts afresh where there is none. `mesh`, of
+        `parallel.make_mesh`, spreads rows and parameters over devices; `pmap` runs replicas on all of them instead.
         """
         self.agent, self.tokenizer, self.prompts, self.reward, self.loop = agent, tokenizer, prompts, reward, loop
-        self.eval_prompts = eval_prompts
-        self.out = claim(out, resume=resume != "no")
-        # The update donates its state's buffers, so the reference and the caller's arrays must not be among them.
-        copy = functools.partial(jax.tree.map, lambda x: jax.numpy.array(x, copy=True))
+        self.eval_prompts, self.mesh = eval_prompts, mesh
+        parallel.check_rows(agent.config, jax.local_device_count() if pmap else parallel.devices_of_rows(mesh))
+        self.out = out
+        processes.first_does(lambda: claim(out, resume=resume != "no"))
+        params, frozen, ref_params = (parallel.place(tree, mesh) for tree in (params, frozen, ref_params))
         if ref_params is None:
-            ref_params = (frozen or {}).get("policy") or copy(params["policy"])
+            ref_params = (frozen or {}).get("policy") or params["policy"]
         self.ref_params, self.frozen = ref_params, frozen
-        self.state = iteration.init_state(agent, copy(params), jax.random.key(loop.seed), updates=loop.updates)
+        self.state = parallel.start_state(agent, params, jax.random.key(loop.seed), updates=loop.updates, mesh=mesh)
         config = start_config(agent.config, loop, settings, (params, frozen, ref_params), prompts, eval_prompts, reward)
         self.checkpoints = Checkpoints(out / "checkpoints", keep=loop.keep)
         about: dict[str, Any] = {}
@@ -103,46 +107,44 @@ class Trainer:
             check_unchanged(out, config)
             self.state, about = self.checkpoints.restore(self.state)
         self._unevaluated = about.get("unevaluated", False)
-        cut_back(out, about.get("sizes", {}))
-        config.write(out, first_update=int(self.state.update))
-        self.log = RunLog(out, tensorboard=loop.tensorboard, wandb_project=loop.wandb_project, first_update=int(self.state.update))
-        self._sample = jax.jit(functools.partial(iteration.sample, agent))
-        self._score = jax.jit(functools.partial(iteration.score, agent))
-        self._learn = jax.jit(functools.partial(iteration.learn, agent), donate_argnums=(0,))
+        update = int(self.state.update)
+        processes.first_does(lambda: (cut_back(out, about.get("sizes", {})), config.write(out, first_update=update)))
+        board, project = loop.tensorboard, loop.wandb_project
+        self.log = RunLog(out, tensorboard=board, wandb_project=project, first_update=update) if processes.is_first() else NoLog()
+        self._steps = parallel.pmap_steps(agent) if pmap else parallel.jit_steps(agent, mesh, self.state)
 
     def step(self) -> dict[str, float] | None:
         """One PPO iteration; its metrics as numbers, or None if a fault made it skip."""
         start, c = time.perf_counter(), self.agent.config
         update = int(self.state.update)
         batch = self.prompts.take(data.batch_rows(len(self.prompts), c.batch_size, update, seed=self.loop.seed))
-        rollout = self._sample(self.state, batch.tokens, batch.mask, frozen=self.frozen)
-        jax.block_until_ready(rollout)
+        rollout, seen = self._sample(self.state, batch)
         sampled = time.perf_counter()
-        scores = self._score(self.state, self.ref_params, rollout, frozen=self.frozen)  # runs while the host makes the reward
-        responses = self.texts(rollout)
+        scores = self._steps.score(self.state, self.ref_params, rollout, frozen=self.frozen)  # runs while the host makes the reward
         try:
-            task_scores = self._ask(rollout, batch, responses)
-            faults.check_finite(rollout, scores)
+            task_scores = self._ask(seen, batch)
+            faults.check_finite(seen, parallel.to_host(scores))
         except Fault as fault:
-            return self._skip(fault, rollout, batch, responses)
+            return self._skip(fault, seen, batch)
         scored = time.perf_counter()
-        self.state, metrics = self._learn(self.state, rollout, scores, *task_scores, frozen=self.frozen)
+        given = parallel.to_mesh(task_scores, self.mesh)
+        self.state, metrics = self._steps.learn(self.state, rollout, scores, *given, frozen=self.frozen)
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
         end = time.perf_counter()
         numbers |= {
             "time/rollout_s": sampled - start,
             "time/reward_s": scored - sampled,
             "time/update_s": end - scored,
-            "perf/response_tokens_per_s": float(np.sum(rollout.response_mask)) / (end - start),
+            "perf/response_tokens_per_s": float(seen.response_mask.sum()) / (end - start),
         }
         self.log.metrics(update, numbers)
-        total = task_scores.total(rollout.response_mask)
-        rows = self.rows(rollout, batch, responses)
-        self.log.samples(update, [{**row, "score": float(x)} for row, x in zip(rows[: self.loop.samples], total, strict=False)])
+        total = task_scores.total(seen.response_mask)
+        rows = self.rows(seen, batch, self.loop.samples)
+        self.log.samples(update, [{**row, "score": float(x)} for row, x in zip(rows, total, strict=False)])
         try:
             faults.check_steps(numbers)
         except Fault as fault:
-            self.log.fault(update, fault.kind, str(fault), rows)
+            self.log.fault(update, fault.kind, str(fault), self.rows(seen, batch))
             if self.loop.faults.gradient == "stop" or not c.skip_nonfinite:
                 raise
         return numbers
@@ -154,7 +156,7 @@ class Trainer:
           SystemExit: with the status `faults.STOPPED`, after SIGTERM or SIGINT, when the update is done and a checkpoint written.
         """
         loop, done = self.loop, int(self.state.update)
-        hide = None if loop.progress else True  # None hides the bar where there is no terminal
+        hide = None if loop.progress and processes.is_first() else True  # None hides the bar where there is no terminal
         due = lambda every, update: update + 1 == loop.updates or (every and (update + 1) % every == 0)
         try:
             bar = tqdm(range(done, loop.updates), initial=done, total=loop.updates, disable=hide, desc="PPO")
@@ -169,10 +171,11 @@ class Trainer:
                                         clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
                     self._unevaluated = self.eval_prompts is not None and due(loop.eval_every, update)
                     score = self._evaluate(update)
-                    if due(loop.save_every, update) or signals.received:
+                    stop = processes.any_process(signals.received is not None)
+                    if due(loop.save_every, update) or stop:
                         self.save(score)
-                    if signals.received and update + 1 < loop.updates:
-                        print(f"Stopped by a signal after update {update}; --resume auto goes on from there.", flush=True)
+                    if stop and update + 1 < loop.updates:
+                        processes.say(f"Stopped by a signal after update {update}; --resume auto goes on from there.")
                         raise SystemExit(faults.STOPPED)
         finally:
             self.checkpoints.close()
@@ -197,23 +200,37 @@ class Trainer:
         self.log.metrics(update, found)
         return found[SCORE]
 
-    def rows(self, rollout: Rollout, batch: data.Prompts, responses: list[str]) -> list[dict[str, Any]]:
-        """Prompt, response and the response's tokens, of each row."""
-        tokens, mask = np.asarray(rollout.responses), np.asarray(rollout.response_mask)
+    def rows(self, seen: Rollout, batch: data.Prompts, count: int | None = None) -> list[dict[str, Any]]:
+        """Prompt, response and the response's tokens, of the first `count` rows of a rollout on the host."""
+        seen = jax.tree.map(lambda x: x[:count], seen)
         return [
             {"prompt": prompt, "response": response, "tokens": ids[real].tolist()}
-            for prompt, response, ids, real in zip(batch.texts, responses, tokens, mask, strict=True)
+            for prompt, response, ids, real in zip(
+                batch.texts[:count], self.texts(seen), seen.responses, seen.response_mask, strict=True
+            )
         ]
 
-    def _ask(self, rollout: Rollout, batch: data.Prompts, responses: list[str]):
-        limits = self.loop.faults
-        return faults.persist(
-            lambda: self.reward(rollout, batch, responses), retries=limits.reward_retries, timeout_s=limits.reward_timeout_s
-        )
+    def _sample(self, state: PPOState, batch: data.Prompts) -> tuple[Rollout, Rollout]:
+        """A rollout where it was made, and on the host."""
+        prompts = parallel.to_mesh((batch.tokens, batch.mask), self.mesh)
+        rollout = self._steps.sample(state, *prompts, frozen=self.frozen)
+        return rollout, parallel.to_host(rollout)
 
-    def _skip(self, fault: Fault, rollout: Rollout, batch: data.Prompts, responses: list[str]) -> None:
+    def _ask(self, seen: Rollout, batch: data.Prompts) -> TaskScores:
+        """Scores of all rows. Each process asks for those of its own rows; a fault in one is a fault in all."""
+        limits, here = self.loop.faults, parallel.rows_here(self.mesh, len(batch))
+        own, fault, scores = jax.tree.map(lambda x: x[here], seen), None, None
+        ask = lambda: self.reward(own, batch.take(here), self.texts(own))
+        try:
+            scores = faults.persist(ask, retries=limits.reward_retries, timeout_s=limits.reward_timeout_s)
+        except Fault as error:
+            fault, error.rows = error, tuple(int(here[i]) for i in error.rows)
+        processes.agree(fault)
+        return parallel.join_rows_here(scores, self.mesh, len(batch))
+
+    def _skip(self, fault: Fault, seen: Rollout, batch: data.Prompts) -> None:
         """Writes the offending rows; then ends the run after a checkpoint, or counts the update as done with nothing learned."""
-        update, rows = int(self.state.update), self.rows(rollout, batch, responses)
+        update, rows = int(self.state.update), self.rows(seen, batch)
         if getattr(self.loop.faults, fault.kind) == "stop":
             self.save()
         self.log.fault(update, fault.kind, str(fault), [rows[i] for i in fault.rows] or rows)
@@ -224,21 +241,19 @@ class Trainer:
 
     def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:
         """Samples a response to each held-out prompt with a key of its own, the same at every evaluation."""
-        state = self.state.replace(key=jax.random.key(self.loop.seed + 1), update=jax.numpy.int32(0))
+        state = self.state.replace(key=jax.random.key(self.loop.seed + 1))
         size, responses, scores, lengths, kls = self.agent.config.batch_size, [], [], [], []
         for first in range(0, len(prompts), size):
             rows = np.arange(first, first + size) % len(prompts)  # the last batch is filled up, so one shape is compiled
             keep = min(size, len(prompts) - first)
             batch = prompts.take(rows)
-            rollout = self._sample(
-                state.replace(update=jax.numpy.int32(first // size)), batch.tokens, batch.mask, frozen=self.frozen
-            )
-            texts = self.texts(rollout)
-            scores.extend(self._ask(rollout, batch, texts).total(rollout.response_mask)[:keep])
-            responses.extend(texts[:keep])
-            lengths.extend(np.asarray(rollout.response_mask).sum(axis=1)[:keep])
-            said = self._score(state, self.ref_params, rollout, frozen=self.frozen)
-            kls.extend(np.asarray(said.logprobs - said.ref_logprobs).sum(axis=1)[:keep])
+            state = parallel.place(state.replace(update=jax.numpy.int32(first // size)), self.mesh)
+            rollout, seen = self._sample(state, batch)
+            said = parallel.to_host(self._steps.score(state, self.ref_params, rollout, frozen=self.frozen))
+            scores.extend(self._ask(seen, batch).total(seen.response_mask)[:keep])
+            responses.extend(self.texts(seen)[:keep])
+            lengths.extend(seen.response_mask.sum(axis=1)[:keep])
+            kls.extend((said.logprobs - said.ref_logprobs).sum(axis=1)[:keep])
         means = {"eval/scores": scores, "eval/length_mean": lengths, "eval/kl": kls}
         return {name: float(np.mean(x, dtype=np.float64)) for name, x in means.items()}, responses
 

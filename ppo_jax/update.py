@@ -16,7 +16,7 @@ from ppo_jax.masked import BY_TOKEN, Aggregation
 from ppo_jax.metrics import LossMetrics, Metrics, add_parts, policy_metrics
 from ppo_jax.models.sharding import constrain_rows, map_over_data
 from ppo_jax.scoring import forward_responses, split_rows
-from ppo_jax.types import CriticFn, Experience, LanguageModel, Params
+from ppo_jax.types import CriticFn, Experience, LanguageModel, Params, overlay
 
 
 class Counts(NamedTuple):
@@ -159,6 +159,7 @@ def ppo_update(
     target_kl: float | None = None,
     skip_nonfinite: bool = False,
     axis_name: str | None = None,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Learns from one batch of experience: `epochs x minibatches` optimizer steps, compiled as one scan.
 
@@ -174,6 +175,7 @@ def ppo_update(
       target_kl: once a minibatch's `policy/approx_kl` is beyond it, that step and all later ones are not taken.
       skip_nonfinite: a step whose gradient holds an infinity or NaN is not taken.
       axis_name: mapped axis over which the rows are spread; `B` is then this device's share.
+      frozen: parameters that do not train; the state's lie over them.
 
     Returns:
       The new state, and metrics: means over the minibatches whose gradient was computed, maxima over the same,
@@ -193,12 +195,13 @@ def ppo_update(
     def take_step(state: TrainState, rows_of: jax.Array) -> tuple[TrainState, _Step]:
         batch = constrain_rows(jax.tree.map(lambda x: x[rows_of], experience))
 
-        def gradient(batch: Experience, data_axis: str | None):
+        def gradient(params: tuple[Params, Params | None], batch: Experience, data_axis: str | None):
             return minibatch_gradient(
-                loss_fn, state.params, batch, micro_batches=micro_batches, aggregation=aggregation, axis_name=axis_name or data_axis
-            )
+                lambda own, rows, counts: loss_fn(overlay(params[1], own), rows, counts), params[0], batch,
+                micro_batches=micro_batches, aggregation=aggregation, axis_name=axis_name or data_axis,
+            )  # fmt: skip
 
-        grads, metrics = map_over_data(gradient, batch)
+        grads, metrics = map_over_data(gradient, (state.params, frozen), batch)
         norm = optax.tree.norm(grads)
         beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
         bad = ~jnp.isfinite(norm) if skip_nonfinite else jnp.bool_(False)

@@ -39,7 +39,7 @@ def likes_b(prompts, responses):
     return [response.split().count("b") / 2 for response in responses]
 
 
-def trainer(out, *, ppo=PPO, reward=likes_b, resume="no", adapters=True, **loop):
+def trainer(out, *, ppo=PPO, reward=likes_b, resume="no", adapters=True, mesh=None, **loop):
     config = TransformerConfig(
         vocab_size=len(WORDS), positions=16, width=16, layers=2, heads=2, mlp_width=32, lora_scale=2.0 if adapters else 1.0
     )
@@ -57,7 +57,7 @@ def trainer(out, *, ppo=PPO, reward=likes_b, resume="no", adapters=True, **loop)
     loop = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, "save_every": 1, "eval_every": 3, **loop})
     return Trainer(
         agent, params, words, prompts, TextReward(reward), out=Path(out), loop=loop, eval_prompts=prompts, frozen=frozen,
-        resume=resume,
+        resume=resume, mesh=mesh,
     )  # fmt: skip
 
 

@@ -159,7 +159,13 @@ def train(place, out, **more):
         "loop.updates": 6, "loop.save-every": 2, "loop.keep": 9, "ppo.batch-size": 8, "ppo.max-new-tokens": 4, "lora.rank": 2,
         "ppo.learning-rate": 0.03,
     } | more  # fmt: skip
-    return ["train", "--loop.no-progress", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
+    return [
+        "train",
+        "--loop.no-progress",
+        "--mesh",
+        "data=1",
+        *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
+    ]
 
 
 def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):

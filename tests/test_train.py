@@ -182,7 +182,13 @@ def command(folder, **changes):
         "model": folder / "model", "prompts": folder / "prompts.txt", "reward": f"{folder / 'reward.py'}:score",
         "out": folder / "out", "loop.updates": 2, "ppo.batch-size": 8, "ppo.max-new-tokens": 4,
     } | changes  # fmt: skip
-    return ["train", "--loop.no-progress", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
+    return [
+        "train",
+        "--loop.no-progress",
+        "--mesh",
+        "data=1",
+        *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
+    ]
 
 
 @pytest.mark.parametrize("rows, options, says", [

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ppo_jax import data
 from ppo_jax.models import heads, pretrained
@@ -13,9 +14,11 @@ from ppo_jax.models.config import TransformerConfig
 from ppo_jax.reward_functions import ModelReward, RewardFn, TextReward, TokenReward
 
 
-def load_model(model: str, dtype: str = "float32", remat: bool = False) -> tuple[pretrained.Pretrained, Any]:
+def load_model(
+    model: str, dtype: str = "float32", remat: bool = False, mesh: Mesh | None = None
+) -> tuple[pretrained.Pretrained, Any]:
     """A policy and its tokenizer, checked against each other."""
-    policy = pretrained.load_policy(model, dtype=jnp.dtype(dtype), remat=remat)
+    policy = pretrained.load_policy(model, dtype=jnp.dtype(dtype), remat=remat, mesh=mesh)
     tokenizer = pretrained.load_tokenizer(model)
     pretrained.check_tokenizer(tokenizer, policy.config)
     return policy, tokenizer

@@ -2,17 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ppo_jax import iteration, provenance
+import jax
+from jax.sharding import Mesh
+
+from ppo_jax import iteration, parallel, processes, provenance
 from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
 from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.logging import check_free, read_lines, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models import lora as low_rank
 from ppo_jax.models.transformer import language_model
+from ppo_jax.processes import Processes
 from ppo_jax.train import LoopConfig, Resume, Trainer
-from ppo_jax.types import overlay
+from ppo_jax.types import Params, overlay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,10 @@ class Train:
     """yes: go on from out's newest good checkpoint, with the same settings; auto: the same, or a fresh start if none is there."""
     deterministic: bool = False
     """Make XLA use GPU kernels that give the same bits every time (slower where gradients are scattered); no effect on a CPU."""
+    mesh: str = ""
+    """How devices share the work, such as data=2,fsdp=4: data and fsdp spread rows, fsdp and tensor cut parameters. Axes left out
+    are 1, but data takes what is left. pmap: a replica on each device of one process."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
     lora: Adapters = dataclasses.field(default_factory=Adapters)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
@@ -77,24 +85,35 @@ class Train:
     def run(self) -> None:
         if self.deterministic:
             provenance.make_deterministic()
+        self.processes.start()
         check_free(self.out, resume=self.resume != "no")
         trainer, policy, adapters = self.build(self.out)
         state = trainer.run()
-        tuned = state.policy
+        digest, tuned, base = provenance.digest(state.train.params), parallel.to_host(state.policy), policy.params
+        if adapters is not None:
+            base = parallel.to_host(base)
+        processes.first_does(lambda: self._export(tuned, policy._replace(params=base), adapters, trainer.tokenizer))
+        processes.first_does(lambda: self._sum_up(int(state.update), digest))
+        processes.say(f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
+                      f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}")  # fmt: skip
+
+    def _export(self, tuned: Params, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None, tokenizer: Any) -> None:
         if adapters is not None:
             kind = policy.hf_config["model_type"]
-            low_rank.save_adapter(self.out / "adapter", state.policy, adapters, policy.config, kind, self.model)
-            tuned = low_rank.merge(overlay(policy.params, state.policy), adapters.scale)
-        pretrained.save_policy(self.out / "model", policy._replace(params=tuned), trainer.tokenizer)
+            low_rank.save_adapter(self.out / "adapter", tuned, adapters, policy.config, kind, self.model)
+            tuned = low_rank.merge(overlay(policy.params, tuned), adapters.scale)
+        pretrained.save_policy(self.out / "model", policy._replace(params=tuned), tokenizer)
+
+    def _sum_up(self, updates: int, digest: str) -> None:
         metrics = {k: v for row in read_lines(self.out / "metrics.jsonl")[-2:] for k, v in row.items() if k != "update"}
-        digest = provenance.digest(state.train.params)
-        write_json(self.out / "summary.json", {"updates": int(state.update), "digest": digest, **metrics})
-        print(f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in {self.out / 'metrics.jsonl'}.\n"
-              f"Digest of the final parameters: {digest}")  # fmt: skip
+        write_json(self.out / "summary.json", {"updates": updates, "digest": digest, **metrics})
 
     def build(self, out: Path, loop: LoopConfig | None = None) -> tuple[Trainer, pretrained.Pretrained, low_rank.LoRA | None]:
         """Reads everything, and makes a trainer that writes to `out`; beside it the policy as it came, and the adapters."""
-        policy, tokenizer = load_model(self.model, self.dtype, self.remat)
+        mesh = None if self.mesh == "pmap" else parallel.make_mesh(parallel.parse_mesh(self.mesh))
+        mesh = None if mesh is None or mesh.size == 1 else mesh
+        parallel.check_rows(self.ppo, jax.local_device_count() if self.mesh == "pmap" else parallel.devices_of_rows(mesh))
+        policy, tokenizer = load_model(self.model, self.dtype, self.remat, mesh)
         check_top_k(self.ppo.top_k, policy.config)
         reward = load_reward(self.reward, self.reward_given)
         prompts, held_out = (
@@ -104,7 +123,7 @@ class Train:
         adapters = self.lora.settings()
         if adapters is not None:
             policy = policy._replace(config=dataclasses.replace(policy.config, lora_scale=adapters.scale))
-        critic, critic_params = self.make_critic(policy)
+        critic, critic_params = self.make_critic(policy, mesh)
         stops = stop_ids(tokenizer, policy, self.stop_tokens)
         agent = iteration.Agent(language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer))
         params, frozen = {"policy": policy.params, "critic": critic_params}, None
@@ -112,18 +131,18 @@ class Train:
             params, frozen = low_rank.adapt(params, iteration.init_key(self.loop.seed, 1), adapters)
         trainer = Trainer(
             agent, params, tokenizer, prompts, reward, out=out, loop=loop or self.loop, eval_prompts=held_out, frozen=frozen,
-            settings=self, resume=self.resume,
+            settings=self, resume=self.resume, mesh=mesh, pmap=self.mesh == "pmap",
         )  # fmt: skip
         return trainer, policy, adapters
 
-    def make_critic(self, policy: pretrained.Pretrained):
+    def make_critic(self, policy: pretrained.Pretrained, mesh: Mesh | None = None):
         """The critic's function and its first parameters."""
         if self.critic == "shared":
             return heads.shared_critic(), {"head": heads.zero_head(policy.config.width)}
         if self.critic == "separate":
             key = iteration.init_key(self.loop.seed, 0)
             return heads.separate_critic(policy.config), heads.init_scorer(policy.config, key, trunk=policy.params)
-        scorer = pretrained.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat)
+        scorer = pretrained.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat, mesh=mesh)
         if scorer.config.vocab_size != policy.config.vocab_size:
             raise ValueError(
                 f"The critic {self.critic} has vocab_size={scorer.config.vocab_size}, the policy {policy.config.vocab_size}: it "

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ppo_jax.models import gguf_format, weights
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import family_of
 from ppo_jax.models.family import Family
+from ppo_jax.models.sharding import placed
 from ppo_jax.models.transformer import init_params
 from ppo_jax.types import Params
 
@@ -55,13 +57,14 @@ def resolve(model: str | Path) -> Path:
         raise ValueError(f"{str(model)!r} is no folder here, nor a model that the hub gives: {reason}") from error
 
 
-def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
+def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False, mesh: Mesh | None = None) -> Pretrained:
     """A language model; parameters float32 whatever the file holds.
 
     Args:
       model: a folder, a Hugging Face id or a .gguf file.
       dtype: compute type.
       remat: recompute blocks in the backward pass.
+      mesh: where each tensor goes as it is read, by the rules of `models.sharding`.
 
     Raises:
       ValueError: naming what the folder lacks or the tensors that do not fit.
@@ -74,7 +77,7 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
         del tensors[name]  # a copy of the embedding
     for name in [name for name in tensors if name.startswith("bert.pooler.")]:
         del tensors[name]  # says nothing of the next token
-    params = weights.to_params(tensors, rules, _shapes(config), source=str(folder))
+    params = weights.to_params(tensors, rules, placed(_shapes(config), mesh), source=str(folder))
     generation = folder / "generation_config.json"
     return Pretrained(config, params, hf, _read_json(generation) if generation.is_file() else None)
 
@@ -92,7 +95,7 @@ def load_trunk(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fal
     return Pretrained(config, weights.to_params(tensors, rules, _shapes(config), source=str(folder)), hf)
 
 
-def load_scorer(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
+def load_scorer(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False, mesh: Mesh | None = None) -> Pretrained:
     """A reward model or separate critic (a class `...ForSequenceClassification`, one label): `{"trunk": ..., "head": ...}`."""
     folder, hf, stored = _read(model)
     family = family_of(hf.get("model_type"))
@@ -107,7 +110,7 @@ def load_scorer(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
         raise ValueError(f"{folder} scores with a {family.score[0].stored} of {head['kernel'].shape[1]} labels, not one.")
     for name in [name for name in tensors if name in _OUTPUTS]:
         del tensors[name]
-    trunk = weights.to_params(tensors, rules, _shapes(config), source=str(folder))
+    trunk = weights.to_params(tensors, rules, placed(_shapes(config), mesh), source=str(folder))
     return Pretrained(config, {"trunk": trunk, "head": weights.unflatten_dict(head, sep="/")}, hf)
 
 

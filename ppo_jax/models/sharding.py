@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -65,6 +66,18 @@ def shardings(tree: Any, mesh: Any, rules: tuple[ShardRule, ...] = RULES) -> Any
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed(shapes: Any, mesh: Any) -> Any:
+    """Shapes of parameters that say where each is to lie; as they are, without a mesh."""
+    if mesh is None:
+        return shapes
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, mesh))
+
+
+def put(x: np.ndarray, sharding: Any) -> jax.Array:
+    """A host array onto its devices; each process reads the parts that lie on its own."""
+    return jax.device_put(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def rows_sharding(mesh: Any) -> NamedSharding:
     """Of arrays whose first dimension is the rows of a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
@@ -73,7 +86,7 @@ def rows_sharding(mesh: Any) -> NamedSharding:
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Says how an array inside a compiled function lies on the mesh of `jax.set_mesh`; without one, nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not any(kind is AxisType.Auto for kind in mesh.axis_types):
+    if not _is_auto(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
 
@@ -83,18 +96,22 @@ def constrain_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, BATCH), tree)
 
 
-def map_over_data(function: Callable, rows: Any) -> Callable:
-    """`function(rows, axis_name)` with each device group's share of the rows along `data`, where the mesh has such an axis.
+def map_over_data(function: Callable, params: Any, rows: Any) -> Callable:
+    """`function(params, rows, axis_name)` with each device's own rows, where a mesh has all its devices on `data`.
 
     What it returns must be the same everywhere, by its own reductions over `axis_name`: a sum over many parts is then reduced once,
-    at its end, where the compiler would reduce each part.
+    at its end, where the compiler would reduce each part. Elsewhere `axis_name` is None, and the compiler places the reductions.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") is not AxisType.Auto or mesh.shape["data"] == 1:
-        return function(rows, None)
-    own = lambda rows: function(rows, "data")
-    mapped = jax.shard_map(own, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
-    return mapped(rows)
+    if not _is_auto(mesh) or mesh.shape.get("data", 1) == 1 or mesh.shape["data"] != mesh.size:
+        return function(params, rows, None)
+    own = lambda params, rows: function(params, rows, "data")
+    specs = (PartitionSpec(), PartitionSpec("data"))
+    return jax.shard_map(own, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(params, rows)
+
+
+def _is_auto(mesh: Any) -> bool:
+    return AxisType.Auto in mesh.axis_types
 
 
 def _axes_of(name: str, rank: int, rules: tuple[ShardRule, ...]) -> tuple[str | None, ...]:

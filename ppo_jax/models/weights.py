@@ -8,12 +8,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ppo_jax.models.sharding import put
 from ppo_jax.types import Params
 
 SHARD_BYTES = 5 * 2**30  # of a file; larger models are split
@@ -102,7 +102,7 @@ def to_params(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], shapes: 
             if part.shape != want[path].shape:
                 wrong.append(f"{path} is {part.shape} in {rule.stored}, not {want[path].shape}")
             else:
-                found[path] = jax.device_put(part.astype(np.float32), getattr(want[path], "sharding", None))
+                found[path] = put(part.astype(np.float32), getattr(want[path], "sharding", None))
     if wrong:
         raise ValueError(f"{source} holds tensors of the wrong shape: {'; '.join(wrong)}.")
     return unflatten_dict({path: found[path] for path in want}, sep="/")

@@ -1,0 +1,221 @@
+"""However parameters and rows lie on a mesh: the same samples and the same parameters, and no more communication than it takes."""
+
+import dataclasses
+import functools
+import re
+
+import everything
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+from ppo_jax import iteration, parallel
+from ppo_jax.config import PPOConfig, SettingError
+from ppo_jax.models import heads, lora, pretrained, sharding
+from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.provenance import digest
+
+PPO = PPOConfig(
+    batch_size=32, epochs=2, minibatches=2, max_new_tokens=10, learning_rate=1e-4, kl_coef=0.1, kl_target=0.5, scale_scores=True,
+    vf_coef=0.5, temperature=0.8,
+)  # fmt: skip
+MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, "pmap"]
+HF = {
+    "gpt2": {"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 8},
+    "llama": {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 2,
+              "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "head_dim": 4},
+    "qwen3": {"model_type": "qwen3", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 2,
+              "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48, "rms_norm_eps": 1e-6, "head_dim": 8,
+              "tie_word_embeddings": True},
+}  # fmt: skip
+LORA = lora.LoRA(rank=2, alpha=4.0, targets="(attn/(q|o)|mlp/up)$")
+
+
+def start(family, optimizer, *, adapters=False, mesh=None, **changes):
+    """Agent, state, reference and frozen parameters, placed."""
+    ppo = dataclasses.replace(PPO, **changes)
+    config = dataclasses.replace(pretrained.config_of(HF[family]), init_std=0.2, lora_scale=LORA.scale if adapters else 1.0)
+    agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (3, 4), 0)
+    policy = init_params(config, jax.random.key(0))
+    params, frozen = {"policy": policy, "critic": heads.init_scorer(config, jax.random.key(1), trunk=policy)}, None
+    if adapters:
+        params, frozen = lora.adapt(params, jax.random.key(3), LORA)
+    params, frozen, policy = (parallel.place(tree, mesh) for tree in (params, frozen, policy))
+    state = parallel.start_state(agent, params, jax.random.key(2), updates=3, mesh=mesh)
+    if optimizer == "sgd":
+        train = TrainState.create(apply_fn=None, params=state.train.params, tx=optax.sgd(0.05))
+        state = parallel.place(state.replace(train=train.replace(step=jnp.int32(0))), mesh)
+    return agent, state, policy, frozen
+
+
+def batch(number):
+    key = jax.random.key(10 + number)
+    prompts = np.asarray(jax.random.randint(key, (32, 6), 0, 61))
+    return prompts, np.asarray(jnp.arange(6)[None, :] >= jax.random.randint(key, (32, 1), 0, 5))
+
+
+def three_updates(family, optimizer, *, adapters=False, on=None, **changes):
+    """Samples `[3, B, R]` and parameters after three updates."""
+    mesh = parallel.make_mesh(on) if isinstance(on, dict) else None
+    agent, state, policy, frozen = start(family, optimizer, adapters=adapters, mesh=mesh, **changes)
+    steps = parallel.pmap_steps(agent) if on == "pmap" else parallel.jit_steps(agent, mesh, state)
+    samples = []
+    for number in range(3):
+        rollout = steps.sample(state, *parallel.to_mesh(batch(number), mesh), frozen=frozen)
+        scores = steps.score(state, policy, rollout, frozen=frozen)
+        seen = parallel.to_host(rollout)
+        task = (seen.responses % 7 == 1).sum(axis=1).astype(np.float32)
+        state, _ = steps.learn(state, rollout, scores, parallel.to_mesh(task, mesh), frozen=frozen)
+        samples.append(np.where(seen.response_mask, seen.responses, -1))
+    return np.stack(samples), parallel.to_host(state.train.params)
+
+
+@functools.cache
+def on_one_device(family, optimizer, adapters):
+    return three_updates(family, optimizer, adapters=adapters)
+
+
+def is_noise(path):
+    """See `test_splits.is_noise`."""
+    return [part.key for part in path][-2:] == ["k", "bias"]
+
+
+def assert_same(found, expected, optimizer):
+    np.testing.assert_array_equal(found[0], expected[0])
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        if optimizer == "sgd" or not is_noise(path):
+            np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("on", MESHES, ids=str)
+@pytest.mark.parametrize("family, adapters", [("gpt2", False), ("llama", False), ("qwen3", False), ("llama", True)])
+def test_every_mesh_gives_the_result_of_one_device(family, adapters, on):
+    for optimizer in ("sgd", "adamw"):
+        found = three_updates(family, optimizer, adapters=adapters, on=on)
+        assert_same(found, on_one_device(family, optimizer, adapters), optimizer)
+
+
+@pytest.mark.parametrize("on", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_micro_batches_and_chunks_on_a_mesh(on):
+    found = three_updates("qwen3", "sgd", on=on, micro_batch=8, rollout_rows=16, logit_chunk=3)
+    assert_same(found, on_one_device("qwen3", "sgd", False), "sgd")
+
+
+# Communication, as the compiled update has it.
+
+
+def compiled_update(on, **changes):
+    """HLO of the update of GPT-2's shape, and the state."""
+    mesh = parallel.make_mesh(on)
+    agent, state, policy, _ = start("gpt2", "adamw", mesh=mesh, **changes)
+    steps = parallel.jit_steps(agent, mesh, state)
+    rollout = steps.sample(state, *parallel.to_mesh(batch(0), mesh))
+    scores = steps.score(state, policy, rollout)
+    task = parallel.to_mesh(np.zeros(32, np.float32), mesh)
+    with jax.set_mesh(mesh):
+        return steps.learn.__wrapped__.lower(state, rollout, scores, task).compile().as_text(), state
+
+
+def collectives(hlo, kind):
+    """Elements that each collective of a kind gives, by computation."""
+    found, name = {}, ""
+    for line in hlo.splitlines():
+        if line.endswith("{") and "=" not in line.split("(")[0]:
+            name = line.split()[0]
+        if match := re.search(rf"= (.*) {kind}(?:-start)?\(", line):
+            shapes = re.findall(r"(f32|bf16)\[([\d,]*)\]", match[1])
+            found.setdefault(name, []).extend(int(np.prod([int(n) for n in dims.split(",") if n])) for _, dims in shapes)
+    return found
+
+
+def sizes(state):
+    return sorted(x.size for x in jax.tree.leaves(state.train.params))
+
+
+def test_fsdp_gathers_a_layer_at_a_time():
+    hlo, state = compiled_update({"fsdp": 8})
+    gathered = [n for part in collectives(hlo, "all-gather").values() for n in part]
+    assert max(gathered) <= sizes(state)[-1] and sum(gathered) > sum(sizes(state)) / 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 8}], ids=str)
+def test_a_minibatch_reduces_its_gradient_once(changes):
+    hlo, state = compiled_update({"data": 8}, **changes)
+    total = sum(sizes(state))
+    reduced = {name: sum(part) for name, part in collectives(hlo, "all-reduce").items()}
+    assert total <= max(reduced.values()) < total * 1.02  # the rest: sums for averages
+    assert sum(reduced.values()) < total * 1.05
+
+
+def test_parameters_and_moments_are_cut():
+    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
+    _, state, _, _ = start("llama", "adamw", mesh=mesh)
+    for path, x in jax.tree_util.tree_leaves_with_path((state.train.params, state.train.opt_state)):
+        if x.ndim == 2 and x.shape[-1] > 1:
+            assert x.addressable_shards[0].data.size * 8 == x.size, jax.tree_util.keystr(path)
+
+
+# The table, the mesh, loading.
+
+
+def test_every_family_has_a_rule_for_every_parameter():
+    mesh = parallel.make_mesh({"fsdp": 8})
+    for kind in ("gpt2", "llama", "qwen3"):
+        shapes = jax.eval_shape(lambda kind=kind: init_params(pretrained.config_of(HF[kind]), jax.random.key(0)))
+        assert jax.tree.structure(sharding.shardings(shapes, mesh)) == jax.tree.structure(shapes)
+    with pytest.raises(ValueError, match="No sharding rule matches the parameter layer_0/attn/new/kernel"):
+        sharding.shardings({"layer_0": {"attn": {"new": {"kernel": jnp.ones((2, 2))}}}}, mesh)
+    with pytest.raises(ValueError, match="has 2 axes; the parameter attn/q/kernel has 1"):
+        sharding.shardings({"attn": {"q": {"kernel": jnp.ones(2)}}}, mesh)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [("data", "mesh must be like"), ("data=0", "mesh must be like"), ("rows=2", "mesh must be like"),
+     ("fsdp=2,fsdp=2", "each once"), ("fsdp=16", "needs 16 devices; there are 8"), ("data=3,fsdp=4", "needs 12 devices")],
+)  # fmt: skip
+def test_a_mesh_that_cannot_be_is_refused(text, says):
+    with pytest.raises(SettingError, match=says):
+        parallel.make_mesh(parallel.parse_mesh(text))
+
+
+def test_rows_that_do_not_spread_are_refused():
+    with pytest.raises(SettingError, match="batch_size=12 rows do not spread evenly over 8 devices"):
+        parallel.check_rows(dataclasses.replace(PPO, batch_size=12), 8)
+    with pytest.raises(SettingError, match="batch_size / minibatches=4 rows"):
+        parallel.check_rows(dataclasses.replace(PPO, batch_size=16, minibatches=4), 8)
+
+
+def test_a_model_is_read_into_its_sharding(tmp_path):
+    config = pretrained.config_of(HF["gpt2"])
+    pretrained.save_policy(tmp_path, pretrained.Pretrained(config, init_params(config, jax.random.key(0)), HF["gpt2"]))
+    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
+    whole, cut = pretrained.load_policy(tmp_path).params, pretrained.load_policy(tmp_path, mesh=mesh).params
+    assert cut["layer_0"]["mlp"]["up"]["kernel"].sharding.shard_shape((32, 128)) == (8, 64)
+    assert digest(whole) == digest(cut)
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    ppo = dataclasses.replace(everything.PPO, batch_size=16, minibatches=2, micro_batch=None, rollout_rows=None)
+    one = everything.trainer(tmp_path / "one", ppo=ppo)
+    one.run()
+    everything.trainer(tmp_path / "many", ppo=ppo, updates=2, mesh=parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})).run()
+    for mesh in (parallel.make_mesh({"fsdp": 8}), None):
+        many = everything.trainer(tmp_path / "many", ppo=ppo, updates=3 if mesh else 4, mesh=mesh, resume="yes")
+        many.run()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one.state.train.params, many.state.train.params)
+    assert (tmp_path / "many/samples.jsonl").read_text().count("\n") == (tmp_path / "one/samples.jsonl").read_text().count("\n")
+
+
+def test_one_compilation_in_twenty_updates(tmp_path, caplog):
+    mesh = parallel.make_mesh({"data": 4, "fsdp": 2})
+    ppo = dataclasses.replace(everything.PPO, minibatches=1, micro_batch=8)
+    run = everything.trainer(tmp_path / "run", ppo=ppo, updates=20, eval_every=5, mesh=mesh)
+    with jax.log_compiles():
+        run.run()
+    for name in ("sample", "score", "learn"):
+        assert caplog.text.count(f"Compiling jit({name})") == 1

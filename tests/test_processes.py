@@ -1,0 +1,182 @@
+"""Several real processes on this machine, two virtual devices each: the result of one process, and no hang where one dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import everything
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax import processes
+from ppo_jax.commands.runs import compare
+from ppo_jax.config import SettingError
+from ppo_jax.faults import NonFiniteError, RewardError
+from ppo_jax.logging import read_json, read_lines
+from ppo_jax.models import pretrained
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.families import gpt2
+from ppo_jax.models.transformer import init_params
+
+REWARD = """
+import os, pathlib, time
+def score(prompts, responses):
+    if len(responses) != int(os.environ["ROWS"]):
+        raise ValueError(f"{len(responses)} rows")
+    if pathlib.Path("fail").exists() and os.environ.get("JAX_PROCESS_ID") == "1":
+        return [float("nan")] * len(responses)
+    time.sleep(float(os.environ.get("NAP", 0)))
+    return [r.count("b") for r in responses]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("processes")
+    config = TransformerConfig(vocab_size=21, positions=16, width=16, layers=2, heads=2, mlp_width=32)
+    model = pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
+    pretrained.save_policy(place / "model", model, everything.tokenizer())
+    (place / "prompts.txt").write_text("a b\nc\nd e f\ng h\ni\n")
+    (place / "reward.py").write_text(REWARD)
+    return place
+
+
+def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0, **options):
+    """`count` processes of one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = {"model": "model", "prompts": "prompts.txt", "eval-prompts": "prompts.txt", "reward": "reward.py:score", "out": out,
+             "loop.updates": updates, "loop.save-every": 1, "loop.eval-every": 2, "ppo.batch-size": 16, "ppo.minibatches": 2,
+             "ppo.max-new-tokens": 5, "ppo.learning-rate": 1e-3, "mesh": mesh, "processes.lost-after-s": 10, **options}  # fmt: skip
+    command = [sys.executable, "-m", "ppo_jax.cli", "train", "--loop.no-progress", "--loop.no-tensorboard"]
+    command += [str(x) for name, value in given.items() for x in (f"--{name}", value)]
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "NAP": str(nap)}
+    env |= {"ROWS": str(16 // count if rows is None else rows), "PYTHONPATH": str(Path(__file__).parents[1])}
+    started = []
+    for index in range(count):
+        named = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        env_here = env | (named if count > 1 else {})
+        with (folder / f"{out}.{index}.log").open("w") as log:
+            started.append(subprocess.Popen(command, cwd=folder, env=env_here, stdout=log, stderr=subprocess.STDOUT))
+    return started
+
+
+def finish(folder, out, started, expected=0, timeout=240):
+    for index, process in enumerate(started):
+        code = process.wait(timeout)
+        assert code == expected, (folder / f"{out}.{index}.log").read_text()[-3000:]
+
+
+def run(folder, out, count, **options):
+    finish(folder, out, start(folder, out, count, **options))
+    return folder / out
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return run(folder, "alone", 1, devices=4, mesh="data=2,fsdp=2")
+
+
+def parameters(out):
+    return pretrained.load_policy(out / "model").params
+
+
+def assert_same_run(found, expected):
+    said = [x for x in compare(found, expected) if not x.startswith(("settings", "metrics", "Final"))]
+    assert said == []
+    for path, x in jax.tree_util.tree_leaves_with_path(parameters(found)):
+        if [part.key for part in path][-2:] != ["k", "bias"]:  # see `test_splits.is_noise`
+            y = parameters(expected)
+            for part in path:
+                y = y[part.key]
+            np.testing.assert_allclose(x, y, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+    for a, b in zip(read_lines(found / "metrics.jsonl"), read_lines(expected / "metrics.jsonl"), strict=True):
+        for name in set(a) - {"update"}:
+            if not name.startswith(("time/", "perf/")):
+                np.testing.assert_allclose(a[name], b[name], atol=1e-4, err_msg=name)
+
+
+def test_two_processes_give_the_result_of_one_and_twice_the_same(folder, alone):
+    two = run(folder, "two", 2, mesh="data=2,fsdp=2")
+    assert_same_run(two, alone)
+    assert len(read_json(two / "config.json")["processes"]) == 1
+    again = run(folder, "again", 2, mesh="data=2,fsdp=2")
+    assert compare(two, again) == [] and read_json(two / "summary.json")["digest"] == read_json(again / "summary.json")["digest"]
+
+
+def test_four_processes_and_resume_with_another_number(folder, alone):
+    four = run(folder, "four", 4, devices=1, mesh="data=2,fsdp=2", updates=2)
+    run(folder, "four", 2, mesh="data=2,fsdp=2", updates=3, resume="yes")
+    run(folder, "four", 1, devices=1, mesh="data=1", resume="auto")
+    assert_same_run(four, alone)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_where_one_dies_the_others_end_with_a_sentence_and_the_run_goes_on(folder, alone, dies):
+    out = f"dies{dies}"
+    started = start(folder, out, 2, mesh="data=2,fsdp=2", nap=1.0)
+    metrics = folder / out / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    started[dies].kill()
+    at = time.monotonic()
+    assert started[1 - dies].wait(60) not in (0, None)
+    assert time.monotonic() - at < 60
+    said = (folder / f"{out}.{1 - dies}.log").read_text()
+    assert "process" in said.lower()
+    run(folder, out, 1, devices=4, mesh="data=2,fsdp=2", resume="auto")
+    assert_same_run(folder / out, alone)
+
+
+def test_a_fault_in_one_process_stops_all_after_a_checkpoint(folder):
+    (folder / "fail").touch()
+    finish(folder, "fault", start(folder, "fault", 2, mesh="data=4"), expected=2)
+    (folder / "fail").unlink()
+    for index in range(2):
+        assert "In process 1: The reward function returned nan for response 0" in (folder / f"fault.{index}.log").read_text()
+    dumped = read_lines(folder / "fault/faults.jsonl")
+    assert len(dumped) == 8 and dumped[0]["prompt"]
+
+
+def test_a_signal_to_one_process_stops_all(folder):
+    started = start(folder, "signal", 2, mesh="data=4", nap=1.0, updates=30)
+    metrics = folder / "signal/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text())
+    started[1].send_signal(signal.SIGTERM)
+    finish(folder, "signal", started, expected=75)
+    assert list((folder / "signal/checkpoints").glob("[0-9]*"))
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+# One process: every function is trivial.
+
+
+def test_one_process_agrees_with_itself():
+    assert processes.is_first() and processes.any_process(True) and not processes.any_process(False)
+    processes.agree(None)
+    with pytest.raises(RewardError, match="gone"):
+        processes.agree(RewardError("gone", (3,)))
+    done = []
+    processes.first_does(lambda: done.append(1))
+    assert done == [1]
+    with pytest.raises(ValueError, match="full"):
+        processes.first_does(lambda: json.loads("full is no JSON" if not done else (_ for _ in ()).throw(ValueError("full"))))
+    assert NonFiniteError.kind in ("logprobs",)
+
+
+@pytest.mark.parametrize("given, says", [({"count": 2}, "need coordinator, count and index"), ({"index": 0}, "need coordinator")])
+def test_half_named_processes_are_refused(given, says):
+    with pytest.raises(SettingError, match=says):
+        processes.Processes(**given).start()
