@@ -31,7 +31,7 @@ def generalized_advantage_estimation(
       bootstrap_value: `[...]` value of the state after step `R - 1`, by default 0.
 
     Returns:
-      `advantages` and `returns`, `[..., R]` float32. At masked steps: the advantage that is carried over.
+      `advantages` and `returns`, `[..., R]` float32 or wider. At masked steps: the advantage and value that are carried over.
 
     Source:
       Schulman et al. 2015 (https://arxiv.org/abs/1506.02438), eq. 11-16.
@@ -47,6 +47,7 @@ def generalized_advantage_estimation(
     mask = jnp.ones(rewards.shape, bool) if mask is None else mask
     chex.assert_equal_shape([rewards, values, mask])
     chex.assert_type([rewards, values, mask], [float, float, bool])
+    rewards, values = (x.astype(jnp.promote_types(jnp.float32, jnp.result_type(rewards, values))) for x in (rewards, values))
     after = jnp.zeros_like(values[..., 0]) if bootstrap_value is None else bootstrap_value
     chex.assert_equal_shape([after, values[..., 0]])
 
@@ -56,10 +57,11 @@ def generalized_advantage_estimation(
         delta_t = r_t + gamma_t * value_tp1 - value_t
         advantage_t = delta_t + gamma_t * lam_t * advantage_tp1
         advantage_t = jnp.where(mask_t, advantage_t, advantage_tp1)
-        return (jnp.where(mask_t, value_t, value_tp1), advantage_t), advantage_t
+        value_t = jnp.where(mask_t, value_t, value_tp1)
+        return (value_t, advantage_t), (advantage_t, advantage_t + value_t)
 
     gamma, lam = (jnp.broadcast_to(jnp.asarray(x, rewards.dtype), rewards.shape) for x in (gamma, lam))
     time_major = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, mask, gamma, lam))
-    _, advantages = jax.lax.scan(step, (after, jnp.zeros_like(after)), time_major, reverse=True)
-    advantages = jnp.moveaxis(advantages, 0, -1)
-    return advantages, advantages + values
+    after = after.astype(values.dtype)
+    _, (advantages, returns) = jax.lax.scan(step, (after, jnp.zeros_like(after)), time_major, reverse=True)
+    return jnp.moveaxis(advantages, 0, -1), jnp.moveaxis(returns, 0, -1)

@@ -74,7 +74,8 @@ class PPOConfig:
     truncate_after: int = 0
     """End tokens among this many first ones are words like others (min_new_tokens forbids them instead)."""
     temperature: float = 1.0
-    """Of sampling and of every log-prob."""
+    """Of sampling and of every log-prob. Filters (top_k, top_p, min_new_tokens) shape the samples alone: the update's log-probs are
+    of the whole distribution, and the metric sampler/logprob_gap_mean shows the distance."""
     top_k: int | None = None
     """Sample among the k likeliest tokens."""
     top_p: float | None = None
@@ -128,7 +129,7 @@ class PPOConfig:
     learning_rate: float = 1e-5
     """Peak learning rate."""
     decay_learning_rate: bool = False
-    """Decay it linearly to 0 over the run, by a step an update."""
+    """Decay it linearly to 0 over the run, by a step an update, whether or not all of its steps are taken."""
     warmup_steps: int = 0
     """Optimizer steps over which it rises from 0."""
     adam_b1: float = 0.9
@@ -149,6 +150,14 @@ class PPOConfig:
         for name in ("batch_size", "epochs", "minibatches", "max_new_tokens", "temperature", "learning_rate", "kl_horizon"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("adam_b1", "adam_b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"{name} must lie in 0 .. 1, and below 1, not {getattr(self, name)}.")
+        for name in ("adam_eps", "entropy_coef"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name} must not be negative, but is {getattr(self, name)}.")
+        if self.top_p == 0:
+            raise SettingError("top_p must be above 0.")
         for name in ("micro_batch", "rollout_rows", "logit_chunk", "top_k", "kl_target", "score_clip", "target_kl", "value_clip",
                      "max_grad_norm"):  # fmt: skip
             if getattr(self, name) is not None and not getattr(self, name) > 0:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
 from ppo_jax import update
-from ppo_jax.config import PPOConfig
+from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.kl import KLState
 from ppo_jax.metrics import Metrics, experience_metrics
 from ppo_jax.rewards import ScaleState, apply_missing_eos, running_scale
@@ -120,6 +120,8 @@ def learn(
     """
     c = agent.config
     final = apply_missing_eos(task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty)
+    if token_scores is not None and (c.scale_scores or c.score_clip is not None):
+        raise SettingError("scale_scores and score_clip are of scores of whole responses; leave them off where tokens are scored.")
     scale, scaled = running_scale().update(state.scale, final, axis_name=axis_name)
     final = scaled if c.scale_scores else final
     final = final if c.score_clip is None else jnp.clip(final, -c.score_clip, c.score_clip)
@@ -133,8 +135,9 @@ def learn(
         value_clip=c.value_clip, vf_coef=c.vf_coef, entropy_coef=c.entropy_coef, dual_clip=c.dual_clip,
         aggregation=c.weighting.aggregation, chunk=c.logit_chunk,
     )  # fmt: skip
+    due = update.schedule_at(state.train, state.update * (c.epochs * c.minibatches))
     train, learned = update.ppo_update(
-        state.train, experience, state.key_for(_SHUFFLE), epochs=c.epochs, minibatches=c.minibatches,
+        due, experience, state.key_for(_SHUFFLE), epochs=c.epochs, minibatches=c.minibatches,
         micro_batches=c.micro_batches, aggregation=c.weighting.aggregation, target_kl=c.target_kl,
         skip_nonfinite=c.skip_nonfinite, axis_name=axis_name, loss_fn=loss_fn, frozen=frozen,
     )  # fmt: skip

@@ -91,7 +91,7 @@ def sequence_mean(x: jax.Array, mask: jax.Array, *, count: jax.Array | None = No
       count: `[]` the number of sequences to divide by, by default those with a real token.
 
     Returns:
-      `[]` float.
+      `[]` float32, or wider.
 
     Example:
       >>> sequence_mean(jnp.array([[1.0, 3.0], [8.0, 0.0]]), jnp.array([[True, True], [True, False]]))
@@ -99,6 +99,7 @@ def sequence_mean(x: jax.Array, mask: jax.Array, *, count: jax.Array | None = No
     """
     chex.assert_rank([x, mask], 2)
     chex.assert_equal_shape([x, mask])
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     lengths = jnp.maximum(mask.sum(axis=1), 1).astype(x.dtype)
     per_row = jnp.where(mask, x, 0).sum(axis=1) / lengths
     return masked_mean(per_row, mask.any(axis=1), count=count)

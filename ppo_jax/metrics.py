@@ -85,7 +85,8 @@ def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array, *
     """
     var = masked_var(returns, mask, axis_name=axis_name)
     left = masked_var(returns - values, mask, axis_name=axis_name)
-    return jnp.where(var > 0, 1 - left / jnp.where(var > 0, var, 1), 0)
+    varies = var > 1e-10 * masked_mean(returns * returns, mask, axis_name=axis_name)  # more than rounding does
+    return jnp.where(varies, 1 - left / jnp.where(varies, var, 1), 0)
 
 
 def experience_metrics(

@@ -45,10 +45,10 @@ class TextReward(NamedTuple):
     function: Callable[..., Sequence[float]]
 
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
-        args = [prompts.texts, responses, prompts.rows][: max(2, len(inspect.signature(self.function).parameters))]
+        args = [prompts.texts, responses, prompts.rows][: 3 if _takes_rows(self.function) else 2]
         try:
             scores = self.function(*args)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _raised(error) from error
         return TaskScores(check_scores(scores, (len(responses),)))
 
@@ -92,7 +92,14 @@ class ModelReward(NamedTuple):
         return check_scores(self.score(self.params, tokens, mask), (len(texts),))
 
 
-def _raised(error: Exception) -> RewardError:
+def _takes_rows(function: Callable) -> bool:
+    """Whether it has a third parameter that must be given, or one called `rows`."""
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    given = [p for p in inspect.signature(function).parameters.values() if p.kind in places]
+    return len(given) > 2 and (given[2].default is inspect.Parameter.empty or given[2].name == "rows")
+
+
+def _raised(error: BaseException) -> RewardError:
     """Says what a reward function raised, and where in its own file."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     at = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if len(frames) > 1 else ""

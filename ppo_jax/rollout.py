@@ -148,6 +148,8 @@ def _draw(
 ) -> tuple[jax.Array, jax.Array]:
     """Token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
     if min_new_tokens and stop_ids:
+        if len(set(stop_ids)) >= logits.shape[-1]:
+            raise ValueError(f"min_new_tokens={min_new_tokens} leaves nothing to draw: all {logits.shape[-1]} words are stop ids.")
         too_early = t < min_new_tokens
         stops = jnp.asarray(stop_ids)
         logits = logits.at[:, stops].set(jnp.where(too_early, -jnp.inf, logits[:, stops]))

@@ -37,6 +37,16 @@ def sft_loss(
     return loss, masked_mean(hits, marked)
 
 
+def len_of_first(*arrays: np.ndarray) -> float:
+    """Rows."""
+    return float(len(arrays[0]))
+
+
+def learned_tokens(tokens: np.ndarray, mask: np.ndarray, loss_mask: np.ndarray) -> float:
+    """Tokens that `sft_loss` averages over."""
+    return float((mask & loss_mask)[:, 1:].sum())
+
+
 @functools.partial(jax.jit, static_argnames="loss_fn", donate_argnums=(0,))
 def _epoch(state: TrainState, batches, *, loss_fn) -> tuple[TrainState, jax.Array]:
     def step(state, batch):
@@ -98,8 +108,14 @@ def fit(
 
 
 def evaluate_loss(
-    loss_fn: Callable[..., tuple[jax.Array, jax.Array]], params: Params, arrays: tuple[np.ndarray, ...]
-) -> tuple[float, float]:
-    """Loss and accuracy on held-out rows."""
-    loss, accuracy = _evaluate(params, arrays, loss_fn=loss_fn)
-    return float(loss), float(accuracy)
+    loss_fn: Callable[..., tuple[jax.Array, jax.Array]], params: Params, arrays: tuple[np.ndarray, ...], *,
+    batch_size: int = 64, weight: Callable[..., float] = len_of_first,
+) -> tuple[float, float]:  # fmt: skip
+    """Loss and accuracy on held-out rows, `batch_size` at a time; a batch counts as `weight(*batch)`, by default its rows."""
+    total, sums = 0.0, np.zeros(2)
+    for first in range(0, len(arrays[0]), batch_size):
+        batch = tuple(x[first : first + batch_size] for x in arrays)
+        count = float(weight(*batch))
+        sums += count * np.asarray(_evaluate(params, batch, loss_fn=loss_fn), np.float64)
+        total += count
+    return float(sums[0] / max(total, 1.0)), float(sums[1] / max(total, 1.0))

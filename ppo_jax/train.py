@@ -183,7 +183,9 @@ class Trainer:
         return self.state
 
     def save(self, score: float | None = None) -> None:
-        """A checkpoint of everything that the run needs to go on as if it had never stopped."""
+        """A checkpoint of everything that the run needs to go on as if it had never stopped; none before the first update."""
+        if int(self.state.update) == 0:
+            return
         self.checkpoints.save(self.state, {"sizes": self.log.sizes(), "unevaluated": self._unevaluated}, score=score)
 
     def _evaluate(self, update: int) -> float | None:

@@ -4,7 +4,7 @@ A new loss is a function `(params, batch, counts) -> (loss, LossMetrics)`; `ppo_
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,15 @@ def minibatch_gradient(
         grads, mean = jax.lax.psum((grads, metrics.mean), axis_name)
         metrics = LossMetrics(mean, jax.lax.pmax(metrics.max, axis_name))
     return grads, metrics
+
+
+def schedule_at(state: TrainState, step: jax.Array) -> TrainState:
+    """Sets the learning rate's schedule to `step`, so that it counts the steps that were due and not those that were taken."""
+
+    def is_schedule(path: tuple, _: Any) -> bool:
+        return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+
+    return state.replace(opt_state=optax.tree.set(state.opt_state, is_schedule, count=step))
 
 
 def shuffled_minibatches(key: jax.Array, rows: int, *, epochs: int, minibatches: int, axis_name: str | None = None) -> jax.Array:

@@ -70,6 +70,15 @@ def gae(rewards, values, mask, gamma, lam, bootstrap_value=None) -> np.ndarray:
     return out
 
 
+def carried_values(values, mask, bootstrap_value=None) -> np.ndarray:
+    """A masked step has the value of the next real one."""
+    out = np.array(values, np.float64)
+    for b, t in np.argwhere(~np.asarray(mask)):
+        later = [k for k in range(t + 1, out.shape[1]) if mask[b, k]]
+        out[b, t] = values[b, later[0]] if later else 0.0 if bootstrap_value is None else bootstrap_value[b]
+    return out
+
+
 # --- kl, logprobs ---
 
 

@@ -49,7 +49,7 @@ def test_oracle(batch, gamma, lam, bootstrap):
     after = np.linspace(-1, 1, B, dtype=np.float32) if bootstrap else None
     advantages, returns = gae(r, v, mask, gamma=gamma, lam=lam, bootstrap_value=after)
     close(advantages, oracles.gae(r, v, mask, gamma, lam, after))
-    close(returns, advantages + v)
+    close(returns, advantages + oracles.carried_values(v, mask, after))
 
 
 def test_gamma_and_lambda_of_each_step(batch):
@@ -184,3 +184,18 @@ def test_trl_update(trl):
     np.testing.assert_allclose(np.where(steps, returns, 0), np.where(steps, step["returns"], 0), atol=1e-5)
     white = masked_whiten(advantages, mask, unbiased=True)  # over the real tokens, without the step after them
     np.testing.assert_allclose(white, step["advantages"], atol=1e-5)
+
+
+def test_a_masked_step_carries_value_and_advantage():
+    rewards, values = jnp.array([[0.0, 0.0, 0.0, 1.0]]), jnp.array([[0.5, 0.9, 0.3, 0.7]])
+    mask = jnp.array([[True, False, True, False]])
+    advantages, returns = generalized_advantage_estimation(rewards, values, mask, gamma=1.0, lam=1.0)
+    np.testing.assert_allclose(advantages[0, 1], advantages[0, 2])
+    np.testing.assert_allclose(returns[0, 1], advantages[0, 2] + 0.3, rtol=1e-6)
+    broken = jnp.where(mask, values, jnp.nan), jnp.where(mask, rewards, jnp.nan)
+    assert np.isfinite(generalized_advantage_estimation(broken[1], broken[0], mask, gamma=1.0, lam=1.0)[1]).all()
+
+
+def test_low_precision_is_widened():
+    out = generalized_advantage_estimation(jnp.ones((1, 3)), jnp.ones((1, 3), jnp.bfloat16), gamma=0.99, lam=0.95)
+    assert {x.dtype for x in out} == {jnp.dtype("float32")}

@@ -136,3 +136,8 @@ def test_gradient_of_mean(batch):
 def test_shapes_must_match(function):
     with pytest.raises(AssertionError):
         function(jnp.ones((2, 3)), jnp.ones((2, 1), bool))
+
+
+def test_sequence_mean_sums_wide():
+    out = masked.sequence_mean(jnp.full((1, 300), 300.0, jnp.float16), jnp.ones((1, 300), bool))
+    assert out.dtype == jnp.float32 and out == 300

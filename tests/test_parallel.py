@@ -20,7 +20,7 @@ from ppo_jax.provenance import digest
 
 PPO = PPOConfig(
     batch_size=32, epochs=2, minibatches=2, max_new_tokens=10, learning_rate=1e-4, kl_coef=0.1, kl_target=0.5, scale_scores=True,
-    vf_coef=0.5, temperature=0.8,
+    vf_coef=0.5, temperature=0.8, adam_eps=1e-5,  # above the rounding of a gradient, which Adam would turn into whole steps
 )  # fmt: skip
 MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, "pmap"]
 HF = {

@@ -53,7 +53,7 @@ def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0,
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     given = {"model": "model", "prompts": "prompts.txt", "eval-prompts": "prompts.txt", "reward": "reward.py:score", "out": out,
-             "loop.updates": updates, "loop.save-every": 1, "loop.eval-every": 2, "ppo.batch-size": 16, "ppo.minibatches": 2,
+             "loop.updates": updates, "loop.save-every": 1, "loop.eval-every": 1, "ppo.batch-size": 16, "ppo.minibatches": 2,
              "ppo.max-new-tokens": 5, "ppo.learning-rate": 1e-3, "mesh": mesh, "processes.lost-after-s": 10, **options}  # fmt: skip
     command = [sys.executable, "-m", "ppo_jax.cli", "train", "--loop.no-progress", "--loop.no-tensorboard"]
     command += [str(x) for name, value in given.items() for x in (f"--{name}", value)]
@@ -125,6 +125,7 @@ def test_where_one_dies_the_others_end_with_a_sentence_and_the_run_goes_on(folde
     metrics = folder / out / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
     started[dies].kill()
+    started[dies].wait(60)
     at = time.monotonic()
     assert started[1 - dies].wait(60) not in (0, None)
     assert time.monotonic() - at < 60

@@ -2,16 +2,20 @@
 
 import functools
 import json
+import re
 
 import datasets
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import cli, data, iteration
 from ppo_jax.config import PPOConfig, SettingError
+from ppo_jax.metrics import explained_variance
 from ppo_jax.models import heads, lora, pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
@@ -331,3 +335,69 @@ def test_supervised_stages_learn_and_their_folders_load(folder, stage, rows, cap
         assert pretrained.load_policy(folder / "new").config.vocab_size == len(WORDS)
     else:
         cli.main(command(folder, reward=folder / "new"))
+
+
+def test_explained_variance_of_returns_that_do_not_vary():
+    values = jnp.zeros((1, 7)).at[0, 0].set(5.0)
+    assert explained_variance(values, jnp.full((1, 7), 0.3), jnp.ones((1, 7), bool)) == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda prompts, responses, **more: [len(more)] * 3, lambda prompts, responses, scale=0.0: [scale] * 3,
+     lambda prompts, responses, *, scale=0.0: [scale] * 3],
+)  # fmt: skip
+def test_a_reward_gets_rows_only_where_it_asks_for_them(function):
+    prompts = data.Prompts([{"prompt": "a"}] * 3, np.zeros((3, 1), np.int32), np.ones((3, 1), bool))
+    assert TextReward(function)(None, prompts, ["a"] * 3).response.tolist() == [0, 0, 0]
+
+
+def test_a_reward_that_exits_is_a_reward_that_raises():
+    prompts = data.Prompts([{"prompt": "a"}], np.zeros((1, 1), np.int32), np.ones((1, 1), bool))
+    with pytest.raises(RewardError, match="SystemExit"):
+        TextReward(lambda prompts, responses: exit())(None, prompts, ["a"])
+
+
+def test_the_learning_rate_decays_by_updates_whatever_steps_are_taken(tmp_path):
+    def count(state):
+        return int(optax.tree.get(state.train.opt_state, "count", filtering=lambda path, _: "Schedule" in path[-1].tuple_name))
+
+    ppo = PPOConfig(**{**vars(PPO), "decay_learning_rate": True, "target_kl": 1e-9, "learning_rate": 0.05})
+    run = trainer(tmp_path / "run", ppo=ppo, updates=4)
+    run.run()
+    due = 3 * ppo.epochs * ppo.minibatches
+    assert due <= count(run.state) < due + 2
+
+
+def test_scores_of_tokens_are_not_clipped_or_scaled_unseen(tmp_path):
+    reward = lambda tokens, mask, response_mask: response_mask.astype(np.float32)
+    run = trainer(tmp_path / "run", ppo=PPOConfig(**{**vars(PPO), "scale_scores": True}), reward=reward, wrap=TokenReward)
+    with pytest.raises(SettingError, match="leave them off where tokens are scored"):
+        run.step()
+
+
+def supervised(folder, command, rows, **options):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model": folder / "model", "data": folder / "rows.jsonl", "out": folder / f"audit_{command}"} | options
+    cli.main([command, *(str(x) for name, value in given.items() for x in (f"--{name}", value))])
+
+
+@pytest.mark.parametrize(
+    "command, rows, options, says",
+    [("sft", [{"response": "a"}] * 2, {"batch-size": 0}, "batch_size must be positive"),
+     ("sft", [{"response": "a"}] * 2, {"epochs": 0}, "epochs must be positive"),
+     ("sft", [{"response": "a"}], {}, "one more is needed to be held out"),
+     ("sft", [{"response": "a", "prompt": 5}] * 2, {}, "Row 0 of .* needs a text in its column 'prompt', not 5"),
+     ("reward", [{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}] * 2, {}, "needs a text in its column 'chosen'")],
+)  # fmt: skip
+def test_supervised_stages_name_what_is_wrong(folder, capsys, command, rows, options, says):
+    with pytest.raises(SystemExit):
+        supervised(folder, command, rows, **options)
+    said = capsys.readouterr().err
+    assert re.search(says, said), said
+    assert not (folder / f"audit_{command}").exists()
+
+
+def test_rows_are_cut_to_the_models_positions(folder):
+    supervised(folder, "sft", [{"response": "b " * 200}] * 4, **{"batch-size": 2, "epochs": 1, "length": 500})
+    assert (folder / "audit_sft/model.safetensors").exists()

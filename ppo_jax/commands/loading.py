@@ -25,8 +25,8 @@ def load_model(
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The tokenizer's pad id, or its end id: any will do, it is never read."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """The tokenizer's pad id, or its end id, or 0: any will do, it is never read."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def stop_ids(tokenizer: Any, policy: pretrained.Pretrained, further: tuple[str, ...] = ()) -> tuple[int, ...]:
@@ -42,7 +42,7 @@ def stop_ids(tokenizer: Any, policy: pretrained.Pretrained, further: tuple[str, 
         if len(one) != 1:
             raise ValueError(f"stop_tokens: {text!r} is {len(one)} tokens of this tokenizer, not one.")
         ids += one
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def check_top_k(top_k: int | None, config: TransformerConfig) -> None:

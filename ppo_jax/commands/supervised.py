@@ -11,6 +11,7 @@ import numpy as np
 
 from ppo_jax import data, reward_model, sft
 from ppo_jax.commands.loading import load_model
+from ppo_jax.config import SettingError
 from ppo_jax.logging import check_free, claim, plain, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models.transformer import language_model
@@ -31,7 +32,7 @@ class Fit:
     eval_data: Path | None = None
     """Held-out rows; by default a tenth of the training rows is held out."""
     length: int = 128
-    """Tokens that a row is cut to."""
+    """Tokens that a row is cut to, and at most the model's positions."""
     epochs: int = 3
     """Passes over the rows."""
     batch_size: int = 16
@@ -43,21 +44,38 @@ class Fit:
     seed: int = 0
     """Of the shuffles and of new parameters."""
 
+    weight: ClassVar[Callable[..., float]] = staticmethod(sft.len_of_first)  # of a batch in the held-out loss
+
+    def __post_init__(self):
+        for name in ("length", "epochs", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")
+
     def split(self, columns: Sequence[str]) -> tuple[Rows, Rows]:
         """Rows to learn from and rows held out; both have the texts in `columns`."""
-        rows = data.read_rows(self.data, columns=columns)
+        rows = self.read(self.data, columns)
         if self.eval_data is not None:
-            return rows, data.read_rows(self.eval_data, columns=columns)
+            return rows, self.read(self.eval_data, columns)
+        if len(rows) < 2:
+            raise ValueError(f"{self.data} holds one row; one more is needed to be held out, or --eval-data.")
         order = np.random.default_rng(self.seed).permutation(len(rows))
         held = max(len(rows) // 10, 1)
         return [rows[i] for i in order[held:]], [rows[i] for i in order[:held]]
+
+    def read(self, path: Path, columns: Sequence[str]) -> Rows:
+        rows = data.read_rows(path, columns=columns)
+        for i, row in enumerate(rows):
+            for column in (*columns, "prompt"):
+                if not isinstance(row.get(column), str | None):
+                    raise ValueError(f"Row {i} of {path} needs a text in its column {column!r}, not {row[column]!r:.60}.")
+        return rows
 
     def fit(self, loss_fn, params, train: tuple[np.ndarray, ...], held: tuple[np.ndarray, ...]):
         """Trains, shows the loss on held-out rows after every epoch, and writes `summary.json`."""
         shown: list[tuple[float, float]] = []
 
         def show(epoch: int, loss: float, params) -> None:
-            shown.append(sft.evaluate_loss(loss_fn, params, held))
+            shown.append(sft.evaluate_loss(loss_fn, params, held, batch_size=self.batch_size, weight=self.weight))
             held_loss, accuracy = shown[-1]
             print(f"epoch {epoch + 1}: loss {loss:.4f}, held out: loss {held_loss:.4f}, accuracy {accuracy:.3f}", flush=True)
 
@@ -75,21 +93,25 @@ class Fit:
 class SFT(Fit):
     """Supervised fine-tuning on rows {"prompt": ..., "response": ...}; only the response is learned. Without a prompt, all is."""
 
+    weight: ClassVar[Callable[..., float]] = staticmethod(sft.learned_tokens)
+
     def run(self) -> None:
         check_free(self.out)
         policy, tokenizer = load_model(self.model)
-        train, held = (self.encode(rows, tokenizer) for rows in self.split(("response",)))
+        length = min(self.length, policy.config.positions)
+        train, held = (self.encode(rows, tokenizer, length) for rows in self.split(("response",)))
         model = language_model(policy.config)
         params = self.fit(lambda p, *batch: sft.sft_loss(model, p, *batch), policy.params, train, held)
         pretrained.save_policy(self.out, policy._replace(params=params), tokenizer)
 
-    def encode(self, rows: Rows, tokenizer: Any) -> tuple[np.ndarray, ...]:
+    def encode(self, rows: Rows, tokenizer: Any, length: int) -> tuple[np.ndarray, ...]:
         """Tokens, mask and the mask of what is learned, `[n, length]` each."""
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         prompts = [tokenizer(row["prompt"]).input_ids if row.get("prompt") else [] for row in rows]
-        responses = [[*tokenizer(row["response"]).input_ids, tokenizer.eos_token_id] for row in rows]
-        ids = [(p + r)[: self.length] for p, r in zip(prompts, responses, strict=True)]
-        tokens, mask = data.pad(ids, length=self.length, pad_id=0, left=False)
-        return tokens, mask, mask & (np.arange(self.length)[None] >= np.array([[len(p)] for p in prompts]))
+        responses = [[*tokenizer(row["response"]).input_ids, *end] for row in rows]
+        ids = [(p + r)[:length] for p, r in zip(prompts, responses, strict=True)]
+        tokens, mask = data.pad(ids, length=length, pad_id=0, left=False)
+        return tokens, mask, mask & (np.arange(length)[None] >= np.array([[len(p)] for p in prompts]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +127,8 @@ class Reward(Fit):
         check_free(self.out)
         policy, tokenizer = load_model(self.model)
         rows, held_rows = self.split(self.columns[self.learn_from])
-        train, held = (self.encode(part, tokenizer) for part in (rows, held_rows))
+        length = min(self.length, policy.config.positions)
+        train, held = (self.encode(part, tokenizer, length) for part in (rows, held_rows))
         params = heads.init_scorer(policy.config, jax.random.key(self.seed), trunk=policy.params)
         if self.learn_from == "classes":
             params["thresholds"] = _first_thresholds(np.concatenate([train[-1], held[-1]]))
@@ -123,14 +146,14 @@ class Reward(Fit):
             case "classes":
                 return lambda p, tokens, mask, label: reward_model.ordinal_loss(score(p, tokens, mask), label, p["thresholds"])
 
-    def encode(self, rows: Rows, tokenizer: Any) -> tuple[np.ndarray, ...]:
+    def encode(self, rows: Rows, tokenizer: Any, length: int) -> tuple[np.ndarray, ...]:
         """Tokens and mask of each text column, `[n, length]`, and the scores, `[n]`, unless the rows are pairs."""
         arrays = []
         for column in self.columns[self.learn_from]:
-            ids = [tokenizer(row.get("prompt", "") + row[column]).input_ids[: self.length] for row in rows]
+            ids = [tokenizer((row.get("prompt") or "") + row[column]).input_ids[:length] for row in rows]
             if not all(ids):
                 raise ValueError(f"Row {[bool(i) for i in ids].index(False)} has no text in {column!r}.")
-            arrays += data.pad(ids, length=self.length, pad_id=0, left=False)
+            arrays += data.pad(ids, length=length, pad_id=0, left=False)
         if self.learn_from == "pairs":
             return tuple(arrays)
         whole = self.learn_from == "classes"
