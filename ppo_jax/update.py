@@ -135,6 +135,8 @@ def schedule_at(state: TrainState, step: jax.Array) -> TrainState:
     def is_schedule(path: tuple, _: Any) -> bool:
         return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
+    if not optax.tree.get_all_with_path(state.opt_state, "count", is_schedule):
+        return state  # a constant rate
     return state.replace(opt_state=optax.tree.set(state.opt_state, is_schedule, count=step))
 
 
