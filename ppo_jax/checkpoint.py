@@ -68,6 +68,10 @@ class Checkpoints:
         """Numbers of updates of those there are, newest last."""
         return sorted(self._manager.all_steps())
 
+    def were_any(self) -> bool:
+        """Whether there are checkpoints, be they damaged."""
+        return bool(self.steps()) or any(self.folder.glob("*.damaged*"))
+
     def restore(self, like: PPOState, step: int | None = None) -> tuple[PPOState, dict[str, Any]]:
         """The newest good checkpoint, or that of `step`, as a state of the structure and sharding of `like`, and its `about`.
 
@@ -91,7 +95,9 @@ class Checkpoints:
                 _LOG.warning("%s It is set aside as %d.damaged.", reason, number)
                 processes.first_does(functools.partial(self._set_aside, number))
                 self._manager.reload()
-        raise CheckpointError(" ".join(damaged) or f"{self.folder} holds no checkpoint.")
+        spoilt = sorted(path.name for path in self.folder.glob("*.damaged*"))
+        aside = f" but {', '.join(spoilt)}, set aside; delete the run's folder to start afresh" if spoilt else ""
+        raise CheckpointError(" ".join(damaged) or f"{self.folder} holds no checkpoint{aside}.")
 
     def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_arrays(like)), run=ocp.args.JsonRestore())

@@ -12,6 +12,7 @@ import tyro
 from ppo_jax import processes
 from ppo_jax.commands.inference import Evaluate, Generate
 from ppo_jax.commands.models import Convert, Info
+from ppo_jax.commands.plan import Plan
 from ppo_jax.commands.runs import Compare, Replay
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.commands.train import Train
@@ -35,11 +36,15 @@ def main(args: list[str] | None = None) -> None:
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing))]
+        | Annotated[Plan, tyro.conf.subcommand("plan", default=Plan(model=missing))]
     )
     keep_compiled()
     try:
         tyro.cli(commands, config=(tyro.conf.EnumChoicesFromValues,), prog="ppo-jax", description=__doc__, args=args).run()
-    except (ValueError, RuntimeError, SettingError) as error:
+    except KeyboardInterrupt:
+        print("ppo-jax: Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, RuntimeError, OSError, SettingError) as error:
         several = jax.distributed.is_initialized()
         lost = "Another process is probably gone: " if several and isinstance(error, jax.errors.JaxRuntimeError) else ""
         print(f"ppo-jax: {lost}{error}", file=sys.stderr)

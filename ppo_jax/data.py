@@ -84,7 +84,10 @@ def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
         return ()
     mark = "ppo_jax_marks_this"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
+    try:
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
+    except Exception:  # a template may raise anything; prompts that go through it will say so
+        return ()
     special = [i for i in tokenizer(after, add_special_tokens=False).input_ids if i in tokenizer.all_special_ids]
     return tuple(special[:1])
 
@@ -94,7 +97,10 @@ def _is_chat(prompt: Any) -> bool:
 
 
 def _through_template(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever the template raises
+        raise ValueError(f"The tokenizer's chat template does not take the prompt {row['prompt']!r:.200}: {error}.") from error
     return {**row, "prompt": text, "messages": row["prompt"]}
 
 

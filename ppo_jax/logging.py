@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 from ppo_jax.provenance import text_hash
 
 LINES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
+SKIPPED = {"faults/skipped": 1.0}  # the metrics of an update that a fault made the run skip
 _MARKS = ("config.json", "summary.json", "metrics.jsonl")  # any of them means that a run was here
 
 
@@ -41,6 +42,11 @@ def claim(folder: Path, *, resume: bool = False) -> Path:
     except OSError as error:
         raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
     return folder
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """With None for what is not finite: JSON knows no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 class NoLog:
@@ -76,8 +82,7 @@ class RunLog:
                 raise ValueError(f"Weights & Biases does not start: {str(error).splitlines()[0]}") from error
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON knows no NaN
-        self._append("metrics.jsonl", [{"update": update, **finite}])
+        self._append("metrics.jsonl", [{"update": update, **finite(metrics)}])
         for name, value in metrics.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, update)
@@ -101,8 +106,11 @@ class RunLog:
             self._wandb.finish()
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        with (self._folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            with (self._folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise ValueError(f"{self._folder / name} cannot be written: {error.strerror}.") from error
 
 
 def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
@@ -128,9 +136,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
       ValueError: if a line is none.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
+    if not all(isinstance(line, dict) and "update" in line for line in lines):
+        raise ValueError(f"{path} cannot be read: a line is no object with an update.")
+    return lines
 
 
 def read_json(path: Path) -> Any:

@@ -73,17 +73,27 @@ def text_hash(*parts: Any) -> str:
 def code_hash(thing: Any) -> str | None:
     """Of the file that a function, or the class of an object, is written in; None where there is no file.
 
-    A named tuple counts by its fields, so a wrapped function is found, and a reward model by its parameters.
+    A named tuple counts by its fields and a partial function by its arguments, so a wrapped function is found, a sentence that it
+    compares with, and a reward model by its parameters.
     """
     if isinstance(thing, tuple) and hasattr(thing, "_fields"):
-        parts = [code_hash(part) if callable(part) else digest(part) for part in thing if callable(part) or _is_tree(part)]
-        return text_hash(*parts)
-    thing = thing.func if isinstance(thing, functools.partial) else inspect.unwrap(thing)
+        return text_hash(*map(_part_hash, thing))
+    if isinstance(thing, functools.partial):
+        return text_hash(*map(_part_hash, (thing.func, *thing.args, *(x for item in sorted(thing.keywords.items()) for x in item))))
+    thing = inspect.unwrap(thing)
     try:
         file = inspect.getsourcefile(thing if inspect.isroutine(thing) else type(thing))
         return text_hash(np.fromfile(file, np.uint8)) if file else None
     except (TypeError, OSError):
         return None
+
+
+def _part_hash(part: Any) -> str | None:
+    if isinstance(part, str | int | float | None):
+        return repr(part)
+    if isinstance(part, jax.Array | np.ndarray) or _is_tree(part):
+        return digest(part)
+    return code_hash(part) if callable(part) else None
 
 
 def _is_tree(x: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax import data, provenance
-from ppo_jax.config import PPOConfig
+from ppo_jax.iteration import Agent
 from ppo_jax.logging import plain, read_json, write_json
 
 # Settings that shape no result, or only name what `hashes` covers.
@@ -34,12 +34,16 @@ class RunConfig:
 
 
 def start_config(
-    ppo: PPOConfig, loop: Any, command: Any, models: Any, prompts: data.Prompts, eval_prompts: data.Prompts | None, reward: Any
-) -> RunConfig:
+    agent: Agent, loop: Any, command: Any, models: Any, tokenizer: Any, prompts: data.Prompts, eval_prompts: data.Prompts | None,
+    reward: Any,
+) -> RunConfig:  # fmt: skip
     """Of a run about to start; `models` are all parameters that it starts from."""
-    settings = {"ppo": plain(ppo), "loop": plain(loop), "command": plain(command)}
+    settings = {"ppo": plain(agent.config), "loop": plain(loop), "command": plain(command)}
     hashes = {
         "model": provenance.digest(models),
+        "model_config": provenance.text_hash(agent.model.about),
+        "stop_ids": provenance.text_hash(agent.stop_ids, agent.pad_id),
+        "tokenizer": provenance.text_hash(sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None),
         "prompts": _data_hash(prompts),
         "reward": provenance.code_hash(reward),
     }

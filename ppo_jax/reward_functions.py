@@ -48,7 +48,9 @@ class TextReward(NamedTuple):
         args = [prompts.texts, responses, prompts.rows][: 3 if _takes_rows(self.function) else 2]
         try:
             scores = self.function(*args)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # `exit()` and a cancelled task are not of the kind Exception
             raise _raised(error) from error
         return TaskScores(check_scores(scores, (len(responses),)))
 
@@ -80,15 +82,16 @@ class ModelReward(NamedTuple):
     score: Callable[[Any, jax.Array, jax.Array], jax.Array]  # jitted `models.heads.reward_model`
     params: Any
     tokenizer: Any
-    length: int  # tokens that a text is cut or padded to
+    length: int  # tokens that a text is cut to, on the tokenizer's side
     pad_id: int
 
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
         return TaskScores(self.score_texts([p + r for p, r in zip(prompts.texts, responses, strict=True)]))
 
     def score_texts(self, texts: list[str]) -> np.ndarray:
-        ids = [self.tokenizer(text).input_ids[: self.length] or [self.pad_id] for text in texts]
-        tokens, mask = data.pad(ids, length=self.length, pad_id=self.pad_id, left=False)
+        ids = [self.tokenizer(text, truncation=True, max_length=self.length).input_ids or [self.pad_id] for text in texts]
+        length = 1 << (max(map(len, ids)) - 1).bit_length()  # few lengths, so few programs
+        tokens, mask = data.pad(ids, length=min(max(length, 16), self.length), pad_id=self.pad_id, left=False)
         return check_scores(self.score(self.params, tokens, mask), (len(texts),))
 
 
@@ -117,11 +120,13 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
       array([0.5, 1. ], dtype=float32)
     """
     try:
+        if hasattr(scores, "detach"):  # a PyTorch tensor
+            scores = scores.detach().cpu().float()
         array = np.asarray(scores)
-        if array.dtype.kind not in "biuf":
+        if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
             raise TypeError(f"{array.dtype} is no number")
         array = array.astype(np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(f"The reward function must return {shape[0]} numbers: {error}.") from error
     if array.shape != shape:
         raise RewardError(f"The reward function returned scores of shape {array.shape}, not {shape}, for {shape[0]} responses.")

@@ -16,7 +16,7 @@ from ppo_jax.checkpoint import SCORE, Checkpoints
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Fault, Faults
 from ppo_jax.iteration import Agent, PPOState
-from ppo_jax.logging import NoLog, RunLog, claim, cut_back
+from ppo_jax.logging import SKIPPED, NoLog, RunLog, claim, cut_back
 from ppo_jax.resume import check_unchanged, start_config
 from ppo_jax.reward_functions import RewardFn, TaskScores
 from ppo_jax.types import Params, Rollout
@@ -100,10 +100,10 @@ class Trainer:
             ref_params = (frozen or {}).get("policy") or params["policy"]
         self.ref_params, self.frozen = ref_params, frozen
         self.state = parallel.start_state(agent, params, jax.random.key(loop.seed), updates=loop.updates, mesh=mesh)
-        config = start_config(agent.config, loop, settings, (params, frozen, ref_params), prompts, eval_prompts, reward)
+        config = start_config(agent, loop, settings, (params, frozen, ref_params), tokenizer, prompts, eval_prompts, reward)
         self.checkpoints = Checkpoints(out / "checkpoints", keep=loop.keep)
         about: dict[str, Any] = {}
-        if resume == "yes" or (resume == "auto" and self.checkpoints.steps()):
+        if resume == "yes" or (resume == "auto" and self.checkpoints.were_any()):
             check_unchanged(out, config)
             self.state, about = self.checkpoints.restore(self.state)
         self._unevaluated = about.get("unevaluated", False)
@@ -146,6 +146,8 @@ class Trainer:
         except Fault as fault:
             self.log.fault(update, fault.kind, str(fault), self.rows(seen, batch))
             if self.loop.faults.gradient == "stop" or not c.skip_nonfinite:
+                if c.skip_nonfinite:  # else the parameters are spoilt, and the checkpoint before is the one to go on from
+                    self.save()
                 raise
         return numbers
 
@@ -238,7 +240,7 @@ class Trainer:
         self.log.fault(update, fault.kind, str(fault), [rows[i] for i in fault.rows] or rows)
         if getattr(self.loop.faults, fault.kind) == "stop":
             raise fault
-        self.log.metrics(update, {"faults/skipped": 1.0})
+        self.log.metrics(update, SKIPPED)
         self.state = self.state.replace(update=self.state.update + 1)
 
     def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:

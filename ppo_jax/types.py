@@ -74,6 +74,7 @@ class LanguageModel(NamedTuple):
     hidden: HiddenFn
     logits: LogitsFn
     init_cache: CacheFn
+    about: str = ""  # what fixes these functions beside their parameters; a run goes on only with the same
 
 
 class CriticFn(Protocol):

@@ -1,5 +1,7 @@
 """Every family against `transformers` on random small models: logits, greedy generation, and the way there and back."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,3 +153,57 @@ def test_a_config_that_cannot_be_is_refused(changes, says):
     hf = {k: v for k, v in {**hf, **changes}.items() if not (k in changes and v is None)}
     with pytest.raises(ValueError, match=says):
         pretrained.config_of(hf)
+
+
+def test_a_bfloat16_base_is_saved_as_the_float32_that_it_says(tmp_path):
+    peer("llama", tmp_path / "full").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    loaded = pretrained.load_policy(tmp_path / "half")
+    tuned = loaded._replace(params=jax.tree.map(lambda x: x + 1e-4, loaded.params))  # less than bfloat16 can see
+    pretrained.save_policy(tmp_path / "tuned", tuned)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").eval()
+    tokens, model = np.arange(2, 12)[None], language_model(loaded.config)
+    with torch.no_grad():
+        want = again(torch.tensor(tokens)).logits.numpy()
+    got = model.logits(tuned.params, model.hidden(tuned.params, jnp.asarray(tokens), jnp.asarray(tokens) > 0)[0])
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_norms_named_as_in_tensorflow_are_read(tmp_path):
+    peer("bert", tmp_path)
+    stored = dict(weights.StoredTensors(tmp_path))
+    want = pretrained.load_policy(tmp_path).params
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
+           for name, x in stored.items()}  # fmt: skip
+    assert set(old) != set(stored)
+    weights.write_safetensors(tmp_path, old.items())
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load_policy(tmp_path).params, want)
+
+
+def test_no_more_than_one_stored_tensor_is_held_at_a_time(tmp_path, monkeypatch):
+    peer("llama", tmp_path)
+    alive, most, read = weakref.WeakSet(), 0, weights.StoredTensors.__getitem__
+
+    class Tensor(np.ndarray):
+        """One that can be watched, and hashed."""
+
+        __hash__ = object.__hash__
+
+    def watched(self, name):
+        nonlocal most
+        tensor = np.array(read(self, name)).view(Tensor)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(weights.StoredTensors, "__getitem__", watched)
+    pretrained.load_policy(tmp_path)
+    assert 1 <= most <= 2  # the next is read while the last is still named
+
+
+def test_shards_are_written_one_at_a_time(tmp_path):
+    made = {f"x{i}": np.full((4, 4), i, np.float32) for i in range(7)}
+    weights.write_safetensors(tmp_path, iter(made.items()), shard_bytes=130)
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    stored = weights.StoredTensors(tmp_path)
+    assert set(stored) == set(made) and all((stored[name] == x).all() for name, x in made.items())
+    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}

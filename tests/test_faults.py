@@ -1,5 +1,7 @@
 """A run that goes wrong says so, leaves what is needed to look into it, and can be replayed."""
 
+import asyncio
+import functools
 import json
 import signal
 import time
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from everything import PPO, likes_b, trainer
 
 from ppo_jax import cli, faults, iteration
@@ -16,12 +19,13 @@ from ppo_jax.commands.runs import compare, revive
 from ppo_jax.commands.train import Train
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Faults, NonFiniteError, RewardError, persist
-from ppo_jax.logging import plain, read_json, read_lines
+from ppo_jax.logging import RunLog, plain, read_json, read_lines
 from ppo_jax.models import pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
 from ppo_jax.models.transformer import init_params
-from ppo_jax.provenance import digest
+from ppo_jax.provenance import code_hash, digest
+from ppo_jax.reward_functions import check_scores
 
 
 def failing(at, times, how):
@@ -117,6 +121,7 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy,
     if policy == "stop":
         with pytest.raises(faults.GradientError, match="not finite; 4 steps"):
             run.run()
+        assert run.checkpoints.steps() == [1]
     else:
         run.run()
         assert digest(run.state.train.params) == before
@@ -179,7 +184,8 @@ def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
     config = read_json(folder / "half/config.json")
     assert [p["first_update"] for p in config["processes"]] == [0, 3]
     assert {"versions", "devices", "xla_flags"} <= set(config["processes"][0])
-    assert set(config["hashes"]) == {"model", "prompts", "reward"} and all(config["hashes"].values())
+    assert set(config["hashes"]) == {"model", "model_config", "prompts", "reward", "stop_ids", "tokenizer"}
+    assert all(config["hashes"].values())
     with pytest.raises(SystemExit):
         cli.main(train(folder, "half", resume="yes", **{"ppo.lam": 0.5}))
     assert "ppo.lam was 0.95" in capsys.readouterr().err
@@ -200,7 +206,25 @@ def test_replay_names_what_it_lacks(folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main(["replay", str(wrong), "--update", "1", "--out", str(tmp_path / "new")])
         assert stop.value.code == 2 and says in capsys.readouterr().err
+    for update in (-1, 6):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["replay", str(folder / "run"), "--update", str(update), "--out", str(tmp_path / "new")])
+        assert stop.value.code == 2 and "must lie in 0 .. 5" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("gives, policy", [("[3e38] * len(responses)", "gradient"), ("[float('nan')] * len(responses)", "reward")])
+def test_replay_of_an_update_that_went_wrong_is_the_same(folder, tmp_path, gives, policy, capsys):
+    (tmp_path / "reward.py").write_text(f"def score(prompts, responses):\n    return {gives}\n")
+    cli.main(train(folder, tmp_path / "run", reward=f"{tmp_path / 'reward.py'}:score", **{
+        "loop.updates": 1, f"loop.faults.{policy}": "skip"}))  # fmt: skip
+    replay = lambda out: cli.main(["replay", str(tmp_path / "run"), "--update", "0", "--out", str(tmp_path / out)])
+    replay("same")
+    assert "All its metrics are those of the run." in capsys.readouterr().out
+    (tmp_path / "reward.py").write_text("def score(prompts, responses):\n    return [1.0 * len(r) for r in responses]\n")
+    replay("other")
+    out = capsys.readouterr().out
+    assert "The reward of the run had the hash" in out and "It parts from the run" in out
 
 
 def test_compare_says_where_two_runs_part(folder, capsys):
@@ -245,3 +269,43 @@ def test_no_two_new_parameters_share_a_key_with_an_update():
     keys += [state.replace(update=jnp.int32(u)).key_for(p) for u in range(8) for p in (0, 1)]
     keys += [jax.random.fold_in(jax.random.key(0), u) for u in range(8)]
     assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == len(keys)
+
+
+def test_scores_may_be_tensors_of_any_float():
+    want = np.array([0.5, -2.0], np.float32)
+    tensor = torch.tensor([0.5, -2.0], requires_grad=True)
+    for scores in (tensor, tensor.to(torch.bfloat16), jnp.array([0.5, -2.0], jnp.bfloat16), np.array([0.5, -2.0]), [0.5, -2]):
+        np.testing.assert_array_equal(check_scores(scores, (2,)), want)
+    for scores in ([tensor[0], "a"], ["a", "b"], None, [[1], [2, 3]]):
+        with pytest.raises(RewardError):
+            check_scores(scores, (2,))
+
+
+def cancelled(scores):
+    raise asyncio.CancelledError
+
+
+def test_a_cancelled_task_is_a_reward_that_failed(tmp_path):
+    run = trainer(tmp_path / "run", updates=3, save_every=0, reward=failing(1, 9, cancelled))
+    with pytest.raises(RewardError, match="CancelledError"):
+        run.run()
+    assert run.checkpoints.steps() == [1]
+
+
+def test_the_hash_of_a_reward_sees_what_it_is_called_with():
+    of = lambda **more: code_hash(functools.partial(failing, **more))
+    assert of(at=1, times=2) == of(times=2, at=1) != of(at=1, times=3)
+
+
+def test_a_bad_pattern_and_a_full_disk_are_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        cli.main(train(folder, tmp_path / "run", **{"lora.targets": "attn/(q"}))
+    assert "no regular expression" in capsys.readouterr().err
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    log = RunLog(tmp_path, tensorboard=False)
+    monkeypatch.setattr("pathlib.Path.open", full)
+    with pytest.raises(ValueError, match=r"metrics.jsonl cannot be written: No space left on device"):
+        log.metrics(0, {"a": 1.0})

@@ -57,8 +57,13 @@ def test_fresh_adapters_change_no_bit_and_merged_ones_change_little(tmp_path, on
     np.testing.assert_allclose(logits(model, merged, *batch)[batch[1]], want[batch[1]], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "neox", "qwen2"])
-@pytest.mark.parametrize("one", [EVERYTHING, SOME, lora.LoRA(targets="mlp/up")])
+RANKS = lora.LoRA(rank=2, alpha=16.0, targets=r"(attn|mlp)/", stabilised=True)  # scales that round apart
+
+
+@pytest.mark.parametrize("kind, one", [
+    *((kind, one) for kind in ("gpt2", "neox", "qwen2") for one in (EVERYTHING, SOME, RANKS, lora.LoRA(targets="mlp/up"))),
+    *((kind, EVERYTHING) for kind in ("neo", "llama", "mistral", "qwen3", "gemma2", "gemma3", "bert")),
+])  # fmt: skip
 def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
     loaded = load(kind, tmp_path / "base")
     config, model = with_scale(loaded, one)
@@ -73,6 +78,9 @@ def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
     got = logits(model, overlay(loaded.params, adapters), tokens, mask)
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
 
+    own, scale = lora.load_adapter(tmp_path / "adapter", config, loaded.hf_config["model_type"])
+    assert scale == pytest.approx(one.scale)
+    np.testing.assert_allclose(logits(model, overlay(loaded.params, own), tokens, mask)[mask], np.asarray(got)[mask], atol=1e-5)
     theirs.save_pretrained(tmp_path / "again")
     back, scale = lora.load_adapter(tmp_path / "again", config, loaded.hf_config["model_type"])
     assert scale == pytest.approx(one.scale)
@@ -116,5 +124,16 @@ def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
         lora.load_adapter(tmp_path, loaded.config, "llama")
     adapters = lora.init_lora(loaded.params, jax.random.key(0), EVERYTHING)
     lora.save_adapter(tmp_path / "adapter", adapters, EVERYTHING, loaded.config, "llama", "base")
+    wider = dataclasses.replace(loaded.config, mlp_width=80)
+    with pytest.raises(ValueError, match=r"mlp.gate_proj is \(32, 80\) in the model"):
+        lora.load_adapter(tmp_path / "adapter", wider, "llama")
     with pytest.raises(ValueError, match="left over"):
         lora.load_adapter(tmp_path / "adapter", load("neox", tmp_path / "other").config, "gpt_neox")
+    file, settings = tmp_path / "adapter/adapter_model.safetensors", tmp_path / "adapter/adapter_config.json"
+    whole, said = file.read_bytes(), settings.read_text()
+    for content, text, says in ((whole[:90], said, "holds no adapter"), (whole, "[1]", "no JSON object"),
+                                (whole, said.replace("lora_alpha", "alpha"), "lora_alpha is missing")):  # fmt: skip
+        file.write_bytes(content)
+        settings.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            lora.load_adapter(tmp_path / "adapter", loaded.config, "llama")

@@ -125,6 +125,18 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, damage, 
     assert (folder / "checkpoints/6.damaged").is_dir()
 
 
+def test_where_all_are_damaged_nothing_starts_over_them(tmp_path):
+    trainer(tmp_path / "run", updates=2, keep=1).run()
+    kept = (tmp_path / "run/metrics.jsonl").read_bytes()
+    for file in (tmp_path / "run/checkpoints").rglob("*"):
+        if file.is_file() and "state" in file.parts:
+            file.write_bytes(b"")
+    for says in ("cannot be used", "holds no checkpoint but 2.damaged, set aside"):
+        with pytest.raises(ValueError, match=says):
+            trainer(tmp_path / "run", updates=2, resume="auto")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == kept
+
+
 @pytest.mark.parametrize("changes, says", [
     ({"ppo": PPO.__class__(**{**vars(PPO), "lam": 0.9})}, "ppo.lam was 0.95 in the run in .* and is 0.9 now"),
     ({"seed": 3}, "loop.seed was 0"),

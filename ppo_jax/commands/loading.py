@@ -15,10 +15,12 @@ from ppo_jax.reward_functions import ModelReward, RewardFn, TextReward, TokenRew
 
 
 def load_model(
-    model: str, dtype: str = "float32", remat: bool = False, mesh: Mesh | None = None
+    model: str, dtype: str = "float32", remat: bool = False, mesh: Mesh | None = None, *, causal: bool = True
 ) -> tuple[pretrained.Pretrained, Any]:
-    """A policy and its tokenizer, checked against each other."""
+    """A policy and its tokenizer, checked against each other; `causal`: an encoder will not do."""
     policy = pretrained.load_policy(model, dtype=jnp.dtype(dtype), remat=remat, mesh=mesh)
+    if causal and not policy.config.causal:
+        raise ValueError(f"{model} is an encoder, which sees the words to come; a policy must not (is_decoder in its config.json).")
     tokenizer = pretrained.load_tokenizer(model)
     pretrained.check_tokenizer(tokenizer, policy.config)
     return policy, tokenizer
@@ -72,6 +74,7 @@ def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardF
         except ValueError as error:
             raise ValueError(f"The reward is neither my_file.py:function nor a reward model: {error}") from error
         tokenizer = pretrained.load_tokenizer(spec)
+        tokenizer.truncation_side = "left"  # of a text that is too long, the response stays
         score = jax.jit(heads.reward_model(scorer.config))
         return ModelReward(score, scorer.params, tokenizer, scorer.config.positions, pad_id(tokenizer))
     if not Path(file).is_file():

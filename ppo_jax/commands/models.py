@@ -31,7 +31,7 @@ class Convert:
     def run(self) -> None:
         if self.out.exists():
             raise ValueError(f"{self.out} exists already; choose another folder.")
-        policy, tokenizer = load_model(self.model)
+        policy, tokenizer = load_model(self.model, causal=False)
         if self.adapter is not None:
             adapters, scale = lora.load_adapter(self.adapter, policy.config, policy.hf_config["model_type"])
             policy = policy._replace(params=lora.merge(overlay(policy.params, adapters), scale))
@@ -44,7 +44,7 @@ class Info:
     """A model's family, parameters, and what a PPO step with it needs in memory; weights are not read."""
 
     model: str
-    """A folder, a Hugging Face id, a .gguf file, or one of GPT-3's sizes, such as gpt3-1.3b."""
+    """A folder, a Hugging Face id, a .gguf file, or a published size, such as gpt2-xl, llama3-8b or gpt3-1.3b."""
     prompt_tokens: int = 64
     """Longest prompt."""
     critic: Literal["shared", "separate"] = "separate"
@@ -69,9 +69,10 @@ class Info:
 
 
 def describe(model: str, dtype: str, remat: bool) -> tuple[str, TransformerConfig]:
-    """Family and config of a model or of one of GPT-3's sizes."""
-    if model in sizes.GPT3_SIZES:
-        return "gpt3", dataclasses.replace(sizes.gpt3(model), dtype=jnp.dtype(dtype), remat=remat)
+    """Family and config of a model or of a published size."""
+    if model in sizes.SIZES:
+        size = sizes.SIZES[model]
+        return size.__name__, dataclasses.replace(size(model), dtype=jnp.dtype(dtype), remat=remat)
     hf = pretrained.read_config(model)
     return hf["model_type"], pretrained.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import tyro
 from ppo_jax import provenance
 from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.commands.train import Train
-from ppo_jax.logging import check_free, read_json, read_lines
+from ppo_jax.logging import SKIPPED, check_free, finite, read_json, read_lines
 from ppo_jax.resume import read_config
 from ppo_jax.train import Trainer
 
@@ -52,13 +53,19 @@ class Replay:
         if stored is None:
             raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
         check_free(self.out)
+        updates = stored["loop"]["updates"]
+        if not 0 <= self.update < updates:
+            raise ValueError(f"update={self.update} must lie in 0 .. {updates - 1}, the updates of {self.run_folder}.")
         command = dataclasses.replace(revive(Train, stored), out=self.out, resume="no")
         trainer = start_at(command, self.run_folder, self.update)
-        numbers = trainer.step() or {}
+        numbers = json.loads(json.dumps(finite(trainer.step() or SKIPPED)))
         trainer.save()
         trainer.checkpoints.close()
         trainer.log.close()
         before = next((row for row in read_lines(self.run_folder / "metrics.jsonl") if row["update"] == self.update), None)
+        hashes = (read_config(folder)["hashes"] for folder in (self.run_folder, self.out))
+        for name, was, now in provenance.differences(*hashes):
+            print(f"The {name} of the run had the hash {was}, and has {now} here.")
         print(f"Update {self.update} is in {self.out}; digest of the parameters after it: "
               f"{provenance.digest(trainer.state.train.params)}.")  # fmt: skip
         if before is not None:
@@ -105,10 +112,14 @@ def compare(a: Path, b: Path) -> list[str]:
             if first is not None:
                 found.append(f"{name}: first at update {row_a['update']}: {first}.")
                 break
-    digests = [read_json(file)["digest"] if (file := folder / "summary.json").exists() else None for folder in (a, b)]
+    digests = [_digest(read_json(file)) if (file := folder / "summary.json").exists() else None for folder in (a, b)]
     if digests[0] != digests[1]:
         found.append(f"Final parameters: digest {digests[0]} and {digests[1]}.")
     return found
+
+
+def _digest(summary: Any) -> Any:
+    return summary.get("digest") if isinstance(summary, dict) else None
 
 
 def _metric_differences(a: Row, b: Row) -> list[str]:

@@ -1,6 +1,7 @@
 """`ppo-jax train`."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,10 @@ class Adapters:
     def __post_init__(self):
         if self.rank < 0:
             raise SettingError(f"lora.rank must not be negative, but is {self.rank}.")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise SettingError(f"lora.targets {self.targets!r} is no regular expression: {error}.") from error
 
     def settings(self) -> low_rank.LoRA | None:
         return low_rank.LoRA(self.rank, self.alpha, self.targets, self.stabilised) if self.rank else None

@@ -15,7 +15,8 @@ class Activation(enum.Enum):
 
     GELU = "gelu"
     GELU_NEW = "gelu_new"
-    GELU_FAST = "gelu_pytorch_tanh"  # the same function as GELU_NEW
+    GELU_TANH = "gelu_pytorch_tanh"  # the same function as GELU_NEW
+    GELU_FAST = "gelu_fast"  # and so is this
     RELU = "relu"
     SILU = "silu"
     TANH = "tanh"
@@ -24,7 +25,7 @@ class Activation(enum.Enum):
         match self:
             case Activation.GELU:
                 return jax.nn.gelu(x, approximate=False)
-            case Activation.GELU_NEW | Activation.GELU_FAST:
+            case Activation.GELU_NEW | Activation.GELU_TANH | Activation.GELU_FAST:
                 return jax.nn.gelu(x, approximate=True)
             case Activation.RELU:
                 return jax.nn.relu(x)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ppo_jax.models.family import rotary
+
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -50,6 +52,8 @@ def read(file: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
     stored = {tensor.name: tensor for tensor in reader.tensors}
     try:
         config = _config(fields, tied="output.weight" not in stored)
+        if "rope_freqs.weight" in stored:
+            config["rope_scaling"] = _rope_scaling(np.asarray(stored.pop("rope_freqs.weight").data, np.float64), config, file)
     except KeyError as error:
         raise ValueError(f"{file} lacks the field {error}.") from error
     return config, _Tensors(stored, config)
@@ -93,11 +97,22 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     }
 
 
+def _rope_scaling(factors: np.ndarray, config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What each frequency is divided by, as the settings of Llama 3.1 and later that it comes from."""
+    settings = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}  # fmt: skip
+    head, base = config["head_dim"], config["rope_theta"]
+    plain, scaled = (rotary(s, base=base, head=head, positions=8192).frequencies() for s in ({}, settings))
+    if factors.shape != plain.shape or not np.allclose(plain / scaled, factors, rtol=1e-3):
+        raise ValueError(f"{file} scales its rotary positions in a way that is not Llama 3.1's; that is not supported.")
+    return settings
+
+
 class _Tensors(Mapping[str, np.ndarray]):
     """Tensors under their Hugging Face names, each dequantised to float32 when it is asked for."""
 
     def __init__(self, stored: dict[str, Any], config: dict[str, Any]):
-        self._stored = {_hf_name(name): tensor for name, tensor in stored.items() if name != "rope_freqs.weight"}
+        self._stored = {_hf_name(name): tensor for name, tensor in stored.items()}
         self._config = config
 
     def __getitem__(self, name: str) -> np.ndarray:

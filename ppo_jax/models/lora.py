@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ppo_jax.models import weights
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import family_of
+from ppo_jax.models.transformer import init_params
 from ppo_jax.types import Params
 
 
@@ -157,25 +159,34 @@ def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tu
     try:
         settings = json.loads((folder / "adapter_config.json").read_text())
         stored = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no adapter in the format of peft: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder} holds no adapter in the format of peft: its config is no JSON object.")
     if settings.get("peft_type") != "LORA" or settings.get("use_dora") or settings.get("bias", "none") != "none":
         raise ValueError(f"{folder} holds an adapter of another kind than plain LoRA (peft_type {settings.get('peft_type')!r}).")
-    adapters, scales = {}, set()
+    adapters, scales = {}, []
+    shapes = flatten_dict(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), sep="/")
     for rule in weights.expand(family_of(kind).rules(config), config.layers):
         module = rule.stored.removesuffix(".weight")
         names = [f"base_model.model.{module}.lora_{x}.weight" for x in "AB"]
         if names[0] not in stored:
             continue
+        alpha = _pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
+        if names[1] not in stored or not isinstance(alpha, int | float):
+            raise ValueError(f"{folder} does not fit: {names[1] if names[1] not in stored else 'lora_alpha'} is missing.")
         a, b = (np.asarray(stored.pop(name), np.float32) for name in names)
-        alpha = _pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
-        scales.add(alpha / (a.shape[0] ** 0.5 if settings.get("use_rslora") else a.shape[0]))
+        scales.append(alpha / (a.shape[0] ** 0.5 if settings.get("use_rslora") else a.shape[0]))
         for kernel, part in weights.transposed(rule).load(b).items():
             path = kernel.removesuffix("/kernel")
+            if (a.shape[1], part.shape[1], part.shape[0]) != (*shapes[kernel].shape, a.shape[0]):
+                raise ValueError(f"{folder} does not fit: {module} is {shapes[kernel].shape} in the model, but the adapter's parts "
+                                 f"are {a.T.shape} and {part.shape}.")  # fmt: skip
             adapters[f"{path}/lora_a"], adapters[f"{path}/lora_b"] = jnp.asarray(a.T), jnp.asarray(part)
-    if stored or len(scales) != 1:
-        raise ValueError(f"{folder} does not fit: tensors {sorted(stored)} are left over, the scales are {sorted(scales)}.")
-    return unflatten_dict(adapters, sep="/"), scales.pop()
+    if stored or not scales or not np.allclose(scales, scales[0], rtol=1e-9):
+        found = sorted(set(scales))
+        raise ValueError(f"{folder} does not fit: tensors {sorted(stored)} are left over, the scales are {found}.")
+    return unflatten_dict(adapters, sep="/"), scales[0]
 
 
 def _adapted(config: TransformerConfig, kind: str, paths: set[str]):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,8 +231,14 @@ def _shapes(config: TransformerConfig) -> Params:
 def _named(stored: Mapping[str, Any], rules: list[weights.Rule], family: Family) -> "_Renamed":
     """The stored tensors by the names of the table, without those that are no parameters."""
     known = {rule.stored for rule in rules}
-    names = {name if name in known or family.prefix + name not in known else family.prefix + name: name for name in stored}
+    today = {name: re.sub(r"\.(gamma|beta)$", _of_norms, name) for name in stored}
+    names = {new if new in known or family.prefix + new not in known else family.prefix + new: name for name, new in today.items()}
     return _Renamed(stored, {new: old for new, old in names.items() if not family.ignored.fullmatch(old)})
+
+
+def _of_norms(match: re.Match) -> str:
+    """What files converted from TensorFlow call gamma and beta."""
+    return {"gamma": ".weight", "beta": ".bias"}[match.group(1)]
 
 
 class _Renamed(dict):
@@ -251,6 +258,8 @@ class _Renamed(dict):
 def _write(folder: str | Path, hf: dict[str, Any], tensors: Any, tokenizer: Any) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # The tensors are float32 whatever they were read from, and `transformers` loads them as the config says.
+    hf = {name: value for name, value in hf.items() if name != "torch_dtype"} | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     weights.write_safetensors(folder, tensors)
     if tokenizer is not None:

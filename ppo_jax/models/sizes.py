@@ -1,10 +1,10 @@
-"""GPT-3's published sizes as configurations, so that scaling studies can name them.
+"""Published sizes as configurations, so that scaling studies can name them: GPT-2's, GPT-3's and Llama 3's.
 
-Source: Brown et al. 2020 (https://arxiv.org/abs/2005.14165), table 2.1: layers, width, heads and width of a head. Dense and locally
-banded attention take turns, as in the Sparse Transformer; the paper does not give the band, so it is GPT-Neo's 256.
+GPT-3's source: Brown et al. 2020 (https://arxiv.org/abs/2005.14165), table 2.1: layers, width, heads and width of a head. Dense and
+locally banded attention take turns, as in the Sparse Transformer; the paper does not give the band, so it is GPT-Neo's 256.
 """
 
-from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.config import Activation, NormKind, Rotary, TransformerConfig
 
 _TABLE = {  # layers, width, heads, width of a head
     "gpt3-125m": (12, 768, 12, 64),
@@ -48,3 +48,27 @@ def gpt3(size: str, *, band: int = 256) -> TransformerConfig:
         mlp_width=4 * width,
         windows=windows,
     )
+
+
+def gpt2(size: str) -> TransformerConfig:
+    """One of GPT-2's sizes: Radford et al. 2019, table 2, as released."""
+    layers, width, heads = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20),
+                            "gpt2-xl": (48, 1600, 25)}[size]  # fmt: skip
+    return TransformerConfig(vocab_size=50257, positions=1024, width=width, layers=layers, heads=heads, mlp_width=4 * width)
+
+
+def llama3(size: str) -> TransformerConfig:
+    """One of Llama 3's sizes: Grattafiori et al. 2024 (https://arxiv.org/abs/2407.21783), table 3, with 8,192 positions."""
+    layers, width, heads, mlp_width = {"llama3-8b": (32, 4096, 32, 14336), "llama3-70b": (80, 8192, 64, 28672)}[size]
+    return TransformerConfig(
+        vocab_size=128256, positions=8192, width=width, layers=layers, heads=heads, kv_heads=8, mlp_width=mlp_width,
+        activation=Activation.SILU, gated=True, norm=NormKind.RMS, norm_eps=1e-5, qkv_bias=False, out_bias=False, mlp_bias=False,
+        learned_positions=False, rotary=Rotary(base=500000.0, width=width // heads), tied=False,
+    )  # fmt: skip
+
+
+SIZES = {
+    **{size: gpt2 for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    **{size: gpt3 for size in GPT3_SIZES},
+    **{size: llama3 for size in ("llama3-8b", "llama3-70b")},
+}

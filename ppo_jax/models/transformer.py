@@ -159,4 +159,4 @@ def language_model(config: TransformerConfig) -> LanguageModel:
         empty = lambda: tuple(constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor") for _ in range(config.layers))
         return KVCache(empty(), empty(), jnp.zeros((batch_size, slots), bool), jnp.int32(0))
 
-    return LanguageModel(hidden, logits, init_cache)
+    return LanguageModel(hidden, logits, init_cache, about=repr(config))

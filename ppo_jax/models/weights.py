@@ -165,21 +165,29 @@ def _files(folder: Path) -> list[Path]:
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `model.safetensors`, or shards of up to `shard_bytes` and their index."""
-    shards: list[dict[str, np.ndarray]] = [{}]
+    """Writes `model.safetensors`, or shards of up to `shard_bytes` and their index; one file's tensors are held at a time."""
+    shard, size, total = {}, 0, 0
+    written: list[list[str]] = []  # names of the tensors of each file
+
+    def write() -> None:
+        save_file(shard, folder / f"{len(written)}.part", metadata={"format": "pt"})
+        written.append(list(shard))
+        shard.clear()
+
     for name, tensor in tensors:
-        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
+        if shard and size + tensor.nbytes > shard_bytes:
+            write()
+            size = 0
+        shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
+    write()
     files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(x.nbytes for shard in shards for x in shard.values())
+    if len(written) > 1:
+        files = [f"model-{i + 1:05}-of-{len(written):05}.safetensors" for i in range(len(written))]
+        weight_map = {name: file for file, names in zip(files, written, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+    for i, file in enumerate(files):
+        (folder / f"{i}.part").replace(folder / file)
 
 
 def transposed(rule: Rule) -> Rule:

@@ -1,0 +1,200 @@
+"""A PPO iteration compiled for TPUs that are not there: what each chip would hold, compute and send.
+
+The compiler is the TPU's own (package `libtpu`); nothing runs, and no parameter exists: shapes suffice.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ppo_jax import hlo, iteration, parallel
+from ppo_jax.config import PPOConfig, SettingError
+from ppo_jax.flops import matmul_flops
+from ppo_jax.models import heads, lora
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.sharding import placed, rows_sharding, shardings
+from ppo_jax.models.transformer import init_params, language_model
+
+
+class Chip(NamedTuple):
+    """Of one JAX device: a chip, or on v4, as the compiler sees it without its joined mode, one of a chip's two cores."""
+
+    memory: float  # GiB that programs may use, as the compiler says
+    peak: float  # TFLOP/s in bfloat16, as published
+    clock: float  # GHz: the peak over what the matrix units multiply and add a cycle
+
+
+CHIPS = {
+    "v4": Chip(15.25, 137.5, 1.05),
+    "v5e": Chip(15.75, 197, 1.5),
+    "v5p": Chip(95.74, 459, 1.75),
+    "v6e": Chip(31.25, 918, 1.75),
+}
+
+
+# Or the compiler looks for the TPU that it is on.
+_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+          "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
+
+
+class Program(NamedTuple):
+    """One compiled phase, per chip; bytes."""
+
+    name: str
+    arguments: int
+    temporary: int
+    peak: int  # arguments, results and temporaries at the fullest moment
+    needed: int  # the peak, and what else lies on the chip meanwhile
+    flops: float  # of matrix products, a response at its longest
+    moved: int  # a bound from above
+    seconds: float  # of the compiler's estimate, without waiting for other chips
+    collectives: dict[str, hlo.Collective]
+    compile_s: float
+
+
+class TooLarge(Exception):
+    """The compiler found no way to fit a program; says what it said."""
+
+
+def make_topology(name: str) -> list[Any]:
+    """Devices of a slice such as "v5e:4x4" (see `CHIPS`).
+
+    Raises:
+      SettingError: if there is no such slice, or no compiler for it.
+    """
+    if name.partition(":")[0] not in CHIPS:
+        raise SettingError(f"topology must be like v5e:4x4, of the chips {', '.join(CHIPS)}; not {name!r}.")
+    for key, value in _ALONE.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # of several kinds; libtpu missing is one
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(f"No compiler for {name}: {reason} (libtpu comes with pip install 'ppo-jax[tpu-aot]')") from error
+
+
+def compile_iteration(
+    config: TransformerConfig,
+    ppo: PPOConfig,
+    mesh: Mesh,
+    chip: Chip,
+    *,
+    prompt_tokens: int,
+    critic: str = "separate",
+    adapters: lora.LoRA | None = None,
+    stop_ids: tuple[int, ...] = (0,),
+) -> dict[str, Program | TooLarge]:
+    """Compiles rollout, scoring and update for the chips of `mesh`.
+
+    Args:
+      config: of policy, reference and critic.
+      ppo: settings of the iteration.
+      mesh: of `parallel.make_mesh(sizes, make_topology(...))`.
+      chip: what each device is.
+      prompt_tokens: `P`.
+      critic: "shared" or "separate".
+      adapters: if only these train.
+      stop_ids: end a response; the account is of the longest all the same.
+
+    Returns:
+      By name, `rollout`, `scoring` and `update`: the program, or why there is none.
+    """
+    parallel.check_rows(ppo, parallel.devices_of_rows(mesh))
+    if adapters is not None:
+        config = dataclasses.replace(config, lora_scale=adapters.scale)
+    own_critic = heads.shared_critic() if critic == "shared" else heads.separate_critic(config)
+    agent = iteration.Agent(language_model(config), own_critic, ppo, stop_ids, 0)
+    state, frozen, reference = _shapes(agent, config, critic, adapters, mesh)
+    resident = sum(_bytes_here(x) for x in jax.tree.leaves((state, frozen, reference if frozen is None else None)))
+    B, rows = ppo.batch_size, rows_sharding(mesh)
+    row = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=rows)
+    of_rows = functools.partial(jax.tree.map, lambda x: row(x.dtype, *x.shape[1:]))
+    functions = (iteration.sample, iteration.score, iteration.learn)
+    sample, score, learn = (functools.partial(f, agent) if frozen is None else functools.partial(_frozen_first, f, agent)
+                            for f in functions)  # fmt: skip
+    further = () if frozen is None else (frozen,)
+    prompts = (row(jnp.int32, prompt_tokens), row(bool, prompt_tokens))
+    whole = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        rollout = of_rows(jax.eval_shape(sample, *further, state, *prompts))
+        scores = of_rows(jax.eval_shape(score, *further, state, reference, rollout))
+        phases = {
+            "rollout": (sample, (*further, state, *prompts), {"out_shardings": rows}),
+            "scoring": (score, (*further, state, reference, rollout), {"out_shardings": rows}),
+            "update": (learn, (*further, state, rollout, scores, row(jnp.float32)),
+                       {"out_shardings": (shardings(state, mesh), whole), "donate_argnums": len(further)}),
+        }  # fmt: skip
+        return {name: _compile(name, *phase, mesh, chip, resident, ppo.max_new_tokens - 1) for name, phase in phases.items()}
+
+
+def _frozen_first(function, agent, frozen, *args):
+    return function(agent, *args, frozen=frozen)
+
+
+def _shapes(agent, config, critic, adapters, mesh):
+    """State, frozen parameters and reference, as shapes that say where each lies."""
+
+    def params():
+        trunk = init_params(config, jax.random.key(0))
+        return {"policy": trunk, "critic": {"head": heads.zero_head(config.width)} if critic == "shared"
+                else heads.init_scorer(config, jax.random.key(0))}  # fmt: skip
+
+    own, frozen = jax.eval_shape(params), None
+    reference = own["policy"]
+    if adapters is not None:
+        own, frozen = jax.eval_shape(lambda p: lora.adapt(p, jax.random.key(0), adapters), own)
+        reference = frozen["policy"]
+    state = jax.eval_shape(lambda p: iteration.init_state(agent, p, jax.random.key(0), updates=1), own)
+    return tuple(None if tree is None else placed(tree, mesh) for tree in (state, frozen, reference))
+
+
+def _compile(name: str, function, args, options, mesh: Mesh, chip: Chip, resident: int, trips: int) -> Program | TooLarge:
+    start = time.perf_counter()
+    try:
+        compiled = jax.jit(function, **options).lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return TooLarge(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "))
+    seconds = time.perf_counter() - start
+    memory, done = compiled.memory_analysis(), hlo.account(compiled.as_text())
+    inputs = memory.argument_size_in_bytes
+    peak = max(memory.peak_memory_in_bytes,
+               inputs + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)  # fmt: skip
+    return Program(
+        name, inputs, memory.temp_size_in_bytes, peak, needed=resident + max(0, peak - inputs),
+        flops=matmul_flops(function, *args, while_trips=trips) / mesh.size, moved=done.bytes,
+        seconds=done.cycles / (chip.clock * 1e9), collectives=done.collectives, compile_s=seconds,
+    )  # fmt: skip
+
+
+def _bytes_here(x: Any) -> int:
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * getattr(x.dtype, "itemsize", 4)
+
+
+def advice(programs: dict[str, Program | TooLarge], chip: Chip) -> list[str]:
+    """What to change where a program does not fit; nothing if all do."""
+    lines, room = [], chip.memory * 2**30
+    for name, program in programs.items():
+        if isinstance(program, Program) and program.needed <= room:
+            continue
+        resident = program.needed - (program.peak - program.arguments) if isinstance(program, Program) else 0
+        if resident > 0.8 * room:
+            lines.append(f"{name}: parameters and optimizer fill the chip; larger fsdp or tensor, more chips, --critic shared or "
+                         "--lora.rank.")  # fmt: skip
+        elif name == "rollout":
+            lines.append(f"{name}: the cache; fewer --ppo.rollout-rows, or more chips.")
+        else:
+            lines.append(f"{name}: activations or logits; a smaller --ppo.micro-batch, --remat, --ppo.logit-chunk, or larger fsdp "
+                         "or tensor.")  # fmt: skip
+    return lines

@@ -1,0 +1,93 @@
+"""GGUF files of every supported type and family, written here, against `transformers` on the same dequantised weights."""
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from ppo_jax.models import pretrained
+from ppo_jax.models.gguf_format import _LAYER, _TOP
+from ppo_jax.models.transformer import language_model
+
+SIZE = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "initializer_range": 0.2,
+        "rms_norm_eps": 1e-6}  # fmt: skip
+LLAMA_3_1 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192}  # fmt: skip
+NAMES = {theirs: ours for ours, theirs in {**_LAYER, **_TOP}.items()}
+
+
+def write(path, kind, model, quantisation, factors=None):
+    """The model with its matrices quantised, in the file and in place."""
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(16)
+    writer.add_feed_forward_length(96)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_token_list([str(i) for i in range(40)])
+    for name, x in model.state_dict().items():
+        kinds = gguf.GGMLQuantizationType
+        type_ = kinds[quantisation] if x.ndim == 2 else kinds.F32
+        array = gguf.dequantize(gguf.quantize(x.numpy(), type_), type_).reshape(x.shape).astype(np.float32)
+        x.copy_(torch.tensor(array))
+        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # pairs of neighbours, as llama.cpp turns them
+            array = array.reshape(4 if "q_proj" in name else 2, 2, -1, 64).swapaxes(1, 2).reshape(array.shape)
+        module, _, part = name.rpartition(".")
+        if module.startswith("model.layers."):
+            _, _, layer, inner = module.split(".", 3)
+            stored = f"blk.{layer}.{NAMES[inner]}.{part}"
+        else:
+            stored = f"{NAMES[module]}.{part}"
+        writer.add_tensor(stored, gguf.quantize(np.ascontiguousarray(array), type_), raw_dtype=type_)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check(path, model):
+    loaded, tokens = pretrained.load_policy(path), np.arange(2, 34)[None]
+    ours = language_model(loaded.config)
+    with torch.no_grad():
+        want = model(torch.tensor(tokens)).logits.numpy()
+    got = ours.logits(loaded.params, ours.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(tokens) > 0)[0])
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    return loaded
+
+
+def peer(kind, **more):
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZE, **more)).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("quantisation", ["F32", "F16", "Q8_0", "Q4_0", "Q4_1"])
+def test_every_type_is_read(tmp_path, kind, quantisation):
+    model = peer(kind)
+    write(tmp_path / "x.gguf", kind, model, quantisation)
+    check(tmp_path / "x.gguf", model)
+
+
+def test_scaled_rotary_positions_are_those_of_llama_3_1_or_refused(tmp_path):
+    model = peer("llama", rope_parameters=LLAMA_3_1)
+    plain = 1 / 1e4 ** (np.arange(0, 16, 2) / 16)
+    factors = plain / model.model.rotary_emb.inv_freq.numpy()
+    assert factors.max() == pytest.approx(8) and factors.min() == pytest.approx(1)
+    write(tmp_path / "x.gguf", "llama", model, "F32", factors)
+    loaded = check(tmp_path / "x.gguf", model)
+    pretrained.save_policy(tmp_path / "saved", loaded)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    check(tmp_path / "x.gguf", again)
+    write(tmp_path / "odd.gguf", "llama", model, "F32", np.linspace(1, 3, 8))
+    with pytest.raises(ValueError, match=r"not Llama 3\.1's"):
+        pretrained.load_policy(tmp_path / "odd.gguf")
