@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable
 
@@ -197,15 +198,19 @@ class PPOConfig:
         return kl.adaptive_kl(self.kl_coef, target=self.kl_target, horizon=self.kl_horizon)
 
     def optimizer(self, updates: int) -> optax.GradientTransformation:
-        """AdamW with warm-up, decay and clipping, for a run of `updates` updates."""
+        """AdamW with warm-up, decay and clipping, for a run of `updates` updates; the same object for the same settings."""
+        return _optimizer(self, updates)
 
-        def rate(step: jax.Array) -> jax.Array:
-            warm = jnp.minimum((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
-            left = 1 - (step // (self.epochs * self.minibatches)) / updates if self.decay_learning_rate else 1.0
-            return self.learning_rate * warm * left
 
-        adam = optax.adamw(rate, b1=self.adam_b1, b2=self.adam_b2, eps=self.adam_eps, weight_decay=self.weight_decay)
-        return adam if self.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adam)
+@functools.lru_cache(maxsize=16)  # states of two optimizers are of two types, and what was compiled for one does not take the other
+def _optimizer(c: PPOConfig, updates: int) -> optax.GradientTransformation:
+    def rate(step: jax.Array) -> jax.Array:
+        warm = jnp.minimum((step + 1) / c.warmup_steps, 1.0) if c.warmup_steps else 1.0
+        left = 1 - (step // (c.epochs * c.minibatches)) / updates if c.decay_learning_rate else 1.0
+        return c.learning_rate * warm * left
+
+    adam = optax.adamw(rate, b1=c.adam_b1, b2=c.adam_b2, eps=c.adam_eps, weight_decay=c.weight_decay)
+    return adam if c.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(c.max_grad_norm), adam)
 
 
 # The settings of the released code of each work, checked against it; what no setting can say stands in the README.

@@ -191,5 +191,7 @@ def ppo_loss(
     )  # fmt: skip
     value = clipped_value_loss(values, old_values, returns, value_mask, clip=value_clip, aggregate=value_aggregate or aggregate)
     bonus = entropy_bonus(entropies, mask, aggregate=aggregate)
-    loss = policy + vf_coef * value - entropy_coef * bonus
+    loss = policy + vf_coef * value
+    if not isinstance(entropy_coef, int | float) or entropy_coef != 0:  # a term of weight 0 would still cost a gradient
+        loss = loss - entropy_coef * bonus
     return loss, {"loss/policy": policy, "loss/value": value, "policy/entropy": bonus}

@@ -136,6 +136,37 @@ def compile_iteration(
         return {name: _compile(name, *phase, mesh, chip, resident, ppo.max_new_tokens - 1) for name, phase in phases.items()}
 
 
+def extrapolate(config: TransformerConfig, depths: tuple[int, int], *args: Any, **more: Any) -> dict[str, Program | TooLarge]:
+    """`compile_iteration` for a model too deep to compile here: compiled with fewer layers twice, and every figure taken further
+    along a straight line. Where memory is short the compiler would schedule otherwise, so a peak is an estimate, mostly from above.
+
+    Args:
+      config: of the whole model.
+      depths: two numbers of layers, at which it is compiled; multiples of the pattern of its windows.
+      args, more: as for `compile_iteration`, without its config.
+    """
+    few, many = (compile_iteration(_cut(config, depth), *args, **more) for depth in depths)
+    share = (config.layers - depths[0]) / (depths[1] - depths[0])
+    return {name: _further(few[name], many[name], share) for name in few}
+
+
+def _cut(config: TransformerConfig, layers: int) -> TransformerConfig:
+    return dataclasses.replace(config, layers=layers, windows=config.windows and config.windows[:layers])
+
+
+def _further(few: Program | TooLarge, many: Program | TooLarge, share: float) -> Program | TooLarge:
+    if isinstance(few, TooLarge) or isinstance(many, TooLarge):
+        return few if isinstance(few, TooLarge) else many
+    line = lambda a, b: type(a)(a + share * (b - a))
+    none = hlo.Collective(0, 0)
+    collectives = {
+        kind: hlo.Collective(*map(line, few.collectives.get(kind, none), many.collectives.get(kind, none)))
+        for kind in {**few.collectives, **many.collectives}
+    }
+    numbers = {name: line(a, b) for name, a, b in zip(Program._fields, few, many, strict=True) if isinstance(a, int | float)}
+    return few._replace(**numbers, collectives=collectives)._replace(compile_s=few.compile_s + many.compile_s)
+
+
 def _frozen_first(function, agent, frozen, *args):
     return function(agent, *args, frozen=frozen)
 
@@ -171,7 +202,7 @@ def _compile(name: str, function, args, options, mesh: Mesh, chip: Chip, residen
     peak = max(memory.peak_memory_in_bytes,
                inputs + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)  # fmt: skip
     return Program(
-        name, inputs, memory.temp_size_in_bytes, peak, needed=resident + max(0, peak - inputs),
+        name, inputs, memory.temp_size_in_bytes, peak, needed=max(peak, resident + peak - inputs),
         flops=matmul_flops(function, *args, while_trips=trips) / mesh.size, moved=done.bytes,
         seconds=done.cycles / (chip.clock * 1e9), collectives=done.collectives, compile_s=seconds,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import jax
 from ppo_jax import parallel, plan
 from ppo_jax.commands.models import describe
 from ppo_jax.commands.train import Adapters
-from ppo_jax.config import PPOConfig
+from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.logging import write_json
 
 
@@ -29,23 +29,36 @@ class Plan:
     """A value head on the policy's trunk, or a critic of its own."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type; parameters are float32 always."""
+    matmul_precision: Literal["default", "high", "highest"] = "default"
+    """Of float32 matrix products: on a TPU default is one bfloat16 pass, high three, highest six, which is float32; on a GPU
+    default may be TF32; a CPU always computes float32."""
     remat: bool = False
     """Recompute activations in the backward pass."""
+    depths: tuple[int, int] | None = None
+    """Compile the model with so many layers, twice, and take the figures further along a line: for models whose compilation asks
+    too much of this machine (half a GiB of memory a layer)."""
     out: Path | None = None
     """Write the figures to this JSON file too."""
     lora: Adapters = dataclasses.field(default_factory=Adapters)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
+    def __post_init__(self):
+        if self.depths is not None and not 0 < self.depths[0] < self.depths[1]:
+            raise SettingError(f"depths must be two numbers of layers, the smaller first, not {self.depths}.")
+
     def run(self) -> None:
         jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for another machine cannot be kept
         kind, config = describe(self.model, self.dtype, self.remat)
         sizes = parallel.parse_mesh(self.mesh)
         devices = plan.make_topology(self.topology)
         mesh, chip = parallel.make_mesh(sizes, devices), plan.CHIPS[self.topology.partition(":")[0]]
-        programs = plan.compile_iteration(
-            config, self.ppo, mesh, chip, prompt_tokens=self.prompt_tokens, critic=self.critic, adapters=self.lora.settings()
-        )
+        more = {"prompt_tokens": self.prompt_tokens, "critic": self.critic, "adapters": self.lora.settings()}
+        if self.depths is None:
+            programs = plan.compile_iteration(config, self.ppo, mesh, chip, **more)
+        else:
+            programs = plan.extrapolate(config, self.depths, self.ppo, mesh, chip, **more)
         print(f"{self.model} ({kind}) on {self.topology}, {mesh.size} of {len(devices)} devices as "
               f"{','.join(f'{axis}={size}' for axis, size in mesh.shape.items())}; per device, of {chip.memory} GiB:")  # fmt: skip
         for name, program in programs.items():
@@ -53,7 +66,7 @@ class Plan:
         problems = plan.advice(programs, chip)
         print("It fits." if not problems else "It does not fit:\n  " + "\n  ".join(problems))
         if self.out is not None:
-            write_json(self.out, {"fits": not problems, **{name: _as_json(program) for name, program in programs.items()}})
+            write_json(self.out, {"fits": not problems, **{name: as_json(program) for name, program in programs.items()}})
 
 
 def _lines(name: str, program: plan.Program | plan.TooLarge, chip: plan.Chip) -> list[str]:
@@ -71,7 +84,7 @@ def _lines(name: str, program: plan.Program | plan.TooLarge, chip: plan.Chip) ->
     ]
 
 
-def _as_json(program: plan.Program | plan.TooLarge) -> dict:
+def as_json(program: plan.Program | plan.TooLarge) -> dict:
     if isinstance(program, plan.TooLarge):
         return {"too_large": str(program)}
     return {**program._asdict(), "collectives": {kind: c._asdict() for kind, c in program.collectives.items()}}

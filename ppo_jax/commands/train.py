@@ -71,6 +71,9 @@ class Train:
     """Further tokens that end a response, each one token of the tokenizer; its own end token always does."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters are float32 always."""
+    matmul_precision: Literal["default", "high", "highest"] = "default"
+    """Of float32 matrix products: on a TPU default is one bfloat16 pass, high three, highest six, which is float32; on a GPU
+    default may be TF32; a CPU always computes float32."""
     remat: bool = False
     """Recompute activations in the backward pass to save memory."""
     preset: Literal["default", "oai2019", "nplus", "trl"] = "default"
@@ -115,6 +118,7 @@ class Train:
 
     def build(self, out: Path, loop: LoopConfig | None = None) -> tuple[Trainer, pretrained.Pretrained, low_rank.LoRA | None]:
         """Reads everything, and makes a trainer that writes to `out`; beside it the policy as it came, and the adapters."""
+        jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         mesh = None if self.mesh == "pmap" else parallel.make_mesh(parallel.parse_mesh(self.mesh))
         mesh = None if mesh is None or mesh.size == 1 else mesh
         parallel.check_rows(self.ppo, jax.local_device_count() if self.mesh == "pmap" else parallel.devices_of_rows(mesh))

@@ -1,0 +1,108 @@
+"""The work that is timed: one PPO iteration of given shapes, from random parameters and tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax import iteration, parallel
+from ppo_jax.config import PPOConfig
+from ppo_jax.models import heads
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.transformer import init_params, language_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Shapes: policy, critic and reward model are decoders of one size; no response ends early."""
+
+    layers: int
+    width: int
+    heads: int
+    vocab_size: int
+    positions: int
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    epochs: int = 4
+    minibatches: int = 4
+    dtype: str = "float32"
+    critic: str = "separate"
+    micro_batch: int | None = None
+    logit_chunk: int | None = None
+
+    @property
+    def config(self) -> TransformerConfig:
+        return TransformerConfig(
+            vocab_size=self.vocab_size, positions=self.positions, width=self.width, layers=self.layers, heads=self.heads,
+            mlp_width=4 * self.width, dtype=jnp.dtype(self.dtype),
+        )  # fmt: skip
+
+    @property
+    def ppo(self) -> PPOConfig:
+        return PPOConfig(batch_size=self.prompts, epochs=self.epochs, minibatches=self.minibatches, micro_batch=self.micro_batch,
+                         max_new_tokens=self.new_tokens, logit_chunk=self.logit_chunk)  # fmt: skip
+
+
+WORKS = {
+    "small": Work(layers=4, width=256, heads=8, vocab_size=8192, positions=64, prompts=64, prompt_tokens=16, new_tokens=48),
+    "gpt2": Work(layers=12, width=768, heads=12, vocab_size=50257, positions=1024, prompts=8, prompt_tokens=32, new_tokens=32),
+    # OpenAI 2019: 64 + 24 tokens, batches of 512, 4 epochs of one minibatch, a shared trunk
+    "oai2019": Work(layers=12, width=768, heads=12, vocab_size=50257, positions=1024, prompts=512, prompt_tokens=64, new_tokens=24,
+                    minibatches=1, dtype="bfloat16", critic="shared", micro_batch=128),
+}  # fmt: skip
+
+
+class Programs(NamedTuple):
+    """The phases as functions of the state, the reference's and the reward model's parameters, and arrays."""
+
+    sample: Callable
+    score: Callable
+    reward: Callable
+    learn: Callable
+
+
+@functools.cache
+def agent(work: Work) -> iteration.Agent:
+    critic = heads.shared_critic() if work.critic == "shared" else heads.separate_critic(work.config)
+    return iteration.Agent(language_model(work.config), critic, work.ppo, (), 0)
+
+
+@functools.cache
+def programs(work: Work) -> Programs:
+    steps = parallel.jit_steps(agent(work))
+    return Programs(steps.sample, steps.score, jax.jit(heads.reward_model(work.config)), steps.learn)
+
+
+def start(work: Work) -> tuple[iteration.PPOState, Any, Any]:
+    """State, reference and reward model."""
+    config, (policy, critic, reward) = work.config, jax.random.split(jax.random.key(0), 3)
+    own = init_params(config, policy)
+    head = {"head": heads.zero_head(config.width)} if work.critic == "shared" else heads.init_scorer(config, critic)
+    params = {"policy": jax.tree.map(jnp.copy, own), "critic": head}
+    state = iteration.init_state(agent(work), params, jax.random.key(1), updates=10**6)
+    return state, own, heads.init_scorer(config, reward)
+
+
+def prompts(work: Work) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(1, work.vocab_size, (work.prompts, work.prompt_tokens), np.int32)
+    return tokens, np.ones(tokens.shape, bool)
+
+
+def shapes(work: Work) -> dict[str, tuple]:
+    """The arguments of each program, as shapes."""
+    made = programs(work)
+    state, reference, reward = jax.eval_shape(lambda: start(work))
+    batch = jax.eval_shape(lambda: tuple(map(jnp.asarray, prompts(work))))
+    rollout = jax.eval_shape(made.sample, state, *batch)
+    scores = jax.eval_shape(made.score, state, reference, rollout)
+    return {
+        "sample": (state, *batch),
+        "score": (state, reference, rollout),
+        "reward": (reward, rollout.tokens, rollout.mask),
+        "learn": (state, rollout, scores, jax.ShapeDtypeStruct((work.prompts,), jnp.float32)),
+    }

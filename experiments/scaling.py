@@ -1,0 +1,100 @@
+"""Scaling on paper: PPO for GPT-3's sizes up to 175B and Llama 3 8B and 70B, compiled for TPU slices that are not here.
+
+    python -m experiments.scaling --out DIR
+
+Each row is compiled by the TPU's own compiler at two small depths and taken further along a line (`ppo_jax.plan.extrapolate`); the
+first number of rows a device that fits is taken.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from ppo_jax import parallel, plan
+from ppo_jax.commands.plan import as_json
+from ppo_jax.config import PPOConfig
+from ppo_jax.models.sizes import SIZES
+
+PROMPT, RESPONSE = 512, 128
+ROWS = (4, 1)  # of a micro-batch on each device, tried in this order
+STUDIES = (  # model, slice, mesh
+    ("gpt3-125m", "v5e:2x2", "data=4"),
+    ("gpt3-350m", "v5e:2x4", "data=8"),
+    ("gpt3-760m", "v5e:4x4", "fsdp=16"),
+    ("gpt3-1.3b", "v5e:4x4", "fsdp=16"),
+    ("gpt3-2.7b", "v5e:4x8", "fsdp=32"),
+    ("gpt3-6.7b", "v5e:8x16", "fsdp=128"),
+    ("gpt3-13b", "v5p:4x4x4", "data=2,fsdp=4,tensor=8"),  # its width, 5,140, divides by little
+    ("gpt3-175b", "v5p:4x8x8", "fsdp=32,tensor=8"),
+    ("gpt3-175b", "v5p:8x8x8", "fsdp=64,tensor=8"),
+    ("llama3-8b", "v5p:2x2x4", "fsdp=16"),
+    ("llama3-8b", "v6e:8x8", "fsdp=64"),
+    ("llama3-70b", "v5p:4x4x8", "fsdp=32,tensor=4"),
+    ("llama3-70b", "v6e:16x16", "fsdp=64,tensor=4"),
+)
+HEAD = """| model | slice | mesh | rows a device | fits | GiB a chip | rollout s | scoring s | update s | GiB sent in an update |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """PPO at published sizes, compiled for TPU slices."""
+
+    out: Path
+    """Folder for summary.json and table.md."""
+    only: str = ""
+    """Only models whose names hold this."""
+    depths: tuple[int, int] = (2, 4)
+    """Layers at which each is compiled; even, for GPT-3's alternating attention."""
+
+
+def main(options: Scaling) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows, lines = [], [HEAD]
+    print(HEAD)
+    for study in STUDIES:
+        if options.only not in study[0]:
+            continue
+        rows.append(run(*study, options.depths))
+        lines.append(_line(rows[-1]))
+        print(lines[-1], flush=True)
+        (options.out / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+        (options.out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
+    """The largest of `ROWS` that fits, or the smallest."""
+    chip = plan.CHIPS[topology.partition(":")[0]]
+    on = parallel.make_mesh(parallel.parse_mesh(mesh), plan.make_topology(topology))
+    size = SIZES[model](model)
+    config = dataclasses.replace(size, dtype=jnp.bfloat16, remat=size.width >= 2048)
+    for rows in ROWS:
+        micro = rows * parallel.devices_of_rows(on)
+        ppo = PPOConfig(batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE)
+        programs = plan.extrapolate(config, depths, ppo, on, chip, prompt_tokens=PROMPT)
+        fits = not plan.advice(programs, chip)
+        if fits:
+            break
+    return {"model": model, "topology": topology, "mesh": mesh, "rows_a_device": rows, "batch_size": ppo.batch_size, "fits": fits,
+            "memory": chip.memory, "advice": plan.advice(programs, chip),
+            **{name: as_json(program) for name, program in programs.items()}}  # fmt: skip
+
+
+def _line(row: dict) -> str:
+    phases = [row[name] for name in ("rollout", "scoring", "update")]
+    peak = max((p["needed"] / 2**30 for p in phases if "needed" in p), default=float("nan"))
+    seconds = " | ".join(f"{p['seconds']:.2f}" if "seconds" in p else "-" for p in phases)
+    sent = ", ".join(f"{kind} {c['bytes'] / 2**30:.0f}" for kind, c in sorted(phases[2].get("collectives", {}).items())
+                     if c["bytes"] >= 2**29)  # fmt: skip
+    return (f"| {row['model']} | {row['topology']} | {row['mesh']} | {row['rows_a_device']} | {'yes' if row['fits'] else 'no'} | "
+            f"{peak:.1f} of {row['memory']} | {seconds} | {sent} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Scaling))

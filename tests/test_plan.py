@@ -1,0 +1,130 @@
+"""The TPU compiler on slices that are not there: what it says, and that rollout and update compile on every axis at once.
+
+Each command runs in a process of its own, as the compiler looks at the environment once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_families import peer
+
+from ppo_jax import hlo, plan
+from ppo_jax.flops import matmul_flops
+
+SMALL = [
+    "--ppo.batch-size", "16", "--ppo.minibatches", "2", "--ppo.epochs", "2", "--ppo.max-new-tokens", "5", "--prompt-tokens", "6",
+]  # fmt: skip
+
+
+def command(*args):
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    return subprocess.run(
+        [sys.executable, "-m", "ppo_jax.cli", "plan", *map(str, args)], capture_output=True, text=True, env=environment, timeout=600
+    )
+
+
+def planned(tmp_path, *args):
+    out = tmp_path / "plan.json"
+    done = command(*SMALL, "--out", out, *args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    peer("llama 3.1", folder)
+    return folder
+
+
+def test_rollout_and_update_compile_for_a_slice_cut_along_every_axis(tmp_path, model):
+    """Data x fsdp x tensor on 8 chips of a v5e, and the account of what they send."""
+    found, said = planned(tmp_path, "--model", model, "--topology", "v5e:2x4", "--mesh", "data=2,fsdp=2,tensor=2",
+                          "--ppo.micro-batch", "4")  # fmt: skip
+    assert found["fits"] and said.endswith("It fits.\n")
+    for name in ("rollout", "scoring", "update"):
+        program = found[name]
+        assert 0 < program["arguments"] < program["peak"] <= program["needed"] < 2**30
+        assert program["flops"] > 0 and program["moved"] > 0 and 0 < program["seconds"] < 1
+        assert program["collectives"]["all-gather"]["count"] > 0  # of parameters, over fsdp
+        assert program["collectives"]["all-reduce"]["count"] > 0  # over tensor
+    assert found["update"]["flops"] > 2 * found["scoring"]["flops"]
+
+
+def test_adapters_leave_less_on_each_chip(tmp_path):
+    shallow = ["--model", "gpt2", "--topology", "v6e:2x2", "--mesh", "fsdp=4", "--depths", "1", "2"]
+    full, less = planned(tmp_path, *shallow)[0], planned(tmp_path, *shallow, "--lora.rank", "2")[0]
+    assert less["update"]["needed"] < 0.6 * full["update"]["needed"]
+
+
+def test_depths_extrapolate(tmp_path, model):
+    full, _ = planned(tmp_path, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4")
+    line, _ = planned(tmp_path, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4", "--depths", "1", "2")
+    assert line["update"]["flops"] == pytest.approx(full["update"]["flops"], rel=1e-6)
+    assert line["update"]["arguments"] == pytest.approx(full["update"]["arguments"], rel=0.02)
+    assert line["update"]["collectives"]["all-gather"]["bytes"] == pytest.approx(
+        full["update"]["collectives"]["all-gather"]["bytes"], rel=0.25
+    )
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--model", "gpt3-13b", "--topology", "v5e:2x2"], "The mesh"),
+    (["--model", "gpt2", "--topology", "v7:2x2"], "topology must be like v5e:4x4"),
+    (["--model", "gpt2", "--topology", "v5e:3x77"], "No compiler for v5e:3x77"),
+    (["--model", "gpt2", "--depths", "4", "2"], "depths must be"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_one_sentence(args, says):
+    more = ["--mesh", "data=3,fsdp=3"] if says == "The mesh" else []
+    done = command(*SMALL, *args, *more)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_does_not_fit_says_what_to_change():
+    chip = plan.CHIPS["v5e"]
+    gib = 2**30
+    program = lambda peak, needed: plan.Program("update", 2 * gib, 0, peak * gib, needed * gib, 1.0, 1, 1.0, {}, 1.0)
+    assert plan.advice({"update": program(3, 8)}, chip) == []
+    assert "micro-batch" in plan.advice({"update": program(20, 21)}, chip)[0]
+    assert "larger fsdp" in plan.advice({"update": program(3, 40)}, chip)[0]
+    assert "rollout-rows" in plan.advice({"rollout": plan.TooLarge("no")}, chip)[0]
+
+
+def test_loops_count_as_often_as_they_run():
+    def step(carry, _):
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ c[1]), (0, carry))[1], None
+
+    function = lambda x: jax.lax.scan(jax.checkpoint(step), x, length=5)[0]
+    assert matmul_flops(function, jnp.ones((8, 8)), while_trips=3) == 5 * 3 * 2 * 8**3
+    assert matmul_flops(lambda x: jax.lax.cond(x[0, 0] > 0, function, lambda x: x, x), jnp.ones((8, 8))) == 5 * 2 * 8**3
+    text = """HloModule m
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %n = s32[]{:T(128)} constant(7)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %q = (s32[], f32[8,4]{1,0}) parameter(0)
+  %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%q), index=1
+  %r = f32[8,4]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add, backend_config={"estimated_cycles":"10"}
+  %j = s32[] get-tuple-element(%q), index=0
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%j, %r)
+}
+ENTRY %main (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p0 = (s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[8,4]{1,0}) while(%p0), condition=%cond, body=%body
+}
+"""
+    found = hlo.account(text)
+    assert found.collectives == {"all-reduce": hlo.Collective(7, 7 * 128)} and found.cycles == 70
+    assert found.bytes == 7 * (2 * 128) + 7 * (1 + 4 + 4)  # and the comparison
