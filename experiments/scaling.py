@@ -3,7 +3,7 @@
     python -m experiments.scaling --out DIR
 
 Each row is compiled by the TPU's own compiler at two small depths and taken further along a line (`ppo_jax.plan.extrapolate`); the
-first number of rows a device that fits is taken.
+first number of rows a device that fits is taken. What is in DIR already is not compiled again.
 """
 
 import dataclasses
@@ -56,16 +56,20 @@ def main(options: Scaling) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows, lines = [], [HEAD]
-    print(HEAD)
+    summary = options.out / "summary.json"
+    done = {tuple(row[name] for name in ("model", "topology", "mesh")): row for row in _read(summary)}
     for study in STUDIES:
-        if options.only not in study[0]:
-            continue
-        rows.append(run(*study, options.depths))
-        lines.append(_line(rows[-1]))
-        print(lines[-1], flush=True)
-        (options.out / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
-        (options.out / "table.md").write_text("\n".join(lines) + "\n")
+        if study not in done and options.only in study[0]:
+            done[study] = run(*study, options.depths)
+            rows = [done[study] for study in STUDIES if study in done]
+            summary.write_text(json.dumps(rows, indent=2) + "\n")
+            (options.out / "table.md").write_text("\n".join([HEAD, *map(_line, rows)]) + "\n")
+        if study in done:
+            print(_line(done[study]), flush=True)
+
+
+def _read(file: Path) -> list[dict]:
+    return json.loads(file.read_text()) if file.is_file() else []
 
 
 def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
@@ -74,7 +78,7 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
     on = parallel.make_mesh(parallel.parse_mesh(mesh), plan.make_topology(topology))
     size = SIZES[model](model)
     config = dataclasses.replace(size, dtype=jnp.bfloat16, remat=size.width >= 2048)
-    for rows in ROWS:
+    for rows in ROWS if size.width < 4096 else ROWS[-1:]:  # a compilation takes minutes
         micro = rows * parallel.devices_of_rows(on)
         ppo = PPOConfig(batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE)
         programs = plan.extrapolate(config, depths, ppo, on, chip, prompt_tokens=PROMPT)

@@ -9,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+_LEAST = -128.0  # the exponential of this and less is 0 in float32
+
 
 def response_view(x: jax.Array, prompt_length: int) -> jax.Array:
     """What belongs to the states before each response token, of an array over the positions of `[prompt | response]`.
@@ -96,7 +98,7 @@ def logprobs_and_entropy(logits: jax.Array, tokens: jax.Array, *, temperature: f
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     weights = jnp.exp(logits)
     total = jnp.sum(weights, axis=-1)
-    mean = jnp.sum(weights * jnp.where(weights > 0, logits, 0), axis=-1) / total
+    mean = jnp.sum(weights * jnp.maximum(logits, _LEAST), axis=-1) / total
     return chosen - jnp.log(total), jnp.log(total) - mean
 
 

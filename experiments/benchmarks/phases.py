@@ -79,8 +79,8 @@ def measure(options: Phases) -> dict[str, Any]:
     if options.child == "first":
         return {"compile_s": compile_s}
     flops = {name: matmul_flops(getattr(made, name), *args[name], while_trips=work.new_tokens - 1) for name in args}
-    peak, times = _iterations(work, compiled, options.runs)
-    rate, bandwidth = matmul_rate(work.dtype), memory_bandwidth()
+    peak, times, rates = _iterations(work, compiled, options.runs)
+    rate, bandwidth = statistics.median(rates), memory_bandwidth()
     bound = rollout_bound(work, flops["sample"], rate, bandwidth)
     median = {name: statistics.median(x) for name, x in times.items()}
     account = memory(work.config, work.ppo, prompt_tokens=work.prompt_tokens, critic=work.critic, adapters=None)
@@ -98,10 +98,10 @@ def measure(options: Phases) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _iterations(work: Work, compiled: dict[str, Callable], runs: int) -> tuple[int, dict[str, list[float]]]:
-    """Bytes that the iterations took at most, and seconds of each phase."""
+def _iterations(work: Work, compiled: dict[str, Callable], runs: int) -> tuple[int, dict[str, list[float]], list[float]]:
+    """Bytes that the iterations took at most, seconds of each phase, and the rate of matrix products between the iterations."""
     held = jax.block_until_ready((*work_.start(work), *map(jnp.asarray, work_.prompts(work))))
-    before = _resident() - size_of(held)
+    before = resident() - size_of(held)
     Path("/proc/self/clear_refs").write_text("5")  # what making these took does not count in the high-water mark
     state, reference, reward, tokens, mask = held
     del held
@@ -123,11 +123,21 @@ def _iterations(work: Work, compiled: dict[str, Callable], runs: int) -> tuple[i
                 times[name].append(b - a)
             times["iteration"].append(marks[-1] - marks[0])
     device = jax.devices()[0].memory_stats()
-    peak = device["peak_bytes_in_use"] if device else _resident("VmHWM") - before
-    return peak, times
+    peak = device["peak_bytes_in_use"] if device else resident("VmHWM") - before
+    del scores, task
+    rates = []
+    for _ in range(runs):  # in turn with updates, so that both see the same machine
+        rates.append(matmul_rate(work.dtype))
+        begin = time.perf_counter()
+        rollout = jax.block_until_ready(compiled["sample"](state, tokens, mask))
+        scores, task = compiled["score"](state, reference, rollout), compiled["reward"](reward, rollout.tokens, rollout.mask)
+        begin = time.perf_counter() if jax.block_until_ready((scores, task)) else begin
+        state, _ = jax.block_until_ready(compiled["learn"](state, rollout, scores, task))
+        times["update"].append(time.perf_counter() - begin)
+    return peak, times, rates
 
 
-def _resident(field: str = "VmRSS") -> int:
+def resident(field: str = "VmRSS") -> int:
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field + ":"))
 

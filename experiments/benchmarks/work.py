@@ -49,6 +49,7 @@ class Work:
 
 
 WORKS = {
+    "tiny": Work(layers=1, width=16, heads=2, vocab_size=32, positions=16, prompts=8, prompt_tokens=4, new_tokens=6, minibatches=2),
     "small": Work(layers=4, width=256, heads=8, vocab_size=8192, positions=64, prompts=64, prompt_tokens=16, new_tokens=48),
     "gpt2": Work(layers=12, width=768, heads=12, vocab_size=50257, positions=1024, prompts=8, prompt_tokens=32, new_tokens=32),
     # OpenAI 2019: 64 + 24 tokens, batches of 512, 4 epochs of one minibatch, a shared trunk

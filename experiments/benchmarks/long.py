@@ -1,0 +1,67 @@
+"""A long run: 500 small updates of the train loop, whose iteration time and memory must stay flat.
+
+    python -m experiments.benchmarks.long --out DIR
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import tyro
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from experiments.benchmarks.phases import resident
+from ppo_jax import Agent, PPOConfig, TransformerConfig, init_params, language_model, shared_critic, zero_head
+from ppo_jax.data import encode_prompts, read_rows
+from ppo_jax.reward_functions import TextReward
+from ppo_jax.train import LoopConfig, Trainer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Long:
+    """Iteration time and resident memory over a long run."""
+
+    out: Path
+    """Folder for summary.json and the run."""
+    updates: int = 500
+
+
+def main(options: Long) -> dict:
+    words = {f"w{i}": i for i in range(64)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w0")
+    config = TransformerConfig(vocab_size=64, positions=32, width=32, layers=2, heads=4, mlp_width=128)
+    ppo = PPOConfig(batch_size=32, max_new_tokens=12, learning_rate=1e-4)
+    agent = Agent(language_model(config), shared_critic(), ppo, stop_ids=(0,), pad_id=0)
+    params = {"policy": init_params(config, jax.random.key(0)), "critic": {"head": zero_head(32)}}
+    rows = read_rows([" ".join(f"w{1 + (7 * i + j) % 60}" for j in range(1 + i % 8)) for i in range(200)])
+    prompts = encode_prompts(rows, tokenizer, positions=32, new_tokens=12, pad_id=0)
+    reward = TextReward(lambda prompts, responses: [float(r.count("w7")) for r in responses])
+    loop = LoopConfig(updates=options.updates, save_every=50, progress=False)
+    trainer = Trainer(agent, params, tokenizer, prompts, reward, out=options.out / "run", loop=loop)
+    marks, memory = [time.perf_counter()], []
+
+    def note(_: dict) -> None:
+        marks.append(time.perf_counter())
+        memory.append(resident())
+
+    trainer.run(on_update=note)
+    seconds, part = [b - a for a, b in zip(marks, marks[1:], strict=False)], options.updates // 5
+    summary = {
+        "updates": options.updates,
+        "iteration_s/first_fifth": statistics.median(seconds[1:part]), "iteration_s/last_fifth": statistics.median(seconds[-part:]),
+        "resident_bytes/after_first_fifth": memory[part], "resident_bytes/at_end": memory[-1],
+        "resident_bytes/by_fifth": [memory[i * part - 1] for i in range(1, 6)],
+    }  # fmt: skip
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    return summary
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Long))

@@ -1,0 +1,89 @@
+"""Peers on the same work in the same run: whole PPO iterations of this package, TRL and google-tunix, and rollouts of `generate`.
+
+    python -m experiments.benchmarks.peers --out DIR
+
+Each peer has an environment of its own, built at the first run with exact versions, and takes its turn in each round, so that all
+see the same machine. What is not alike is said in the README beside this file.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import tyro
+
+from experiments import assets
+from experiments.benchmarks.work import WORKS
+
+REQUIREMENTS = {
+    "trl": ("torch==2.13.0", "trl==1.10.0", "transformers==5.24.0", "accelerate"),
+    "tunix": ("google-tunix==0.1.7", "jax==0.10.2"),
+}
+_HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peers:
+    """Iterations and rollouts of peers, and the ratios to ours."""
+
+    out: Path
+    """Folder for summary.json."""
+    work: str = "small"
+    """One of the shapes in work.py, of a separate critic in float32."""
+    rounds: int = 2
+    """Turns that each takes."""
+    runs: int = 3
+    """Timed iterations a turn, after one that is not."""
+    peers: tuple[str, ...] = ("trl", "tunix")
+    """Which peers."""
+
+
+def main(options: Peers) -> dict:
+    work = dataclasses.asdict(WORKS[options.work]) | {"runs": options.runs}
+    pythons = {name: environment(name) for name in options.peers}
+    commands = {"ppo_jax": [sys.executable, "-m", "experiments.benchmarks.peer_ours"]}
+    commands |= {name: [str(python), str(_HERE / f"peer_{name}.py")] for name, python in pythons.items()}
+    times: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        for name, command in commands.items():
+            found = run([*command, json.dumps(work)])
+            times.setdefault(f"iteration_s/{name}", []).extend(found["iteration_s"])
+            if "rollout_s" in found:
+                of = "hf_generate" if name == "trl" else name
+                times.setdefault(f"rollout_s/{of}", []).extend(found["rollout_s"])
+    median = {name: statistics.median(x) for name, x in times.items()}
+    ratios = {f"{name.replace('_s/', '_ratio/')}": x / median[f"{name.partition('/')[0]}/ppo_jax"]
+              for name, x in median.items() if not name.endswith("/ppo_jax")}  # fmt: skip
+    summary = {**median, **ratios, "work": work, "all": times}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for name, value in {**median, **ratios}.items():
+        print(f"{name:28}{value:8.3f}")
+    return summary
+
+
+def environment(name: str) -> Path:
+    """The python of a peer's environment, built if it is not there or of other versions."""
+    folder = assets.cache_folder() / "peers" / name
+    python, mark = folder / "bin" / "python", folder / "built.json"
+    if not mark.is_file() or json.loads(mark.read_text()) != list(REQUIREMENTS[name]):
+        print(f"Building {name}'s environment in {folder}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *REQUIREMENTS[name]], check=True)
+        mark.write_text(json.dumps(REQUIREMENTS[name]))
+    return python
+
+
+def run(command: list[str]) -> dict:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:2])} ended with status {done.returncode}.")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Peers))
