@@ -9,8 +9,6 @@ import chex
 import jax
 import jax.numpy as jnp
 
-_LEAST = -128.0  # the exponential of this and less is 0 in float32
-
 
 def response_view(x: jax.Array, prompt_length: int) -> jax.Array:
     """What belongs to the states before each response token, of an array over the positions of `[prompt | response]`.
@@ -76,32 +74,6 @@ def entropy(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
     return -jnp.sum(p * jnp.where(p > 0, logp, 0), axis=-1)  # 0 · log 0 is 0, in the gradient too
 
 
-def logprobs_and_entropy(logits: jax.Array, tokens: jax.Array, *, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs` and `entropy` at once, with one exponential a logit between them: `H = log Σ eᶻ - Σ eᶻ z / Σ eᶻ`.
-
-    Args:
-      logits: `[..., V]` float; `-inf` marks a token that cannot be said.
-      tokens: `[...]` int32.
-      temperature: divides the logits.
-
-    Returns:
-      Log-probs and entropies, `[...]` float32, nats.
-
-    Example:
-      >>> logprobs, entropies = logprobs_and_entropy(jnp.zeros((1, 4)), jnp.array([2]))
-      >>> logprobs.round(4), entropies.round(4)
-      (Array([-1.3863], dtype=float32), Array([1.3863], dtype=float32))
-    """
-    chex.assert_equal_shape([logits[..., 0], tokens])
-    logits = logits.astype(jnp.float32) / temperature
-    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    weights = jnp.exp(logits)
-    total = jnp.sum(weights, axis=-1)
-    mean = jnp.sum(weights * jnp.maximum(logits, _LEAST), axis=-1) / total
-    return chosen - jnp.log(total), jnp.log(total) - mean
-
-
 def chunked_logprobs_and_entropy(
     unembed: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,
@@ -138,7 +110,7 @@ def chunked_logprobs_and_entropy(
         # The barrier makes the logits an array of their own: fused into the matmul or not, they round alike (see DESIGN in
         # `models.transformer`), so the ratio of a policy with itself is 1.
         logits = jax.lax.optimization_barrier(unembed(hidden))
-        return logprobs_and_entropy(logits, tokens, temperature=temperature)
+        return token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
 
     length = tokens.shape[1]
     if chunk is None or chunk >= length:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -51,7 +52,7 @@ def main(options: Long) -> dict:
         memory.append(resident())
 
     trainer.run(on_update=note)
-    seconds, part = [b - a for a, b in zip(marks, marks[1:], strict=False)], options.updates // 5
+    seconds, part = [b - a for a, b in itertools.pairwise(marks)], options.updates // 5
     summary = {
         "updates": options.updates,
         "iteration_s/first_fifth": statistics.median(seconds[1:part]), "iteration_s/last_fifth": statistics.median(seconds[-part:]),
