@@ -9,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+_LEAST = -128.0  # the exponential of this and less is 0 in float32
+
 
 def response_view(x: jax.Array, prompt_length: int) -> jax.Array:
     """What belongs to the states before each response token, of an array over the positions of `[prompt | response]`.
@@ -69,9 +71,12 @@ def entropy(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
       >>> entropy(jnp.zeros((1, 4))).round(4)
       Array([1.3863], dtype=float32)
     """
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    p = jnp.exp(logp)
-    return -jnp.sum(p * jnp.where(p > 0, logp, 0), axis=-1)  # 0 · log 0 is 0, in the gradient too
+    logits = logits.astype(jnp.float32) / temperature
+    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits)
+    total = jnp.sum(weights, axis=-1)
+    # log Σ eᶻ - Σ eᶻ z / Σ eᶻ with z <= 0; where eᶻ is 0, 0 · log 0 is 0, in the gradient too.
+    return jnp.log(total) - jnp.sum(weights * jnp.maximum(logits, _LEAST), axis=-1) / total
 
 
 def chunked_logprobs_and_entropy(
@@ -110,7 +115,9 @@ def chunked_logprobs_and_entropy(
         # The barrier makes the logits an array of their own: fused into the matmul or not, they round alike (see DESIGN in
         # `models.transformer`), so the ratio of a policy with itself is 1.
         logits = jax.lax.optimization_barrier(unembed(hidden))
-        return token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
+        # A second one keeps the entropy's sums apart: log-probs are then the same bits where no entropy is asked for.
+        apart = jax.lax.optimization_barrier(logits)
+        return token_logprobs(logits, tokens, temperature=temperature), entropy(apart, temperature=temperature)
 
     length = tokens.shape[1]
     if chunk is None or chunk >= length:
