@@ -1,4 +1,4 @@
-"""Peers on the same work in the same run: whole PPO iterations of this package and TRL, and rollouts of `generate`.
+"""Peers on the same work in the same run: whole PPO iterations of this package, TRL and google-tunix, and rollouts of `generate`.
 
     python -m experiments.benchmarks.peers --out DIR
 
@@ -21,6 +21,7 @@ from experiments.benchmarks.work import WORKS
 
 REQUIREMENTS = {
     "trl": ("torch==2.13.0", "trl==1.10.0", "transformers==5.24.0", "accelerate"),
+    "tunix": ("google-tunix==0.1.7", "jax==0.10.2"),
 }
 _HERE = Path(__file__).parent
 
@@ -37,7 +38,7 @@ class Peers:
     """Turns that each takes."""
     runs: int = 3
     """Timed iterations a turn, after one that is not."""
-    peers: tuple[str, ...] = ("trl",)
+    peers: tuple[str, ...] = ("trl", "tunix")
     """Which peers."""
 
 
