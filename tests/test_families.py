@@ -41,6 +41,9 @@ CASES = {
     "gemma3": ("Gemma3", {**GEMMA, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
                           "final_logit_softcapping": 5.0}),
     "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
+    "bert, apart": ("Bert", {"is_decoder": True, "tie_word_embeddings": False}),
+    "roberta": ("Roberta", {"is_decoder": True, "pad_token_id": 0}),
+    "xlm-roberta, apart": ("XLMRoberta", {"is_decoder": True, "pad_token_id": 3, "tie_word_embeddings": False}),
 }  # fmt: skip
 BIASES = {"Bert": "LMHeadModel"}
 
@@ -65,7 +68,7 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
     loaded = pretrained.load_policy(tmp_path)
     model = language_model(loaded.config)
     tokens, mask = left_padded()
-    positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0) + loaded.config.position_offset
     arguments = {"attention_mask": torch.tensor(mask).long(), "position_ids": torch.tensor(positions)}
     with torch.no_grad():
         want = torch_model(torch.tensor(tokens), **arguments).logits.numpy()
@@ -73,10 +76,11 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
     assert np.ptp(want) > 2
 
+    if not loaded.config.position_offset:
+        del arguments["position_ids"]  # `generate` counts for itself, but from 0
     texts = torch_model.generate(
-        torch.tensor(tokens), attention_mask=arguments["attention_mask"], do_sample=False, max_new_tokens=20, pad_token_id=0,
-        eos_token_id=1,
-    ).numpy()  # fmt: skip
+        torch.tensor(tokens), **arguments, do_sample=False, max_new_tokens=20, pad_token_id=0, eos_token_id=1
+    ).numpy()
     out = jax.jit(
         lambda p: generate(
             model, p, jax.random.key(0), jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=20, stop_ids=(1,), greedy=True
@@ -98,7 +102,7 @@ def test_there_and_back_is_bit_identical(tmp_path, case):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Bert"])
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Bert", "Roberta"])
 def test_scores_equal_transformers_and_come_back(tmp_path, name):
     """A reward model in its `ForSequenceClassification` class; BERT as the encoder that it is."""
     torch.manual_seed(0)

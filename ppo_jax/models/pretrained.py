@@ -75,8 +75,8 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
     rules = weights.expand(family.rules(config), config.layers)
     tensors = _named(stored, rules, family)
     for name in [name for name in tensors if config.tied and name in _OUTPUTS]:
-        del tensors[name]  # a copy of the embedding
-    for name in [name for name in tensors if name.startswith("bert.pooler.")]:
+        del tensors[name]  # a copy of the embedding, or of a bias
+    for name in [name for name in tensors if name.startswith(f"{family.prefix}pooler.")]:
         del tensors[name]  # says nothing of the next token
     params = weights.to_params(tensors, rules, placed(_shapes(config), mesh), source=str(folder))
     generation = folder / "generation_config.json"
@@ -179,7 +179,10 @@ def count_params(params: Params) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-_OUTPUTS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+_OUTPUTS = (
+    "lm_head.weight", "embed_out.weight", "lm_head.decoder.weight", "lm_head.decoder.bias",
+    "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
+)  # fmt: skip
 
 
 def load_tokenizer(model: str | Path) -> Any:

@@ -49,12 +49,14 @@ def rules(config: TransformerConfig) -> list[Rule]:
     ]
     if not config.lm_transform:
         return trunk
+    # The bias is stored twice; an output matrix of its own adds the second.
+    apart = [Rule("cls.predictions.decoder.weight", ("unembedding",)), Rule("cls.predictions.decoder.bias", ("lm_bias",))]
     return [
         *trunk,
         *linear("cls.predictions.transform.dense", "lm_dense"),
         *norm("cls.predictions.transform.LayerNorm", "lm_norm"),
         Rule("cls.predictions.bias", ("lm_bias",)),
-        *([] if config.tied else [Rule("cls.predictions.decoder.weight", ("unembedding",))]),
+        *([] if config.tied else apart),
     ]
 
 
@@ -69,6 +71,6 @@ FAMILY = Family(
         Rule("classifier.weight", ("kernel",), transpose=True),
         Rule("classifier.bias", ("bias",)),
     ),
-    # Stored positions; copies of tied tensors; the pooler and the other heads of a pretraining checkpoint.
-    ignored=re.compile(r".*\.position_ids|cls\.predictions\.decoder\.bias|cls\.seq_relationship\..*"),
+    # Stored positions; the other head of a pretraining checkpoint.
+    ignored=re.compile(r".*\.position_ids|cls\.seq_relationship\..*"),
 )
