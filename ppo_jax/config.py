@@ -5,6 +5,7 @@ import enum
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,18 @@ from ppo_jax.rewards import MissingEOS, ScoreAt
 
 class SettingError(Exception):
     """A setting that cannot run. No `ValueError`: the command's parser takes those for its own, and their sentence is lost."""
+
+
+def check_numbers(settings: Any, prefix: str = "") -> None:
+    """Raises SettingError, naming it, if a number of a settings object is none that arrays of 32 bits hold, or a seed negative."""
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingError(f"{prefix}{name} must be a finite number, not {value}.")
+        bound = 2**31 if isinstance(value, int) else 2.0**127
+        if isinstance(value, int | float) and not abs(value) < bound:
+            raise SettingError(f"{prefix}{name} must lie within ±{bound:.2g}, which {value:.2g} does not.")
+        if name == "seed" and value < 0:
+            raise SettingError(f"{prefix}seed must not be negative, but is {value}.")
 
 
 class KLEstimator(enum.Enum):
@@ -145,9 +158,7 @@ class PPOConfig:
     """Clip the gradient's global norm."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise SettingError(f"{name} must be a finite number, not {value}.")
+        check_numbers(self)
         for name in ("batch_size", "epochs", "minibatches", "max_new_tokens", "temperature", "learning_rate", "kl_horizon"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")

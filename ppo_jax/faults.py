@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ppo_jax.config import SettingError
+from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.types import Rollout, Scores
 
 STOPPED = 75  # exit status after a signal, with a checkpoint written: "try again later" in sysexits.h
@@ -65,10 +65,12 @@ class Faults:
     """Seconds after which a call of the reward has failed; none: wait for ever."""
 
     def __post_init__(self):
+        check_numbers(self)
         if self.reward_retries < 0:
             raise SettingError(f"reward_retries must not be negative, but is {self.reward_retries}.")
-        if self.reward_timeout_s is not None and not self.reward_timeout_s > 0:
-            raise SettingError(f"reward_timeout_s must be positive, or none, not {self.reward_timeout_s}.")
+        if self.reward_timeout_s is not None and not 0 < self.reward_timeout_s <= threading.TIMEOUT_MAX:
+            most = f"at most {threading.TIMEOUT_MAX:.0f}"
+            raise SettingError(f"reward_timeout_s must be positive and {most}, or none, not {self.reward_timeout_s}.")
 
 
 def persist(call: Callable[[], Any], *, retries: int, timeout_s: float | None) -> Any:

@@ -1,5 +1,7 @@
 """Where a result comes from: digests of parameters, data and code, what a run was made with, and where two of them differ."""
 
+import dataclasses
+import enum
 import functools
 import hashlib
 import importlib.metadata
@@ -71,29 +73,54 @@ def text_hash(*parts: Any) -> str:
 
 
 def code_hash(thing: Any) -> str | None:
-    """Of the file that a function, or the class of an object, is written in; None where there is no file.
+    """Of a function, or of an object that is called: the file it is written in, its name, and the values that it holds.
 
-    A named tuple counts by its fields and a partial function by its arguments, so a wrapped function is found, a sentence that it
-    compares with, and a reward model by its parameters.
+    Values are those of a closure, of defaults, of a partial function's arguments, and the fields of named tuples, data classes and
+    objects that are called: strings, numbers and tuples of them, arrays, and again functions. Lists and other things that change
+    while a run goes on do not count; what is written without a file counts by its name alone.
     """
-    if isinstance(thing, tuple) and hasattr(thing, "_fields"):
-        return text_hash(*map(_part_hash, thing))
-    if isinstance(thing, functools.partial):
-        return text_hash(*map(_part_hash, (thing.func, *thing.args, *(x for item in sorted(thing.keywords.items()) for x in item))))
-    thing = inspect.unwrap(thing)
+    return text_hash(*_held(thing, ()))
+
+
+def _held(thing: Any, within: tuple[int, ...]) -> Iterator[str]:
+    """What tells `thing` from others; one that holds itself counts once."""
+    if id(thing) in within:
+        return
+    if isinstance(thing, str | int | float | None | enum.Enum | np.dtype):
+        yield repr(thing)
+    elif isinstance(thing, jax.Array | np.ndarray) or _is_tree(thing):
+        yield digest(thing)
+    elif callable(thing) or isinstance(thing, tuple) or dataclasses.is_dataclass(thing):
+        thing = inspect.unwrap(thing)
+        if not isinstance(thing, tuple | functools.partial):
+            code = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
+            yield f"{_file_hash(code)} {getattr(code, '__qualname__', None)}"
+        for part in _parts(thing):
+            yield from _held(part, (*within, id(thing)))
+
+
+def _parts(thing: Any) -> Iterator[Any]:
+    """The values that a function or an object holds."""
+    items = lambda named: (x for item in sorted(named.items()) for x in item)
+    if isinstance(thing, tuple):
+        yield from thing
+    elif isinstance(thing, functools.partial):
+        yield from (thing.func, *thing.args, *items(thing.keywords))
+    elif inspect.ismethod(thing):
+        yield from (thing.__self__, thing.__func__)
+    elif inspect.isfunction(thing):
+        yield from items(inspect.getclosurevars(thing).nonlocals)
+        yield from (*(thing.__defaults__ or ()), *items(thing.__kwdefaults__ or {}))
+    elif not inspect.isroutine(thing) and not inspect.isclass(thing):
+        yield from items(getattr(thing, "__dict__", {}))
+
+
+def _file_hash(code: Any) -> str | None:
     try:
-        file = inspect.getsourcefile(thing if inspect.isroutine(thing) else type(thing))
+        file = inspect.getsourcefile(code)
         return text_hash(np.fromfile(file, np.uint8)) if file else None
     except (TypeError, OSError):
         return None
-
-
-def _part_hash(part: Any) -> str | None:
-    if isinstance(part, str | int | float | None):
-        return repr(part)
-    if isinstance(part, jax.Array | np.ndarray) or _is_tree(part):
-        return digest(part)
-    return code_hash(part) if callable(part) else None
 
 
 def _is_tree(x: Any) -> bool:

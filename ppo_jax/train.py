@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ppo_jax import data, faults, parallel, processes
 from ppo_jax.checkpoint import SCORE, Checkpoints
-from ppo_jax.config import SettingError
+from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.faults import Fault, Faults
 from ppo_jax.iteration import Agent, PPOState
 from ppo_jax.logging import SKIPPED, NoLog, RunLog, claim, cut_back
@@ -49,6 +49,7 @@ class LoopConfig:
     faults: Faults = dataclasses.field(default_factory=Faults)
 
     def __post_init__(self):
+        check_numbers(self)
         for name in ("updates", "keep"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}.")

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import re
 import signal
 import time
 
@@ -20,21 +21,21 @@ from ppo_jax.commands.train import Train
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Faults, NonFiniteError, RewardError, persist
 from ppo_jax.logging import RunLog, plain, read_json, read_lines
-from ppo_jax.models import pretrained
+from ppo_jax.models import heads, pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
 from ppo_jax.models.transformer import init_params
 from ppo_jax.provenance import code_hash, digest
-from ppo_jax.reward_functions import check_scores
+from ppo_jax.reward_functions import TextReward, check_scores
 
 
 def failing(at, times, how):
     """A reward that fails in its calls `at .. at + times - 1`."""
-    calls = iter(range(10**6))
+    calls, window = iter(range(10**6)), [at, at + times, how]  # a list, or a run would not go on with another window
 
     def reward(prompts, responses):
         scores = likes_b(prompts, responses)
-        return how(scores) if at <= next(calls) < at + times else scores
+        return window[2](scores) if window[0] <= next(calls) < window[1] else scores
 
     return reward
 
@@ -295,6 +296,59 @@ def test_a_cancelled_task_is_a_reward_that_failed(tmp_path):
 def test_the_hash_of_a_reward_sees_what_it_is_called_with():
     of = lambda **more: code_hash(functools.partial(failing, **more))
     assert of(at=1, times=2) == of(times=2, at=1) != of(at=1, times=3)
+
+
+class Likes:
+    """A reward that is an object."""
+
+    def __init__(self, word, made):
+        self.word, self.made = word, made
+
+    def __call__(self, prompts, responses):
+        return [float(self.word in r) for r in responses]
+
+    def score(self, prompts, responses):
+        return self(prompts, responses)
+
+    def other(self, prompts, responses):
+        return self(prompts, responses)
+
+
+def likes(word, more=0):
+    calls = []
+
+    def reward(prompts, responses, scale=more):
+        calls.append(word)
+        return [scale * float(word in r) for r in responses]
+
+    reward([], [])
+    return reward
+
+
+def test_the_hash_of_a_reward_sees_which_function_it_is_and_what_it_holds():
+    assert code_hash(likes("a")) == code_hash(likes("a"))
+    assert code_hash(Likes("a", [])) == code_hash(Likes("a", [1]))  # what changes as a run goes on does not count
+    size = {"vocab_size": 21, "positions": 16, "width": 8, "layers": 1, "heads": 2, "mlp_width": 8}
+    model = lambda **more: heads.reward_model(TransformerConfig(**size, **more))
+    assert code_hash(model()) == code_hash(model())
+    held = [likes("a"), likes("b"), likes("a", 1), likes, Likes, Likes("a", []), Likes("b", []), Likes("a", []).score,
+            Likes("a", []).other, TextReward(likes("a")), TextReward(likes("b")), model(), model(causal=False)]  # fmt: skip
+    assert len({code_hash(reward) for reward in held}) == len(held) - 2  # a wrapper counts as what it wraps
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("loop.seed", "-1", "seed must not be negative"),
+    ("loop.seed", "9" * 30, r"seed must lie within ±2\.1e\+09"),
+    ("ppo.warmup-steps", "9" * 30, "warmup_steps must lie within"),
+    ("ppo.learning-rate", "1e300", r"learning_rate must lie within ±1\.7e\+38"),
+    ("lora.rank", "9" * 30, "lora.rank must lie within"),
+    ("lora.alpha", "nan", "lora.alpha must be a finite number"),
+    ("loop.faults.reward-timeout-s", "1e300", "reward_timeout_s must"),
+])  # fmt: skip
+def test_numbers_that_no_array_holds_are_one_sentence(folder, tmp_path, capsys, name, value, says):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(train(folder, tmp_path / "run", **{name: value}))
+    assert stop.value.code == 2 and re.search(says, capsys.readouterr().err) and not (tmp_path / "run").exists()
 
 
 def test_a_bad_pattern_and_a_full_disk_are_one_sentence(folder, tmp_path, capsys, monkeypatch):

@@ -75,20 +75,34 @@ def sentence(error):
 
 
 @pytest.mark.parametrize("part", range(5))
-def test_350_settings(part, tmp_path, capsys):
-    """Every number of the command set to what it may not be, and to what it may: then the model is missing, which is said."""
+def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
+    """Every number of the command set to what it may not be, and to what it may: then a run begins, and ends once it is traced."""
+
+    def trace(trainer, on_update=None):
+        state, prompts = trainer.state, trainer.prompts.take(np.zeros(trainer.agent.config.batch_size, int))
+        rollout = jax.eval_shape(trainer._steps.sample, state, prompts.tokens, prompts.mask, frozen=trainer.frozen)
+        scores = jax.eval_shape(trainer._steps.score, state, trainer.ref_params, rollout, frozen=trainer.frozen)
+        task = jax.ShapeDtypeStruct(rollout.ended.shape, jnp.float32)
+        jax.eval_shape(trainer._steps.learn, state, rollout, scores, task, frozen=trainer.frozen)
+        raise ValueError("The settings can be traced.")
+
+    monkeypatch.setattr("ppo_jax.train.Trainer.run", trace)
+    (tmp_path / "r.py").write_text("def f(prompts, responses):\n    return [0.0] * len(responses)\n")
+    (tmp_path / "p.txt").write_text("a b\nc\n")
+    base = ["train", "--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--reward", f"{tmp_path / 'r.py'}:f",
+            "--ppo.max-new-tokens", "8", "--ppo.batch-size", "8", "--loop.no-tensorboard"]  # fmt: skip
     chance = random.Random(part)
     fields = [*(f"ppo.{name.replace('_', '-')}" for name in vars(everything.PPO)), "loop.updates", "loop.keep", "loop.save-every",
               "loop.faults.reward-timeout-s", "lora.rank", "lora.alpha", "dtype", "preset", "resume", "no-such-option"]  # fmt: skip
     values = ["nan", "inf", "-inf", "-1", "0", "1e999", "", "None", "🙂", "[]", "true", "9" * 30, "0x10", "1e-400", "7", "--"]
-    for _ in range(70):
+    for number in range(70):
         args = [x for _ in range(chance.choice((1, 2))) for x in (f"--{chance.choice(fields)}", chance.choice(values))]
-        base = ["train", "--model", str(tmp_path / "none"), "--prompts", "p", "--reward", "r.py:f", "--out", str(tmp_path / "out")]
+        out = tmp_path / str(number)
         with pytest.raises(SystemExit) as stop:
-            cli.main(base + args)
+            cli.main([*base, "--out", str(out), *args])
         said = capsys.readouterr()
         assert stop.value.code == 2 and len(said.err + said.out) > 15 and "Traceback" not in said.err, (args, said)
-        assert not (tmp_path / "out").exists()
+        assert out.exists() == ("can be traced" in said.err), (args, said)
 
 
 def test_600_prompt_files(tmp_path):

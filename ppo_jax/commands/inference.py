@@ -11,7 +11,7 @@ import numpy as np
 
 from ppo_jax import data, rollout
 from ppo_jax.commands.loading import check_top_k, load_model, load_reward, pad_id, stop_ids
-from ppo_jax.config import SettingError
+from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.types import Rollout
 
@@ -42,6 +42,7 @@ class Sampling:
     """Responses at a time; the samples do not depend on it."""
 
     def __post_init__(self):
+        check_numbers(self)
         if self.batch_size < 1:
             raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
 

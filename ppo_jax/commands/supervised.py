@@ -11,7 +11,7 @@ import numpy as np
 
 from ppo_jax import data, reward_model, sft
 from ppo_jax.commands.loading import load_model
-from ppo_jax.config import SettingError
+from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.logging import check_free, claim, plain, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models.transformer import language_model
@@ -47,6 +47,7 @@ class Fit:
     weight: ClassVar[Callable[..., float]] = staticmethod(sft.len_of_first)  # of a batch in the held-out loss
 
     def __post_init__(self):
+        check_numbers(self)
         for name in ("length", "epochs", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")

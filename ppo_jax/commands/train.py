@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ppo_jax import iteration, parallel, processes, provenance
 from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
-from ppo_jax.config import PPOConfig, SettingError
+from ppo_jax.config import PPOConfig, SettingError, check_numbers
 from ppo_jax.logging import check_free, read_lines, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models import lora as low_rank
@@ -34,6 +34,7 @@ class Adapters:
     """Count it alpha / sqrt(rank) instead."""
 
     def __post_init__(self):
+        check_numbers(self, "lora.")
         if self.rank < 0:
             raise SettingError(f"lora.rank must not be negative, but is {self.rank}.")
         try:
