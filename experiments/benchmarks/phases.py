@@ -95,6 +95,7 @@ def measure(options: Phases) -> dict[str, Any]:
         "scoring/share_of_peak": flops["score"] / median["scoring"] / rate,
         "rollout/share_of_bound": bound / median["rollout"], "rollout/bound_s": bound,
         "peak_bytes": peak, "predicted_peak_bytes": predicted,
+        "million_episodes_h": median["iteration"] * 1e6 / work.prompts / 3600,  # OpenAI's run of 2019 took 4.8 hours
     }  # fmt: skip
 
 
