@@ -139,7 +139,6 @@ def test_we_write_shards(tmp_path):
     loaded = pretrained.load_policy(tmp_path / "a")
     table = pretrained.family_of("llama").rules(loaded.config)
     weights.write_safetensors(tmp_path / "a", weights.from_params(loaded.params, weights.expand(table, 3)), shard_bytes=20_000)
-    (tmp_path / "a/model.safetensors").unlink()
     again = pretrained.load_policy(tmp_path / "a")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, again.params)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
@@ -211,3 +210,35 @@ def test_shards_are_written_one_at_a_time(tmp_path):
     stored = weights.StoredTensors(tmp_path)
     assert set(stored) == set(made) and all((stored[name] == x).all() for name, x in made.items())
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_no_weights_of_an_older_model_stay_in_a_folder(tmp_path):
+    kept = {name: np.full((4, 4), i, np.float32) for i, name in enumerate(("notes.safetensors", "x", "y"))}
+    weights.save_file({"x": kept["x"]}, tmp_path / "notes.safetensors")
+    for names, bound, files in ((("x", "y"), 64, 2), (("y",), 128, 1), (("x", "y"), 64, 2)):
+        weights.write_safetensors(tmp_path, [(name, kept[name]) for name in names], shard_bytes=bound)
+        assert set(weights.StoredTensors(tmp_path)) == set(names)
+        assert len(list(tmp_path.glob("model*.safetensors"))) == files
+        assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
+    assert (tmp_path / "notes.safetensors").exists()  # no model's
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"x": "../../outside.safetensors", "y": "notes.txt"}}')
+    (tmp_path / "notes.txt").touch()
+    weights.write_safetensors(tmp_path, [("x", kept["x"])])
+    assert not index.exists() and (tmp_path / "notes.txt").exists()
+    single = tmp_path / "model.safetensors"
+    assert single.stat().st_mode == (tmp_path / "notes.txt").stat().st_mode  # what the umask says
+
+
+def test_the_single_file_counts_where_an_index_lies_beside_it_as_in_transformers(tmp_path):
+    weights.write_safetensors(tmp_path, [("old", np.zeros(2, np.float32)), ("x", np.zeros(2, np.float32))], shard_bytes=8)
+    weights.save_file({"new": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    assert set(weights.StoredTensors(tmp_path)) == {"new"}
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    peer("llama", tmp_path)
+    stored = dict(weights.StoredTensors(tmp_path))
+    weights.write_safetensors(tmp_path, {**stored, "model.norm.weight": np.ones(32, np.int8)}.items())
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is of int8"):
+        pretrained.load_policy(tmp_path)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from ppo_jax.models import weights
 from ppo_jax.models.config import TransformerConfig
@@ -153,7 +153,7 @@ def save_adapter(folder: str | Path, adapters: Params, lora: LoRA, config: Trans
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights.save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tuple[Params, float]:
