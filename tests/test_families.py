@@ -39,7 +39,7 @@ CASES = {
     "qwen3": ("Qwen3", {**GROUPED, "head_dim": 12}),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3", {**GEMMA, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-                          "final_logit_softcapping": 5.0}),
+                          "final_logit_softcapping": 5.0, "attn_logit_softcapping": 1.0}),
     "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
     "bert, apart": ("Bert", {"is_decoder": True, "tie_word_embeddings": False}),
     "roberta": ("Roberta", {"is_decoder": True, "pad_token_id": 0}),
@@ -117,8 +117,14 @@ def test_scores_equal_transformers_and_come_back(tmp_path, name):
     loaded = pretrained.load_scorer(tmp_path / "a")
     got = heads.reward_model(loaded.config)(loaded.params, jnp.asarray(tokens), jnp.asarray(tokens != 0))
     np.testing.assert_allclose(got, want, atol=1e-5)
+    if loaded.config.causal:
+        del loaded.hf_config["pad_token_id"]  # as GPT-2 has none; the end id, 1, stands in
     pretrained.save_scorer(tmp_path / "b", loaded)
     again = type(model).from_pretrained(tmp_path / "b").eval()
+    if loaded.config.causal:
+        with torch.no_grad():
+            together = again(torch.tensor(np.where(tokens, tokens, 1)), attention_mask=torch.tensor(tokens != 0).long())
+        np.testing.assert_allclose(together.logits[:, 0], want, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(again(torch.tensor(tokens[:1])).logits, model(torch.tensor(tokens[:1])).logits)
 
@@ -148,6 +154,7 @@ def test_we_write_shards(tmp_path):
     ({"model_type": "mamba"}, "'mamba' is not supported; known are bert, gemma2"),
     ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
     ({"num_key_value_heads": 3}, "must be a multiple of kv_heads=3"),
     ({"hidden_size": None}, "'hidden_size'"),
 ])  # fmt: skip
@@ -156,6 +163,19 @@ def test_a_config_that_cannot_be_is_refused(changes, says):
     hf = {k: v for k, v in {**hf, **changes}.items() if not (k in changes and v is None)}
     with pytest.raises(ValueError, match=says):
         pretrained.config_of(hf)
+
+
+@pytest.mark.parametrize("name", [
+    "GPT2", "GPTNeo", "GPTNeoX", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Bert", "Roberta", "XLMRoberta",
+])  # fmt: skip
+def test_a_key_that_a_config_lacks_means_what_transformers_takes_for_it(name):
+    sizes = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")}
+    few = {"num_attention_heads": 32, **sizes, "hidden_size": 128} if name[:4] in ("Llam", "Mist", "Qwen", "Gemm") else {}
+    for more in ({}, {"use_sliding_window": True, "max_window_layers": 1}, {"sliding_window": None}):
+        if more and not few:
+            continue
+        theirs = getattr(transformers, f"{name}Config")(**few, **more)
+        assert pretrained.config_of({"model_type": theirs.model_type, **few, **more}) == pretrained.config_of(theirs.to_dict())
 
 
 def test_a_bfloat16_base_is_saved_as_the_float32_that_it_says(tmp_path):

@@ -155,7 +155,10 @@ def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
 
 
 def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
-    """Writes a folder that `transformers.AutoModelForSequenceClassification` loads."""
+    """Writes a folder that `transformers.AutoModelForSequenceClassification` loads.
+
+    There a row ends before its last pad ids, so a config without a pad id gets the tokenizer's, or the end id.
+    """
     kind = model.hf_config["model_type"]
     family, config = family_of(kind), dataclasses.replace(model.config, lm_transform=False, tied=True)
     # An output matrix of its own has no place in a model that scores.
@@ -163,6 +166,8 @@ def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     tensors = dict(weights.from_params(trunk, weights.expand(family.rules(config), config.layers)))
     tensors |= dict(weights.from_params(model.params["head"], family.score))
     extra = {"architectures": [family.classes[kind][1]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    pads = [model.hf_config.get("pad_token_id"), *([] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id])]
+    extra["pad_token_id"] = next((i for i in (*pads, *model.end_ids) if i is not None), None)
     _write(folder, {**model.hf_config, **extra}, tensors.items(), tokenizer)
 
 
