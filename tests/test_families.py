@@ -39,7 +39,7 @@ CASES = {
     "qwen3": ("Qwen3", {**GROUPED, "head_dim": 12}),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3", {**GEMMA, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-                          "final_logit_softcapping": 5.0}),
+                          "final_logit_softcapping": 5.0, "attn_logit_softcapping": 1.0}),
     "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
     "bert, apart": ("Bert", {"is_decoder": True, "tie_word_embeddings": False}),
     "roberta": ("Roberta", {"is_decoder": True, "pad_token_id": 0}),
@@ -117,8 +117,14 @@ def test_scores_equal_transformers_and_come_back(tmp_path, name):
     loaded = pretrained.load_scorer(tmp_path / "a")
     got = heads.reward_model(loaded.config)(loaded.params, jnp.asarray(tokens), jnp.asarray(tokens != 0))
     np.testing.assert_allclose(got, want, atol=1e-5)
+    if loaded.config.causal:
+        del loaded.hf_config["pad_token_id"]  # as GPT-2 has none; the end id, 1, stands in
     pretrained.save_scorer(tmp_path / "b", loaded)
     again = type(model).from_pretrained(tmp_path / "b").eval()
+    if loaded.config.causal:
+        with torch.no_grad():
+            together = again(torch.tensor(np.where(tokens, tokens, 1)), attention_mask=torch.tensor(tokens != 0).long())
+        np.testing.assert_allclose(together.logits[:, 0], want, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(again(torch.tensor(tokens[:1])).logits, model(torch.tensor(tokens[:1])).logits)
 
@@ -139,7 +145,6 @@ def test_we_write_shards(tmp_path):
     loaded = pretrained.load_policy(tmp_path / "a")
     table = pretrained.family_of("llama").rules(loaded.config)
     weights.write_safetensors(tmp_path / "a", weights.from_params(loaded.params, weights.expand(table, 3)), shard_bytes=20_000)
-    (tmp_path / "a/model.safetensors").unlink()
     again = pretrained.load_policy(tmp_path / "a")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, again.params)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
@@ -149,6 +154,7 @@ def test_we_write_shards(tmp_path):
     ({"model_type": "mamba"}, "'mamba' is not supported; known are bert, gemma2"),
     ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
     ({"num_key_value_heads": 3}, "must be a multiple of kv_heads=3"),
     ({"hidden_size": None}, "'hidden_size'"),
 ])  # fmt: skip
@@ -157,6 +163,19 @@ def test_a_config_that_cannot_be_is_refused(changes, says):
     hf = {k: v for k, v in {**hf, **changes}.items() if not (k in changes and v is None)}
     with pytest.raises(ValueError, match=says):
         pretrained.config_of(hf)
+
+
+@pytest.mark.parametrize("name", [
+    "GPT2", "GPTNeo", "GPTNeoX", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Bert", "Roberta", "XLMRoberta",
+])  # fmt: skip
+def test_a_key_that_a_config_lacks_means_what_transformers_takes_for_it(name):
+    sizes = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")}
+    few = {"num_attention_heads": 32, **sizes, "hidden_size": 128} if name[:4] in ("Llam", "Mist", "Qwen", "Gemm") else {}
+    for more in ({}, {"use_sliding_window": True, "max_window_layers": 1}, {"sliding_window": None}):
+        if more and not few:
+            continue
+        theirs = getattr(transformers, f"{name}Config")(**few, **more)
+        assert pretrained.config_of({"model_type": theirs.model_type, **few, **more}) == pretrained.config_of(theirs.to_dict())
 
 
 def test_a_bfloat16_base_is_saved_as_the_float32_that_it_says(tmp_path):
@@ -211,3 +230,35 @@ def test_shards_are_written_one_at_a_time(tmp_path):
     stored = weights.StoredTensors(tmp_path)
     assert set(stored) == set(made) and all((stored[name] == x).all() for name, x in made.items())
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_no_weights_of_an_older_model_stay_in_a_folder(tmp_path):
+    kept = {name: np.full((4, 4), i, np.float32) for i, name in enumerate(("notes.safetensors", "x", "y"))}
+    weights.save_file({"x": kept["x"]}, tmp_path / "notes.safetensors")
+    for names, bound, files in ((("x", "y"), 64, 2), (("y",), 128, 1), (("x", "y"), 64, 2)):
+        weights.write_safetensors(tmp_path, [(name, kept[name]) for name in names], shard_bytes=bound)
+        assert set(weights.StoredTensors(tmp_path)) == set(names)
+        assert len(list(tmp_path.glob("model*.safetensors"))) == files
+        assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
+    assert (tmp_path / "notes.safetensors").exists()  # no model's
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"x": "../../outside.safetensors", "y": "notes.txt"}}')
+    (tmp_path / "notes.txt").touch()
+    weights.write_safetensors(tmp_path, [("x", kept["x"])])
+    assert not index.exists() and (tmp_path / "notes.txt").exists()
+    single = tmp_path / "model.safetensors"
+    assert single.stat().st_mode == (tmp_path / "notes.txt").stat().st_mode  # what the umask says
+
+
+def test_the_single_file_counts_where_an_index_lies_beside_it_as_in_transformers(tmp_path):
+    weights.write_safetensors(tmp_path, [("old", np.zeros(2, np.float32)), ("x", np.zeros(2, np.float32))], shard_bytes=8)
+    weights.save_file({"new": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    assert set(weights.StoredTensors(tmp_path)) == {"new"}
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    peer("llama", tmp_path)
+    stored = dict(weights.StoredTensors(tmp_path))
+    weights.write_safetensors(tmp_path, {**stored, "model.norm.weight": np.ones(32, np.int8)}.items())
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is of int8"):
+        pretrained.load_policy(tmp_path)

@@ -12,7 +12,7 @@ from test_train import policy, tokenizer
 from ppo_jax import cli
 from ppo_jax.commands import models
 from ppo_jax.config import PPOConfig
-from ppo_jax.models import lora, pretrained, sizes
+from ppo_jax.models import heads, lora, pretrained, sizes
 from ppo_jax.models.transformer import init_params
 
 PUBLISHED = {"gpt3-125m": 125e6, "gpt3-350m": 350e6, "gpt3-760m": 760e6, "gpt3-2.7b": 2.7e9, "gpt3-6.7b": 6.7e9, "gpt3-13b": 13e9,
@@ -29,11 +29,28 @@ def test_gpt3_has_the_parameters_that_its_name_says(size):
 def test_info_counts_what_is_in_the_file(tmp_path, capsys):
     model = policy()
     pretrained.save_policy(tmp_path, model, tokenizer())
-    cli.main(["info", "--model", str(tmp_path), "--ppo.batch-size", "8"])
+    cli.main(["info", "--model", str(tmp_path), "--ppo.batch-size", "8", "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
     said = capsys.readouterr().out
     assert f"gpt2, {pretrained.count_params(model.params):,} parameters" in said and "together" in said
     with pytest.raises(SystemExit):
         cli.main(["info", "--model", str(tmp_path / "none")])
+
+
+def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(tmp_path, capsys, monkeypatch):
+    model = policy()
+    pretrained.save_policy(tmp_path, model)
+    (tmp_path / "model.safetensors").unlink()
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path)
+    for name in (str(tmp_path), "an/id"):
+        cli.main(["info", "--model", name, "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
+        assert f"{pretrained.count_params(model.params):,} parameters" in capsys.readouterr().out
+    assert asked == [("config.json",)]
+    room = model.config.positions - 8
+    for command, tokens in (("info", -50), ("info", room + 1), ("plan", 0)):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--model", str(tmp_path), "--ppo.max-new-tokens", "8", "--prompt-tokens", str(tokens)])
+        assert f"prompt_tokens={tokens} must lie in 1 .. {room}" in capsys.readouterr().err
 
 
 def test_memory_falls_with_adapters_remat_and_micro_batches():
@@ -71,6 +88,19 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
     close = functools.partial(np.testing.assert_allclose, atol=1e-6)  # the product is summed in another order
     jax.tree.map(close, pretrained.load_policy(tmp_path / "new").params, want)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert (
+        transformers.GenerationConfig.from_pretrained(tmp_path / "new").eos_token_id == model.hf_config["eos_token_id"] is not None
+    )
+    scorer = model._replace(params=heads.init_scorer(model.config, jax.random.key(0), model.params))
+    pretrained.save_scorer(tmp_path / "scorer", scorer, tokenizer())
+    small = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    transformers.BertModel(small).save_pretrained(tmp_path / "encoder")
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert "exists already" in capsys.readouterr().err
+    refused = {"new.gguf": ("base", "no GGUF file"), "other": ("scorer", "is a GPT2ForSequenceClassification, without"),
+               "third": ("encoder", "is a BertModel, without")}  # fmt: skip
+    for out, (source, says) in refused.items():
+        with pytest.raises(SystemExit):
+            cli.main(["convert", "--model", str(tmp_path / source), "--out", str(tmp_path / out)])
+        assert says in capsys.readouterr().err and not (tmp_path / out).exists()

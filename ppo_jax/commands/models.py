@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from ppo_jax.commands.loading import load_model
 from ppo_jax.commands.train import Adapters
-from ppo_jax.config import PPOConfig
-from ppo_jax.models import heads, lora, pretrained, sizes
+from ppo_jax.config import PPOConfig, SettingError
+from ppo_jax.models import gguf_format, heads, lora, pretrained, sizes
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params
 from ppo_jax.types import overlay
@@ -19,7 +19,7 @@ from ppo_jax.types import overlay
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Read a model in any format that is known and write it in the Hugging Face format, float32 safetensors."""
+    """Read a language model in any format that is known and write it in the Hugging Face format, float32 safetensors."""
 
     model: str
     """A folder, a Hugging Face id or a .gguf file."""
@@ -31,12 +31,25 @@ class Convert:
     def run(self) -> None:
         if self.out.exists():
             raise ValueError(f"{self.out} exists already; choose another folder.")
+        if gguf_format.is_gguf(self.out):
+            raise ValueError(f"convert writes a folder in the Hugging Face format, no GGUF file; {self.out} names a .gguf.")
+        _check_language_model(self.model)
         policy, tokenizer = load_model(self.model, causal=False)
         if self.adapter is not None:
             adapters, scale = lora.load_adapter(self.adapter, policy.config, policy.hf_config["model_type"])
             policy = policy._replace(params=lora.merge(overlay(policy.params, adapters), scale))
         pretrained.save_policy(self.out, policy, tokenizer)
         print(f"{self.out} holds the model as transformers loads it.")
+
+
+def _check_language_model(model: str) -> None:
+    """Raises ValueError for a model whose config says that it scores a text, or is an encoder alone."""
+    hf = pretrained.read_config(model)
+    name = str((hf.get("architectures") or [""])[0])
+    bare = name.endswith("Model") and not name.endswith("HeadModel") and pretrained.config_of(hf).lm_transform
+    if bare or name.endswith("ForSequenceClassification"):
+        raise ValueError(f"convert takes language models; {model} is a {name}, without an output over words. Encoders and reward "
+                         "models in safetensors are read as they are.")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +71,7 @@ class Info:
 
     def run(self) -> None:
         kind, config = describe(self.model, self.dtype, self.remat)
+        check_prompt(self.prompt_tokens, self.ppo, config)
         trunk = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         print(f"{self.model}: {kind}, {pretrained.count_params(trunk):,} parameters")
         print(f"{config.layers} layers, width {config.width}, {config.heads} heads of {config.head_width}, "
@@ -75,6 +89,14 @@ def describe(model: str, dtype: str, remat: bool) -> tuple[str, TransformerConfi
         return size.__name__, dataclasses.replace(size(model), dtype=jnp.dtype(dtype), remat=remat)
     hf = pretrained.read_config(model)
     return hf["model_type"], pretrained.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
+
+
+def check_prompt(prompt_tokens: int, ppo: PPOConfig, config: TransformerConfig) -> None:
+    """Raises SettingError if no prompt of so many tokens, with a response, fits the model's positions."""
+    room = config.positions - ppo.max_new_tokens
+    if not 1 <= prompt_tokens <= room:
+        raise SettingError(f"prompt_tokens={prompt_tokens} must lie in 1 .. {room}, the model's {config.positions} positions less "
+                           f"max_new_tokens={ppo.max_new_tokens}.")  # fmt: skip
 
 
 def memory(

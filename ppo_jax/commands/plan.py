@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from ppo_jax import parallel, plan
-from ppo_jax.commands.models import describe
+from ppo_jax.commands.models import check_prompt, describe
 from ppo_jax.commands.train import Adapters
 from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.logging import write_json
@@ -51,6 +51,7 @@ class Plan:
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for another machine cannot be kept
         kind, config = describe(self.model, self.dtype, self.remat)
+        check_prompt(self.prompt_tokens, self.ppo, config)
         sizes = parallel.parse_mesh(self.mesh)
         devices = plan.make_topology(self.topology)
         mesh, chip = parallel.make_mesh(sizes, devices), plan.CHIPS[self.topology.partition(":")[0]]

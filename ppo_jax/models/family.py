@@ -56,16 +56,16 @@ def rotary(settings: dict[str, Any], *, base: float, head: int, positions: int, 
     kind = settings.get("rope_type") or settings.get("type") or "default"
     base = float(settings.get("rope_theta") or base)
     width = int(head * (settings.get("partial_rotary_factor") or share))
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3.")
     if kind == "default":
         return Rotary(base=base, width=width)
     factor = float(settings["factor"])
     if kind == "linear":
         return Rotary(base=base, width=width, scale=factor)
-    if kind == "llama3":
-        old = settings.get("original_max_position_embeddings") or positions
-        bands = (old / settings["low_freq_factor"], old / settings["high_freq_factor"])
-        return Rotary(base=base, width=width, scale=factor, bands=bands)
-    raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3.")
+    old = settings.get("original_max_position_embeddings") or positions
+    bands = (old / settings["low_freq_factor"], old / settings["high_freq_factor"])
+    return Rotary(base=base, width=width, scale=factor, bands=bands)
 
 
 def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
@@ -78,11 +78,9 @@ def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def windows(hf: dict[str, Any], layers: int, default: list[str]) -> tuple[int | None, ...] | None:
-    """The window of each layer, of a config's `layer_types`."""
-    size = hf.get("sliding_window")
-    types = hf.get("layer_types") or default
-    if len(types) != layers:
-        raise ValueError(f"layer_types has {len(types)} entries for {layers} layers.")
-    found = tuple(size if kind == "sliding_attention" else None for kind in types)
+def windows(size: int | None, kinds: list[str], layers: int) -> tuple[int | None, ...] | None:
+    """The window of each layer, of a config's `layer_types` or what stands for them."""
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for {layers} layers.")
+    found = tuple(size if kind == "sliding_attention" else None for kind in kinds)
     return found if any(found) else None

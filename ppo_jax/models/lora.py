@@ -18,13 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from ppo_jax.models import weights
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import family_of
 from ppo_jax.models.transformer import init_params
 from ppo_jax.types import Params
+
+# Settings of peft by which an adapter is another function than plain LoRA's, or brings parameters of other kinds.
+_VARIANTS = (
+    "use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora", "use_bdlora", "monteclora_config", "arrow_config",
+    "kasa_config", "layer_replication", "trainable_token_indices", "modules_to_save",
+)  # fmt: skip
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # named beginnings that leave the base as it is
 
 
 class LoRA(NamedTuple):
@@ -43,6 +50,10 @@ class LoRA(NamedTuple):
 
 def init_lora(base: Params, key: jax.Array, lora: LoRA) -> Params:
     """Fresh adapters, which change nothing: A uniform in ±1/√in, B zero.
+
+    What they add is exactly 0, so the logits keep every bit run op by op, and compiled where queries, keys and values are adapted.
+    Where layers before a residual are (`attn/o`, `mlp/down`), XLA may fuse the program otherwise and sum a norm in another order:
+    compiled float32 logits then differ by rounding, about 1e-6.
 
     Args:
       base: a model's parameters.
@@ -146,14 +157,16 @@ def save_adapter(folder: str | Path, adapters: Params, lora: LoRA, config: Trans
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights.save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tuple[Params, float]:
     """Adapters that `peft` or `save_adapter` wrote, and the scale that `TransformerConfig.lora_scale` must be.
 
+    It is that of the first layer; where another's differs (`rank_pattern`, `alpha_pattern`), its B makes up for it.
+
     Raises:
-      ValueError: if the files are not there, hold another kind of adapter, scales that differ, or layers that the model lacks.
+      ValueError: if the files are not there, hold another kind of adapter, or layers that the model lacks.
     """
     folder = Path(folder)
     try:
@@ -163,30 +176,45 @@ def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tu
         raise ValueError(f"{folder} holds no adapter in the format of peft: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{folder} holds no adapter in the format of peft: its config is no JSON object.")
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora") or settings.get("bias", "none") != "none":
-        raise ValueError(f"{folder} holds an adapter of another kind than plain LoRA (peft_type {settings.get('peft_type')!r}).")
-    adapters, scales = {}, []
+    _check_plain(settings, folder)
+    adapters, scale = {}, None
     shapes = flatten_dict(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), sep="/")
     for rule in weights.expand(family_of(kind).rules(config), config.layers):
         module = rule.stored.removesuffix(".weight")
         names = [f"base_model.model.{module}.lora_{x}.weight" for x in "AB"]
-        if names[0] not in stored:
+        if names[0] not in stored or not rule.ours[0].endswith("/kernel"):
             continue
         alpha = _pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
-        if names[1] not in stored or not isinstance(alpha, int | float):
-            raise ValueError(f"{folder} does not fit: {names[1] if names[1] not in stored else 'lora_alpha'} is missing.")
+        if names[1] not in stored or not isinstance(alpha, int | float) or alpha <= 0:
+            what = f"{names[1]} is missing" if names[1] not in stored else f"lora_alpha is {alpha!r}, no number above 0"
+            raise ValueError(f"{folder} does not fit: {what}.")
         a, b = (np.asarray(stored.pop(name), np.float32) for name in names)
-        scales.append(alpha / (a.shape[0] ** 0.5 if settings.get("use_rslora") else a.shape[0]))
+        own = alpha / (a.shape[0] ** 0.5 if settings.get("use_rslora") else a.shape[0])
+        scale = own if scale is None else scale
         for kernel, part in weights.transposed(rule).load(b).items():
             path = kernel.removesuffix("/kernel")
             if (a.shape[1], part.shape[1], part.shape[0]) != (*shapes[kernel].shape, a.shape[0]):
                 raise ValueError(f"{folder} does not fit: {module} is {shapes[kernel].shape} in the model, but the adapter's parts "
                                  f"are {a.T.shape} and {part.shape}.")  # fmt: skip
-            adapters[f"{path}/lora_a"], adapters[f"{path}/lora_b"] = jnp.asarray(a.T), jnp.asarray(part)
-    if stored or not scales or not np.allclose(scales, scales[0], rtol=1e-9):
-        found = sorted(set(scales))
-        raise ValueError(f"{folder} does not fit: tensors {sorted(stored)} are left over, the scales are {found}.")
-    return unflatten_dict(adapters, sep="/"), scales[0]
+            adapters[f"{path}/lora_a"], adapters[f"{path}/lora_b"] = jnp.asarray(a.T), jnp.asarray(part * (own / scale))
+    if stored or scale is None:
+        raise ValueError(f"{folder} does not fit: tensors {sorted(stored)} are left over; only linear layers can be adapted, no "
+                         "embedding and no output matrix such as lm_head.")  # fmt: skip
+    return unflatten_dict(adapters, sep="/"), scale
+
+
+def _check_plain(settings: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError for an adapter that is more than a product of two matrices beside a layer of the model as it is."""
+    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
+        kind = {name: settings.get(name) for name in ("peft_type", "bias")}
+        raise ValueError(f"{folder} holds an adapter of another kind than plain LoRA: {kind}.")
+    found = [name for name in _VARIANTS if settings.get(name)]
+    if found:
+        raise ValueError(f"{folder} holds an adapter of another kind than plain LoRA: {found[0]} is {settings[found[0]]!r}.")
+    start = settings.get("init_lora_weights")
+    if not isinstance(start, bool | None) and str(start).lower() not in _STARTS:
+        raise ValueError(f"{folder} holds an adapter over a base that init_lora_weights {start!r} changed; peft's save_pretrained "
+                         "makes one for the base as it was by path_initial_model_for_weight_conversion.")  # fmt: skip
 
 
 def _adapted(config: TransformerConfig, kind: str, paths: set[str]):

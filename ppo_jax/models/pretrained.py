@@ -39,8 +39,8 @@ class Pretrained(NamedTuple):
         return tuple(dict.fromkeys(i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])))
 
 
-def resolve(model: str | Path) -> Path:
-    """A local folder as it is, else the snapshot of a Hugging Face id.
+def resolve(model: str | Path, files: tuple[str, ...] = _FILES) -> Path:
+    """A local folder as it is, else the snapshot of a Hugging Face id, of these files.
 
     Raises:
       ValueError: if there is neither.
@@ -52,7 +52,7 @@ def resolve(model: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=_FILES))
+        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=files))
     except Exception as error:  # the hub raises many kinds; each means that there is no such model to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{str(model)!r} is no folder here, nor a model that the hub gives: {reason}") from error
@@ -136,12 +136,12 @@ def config_of(hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = Fal
 
 
 def read_config(model: str | Path) -> dict[str, Any]:
-    """The `config.json` of a model, or what a .gguf file says in its place.
+    """The `config.json` of a model, or what a .gguf file says in its place; weights need not be there.
 
     Raises:
       ValueError: if there is none, or its family is not known.
     """
-    return _read(model)[1]
+    return gguf_format.read(Path(model))[0] if gguf_format.is_gguf(model) else _config_in(resolve(model, ("config.json",)))
 
 
 def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
@@ -150,12 +150,18 @@ def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     family = family_of(kind)
     tensors = weights.from_params(model.params, weights.expand(family.rules(model.config), model.config.layers))
     _write(folder, {**model.hf_config, "architectures": [family.classes[kind][0]]}, tensors, tokenizer)
-    if model.generation is not None:
-        (Path(folder) / "generation_config.json").write_text(json.dumps(model.generation, indent=2) + "\n")
+    generation = model.generation
+    if generation is None:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {name: model.hf_config[name] for name in ids if model.hf_config.get(name) is not None}
+    (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
-    """Writes a folder that `transformers.AutoModelForSequenceClassification` loads."""
+    """Writes a folder that `transformers.AutoModelForSequenceClassification` loads.
+
+    There a row ends before its last pad ids, so a config without a pad id gets the tokenizer's, or the end id.
+    """
     kind = model.hf_config["model_type"]
     family, config = family_of(kind), dataclasses.replace(model.config, lm_transform=False, tied=True)
     # An output matrix of its own has no place in a model that scores.
@@ -163,6 +169,8 @@ def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     tensors = dict(weights.from_params(trunk, weights.expand(family.rules(config), config.layers)))
     tensors |= dict(weights.from_params(model.params["head"], family.score))
     extra = {"architectures": [family.classes[kind][1]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    pads = [model.hf_config.get("pad_token_id"), *([] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id])]
+    extra["pad_token_id"] = next((i for i in (*pads, *model.end_ids) if i is not None), None)
     _write(folder, {**model.hf_config, **extra}, tensors.items(), tokenizer)
 
 
@@ -206,12 +214,17 @@ def _read(model: str | Path) -> tuple[Path, dict[str, Any], Mapping[str, Any]]:
     if gguf_format.is_gguf(model):
         return Path(model), *gguf_format.read(Path(model))
     folder = resolve(model)
+    hf = _config_in(folder)  # before the tensors, so that a family that is unknown is named
+    return folder, hf, weights.StoredTensors(folder)
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder} holds no config.json, so it is no model in the Hugging Face format.")
     hf = _read_json(file)
-    family_of(hf.get("model_type"))  # one that is unknown is named before the tensors are looked for
-    return folder, hf, weights.StoredTensors(folder)
+    family_of(hf.get("model_type"))
+    return hf
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -8,14 +8,16 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ppo_jax.models.sharding import put
 from ppo_jax.types import Params
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30  # of a file; larger models are split
 
 
@@ -126,7 +128,7 @@ class StoredTensors(Mapping[str, np.ndarray]):
     """The tensors of a model folder, in one safetensors file or in shards; each is read when it is asked for.
 
     Raises:
-      ValueError: if there are none, or a file is damaged. Pickles are never opened.
+      ValueError: if there are none, a file is damaged, or a tensor that is read holds whole numbers. Pickles are never opened.
     """
 
     def __init__(self, folder: Path):
@@ -139,7 +141,12 @@ class StoredTensors(Mapping[str, np.ndarray]):
                 raise ValueError(f"{file} is no readable safetensors file: {error}.") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._files[name].get_tensor(name))
+        tensor = np.asarray(self._files[name].get_tensor(name))
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(
+                f"The tensor {name} is of {tensor.dtype}, as in a quantised model; save it in float32, 16 or bfloat16."
+            )
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -149,28 +156,43 @@ class StoredTensors(Mapping[str, np.ndarray]):
 
 
 def _files(folder: Path) -> list[Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
-            raise ValueError(f"{index} is no index of safetensors files: {error}.") from error
-        # A name may not lead out of the folder.
-        return [folder / Path(name).name for name in names]
-    if single.exists():
+    index, single = folder / _INDEX, folder / _SINGLE
+    if single.exists():  # before the index, as `transformers` has it
         return [single]
+    if index.exists():
+        return [folder / name for name in _shards(index)]
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
     why = f" ({', '.join(pickles)} is a pickle, which can run code; convert it to safetensors)" if pickles else ""
     raise ValueError(f"{folder} holds no model.safetensors{why}.")
 
 
+def _shards(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return sorted({Path(name).name for name in names})  # a name may not lead out of the folder
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of safetensors files: {error}.") from error
+
+
+def save_file(tensors: dict[str, np.ndarray], file: Path) -> None:
+    """Writes one safetensors file, with the permissions that any new file gets."""
+    file.unlink(missing_ok=True)
+    file.touch()
+    mode = file.stat().st_mode
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)  # of its own accord the library lets nobody but the owner read
+
+
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `model.safetensors`, or shards of up to `shard_bytes` and their index; one file's tensors are held at a time."""
+    """Writes `model.safetensors`, or shards of up to `shard_bytes` and their index; one file's tensors are held at a time.
+
+    What the folder held of a model before goes: its single file, or its index and the shards that this names.
+    """
     shard, size, total = {}, 0, 0
     written: list[list[str]] = []  # names of the tensors of each file
 
     def write() -> None:
-        save_file(shard, folder / f"{len(written)}.part", metadata={"format": "pt"})
+        save_file(shard, folder / f"{len(written)}.part")
         written.append(list(shard))
         shard.clear()
 
@@ -180,14 +202,27 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *
             size = 0
         shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
     write()
-    files = ["model.safetensors"]
+    old, files = _stale(folder), [_SINGLE]
     if len(written) > 1:
         files = [f"model-{i + 1:05}-of-{len(written):05}.safetensors" for i in range(len(written))]
-        weight_map = {name: file for file, names in zip(files, written, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for i, file in enumerate(files):
         (folder / f"{i}.part").replace(folder / file)
+    if len(written) > 1:
+        weight_map = {name: file for file, names in zip(files, written, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        files.append(_INDEX)
+    for name in old - set(files):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _stale(folder: Path) -> set[str]:
+    """Names of the files that hold a folder's model."""
+    try:
+        shards = _shards(folder / _INDEX)
+    except ValueError:  # there is no index, or none that names anything
+        shards = []
+    return {_SINGLE, _INDEX, *(name for name in shards if name.endswith(".safetensors"))}
 
 
 def transposed(rule: Rule) -> Rule:

@@ -8,12 +8,13 @@ from ppo_jax.models.weights import Rule, linear, norm
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    third, layers, positions = hf["model_type"] == "gemma3_text", hf["num_hidden_layers"], hf["max_position_embeddings"]
+    third, layers = hf["model_type"] == "gemma3_text", hf["num_hidden_layers"]
+    positions = hf.get("max_position_embeddings", 131072 if third else 8192)
     if hf.get("use_bidirectional_attention"):
         raise ValueError("A Gemma with use_bidirectional_attention=true is an encoder, which is not supported.")
     every = hf.get("sliding_window_pattern", 6) if third else 2
     default = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    settings, local, head = rope_settings(hf), None, hf["head_dim"]
+    settings, local, head = rope_settings(hf), None, hf.get("head_dim", 256)
     if third:
         # By kind of layer in newer files; in older ones the settings are those of full attention.
         both = settings if "full_attention" in settings else {"full_attention": settings}
@@ -26,7 +27,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "width": hf["hidden_size"],
         "layers": layers,
         "heads": hf["num_attention_heads"],
-        "kv_heads": hf["num_key_value_heads"],
+        "kv_heads": hf.get("num_key_value_heads", 4),
         "head_size": head,
         "mlp_width": hf["intermediate_size"],
         "activation": activation(hf, "hidden_activation", "gelu_pytorch_tanh"),
@@ -41,12 +42,12 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "learned_positions": False,
         "rotary": rotary(settings, base=1e6 if third else 1e4, head=head, positions=positions),
         "local_rotary": local,
-        "windows": windows(hf, layers, default),
+        "windows": windows(hf.get("sliding_window", 4096), hf.get("layer_types") or default, layers),
         "tied": hf.get("tie_word_embeddings", True),
         "scale_embedding": True,
         "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        "attention_cap": hf.get("attn_logit_softcapping"),
-        "logit_cap": hf.get("final_logit_softcapping"),
+        "attention_cap": None if third else hf.get("attn_logit_softcapping", 50.0),  # Gemma 3 takes no notice of it
+        "logit_cap": hf.get("final_logit_softcapping", None if third else 30.0),
         "init_std": hf.get("initializer_range", 0.02),
     }
 

@@ -7,23 +7,28 @@ from ppo_jax.models.config import NormKind, TransformerConfig
 from ppo_jax.models.family import Family, activation, rope_settings, rotary, windows
 from ppo_jax.models.weights import Rule, linear, norm
 
+# What a config.json that lacks these keys means, by `model_type`; one that says null is another matter.
+_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_KEY_HEADS = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
+
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     kind, heads, width, layers = hf["model_type"], hf["num_attention_heads"], hf["hidden_size"], hf["num_hidden_layers"]
-    head, positions = hf.get("head_dim") or width // heads, hf.get("max_position_embeddings", 2048)
-    bias = hf.get("attention_bias", False)
+    head = hf.get("head_dim", 128 if kind == "qwen3" else None) or width // heads
+    positions = hf.get("max_position_embeddings", _POSITIONS[kind])
+    bias, window, kinds = hf.get("attention_bias", False), None, ["full_attention"] * layers
     if kind == "mistral":
-        default = ["sliding_attention"] * layers
-    else:
-        first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else layers
-        default = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        window, kinds = hf.get("sliding_window", 4096), ["sliding_attention"] * layers
+    elif kind != "llama" and hf.get("use_sliding_window"):
+        window, first = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
+        kinds = hf.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     return {
         "vocab_size": hf["vocab_size"],
         "positions": positions,
         "width": width,
         "layers": layers,
         "heads": heads,
-        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "kv_heads": hf.get("num_key_value_heads", _KEY_HEADS[kind]) or heads,
         "head_size": head,
         "mlp_width": hf["intermediate_size"],
         "activation": activation(hf, "hidden_act", "silu"),
@@ -36,7 +41,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "mlp_bias": hf.get("mlp_bias", False),
         "learned_positions": False,
         "rotary": rotary(rope_settings(hf), base=10000.0, head=head, positions=positions),
-        "windows": windows(hf, layers, default),
+        "windows": windows(window, kinds, layers),
         "tied": hf.get("tie_word_embeddings", False),
         "init_std": hf.get("initializer_range", 0.02),
     }

@@ -21,7 +21,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     if hf.get("hidden_act", "gelu") != "gelu":  # the output's layer is gelu whatever the blocks have
         raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported in RoBERTa; known: 'gelu'.")
     first = 1 + hf.get("pad_token_id", 1)
-    fields = bert.config({"vocab_size": 50265, **hf})
+    fields = bert.config({"vocab_size": 50265, **hf} if hf["model_type"] == "roberta" else hf)
     return {**fields, "position_offset": first, "positions": fields["positions"] - first}
 
 
