@@ -34,14 +34,15 @@ def _count(jaxpr: Jaxpr, trips: int) -> int:
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * depth
             continue
         inner = [_count(part, trips) for part in _parts(eqn.params)]
-        times = {"scan": eqn.params.get("length", 1), "while": trips, "shard_map": _devices(eqn)}.get(name, 1)
+        times = {"scan": eqn.params.get("length", 1), "while": trips}.get(name, 1) if name != "shard_map" else _devices(eqn)
         total += times * (max(inner, default=0) if name == "cond" else sum(inner))
     return total
 
 
 def _devices(eqn: Any) -> int:
     """Over how many devices a `shard_map` spreads its body."""
-    return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["manual_axes"]) if "manual_axes" in eqn.params else 1
+    axes = eqn.params["newly_manual_axes" if "newly_manual_axes" in eqn.params else "manual_axes"]  # the newer JAX, the older
+    return math.prod(eqn.params["mesh"].shape[axis] for axis in axes)
 
 
 def _parts(params: dict[str, Any]) -> Iterator[Jaxpr]:

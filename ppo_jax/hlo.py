@@ -3,6 +3,7 @@
 The text is not a stable interface; what is not recognised counts nothing.
 """
 
+import math
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -21,7 +22,7 @@ _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditi
 
 class Collective(NamedTuple):
     count: int
-    bytes: int  # of the whole array that each leaves or, where it scatters, reads; summed
+    bytes: int  # of the whole arrays that each leaves or, where it scatters, reads; summed
 
 
 class Account(NamedTuple):
@@ -44,21 +45,24 @@ def account(text: str) -> Account:
     """
     computations, entry, types = _parse(text)
     times, fused = _times(computations, entry)
-    found: dict[str, tuple[str, int, int]] = {}
+    found: dict[tuple, tuple[str, int, int]] = {}
     moved = cycles = 0
     for name, instructions in computations.items():
         for own, kind, opcode, rest in instructions:
             match = _COLLECTIVE.fullmatch(opcode)
             if match:
-                channel = _CHANNEL.search(rest)
-                size = max((_bytes(t) for t in (kind, *_operands(rest, types))), default=0)
-                found[channel.group(1) if channel else own] = match.group(1), size, times[name]
+                read, left = sum(_bytes(t) for t in _operands(rest, types)), _bytes(kind)
+                left -= read if match.group(2) and match.group(1) != "all-reduce" else 0  # the start of one names what it reads too
+                # One that is spread over several fusions, to run beside them, stands in each of them, on its own channel.
+                channel = _CHANNEL.search(rest) if name in fused else None
+                key = (channel.group(1), match.group(1), max(read, left)) if channel else (own,)
+                found[key] = match.group(1), max(read, left), max(times[name], found.get(key, (0, 0, 0))[2])
             if name in fused:
                 continue
             estimate = _CYCLES.search(rest)
             cycles += times[name] * int(estimate.group(1)) if estimate else 0
             if opcode not in _FREE:
-                moved += times[name] * sum(_bytes(t, memory=0, whole=True) for t in (kind, *_operands(rest, types)))
+                moved += times[name] * sum(_bytes(t, memory=0) for t in (kind, *_operands(rest, types)))
     kinds = defaultdict(lambda: Collective(0, 0))
     for kind, size, count in found.values():
         kinds[kind] = Collective(kinds[kind].count + count, kinds[kind].bytes + count * size)
@@ -118,14 +122,11 @@ def _operands(rest: str, types: dict[str, str]) -> list[str]:
     return [types[name] for name in re.findall(r"%([\w.-]+)", rest.split(")")[0]) if name in types]
 
 
-def _bytes(kind: str, memory: int | None = None, whole: bool = False) -> int:
-    """Of the largest array of a type, or of all if `whole`; of those in one memory space, if one is given."""
-    sizes = [0]
+def _bytes(kind: str, memory: int | None = None) -> int:
+    """Of all arrays of a type, or of those in one memory space."""
+    total = 0
     for name, shape, layout in _ARRAY.findall(kind):
         space = re.search(r"S\((\d+)\)", layout)
         if memory is None or (int(space.group(1)) if space else 0) == memory:
-            count = 1
-            for size in filter(None, shape.split(",")):
-                count *= int(size)
-            sizes.append(count * _BITS.get(name, 0) // 8)
-    return sum(sizes) if whole else max(sizes)
+            total += math.prod(int(size) for size in shape.split(",") if size) * _BITS.get(name, 0) // 8
+    return total

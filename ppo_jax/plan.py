@@ -52,7 +52,7 @@ class Program(NamedTuple):
     temporary: int
     peak: int  # arguments, results and temporaries at the fullest moment
     needed: int  # the peak, and what else lies on the chip meanwhile
-    flops: float  # of matrix products, a response at its longest
+    flops: float  # of matrix products, a response at its longest, shared evenly (but see `undivided`)
     moved: int  # a bound from above
     seconds: float  # of the compiler's estimate, without waiting for other chips
     collectives: dict[str, hlo.Collective]
@@ -60,7 +60,11 @@ class Program(NamedTuple):
 
 
 class TooLarge(Exception):
-    """The compiler found no way to fit a program; says what it said."""
+    """The compiler found no way to fit a program; says what it said, and how many bytes lie on a chip before any program runs."""
+
+    def __init__(self, said: str, resident: int = 0):
+        super().__init__(said)
+        self.resident = resident
 
 
 def make_topology(name: str) -> list[Any]:
@@ -114,7 +118,9 @@ def compile_iteration(
     own_critic = heads.shared_critic() if critic == "shared" else heads.separate_critic(config)
     agent = iteration.Agent(language_model(config), own_critic, ppo, stop_ids, 0)
     state, frozen, reference = _shapes(agent, config, critic, adapters, mesh)
-    resident = sum(_bytes_here(x) for x in jax.tree.leaves((state, frozen, reference if frozen is None else None)))
+    # Under adapters, policy and critic have one frozen trunk, which programs take twice.
+    twice = 0 if frozen is None or critic == "shared" else _size(frozen["critic"]["trunk"])
+    resident = _size((state, frozen, reference if frozen is None else None)) - twice
     B, rows = ppo.batch_size, rows_sharding(mesh)
     row = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=rows)
     of_rows = functools.partial(jax.tree.map, lambda x: row(x.dtype, *x.shape[1:]))
@@ -133,7 +139,8 @@ def compile_iteration(
             "update": (learn, (*further, state, rollout, scores, row(jnp.float32)),
                        {"out_shardings": (shardings(state, mesh), whole), "donate_argnums": len(further)}),
         }  # fmt: skip
-        return {name: _compile(name, *phase, mesh, chip, resident, ppo.max_new_tokens - 1) for name, phase in phases.items()}
+        of = lambda name: (resident, 0 if name == "rollout" else twice, ppo.max_new_tokens - 1)
+        return {name: _compile(name, *phase, mesh, chip, *of(name)) for name, phase in phases.items()}
 
 
 def extrapolate(config: TransformerConfig, depths: tuple[int, int], *args: Any, **more: Any) -> dict[str, Program | TooLarge]:
@@ -188,18 +195,20 @@ def _shapes(agent, config, critic, adapters, mesh):
     return tuple(None if tree is None else placed(tree, mesh) for tree in (state, frozen, reference))
 
 
-def _compile(name: str, function, args, options, mesh: Mesh, chip: Chip, resident: int, trips: int) -> Program | TooLarge:
+def _compile(
+    name: str, function, args, options, mesh: Mesh, chip: Chip, resident: int, twice: int, trips: int
+) -> Program | TooLarge:  # fmt: skip
     start = time.perf_counter()
     try:
         compiled = jax.jit(function, **options).lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return TooLarge(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "))
+        return TooLarge(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "), resident)
     seconds = time.perf_counter() - start
     memory, done = compiled.memory_analysis(), hlo.account(compiled.as_text())
-    inputs = memory.argument_size_in_bytes
-    peak = max(memory.peak_memory_in_bytes,
+    inputs = memory.argument_size_in_bytes - twice
+    peak = max(memory.peak_memory_in_bytes - twice,
                inputs + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)  # fmt: skip
     return Program(
         name, inputs, memory.temp_size_in_bytes, peak, needed=max(peak, resident + peak - inputs),
@@ -208,9 +217,22 @@ def _compile(name: str, function, args, options, mesh: Mesh, chip: Chip, residen
     )  # fmt: skip
 
 
-def _bytes_here(x: Any) -> int:
-    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return math.prod(shape) * getattr(x.dtype, "itemsize", 4)
+def _size(tree: Any) -> int:
+    """Bytes of arrays on each chip."""
+    here = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return sum(math.prod(here(x)) * getattr(x.dtype, "itemsize", 4) for x in jax.tree.leaves(tree))
+
+
+def undivided(config: TransformerConfig, mesh: Mesh) -> list[str]:
+    """What `tensor` does not divide, and all its chips compute alike: the FLOPs of a chip are then more than its share."""
+    tensor = mesh.shape["tensor"]
+    sizes = {
+        "heads": config.heads,
+        "key/value heads": config.key_heads,
+        "MLP width": config.mlp_width,
+        "vocabulary": config.vocab_size,
+    }
+    return [f"{name} {size}" for name, size in sizes.items() if size % tensor]
 
 
 def advice(programs: dict[str, Program | TooLarge], chip: Chip) -> list[str]:
@@ -219,7 +241,7 @@ def advice(programs: dict[str, Program | TooLarge], chip: Chip) -> list[str]:
     for name, program in programs.items():
         if isinstance(program, Program) and program.needed <= room:
             continue
-        resident = program.needed - (program.peak - program.arguments) if isinstance(program, Program) else 0
+        resident = program.needed - (program.peak - program.arguments) if isinstance(program, Program) else program.resident
         if resident > 0.8 * room:
             lines.append(f"{name}: parameters and optimizer fill the chip; larger fsdp or tensor, more chips, --critic shared or "
                          "--lora.rank.")  # fmt: skip

@@ -14,7 +14,9 @@ import pytest
 from test_families import peer
 
 from ppo_jax import hlo, plan
+from ppo_jax.commands.models import describe
 from ppo_jax.flops import matmul_flops
+from ppo_jax.models.transformer import init_params
 
 SMALL = [
     "--ppo.batch-size", "16", "--ppo.minibatches", "2", "--ppo.epochs", "2", "--ppo.max-new-tokens", "5", "--prompt-tokens", "6",
@@ -77,6 +79,8 @@ def test_depths_extrapolate(tmp_path, model):
     (["--model", "gpt2", "--topology", "v7:2x2"], "topology must be like v5e:4x4"),
     (["--model", "gpt2", "--topology", "v5e:3x77"], "No compiler for v5e:3x77"),
     (["--model", "gpt2", "--depths", "4", "2"], "depths must be"),
+    (["--model", "gpt2", "--depths", "2", "13"], "depths must lie within the model's 12 layers"),
+    (["--model", "gpt2", "--prompt-tokens", "0"], "prompt_tokens"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_one_sentence(args, says):
     more = ["--mesh", "data=3,fsdp=3"] if says == "The mesh" else []
@@ -92,6 +96,46 @@ def test_what_does_not_fit_says_what_to_change():
     assert "micro-batch" in plan.advice({"update": program(20, 21)}, chip)[0]
     assert "larger fsdp" in plan.advice({"update": program(3, 40)}, chip)[0]
     assert "rollout-rows" in plan.advice({"rollout": plan.TooLarge("no")}, chip)[0]
+    assert "larger fsdp" in plan.advice({"update": plan.TooLarge("no", 14 * gib)}, chip)[0]
+
+
+def test_a_gradient_is_counted_whole_where_it_is_reduced(tmp_path, model):
+    """Data parallelism sends each gradient once, in one operation of many arrays, on a channel that others have too."""
+    found, said = planned(tmp_path, "--model", model, "--topology", "v5e:2x2", "--mesh", "data=4")
+    shapes = jax.eval_shape(lambda: init_params(describe(str(model), "bfloat16", False)[1], jax.random.key(0)))
+    gradient = 2 * sum(4 * x.size for x in jax.tree.leaves(shapes))  # of policy and critic
+    assert 4 * gradient < found["update"]["collectives"]["all-reduce"]["bytes"] < 4.4 * gradient  # 2 epochs of 2 minibatches
+    assert found["update"]["flops"] > 2 * found["scoring"]["flops"] and "does not divide" not in said
+
+
+def test_collectives_on_one_channel_are_told_apart_and_pieces_of_one_are_not():
+    text = """HloModule m
+%fused_a (p: f32[2]) -> f32[8] {
+  %x = f32[2]{0} parameter(0)
+  ROOT %ga = f32[8]{0} all-gather(%x), channel_id=5, dimensions={0}
+}
+%fused_b (p: f32[2]) -> f32[8] {
+  %y = f32[2]{0} parameter(0)
+  ROOT %gb = f32[8]{0:S(1)} all-gather(%y), channel_id=5, dimensions={0}
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p0 = f32[8]{0} parameter(0)
+  %p1 = f32[2]{0} parameter(1)
+  %a = (f32[8]{0}, f32[2]{0}) all-reduce(%p0, %p1), channel_id=1, to_apply=%add
+  %b = f32[]{0} all-reduce(%c), channel_id=1, to_apply=%add
+  %s = (f32[2]{0}, f32[16]{0}) all-gather-start(%p1), channel_id=1, dimensions={0}
+  %f = f32[8]{0} fusion(%p1), kind=kCustom, calls=%fused_a
+  ROOT %g = f32[8]{0} fusion(%p1), kind=kCustom, calls=%fused_b
+}
+"""
+    assert hlo.account(text).collectives == {"all-reduce": hlo.Collective(2, 44), "all-gather": hlo.Collective(2, 64 + 32)}
+
+
+def test_what_a_mapped_function_does_counts_on_every_device():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over_rows = (jax.P("data"), jax.P())
+    mapped = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=over_rows, out_specs=jax.P("data"))
+    assert matmul_flops(mapped, jnp.ones((16, 4)), jnp.ones((4, 4))) == 2 * 16 * 16
 
 
 def test_loops_count_as_often_as_they_run():

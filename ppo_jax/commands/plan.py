@@ -52,6 +52,8 @@ class Plan:
         jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for another machine cannot be kept
         kind, config = describe(self.model, self.dtype, self.remat)
         check_prompt(self.prompt_tokens, self.ppo, config)
+        if self.depths is not None and self.depths[1] > config.layers:
+            raise SettingError(f"depths must lie within the model's {config.layers} layers, not be {self.depths}.")
         sizes = parallel.parse_mesh(self.mesh)
         devices = plan.make_topology(self.topology)
         mesh, chip = parallel.make_mesh(sizes, devices), plan.CHIPS[self.topology.partition(":")[0]]
@@ -64,6 +66,10 @@ class Plan:
               f"{','.join(f'{axis}={size}' for axis, size in mesh.shape.items())}; per device, of {chip.memory} GiB:")  # fmt: skip
         for name, program in programs.items():
             print("\n".join(_lines(name, program, chip)))
+        if whole := plan.undivided(config, mesh):
+            print(
+                f"tensor={mesh.shape['tensor']} does not divide {', '.join(whole)}: these are computed by every chip, beyond its share."
+            )
         problems = plan.advice(programs, chip)
         print("It fits." if not problems else "It does not fit:\n  " + "\n  ".join(problems))
         if self.out is not None:
