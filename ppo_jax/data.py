@@ -120,6 +120,26 @@ def pad(sequences: Sequence[Sequence[int]], *, length: int | None = None, pad_id
     return tokens, mask
 
 
+def encode_text(tokenizer: Any, text: str, *, closed: bool, **options: Any) -> list[int]:
+    """Ids of a text between the marks that its tokenizer puts around it.
+
+    The opening mark stands once, though the text (of a chat template) may begin with it too. `closed=False` leaves out those after
+    the text, such as [SEP], so that the text can go on; one that the text itself holds stays.
+    """
+    coded = tokenizer(text, return_special_tokens_mask=True, **options)
+    ids, marks = coded.input_ids, coded.special_tokens_mask
+    end = len(ids)
+    while not closed and end > 1 and marks[end - 1]:
+        end -= 1
+    twice = list(marks[:2]) == [1, 0] and ids[0] == ids[1]
+    return list(ids[twice:end])
+
+
+def end_id(tokenizer: Any) -> int | None:
+    """The id that ends a text: the tokenizer's end token, or the separator where (as BERT's) it has none."""
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
 def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions: int, new_tokens: int, pad_id: int) -> Prompts:
     """Tokenizes prompts, those of messages through the tokenizer's chat template.
 
@@ -133,7 +153,7 @@ def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions:
     ids = []
     for i, row in enumerate(rows):
         try:  # a template writes its own special tokens
-            ids.append(tokenizer(row["prompt"], add_special_tokens="messages" not in row).input_ids)
+            ids.append(encode_text(tokenizer, row["prompt"], closed=False, add_special_tokens="messages" not in row))
         except (TypeError, UnicodeError) as error:
             raise ValueError(f"Prompt {i} ({row['prompt']!r:.80}) is no text that the tokenizer takes: {error}.") from error
     for i, prompt in enumerate(ids):

@@ -89,7 +89,8 @@ class ModelReward(NamedTuple):
         return TaskScores(self.score_texts([p + r for p, r in zip(prompts.texts, responses, strict=True)]))
 
     def score_texts(self, texts: list[str]) -> np.ndarray:
-        ids = [self.tokenizer(text, truncation=True, max_length=self.length).input_ids or [self.pad_id] for text in texts]
+        cut = {"closed": True, "truncation": True, "max_length": self.length}
+        ids = [data.encode_text(self.tokenizer, text, **cut) or [self.pad_id] for text in texts]
         length = 1 << (max(map(len, ids)) - 1).bit_length()  # few lengths, so few programs
         tokens, mask = data.pad(ids, length=min(max(length, 16), self.length), pad_id=self.pad_id, left=False)
         return check_scores(self.score(self.params, tokens, mask), (len(texts),))

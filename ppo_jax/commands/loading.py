@@ -32,13 +32,13 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def stop_ids(tokenizer: Any, policy: pretrained.Pretrained, further: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's end token, those that the model's files name, its chat template's end of a turn,
+    """Ids that end a response: the tokenizer's end token (or separator, where it has none), those that the model's files name, its chat template's end of a turn,
     and further ones.
 
     Raises:
       ValueError: if a text is not exactly one token.
     """
-    ids = [tokenizer.eos_token_id, *policy.end_ids, *data.end_of_turn(tokenizer)]
+    ids = [data.end_id(tokenizer), *policy.end_ids, *data.end_of_turn(tokenizer)]
     for text in further:
         one = tokenizer(text, add_special_tokens=False).input_ids
         if len(one) != 1:
