@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from test_train import trainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import data
@@ -10,6 +11,7 @@ from ppo_jax.commands.loading import stop_ids
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.models.pretrained import Pretrained
 from ppo_jax.reward_functions import ModelReward
+from ppo_jax.types import Rollout
 
 WORDS = ["?", "<s>", "a", "b", "c", "[SEP]"]
 START, A, B, C, SEP = range(1, 6)
@@ -75,3 +77,60 @@ def test_a_reward_model_reads_a_whole_text_that_opens_once(tmp_path):
 @pytest.mark.parametrize("tokenizer, ends", [(like_bert, (SEP,)), (opening, (0,)), (lambda: marking("$A"), ())])
 def test_the_separator_ends_a_response_where_there_is_no_end_token(tokenizer, ends):
     assert stop_ids(tokenizer(), Pretrained(None, None, {})) == ends
+
+
+def sentencepiece():
+    """Metaspace as Llama's: a text's first space is lost in decoding."""
+    words = ["<s>", "</s>", *["▁The", "▁film", "▁is", "▁good", "ing", "<0x80>", "<0xE2>"]]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate([*words, *"▁Thefilmsgood"])}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    made.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def wordpiece():
+    made = Tokenizer(models.WordPiece({w: i for i, w in enumerate(["[UNK]", "[CLS]", "film", "is", "good", "##ing", "."])}))
+    made.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=made, cls_token="[CLS]")
+
+
+@pytest.mark.parametrize(
+    "tokenizer, prompt, response, text",
+    [
+        (sentencepiece, "<s> ▁The ▁film ▁is", "▁good </s>", " good"),
+        (sentencepiece, "<s> ▁The ▁film", "ing ▁is", "ing is"),
+        (sentencepiece, "<s>", "▁The ▁film", "The film"),
+        (sentencepiece, "<s> ▁The <0xE2>", "<0x80> ▁is", "\ufffd is"),
+        (wordpiece, "[CLS] film is", "good .", " good."),
+        (wordpiece, "[CLS] film", "##ing is", "ing is"),
+    ],
+)
+def test_a_response_reads_on_from_its_prompt(tokenizer, prompt, response, text):
+    made = tokenizer()
+    before, after = (made.convert_tokens_to_ids(part.split()) for part in (prompt, response))
+    for padding in (0, 3, 40):
+        tokens = np.array([[2] * padding + before + after + [2, 2]])
+        mask = np.array([[False] * padding + [True] * len(before + after) + [False, False]])
+        assert data.decode(made, tokens, mask, start=padding + len(before)) == [text]
+
+
+def test_bytes_read_the_same_alone_and_after_a_prompt():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words, chance = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="!"), np.random.default_rng(0)
+    for prompt in ("a", "The film is ☕", "naïve — café ☕☕☕☕☕☕☕ ", "ends!"):
+        ids = words(prompt).input_ids
+        tokens = np.concatenate([np.tile(ids, (50, 1)), chance.integers(0, len(alphabet), (50, 9))], axis=1)
+        mask, start = chance.random(tokens.shape) < 0.9, len(ids)
+        mask[:, :start] = True
+        assert data.decode(words, tokens, mask, start=start) == data.decode(words, tokens[:, start:], mask[:, start:])
+
+
+def test_rewards_and_samples_get_the_text_after_the_prompt(tmp_path):
+    run, words = trainer(tmp_path / "run"), sentencepiece()
+    run.tokenizer = words
+    ids = words.convert_tokens_to_ids(["▁film", "▁film", "<s>", "▁The", "▁film", "▁is", "▁good", "ing", "<s>", "▁is"])
+    mask = np.array([[False] * 2 + [True] * 8])
+    rollout = Rollout(np.array([ids]), mask, mask[:, 6:], np.zeros((1, 4), np.float32), np.array([True]))
+    assert run.texts(rollout) == [" gooding"]

@@ -32,8 +32,8 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def stop_ids(tokenizer: Any, policy: pretrained.Pretrained, further: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's end token (or separator, where it has none), those that the model's files name, its chat template's end of a turn,
-    and further ones.
+    """Ids that end a response: the tokenizer's end token (or separator, where it has none), those that the model's files name, its
+    chat template's end of a turn, and further ones.
 
     Raises:
       ValueError: if a text is not exactly one token.
