@@ -77,12 +77,12 @@ class TokenReward(NamedTuple):
 
 
 class ModelReward(NamedTuple):
-    """A reward model with its own tokenizer: prompt and response are scored as one text."""
+    """A reward model with its own tokenizer: prompt and response are scored as one text, or as much of it as `length` holds."""
 
     score: Callable[[Any, jax.Array, jax.Array], jax.Array]  # jitted `models.heads.reward_model`
     params: Any
     tokenizer: Any
-    length: int  # tokens that a text is cut to, on the tokenizer's side
+    length: int  # tokens that a text is cut to, on the tokenizer's `truncation_side`
     pad_id: int
 
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
