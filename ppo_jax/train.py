@@ -263,8 +263,9 @@ class Trainer:
         return {name: float(np.mean(x, dtype=np.float64)) for name, x in means.items()}, responses
 
     def texts(self, rollout: Rollout) -> list[str]:
-        """The responses as texts, cut after the first end token."""
-        tokens, mask = np.asarray(rollout.responses), np.asarray(rollout.response_mask)
+        """The responses as texts, cut after the first end token; each as it reads behind its prompt."""
+        tokens, mask, P = np.asarray(rollout.responses), np.asarray(rollout.response_mask), rollout.prompt_length
         late = np.arange(tokens.shape[1]) >= self.agent.config.truncate_after
         ends = np.isin(tokens, self.agent.stop_ids) & mask & late[None, :]
-        return data.decode(self.tokenizer, tokens, mask & (np.cumsum(ends, axis=1) - ends == 0))
+        kept = np.concatenate([np.asarray(rollout.mask)[:, :P], mask & (np.cumsum(ends, axis=1) - ends == 0)], axis=1)
+        return data.decode(self.tokenizer, rollout.tokens, kept, start=P)

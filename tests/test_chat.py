@@ -5,6 +5,7 @@ import json
 import pytest
 import transformers
 from test_train import policy, tokenizer
+from tokenizers import AddedToken
 
 from ppo_jax import data
 from ppo_jax.commands.loading import stop_ids
@@ -50,3 +51,26 @@ def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
     assert json.loads((tmp_path / "generation_config.json").read_text()) == model.generation
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert again.chat_template == TEMPLATE and data.end_of_turn(again) == (turn,)
+
+
+@pytest.mark.parametrize(
+    "template, found",
+    [
+        ("{% for m in messages %}{{ m.role }} {{ m.content }}<turn>\n{% endfor %}", True),
+        ("{% for m in messages %}{{ m.content|upper }}<turn>\n{% endfor %}", True),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE.replace(" t ", "<turn>"), True),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE.replace(" t ", "<turn>"), True),
+        ("{% for m in messages %}{{ m.role }}<end>{% endfor %}", False),
+        ("{{ raise_exception('never') }}", False),
+    ],
+    ids=["plain", "upper case", "demands system", "refuses system", "without content", "raises"],
+)
+def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(tmp_path, template, found):
+    words = tokenizer()
+    words.add_tokens([AddedToken("<turn>", special=True)])
+    words.chat_template = template
+    turn = words.convert_tokens_to_ids("<turn>")
+    assert turn not in words.all_special_ids
+    words.save_pretrained(tmp_path)
+    for each in (words, transformers.AutoTokenizer.from_pretrained(tmp_path)):
+        assert data.end_of_turn(each) == ((turn,) if found else ())

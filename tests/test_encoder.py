@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from test_train import tokenizer as words
 
 from experiments import assets
 from ppo_jax.models import encoder, heads, pretrained
@@ -39,6 +40,14 @@ def test_an_encoder_is_no_critic_and_a_decoder_no_encoder(minilm, tmp_path):
         heads.separate_critic(pretrained.load_trunk(assets.minilm()).config)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a decoder"):
+        encoder.load_encoder(tmp_path)
+
+
+def test_an_encoder_needs_its_own_tokenizer(tmp_path):
+    config = transformers.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gives ids up to 20, but the model has vocab_size=20"):
         encoder.load_encoder(tmp_path)
 
 

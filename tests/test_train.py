@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import cli, data, iteration
+from ppo_jax.commands.loading import load_reward
 from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.metrics import explained_variance
 from ppo_jax.models import heads, lora, pretrained
@@ -230,9 +231,8 @@ def test_a_run_in_the_folder_is_seen_before_the_model_is_read(folder, capsys):
 def test_adapters_from_the_command(folder, critic):
     """The merged model is the base under its adapter, and the run resumes."""
     if critic == "reward model":
-        critic, base = str(folder / "scorer"), policy()
-        scorer = base._replace(params=heads.init_scorer(base.config, jax.random.key(3)))
-        pretrained.save_scorer(critic, scorer, tokenizer())
+        critic = str(folder / "scorer")
+        save_scorer(critic)
     cli.main(command(folder, **{"lora.rank": 2, "lora.targets": "attn/(q|o)$", "critic": critic, "ppo.learning-rate": 1e-2}))
     base, tuned = (pretrained.load_policy(folder / name) for name in ("model", "out/model"))
     adapters, scale = lora.load_adapter(folder / "out/adapter", base.config, "gpt2")
@@ -240,6 +240,31 @@ def test_adapters_from_the_command(folder, critic):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), merged, tuned.params)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), base.params, tuned.params)
     assert moved["layer_0"]["attn"]["q"]["kernel"] and not moved["layer_0"]["attn"]["k"]["kernel"] and not moved["embedding"]
+
+
+@pytest.mark.parametrize(
+    "option, changes, says",
+    [
+        ("critic", {"positions": 5}, "critic .* has 5 positions; the longest prompt and max_new_tokens=4 need 6"),
+        ("reward", {"vocab_size": 20}, "nor a reward model: The tokenizer gives ids up to 20, but the model has vocab_size=20"),
+    ],
+)
+def test_models_that_score_must_fit(folder, capsys, option, changes, says):
+    save_scorer(folder / "scorer", **changes)
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, **{option: folder / "scorer"}))
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_a_reward_model_reads_the_end_of_a_text_that_is_too_long(folder):
+    save_scorer(folder / "scorer", positions=4)
+    scores = load_reward(str(folder / "scorer")).score_texts(["a b c d e f", "c d e f", "f e d c"])
+    assert scores[0] == scores[1] != scores[2]
+
+
+def save_scorer(place, **changes):
+    base = policy(**changes)
+    pretrained.save_scorer(place, base._replace(params=heads.init_scorer(base.config, jax.random.key(3))), tokenizer())
 
 
 def test_weights_and_biases_hears_of_every_update(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The arithmetic questions: held-out ones are never trained on, and the check agrees with the task's own."""
 
+import re
+
 import reasoning_gym
 
 from experiments import verifiable
@@ -10,6 +12,8 @@ def test_held_out_questions_are_held_out():
     assert len(test) == verifiable.N_HELD_OUT and len(train) > 100
     seen, held_out = ({row["prompt"] for row in rows} for rows in (train, test))
     assert len(held_out) == len(test) and not seen & held_out
+    swapped = {re.sub(r"(\d+) \+ (\d+)", r"\2 + \1", question) for question in held_out}
+    assert swapped - held_out and not seen & swapped
     assert verifiable.questions(seed=0) == (train, test) != verifiable.questions(seed=1)
 
 

@@ -67,7 +67,8 @@ class Sampling:
             out = generate(policy.params, jax.random.key(self.seed), batch.tokens, batch.mask, row_ids=ids)
             keep = min(size, len(prompts) - first)
             out, batch = jax.tree.map(lambda x, keep=keep: x[:keep], out), batch.take(np.arange(keep))
-            yield out, batch, data.decode(tokenizer, out.responses, out.response_mask)
+            mask = np.concatenate([batch.mask, out.response_mask], axis=1)
+            yield out, batch, data.decode(tokenizer, out.tokens, mask, start=out.prompt_length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,13 +32,13 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def stop_ids(tokenizer: Any, policy: pretrained.Pretrained, further: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's end token, those that the model's files name, its chat template's end of a turn,
-    and further ones.
+    """Ids that end a response: the tokenizer's end token (or separator, where it has none), those that the model's files name, its
+    chat template's end of a turn, and further ones.
 
     Raises:
       ValueError: if a text is not exactly one token.
     """
-    ids = [tokenizer.eos_token_id, *policy.end_ids, *data.end_of_turn(tokenizer)]
+    ids = [data.end_id(tokenizer), *policy.end_ids, *data.end_of_turn(tokenizer)]
     for text in further:
         one = tokenizer(text, add_special_tokens=False).input_ids
         if len(one) != 1:
@@ -62,18 +62,20 @@ def load_prompts(path: Path, tokenizer: Any, policy: pretrained.Pretrained, new_
 def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardFn:
     """A reward of `file.py:function`, on texts or on arrays, or a reward model's folder or Hugging Face id.
 
+    A reward model reads the end of a text that is longer than its positions: the response, and what fits of the prompt.
+
     Raises:
-      ValueError: if there is no such thing.
+      ValueError: if there is no such thing, or the reward model's tokenizer is not its own.
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py"):
         if given == "tokens":
             raise ValueError(f"reward_given=tokens needs a function, my_file.py:function; {spec} would be a reward model.")
         try:
-            scorer = pretrained.load_scorer(spec)
+            scorer, tokenizer = pretrained.load_scorer(spec), pretrained.load_tokenizer(spec)
+            pretrained.check_tokenizer(tokenizer, scorer.config)
         except ValueError as error:
             raise ValueError(f"The reward is neither my_file.py:function nor a reward model: {error}") from error
-        tokenizer = pretrained.load_tokenizer(spec)
         tokenizer.truncation_side = "left"  # of a text that is too long, the response stays
         score = jax.jit(heads.reward_model(scorer.config))
         return ModelReward(score, scorer.params, tokenizer, scorer.config.positions, pad_id(tokenizer))

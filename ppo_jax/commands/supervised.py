@@ -106,10 +106,11 @@ class SFT(Fit):
         pretrained.save_policy(self.out, policy._replace(params=params), tokenizer)
 
     def encode(self, rows: Rows, tokenizer: Any, length: int) -> tuple[np.ndarray, ...]:
-        """Tokens, mask and the mask of what is learned, `[n, length]` each."""
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        prompts = [tokenizer(row["prompt"]).input_ids if row.get("prompt") else [] for row in rows]
-        responses = [[*tokenizer(row["response"]).input_ids, *end] for row in rows]
+        """Tokens, mask and the mask of what is learned, `[n, length]` each; only a text that begins a row has an opening mark."""
+        end = [i for i in [data.end_id(tokenizer)] if i is not None]
+        part = lambda text, **options: data.encode_text(tokenizer, text, closed=False, **options)
+        prompts = [part(row["prompt"]) if row.get("prompt") else [] for row in rows]
+        responses = [[*part(row["response"], add_special_tokens=not p), *end] for p, row in zip(prompts, rows, strict=True)]
         ids = [(p + r)[:length] for p, r in zip(prompts, responses, strict=True)]
         tokens, mask = data.pad(ids, length=length, pad_id=0, left=False)
         return tokens, mask, mask & (np.arange(length)[None] >= np.array([[len(p)] for p in prompts]))
@@ -151,7 +152,8 @@ class Reward(Fit):
         """Tokens and mask of each text column, `[n, length]`, and the scores, `[n]`, unless the rows are pairs."""
         arrays = []
         for column in self.columns[self.learn_from]:
-            ids = [tokenizer((row.get("prompt") or "") + row[column]).input_ids[:length] for row in rows]
+            texts = [(row.get("prompt") or "") + row[column] for row in rows]
+            ids = [data.encode_text(tokenizer, text, closed=True)[:length] for text in texts]
             if not all(ids):
                 raise ValueError(f"Row {[bool(i) for i in ids].index(False)} has no text in {column!r}.")
             arrays += data.pad(ids, length=length, pad_id=0, left=False)

@@ -55,7 +55,8 @@ class Train:
     prompts: Path
     """A text file (one prompt a line) or .jsonl (one object a line, with a column "prompt")."""
     reward: str
-    """my_file.py:function; or a reward model, as a folder or a Hugging Face id."""
+    """my_file.py:function; or a reward model, as a folder or a Hugging Face id; of a text longer than its positions it reads the
+    end."""
     reward_given: Literal["text", "tokens"] = "text"
     """What the function is called with: (prompts, responses), lists of texts, and the prompts' rows if it takes a third; or
     (tokens, mask, response_mask), jax arrays, under jit."""
@@ -133,7 +134,8 @@ class Train:
         adapters = self.lora.settings()
         if adapters is not None:
             policy = policy._replace(config=dataclasses.replace(policy.config, lora_scale=adapters.scale))
-        critic, critic_params = self.make_critic(policy, mesh)
+        longest = max(p.tokens.shape[1] for p in (prompts, held_out) if p is not None) + self.ppo.max_new_tokens
+        critic, critic_params = self.make_critic(policy, longest, mesh)
         stops = stop_ids(tokenizer, policy, self.stop_tokens)
         agent = iteration.Agent(language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer))
         params, frozen = {"policy": policy.params, "critic": critic_params}, None
@@ -145,8 +147,8 @@ class Train:
         )  # fmt: skip
         return trainer, policy, adapters
 
-    def make_critic(self, policy: pretrained.Pretrained, mesh: Mesh | None = None):
-        """The critic's function and its first parameters."""
+    def make_critic(self, policy: pretrained.Pretrained, longest: int, mesh: Mesh | None = None):
+        """The critic's function and its first parameters; it reads up to `longest` tokens."""
         if self.critic == "shared":
             return heads.shared_critic(), {"head": heads.zero_head(policy.config.width)}
         if self.critic == "separate":
@@ -157,6 +159,11 @@ class Train:
             raise ValueError(
                 f"The critic {self.critic} has vocab_size={scorer.config.vocab_size}, the policy {policy.config.vocab_size}: it "
                 "must read the policy's tokens."
+            )
+        if scorer.config.positions < longest:
+            raise ValueError(
+                f"The critic {self.critic} has {scorer.config.positions} positions; the longest prompt and "
+                f"max_new_tokens={self.ppo.max_new_tokens} need {longest}."
             )
         scorer_config = dataclasses.replace(scorer.config, lora_scale=policy.config.lora_scale)
         return heads.separate_critic(scorer_config), scorer.params

@@ -54,8 +54,10 @@ def load_encoder(model: str | Path, *, length: int = 64) -> Encoder:
     loaded = pretrained.load_trunk(model)
     if loaded.config.causal:
         raise ValueError(f"{model} is a decoder; sentence embeddings need an encoder.")
+    tokenizer = pretrained.load_tokenizer(model)
+    pretrained.check_tokenizer(tokenizer, loaded.config)
     embed = jax.jit(sentence_embedding(loaded.config))
-    return Encoder(embed, loaded.params, pretrained.load_tokenizer(model), min(length, loaded.config.positions))
+    return Encoder(embed, loaded.params, tokenizer, min(length, loaded.config.positions))
 
 
 class LikenessReward(NamedTuple):
