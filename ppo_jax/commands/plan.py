@@ -67,9 +67,7 @@ class Plan:
         for name, program in programs.items():
             print("\n".join(_lines(name, program, chip)))
         if whole := plan.undivided(config, mesh):
-            print(
-                f"tensor={mesh.shape['tensor']} does not divide {', '.join(whole)}: these are computed by every chip, beyond its share."
-            )
+            print(f"tensor={mesh.shape['tensor']} does not divide {', '.join(whole)}; every chip computes these, beyond its share.")
         problems = plan.advice(programs, chip)
         print("It fits." if not problems else "It does not fit:\n  " + "\n  ".join(problems))
         if self.out is not None:
