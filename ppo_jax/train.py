@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ppo_jax import data, faults, parallel, processes
-from ppo_jax.checkpoint import SCORE, Checkpoints
+from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Fault, Faults
 from ppo_jax.iteration import Agent, PPOState
@@ -37,7 +37,7 @@ class LoopConfig:
     save_every: int = 50
     """Updates between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints kept, beside the one that evaluated best."""
+    """Newest checkpoints kept, beside the one that evaluated best, which is saved whether due or not."""
     samples: int = 4
     """Sampled texts written an update."""
     tensorboard: bool = True
@@ -107,6 +107,7 @@ class Trainer:
             check_unchanged(out, config)
             self.state, about = self.checkpoints.restore(self.state)
         self._unevaluated = about.get("unevaluated", False)
+        self._best: tuple[float, int] | None = about.get("best") and tuple(about["best"])  # score of an evaluation, updates done
         update = int(self.state.update)
         processes.first_does(lambda: (cut_back(out, about.get("sizes", {})), config.write(out, first_update=update)))
         board, project = loop.tensorboard, loop.wandb_project
@@ -172,10 +173,10 @@ class Trainer:
                         bar.set_postfix(score=f"{m['objective/scores']:.3f}", kl=f"{m['objective/kl']:.2f}",
                                         clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
                     self._unevaluated = self.eval_prompts is not None and due(loop.eval_every, update)
-                    score = self._evaluate(update)
+                    is_best = self._evaluate(update)
                     stop = processes.any_process(signals.received is not None)
-                    if due(loop.save_every, update) or stop:
-                        self.save(score)
+                    if due(loop.save_every, update) or is_best or stop:
+                        self.save()
                     if stop and update + 1 < loop.updates:
                         processes.say(f"Stopped by a signal after update {update}; --resume auto goes on from there.")
                         raise SystemExit(faults.STOPPED)
@@ -184,16 +185,20 @@ class Trainer:
             self.log.close()
         return self.state
 
-    def save(self, score: float | None = None) -> None:
+    def save(self) -> None:
         """A checkpoint of everything that the run needs to go on as if it had never stopped; none before the first update."""
         if int(self.state.update) == 0:
             return
-        self.checkpoints.save(self.state, {"sizes": self.log.sizes(), "unevaluated": self._unevaluated}, score=score)
+        about = {"sizes": self.log.sizes(), "unevaluated": self._unevaluated, "best": self._best}
+        self.checkpoints.save(self.state, about, best=self._best and self._best[1])
 
-    def _evaluate(self, update: int) -> float | None:
-        """The mean score on held-out prompts after `update`, if still to be found; a fault ends the run, after a checkpoint."""
+    def _evaluate(self, update: int) -> bool:
+        """Scores held-out prompts after `update`, if that is still to be done, and says whether no earlier score was as good.
+
+        A fault ends the run, after a checkpoint.
+        """
         if not self._unevaluated:
-            return None
+            return False
         try:
             found = self.evaluate(self.eval_prompts)[0]
         except Fault as fault:
@@ -202,7 +207,10 @@ class Trainer:
             raise
         self._unevaluated = False
         self.log.metrics(update, found)
-        return found[SCORE]
+        is_best = self._best is None or found["eval/scores"] > self._best[0]
+        if is_best:
+            self._best = (found["eval/scores"], update + 1)
+        return is_best
 
     def rows(self, seen: Rollout, batch: data.Prompts, count: int | None = None) -> list[dict[str, Any]]:
         """Prompt, response and the response's tokens, of the first `count` rows of a rollout on the host."""
