@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,15 @@ def text_hash(*parts: Any) -> str:
     return whole.hexdigest()[:16]
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of all that a fast tokenizer does; of another, the vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return text_hash(sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None)
+    rules = json.loads(backend.to_str())
+    return text_hash({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})  # the last call's
+
+
 def code_hash(thing: Any) -> str | None:
     """Of the file that a function, or the class of an object, is written in; None where there is no file.
 
@@ -93,6 +103,8 @@ def _part_hash(part: Any) -> str | None:
         return repr(part)
     if isinstance(part, jax.Array | np.ndarray) or _is_tree(part):
         return digest(part)
+    if hasattr(part, "get_vocab"):
+        return tokenizer_hash(part)
     return code_hash(part) if callable(part) else None
 
 

@@ -86,6 +86,12 @@ def test_a_run_is_extended(whole, tmp_path):
     assert final(trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
 
 
+def test_a_fresh_run_does_not_start_over_checkpoints_that_were_left(whole, tmp_path):
+    shutil.copytree(whole[0] / "checkpoints", tmp_path / "run/checkpoints")
+    with pytest.raises(ValueError, match="holds another run"):
+        trainer(tmp_path / "run", updates=UPDATES)
+
+
 def test_auto_starts_afresh_where_there_is_nothing(whole, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
