@@ -1,6 +1,7 @@
 """The stateful edge: a small loop that carries a `PPOState`, calls the reward on the host, and writes the run's folder."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Fault, Faults
 from ppo_jax.iteration import Agent, PPOState
-from ppo_jax.logging import SKIPPED, NoLog, RunLog, claim, cut_back
+from ppo_jax.logging import SKIPPED, NoLog, RunLog, claim, cut_back, read_lines
 from ppo_jax.resume import check_unchanged, start_config
 from ppo_jax.reward_functions import RewardFn, TaskScores
 from ppo_jax.types import Params, Rollout
@@ -124,6 +125,8 @@ class Trainer:
         scores = self._steps.score(self.state, self.ref_params, rollout, frozen=self.frozen)  # runs while the host makes the reward
         try:
             task_scores = self._ask(seen, batch)
+            if c.scale_scores:
+                faults.check_scale(self.state.scale, task_scores.response)
             faults.check_finite(seen, parallel.to_host(scores))
         except Fault as fault:
             return self._skip(fault, seen, batch)
@@ -150,12 +153,14 @@ class Trainer:
                 if c.skip_nonfinite:  # else the parameters are spoilt, and the checkpoint before is the one to go on from
                     self.save()
                 raise
+            self._warn(update, fault)
         return numbers
 
     def run(self, on_update: Callable[[dict[str, float]], None] | None = None) -> PPOState:
         """All updates, with evaluations and checkpoints; the final state. `on_update` is called with each one's metrics.
 
         Raises:
+          Fault: one that the settings do not skip, or if all steps were skipped.
           SystemExit: with the status `faults.STOPPED`, after SIGTERM or SIGINT, when the update is done and a checkpoint written.
         """
         loop, done = self.loop, int(self.state.update)
@@ -183,6 +188,7 @@ class Trainer:
         finally:
             self.checkpoints.close()
             self.log.close()
+        self._check_end()
         return self.state
 
     def save(self) -> None:
@@ -248,8 +254,20 @@ class Trainer:
         self.log.fault(update, fault.kind, str(fault), [rows[i] for i in fault.rows] or rows)
         if getattr(self.loop.faults, fault.kind) == "stop":
             raise fault
+        self._warn(update, fault)
         self.log.metrics(update, SKIPPED)
         self.state = self.state.replace(update=self.state.update + 1)
+
+    def _warn(self, update: int, fault: Fault) -> None:
+        if processes.is_first():
+            tqdm.write(f"ppo-jax: Update {update}: {fault}", file=sys.stderr)
+
+    def _check_end(self) -> None:
+        """Says how many updates had faults; raises one if nothing was learned."""
+        if processes.is_first() and (faulty := {row["update"] for row in read_lines(self.out / "faults.jsonl")}):
+            where = self.out / "faults.jsonl"
+            print(f"ppo-jax: {len(faulty)} of {self.loop.updates} updates had faults; see {where}.", file=sys.stderr)
+        faults.check_end(self.state.train)
 
     def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:
         """Samples a response to each held-out prompt with a key of its own, the same at every evaluation."""
@@ -263,6 +281,7 @@ class Trainer:
             rollout, seen = self._sample(state, batch)
             said = parallel.to_host(self._steps.score(state, self.ref_params, rollout, frozen=self.frozen))
             scores.extend(self._ask(seen, batch).total(seen.response_mask)[:keep])
+            faults.check_finite(seen, said)
             responses.extend(self.texts(seen)[:keep])
             lengths.extend(seen.response_mask.sum(axis=1)[:keep])
             kls.extend((said.logprobs - said.ref_logprobs).sum(axis=1)[:keep])
