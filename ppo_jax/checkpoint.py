@@ -1,8 +1,10 @@
 """Checkpoints of a run through Orbax: one pytree of all that changes, whole or not at all, and checked bit by bit when read."""
 
+import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from ppo_jax.iteration import PPOState
 from ppo_jax.provenance import digest, text_hash
 
 _LOG = logging.getLogger(__name__)
-SCORE = "eval/scores"  # by which a checkpoint is the best
 
 
 def _is_no_leftover(record: logging.LogRecord) -> bool:
@@ -26,13 +27,23 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message says which and why."""
 
 
+@dataclasses.dataclass
+class _One:
+    """A policy of Orbax: the checkpoint of `step` stays."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
-    """The newest `keep` checkpoints of a run's folder and the one that evaluated best."""
+    """The newest `keep` checkpoints of a run's folder and the one that is called the best."""
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
-        best = kept.BestN(get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False)
+        self._best = _One()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept.AnyPreservationPolicy([kept.LatestN(keep), best]), enable_async_checkpointing=False,
+            preservation_policy=kept.AnyPreservationPolicy([kept.LatestN(keep), self._best]), enable_async_checkpointing=False,
             cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only,
         )  # fmt: skip
         # Where one array of a damaged checkpoint fails, Orbax leaves the others' failures to be logged when they are collected.
@@ -40,13 +51,13 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: PPOState, about: dict[str, Any] | None = None, *, score: float | None = None) -> None:
+    def save(self, state: PPOState, about: dict[str, Any] | None = None, *, best: int | None = None) -> None:
         """Writes a checkpoint named by the updates done, unless it is there.
 
         Args:
           state: all that changes in the iteration.
           about: what else the run must know to go on, as JSON.
-          score: of the evaluation at this point, if there was one.
+          best: number of updates of the checkpoint that stays whatever comes after it.
 
         Raises:
           CheckpointError: if it cannot be written, as on a full disk; the earlier ones stay as they are.
@@ -54,11 +65,12 @@ class Checkpoints:
         step, arrays = int(state.update), _arrays(state)
         if step in self._manager.all_steps():
             return
+        self._best.step = best
         about = json.dumps(about or {}, sort_keys=True)
         run = {"digest": digest(arrays), "about": about, "about_digest": text_hash(about)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
         try:
-            self._manager.save(step, args=items, metrics=None if score is None else {SCORE: score})
+            self._manager.save(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a disk that is full or gone
             raise CheckpointError(
                 f"Checkpoint {step} cannot be written to {self.folder}: {_first_line(error)} The earlier ones are untouched."

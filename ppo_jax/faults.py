@@ -8,10 +8,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.training.train_state import TrainState
 
 from ppo_jax.config import SettingError, check_numbers
+from ppo_jax.rewards import ScaleState, running_scale
 from ppo_jax.types import Rollout, Scores
+from ppo_jax.update import all_finite
 
 STOPPED = 75  # exit status after a signal, with a checkpoint written: "try again later" in sysexits.h
 
@@ -44,7 +48,7 @@ class NonFiniteError(Fault):
 
 
 class GradientError(Fault):
-    """A loss or gradient that is not finite."""
+    """A loss, gradient or parameter that is not finite."""
 
     kind = "gradient"
 
@@ -125,9 +129,26 @@ def check_finite(rollout: Rollout, scores: Scores) -> None:
 
 
 def check_steps(metrics: dict[str, float]) -> None:
-    """Raises GradientError if an optimizer step of an update had no finite loss and gradient."""
+    """Raises GradientError if an optimizer step of an update had no finite loss, gradient and new parameters."""
     if metrics["optimizer/skipped"] or not np.isfinite([metrics["loss/total"], metrics["optimizer/grad_norm"]]).all():
-        raise GradientError(f"A loss or gradient was not finite; {metrics['optimizer/skipped']:.0f} steps were left out.")
+        skipped = f"{metrics['optimizer/skipped']:.0f} steps were left out."
+        raise GradientError(f"A loss, gradient or parameter was not finite; {skipped}")
+
+
+def check_scale(state: ScaleState, scores: np.ndarray) -> None:
+    """Raises RewardError if scores `[B]` would spoil the running moments, and so the scale of all later ones."""
+    new, _ = running_scale().update(jax.device_get(state), jnp.asarray(scores))
+    if not np.isfinite(new).all():
+        worst = int(np.abs(scores).argmax())
+        raise RewardError(f"The score {scores[worst]:g} of response {worst} is too large for scale_scores.", (worst,))
+
+
+def check_end(train: TrainState) -> None:
+    """Raises GradientError if a run that is done has learned nothing, or spoilt its parameters."""
+    if int(train.step) == 0:
+        raise GradientError("No optimizer step of the run was taken: all were skipped for faults; the parameters are as they were.")
+    if not jax.jit(all_finite)(train.params):
+        raise GradientError("The final parameters are not finite; skip_nonfinite would have left out the steps that made them so.")
 
 
 class StopSignals:

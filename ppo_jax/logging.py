@@ -15,7 +15,7 @@ from ppo_jax.provenance import text_hash
 
 LINES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
 SKIPPED = {"faults/skipped": 1.0}  # the metrics of an update that a fault made the run skip
-_MARKS = ("config.json", "summary.json", "metrics.jsonl")  # any of them means that a run was here
+_MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")  # any of them means that a run was here
 
 
 def check_free(folder: Path, *, resume: bool = False) -> None:
@@ -26,7 +26,7 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; the results need a folder.")
-    if not resume and any((folder / mark).exists() for mark in _MARKS):
+    if not resume and any(any(folder.glob(mark)) for mark in _MARKS):
         raise ValueError(f"{folder} holds another run; choose another folder, delete it, or go on with it by --resume auto.")
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,15 @@ def text_hash(*parts: Any) -> str:
     return whole.hexdigest()[:16]
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of all that a fast tokenizer does; of another, the vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return text_hash(sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None)
+    rules = json.loads(backend.to_str())
+    return text_hash({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})  # the last call's
+
+
 def code_hash(thing: Any) -> str | None:
     """Of a function, or of an object that is called: the file it is written in, its name, and the values that it holds.
 
@@ -90,6 +100,8 @@ def _held(thing: Any, within: tuple[int, ...]) -> Iterator[str]:
         yield repr(thing)
     elif isinstance(thing, jax.Array | np.ndarray) or _is_tree(thing):
         yield digest(thing)
+    elif hasattr(thing, "get_vocab"):
+        yield tokenizer_hash(thing)
     elif callable(thing) or isinstance(thing, tuple) or dataclasses.is_dataclass(thing):
         thing = inspect.unwrap(thing)
         if not isinstance(thing, tuple | functools.partial):

@@ -43,7 +43,7 @@ def start_config(
         "model": provenance.digest(models),
         "model_config": provenance.text_hash(agent.model.about),
         "stop_ids": provenance.text_hash(agent.stop_ids, agent.pad_id),
-        "tokenizer": provenance.text_hash(sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None),
+        "tokenizer": provenance.tokenizer_hash(tokenizer),
         "prompts": _data_hash(prompts),
         "reward": provenance.code_hash(reward),
     }

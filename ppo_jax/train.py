@@ -1,6 +1,7 @@
 """The stateful edge: a small loop that carries a `PPOState`, calls the reward on the host, and writes the run's folder."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ppo_jax import data, faults, parallel, processes
-from ppo_jax.checkpoint import SCORE, Checkpoints
+from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.faults import Fault, Faults
 from ppo_jax.iteration import Agent, PPOState
-from ppo_jax.logging import SKIPPED, NoLog, RunLog, claim, cut_back
+from ppo_jax.logging import SKIPPED, NoLog, RunLog, claim, cut_back, read_lines
 from ppo_jax.resume import check_unchanged, start_config
 from ppo_jax.reward_functions import RewardFn, TaskScores
 from ppo_jax.types import Params, Rollout
@@ -37,7 +38,7 @@ class LoopConfig:
     save_every: int = 50
     """Updates between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints kept, beside the one that evaluated best."""
+    """Newest checkpoints kept, beside the one that evaluated best, which is saved whether due or not."""
     samples: int = 4
     """Sampled texts written an update."""
     tensorboard: bool = True
@@ -108,6 +109,7 @@ class Trainer:
             check_unchanged(out, config)
             self.state, about = self.checkpoints.restore(self.state)
         self._unevaluated = about.get("unevaluated", False)
+        self._best: tuple[float, int] | None = about.get("best") and tuple(about["best"])  # score of an evaluation, updates done
         update = int(self.state.update)
         processes.first_does(lambda: (cut_back(out, about.get("sizes", {})), config.write(out, first_update=update)))
         board, project = loop.tensorboard, loop.wandb_project
@@ -124,6 +126,8 @@ class Trainer:
         scores = self._steps.score(self.state, self.ref_params, rollout, frozen=self.frozen)  # runs while the host makes the reward
         try:
             task_scores = self._ask(seen, batch)
+            if c.scale_scores:
+                faults.check_scale(self.state.scale, task_scores.response)
             faults.check_finite(seen, parallel.to_host(scores))
         except Fault as fault:
             return self._skip(fault, seen, batch)
@@ -150,12 +154,14 @@ class Trainer:
                 if c.skip_nonfinite:  # else the parameters are spoilt, and the checkpoint before is the one to go on from
                     self.save()
                 raise
+            self._warn(update, fault)
         return numbers
 
     def run(self, on_update: Callable[[dict[str, float]], None] | None = None) -> PPOState:
         """All updates, with evaluations and checkpoints; the final state. `on_update` is called with each one's metrics.
 
         Raises:
+          Fault: one that the settings do not skip, or if all steps were skipped.
           SystemExit: with the status `faults.STOPPED`, after SIGTERM or SIGINT, when the update is done and a checkpoint written.
         """
         loop, done = self.loop, int(self.state.update)
@@ -173,28 +179,33 @@ class Trainer:
                         bar.set_postfix(score=f"{m['objective/scores']:.3f}", kl=f"{m['objective/kl']:.2f}",
                                         clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
                     self._unevaluated = self.eval_prompts is not None and due(loop.eval_every, update)
-                    score = self._evaluate(update)
+                    is_best = self._evaluate(update)
                     stop = processes.any_process(signals.received is not None)
-                    if due(loop.save_every, update) or stop:
-                        self.save(score)
+                    if due(loop.save_every, update) or is_best or stop:
+                        self.save()
                     if stop and update + 1 < loop.updates:
                         processes.say(f"Stopped by a signal after update {update}; --resume auto goes on from there.")
                         raise SystemExit(faults.STOPPED)
         finally:
             self.checkpoints.close()
             self.log.close()
+        self._check_end()
         return self.state
 
-    def save(self, score: float | None = None) -> None:
+    def save(self) -> None:
         """A checkpoint of everything that the run needs to go on as if it had never stopped; none before the first update."""
         if int(self.state.update) == 0:
             return
-        self.checkpoints.save(self.state, {"sizes": self.log.sizes(), "unevaluated": self._unevaluated}, score=score)
+        about = {"sizes": self.log.sizes(), "unevaluated": self._unevaluated, "best": self._best}
+        self.checkpoints.save(self.state, about, best=self._best and self._best[1])
 
-    def _evaluate(self, update: int) -> float | None:
-        """The mean score on held-out prompts after `update`, if still to be found; a fault ends the run, after a checkpoint."""
+    def _evaluate(self, update: int) -> bool:
+        """Scores held-out prompts after `update`, if that is still to be done, and says whether no earlier score was as good.
+
+        A fault ends the run, after a checkpoint.
+        """
         if not self._unevaluated:
-            return None
+            return False
         try:
             found = self.evaluate(self.eval_prompts)[0]
         except Fault as fault:
@@ -203,7 +214,10 @@ class Trainer:
             raise
         self._unevaluated = False
         self.log.metrics(update, found)
-        return found[SCORE]
+        is_best = self._best is None or found["eval/scores"] > self._best[0]
+        if is_best:
+            self._best = (found["eval/scores"], update + 1)
+        return is_best
 
     def rows(self, seen: Rollout, batch: data.Prompts, count: int | None = None) -> list[dict[str, Any]]:
         """Prompt, response and the response's tokens, of the first `count` rows of a rollout on the host."""
@@ -241,8 +255,20 @@ class Trainer:
         self.log.fault(update, fault.kind, str(fault), [rows[i] for i in fault.rows] or rows)
         if getattr(self.loop.faults, fault.kind) == "stop":
             raise fault
+        self._warn(update, fault)
         self.log.metrics(update, SKIPPED)
         self.state = self.state.replace(update=self.state.update + 1)
+
+    def _warn(self, update: int, fault: Fault) -> None:
+        if processes.is_first():
+            tqdm.write(f"ppo-jax: Update {update}: {fault}", file=sys.stderr)
+
+    def _check_end(self) -> None:
+        """Says how many updates had faults; raises one if nothing was learned."""
+        if processes.is_first() and (faulty := {row["update"] for row in read_lines(self.out / "faults.jsonl")}):
+            where = self.out / "faults.jsonl"
+            print(f"ppo-jax: {len(faulty)} of {self.loop.updates} updates had faults; see {where}.", file=sys.stderr)
+        faults.check_end(self.state.train)
 
     def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:
         """Samples a response to each held-out prompt with a key of its own, the same at every evaluation."""
@@ -256,6 +282,7 @@ class Trainer:
             rollout, seen = self._sample(state, batch)
             said = parallel.to_host(self._steps.score(state, self.ref_params, rollout, frozen=self.frozen))
             scores.extend(self._ask(seen, batch).total(seen.response_mask)[:keep])
+            faults.check_finite(seen, said)
             responses.extend(self.texts(seen)[:keep])
             lengths.extend(seen.response_mask.sum(axis=1)[:keep])
             kls.extend((said.logprobs - said.ref_logprobs).sum(axis=1)[:keep])

@@ -129,6 +129,11 @@ def minibatch_gradient(
     return grads, metrics
 
 
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no number of any array is an infinity or NaN: `[]` bool."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
 def schedule_at(state: TrainState, step: jax.Array) -> TrainState:
     """Sets the learning rate's schedule to `step`, so that it counts the steps that were due and not those that were taken."""
 
@@ -184,7 +189,7 @@ def ppo_update(
       micro_batches: parts of a minibatch whose gradients are added before its one step; divides `B / minibatches`.
       aggregation: how the loss counts; that of `loss_fn`.
       target_kl: once a minibatch's `policy/approx_kl` is beyond it, that step and all later ones are not taken.
-      skip_nonfinite: a step whose gradient holds an infinity or NaN is not taken.
+      skip_nonfinite: a step whose gradient or new parameters hold an infinity or NaN is not taken.
       axis_name: mapped axis over which the rows are spread; `B` is then this device's share.
       frozen: parameters that do not train; the state's lie over them.
 
@@ -215,8 +220,8 @@ def ppo_update(
         grads, metrics = map_over_data(gradient, (state.params, frozen), batch)
         norm = optax.tree.norm(grads)
         beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
-        bad = ~jnp.isfinite(norm) if skip_nonfinite else jnp.bool_(False)
         new = state.apply_gradients(grads=grads)
+        bad = ~(jnp.isfinite(norm) & all_finite(new.params)) if skip_nonfinite else jnp.bool_(False)
         if target_kl is not None or skip_nonfinite:
             new = jax.tree.map(lambda a, b: jnp.where(beyond | bad, a, b), state, new)
         return new, _Step(metrics, norm, computed=jnp.bool_(True), taken=~(beyond | bad), bad=bad & ~beyond, beyond=beyond)

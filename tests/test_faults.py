@@ -3,7 +3,9 @@
 import asyncio
 import functools
 import json
+import os
 import re
+import shutil
 import signal
 import time
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from everything import PPO, likes_b, trainer
+from tokenizers import normalizers
 
 from ppo_jax import cli, faults, iteration
 from ppo_jax.commands.runs import compare, revive
@@ -25,8 +28,8 @@ from ppo_jax.models import heads, pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
 from ppo_jax.models.transformer import init_params
-from ppo_jax.provenance import code_hash, digest
-from ppo_jax.reward_functions import TextReward, check_scores
+from ppo_jax.provenance import code_hash, digest, tokenizer_hash
+from ppo_jax.reward_functions import ModelReward, TextReward, check_scores
 
 
 def failing(at, times, how):
@@ -48,9 +51,11 @@ def raises(scores):
     raise KeyError("gone")
 
 
-def test_a_reward_that_fails_is_asked_again(tmp_path):
+@pytest.mark.parametrize("how", [raises, lambda scores: None, lambda scores: time.sleep(30)], ids=["raises", "none", "hangs"])
+def test_a_reward_that_fails_is_asked_again(tmp_path, how):
     calm = trainer(tmp_path / "calm", updates=3)
-    run = trainer(tmp_path / "run", updates=3, reward=failing(1, 2, raises), faults=Faults(reward_retries=2))
+    limits = Faults(reward_retries=2, reward_timeout_s=1.0)
+    run = trainer(tmp_path / "run", updates=3, reward=failing(1, 2, how), faults=limits)
     assert digest(calm.run().train.params) == digest(run.run().train.params)
     assert not (tmp_path / "run/faults.jsonl").exists()
 
@@ -89,13 +94,35 @@ def test_a_reward_that_hangs_is_left(tmp_path):
     assert (tmp_path / "run/checkpoints/1").is_dir()
 
 
-def test_an_update_may_be_skipped_instead(tmp_path):
+def test_an_update_may_be_skipped_instead(tmp_path, capsys):
     run = trainer(tmp_path / "run", updates=3, reward=failing(1, 1, with_nan), faults=Faults(reward="skip"))
     seen = []
     run.run(on_update=seen.append)
     assert len(seen) == 2 and int(run.state.update) == 3
     rows = read_lines(tmp_path / "run/metrics.jsonl")
     assert [row["update"] for row in rows if "faults/skipped" in row] == [1]
+    said = capsys.readouterr().err
+    assert "Update 1: The reward function returned nan for response 3" in said and "1 of 3 updates had faults" in said
+
+
+def test_scores_that_would_spoil_the_running_scale_are_a_fault(tmp_path):
+    huge = failing(1, 1, lambda scores: [3e38, *scores[1:]])
+    run = trainer(tmp_path / "run", updates=3, reward=huge, faults=Faults(reward="skip"))
+    run.run()
+    assert np.isfinite(run.state.scale).all() and int(run.state.scale.count) == 2 * PPO.batch_size
+    assert "The score 3e+38 of response 0 is too large" in read_lines(tmp_path / "run/faults.jsonl")[0]["message"]
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["evaluation", "reward"])
+def test_a_signal_while_scores_are_made_stops_after_a_checkpoint(tmp_path, call):
+    def signals(scores):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return scores
+
+    run = trainer(tmp_path / "run", updates=4, save_every=0, eval_every=1, reward=failing(call, 1, signals))
+    with pytest.raises(SystemExit) as stop:
+        run.run()
+    assert stop.value.code == faults.STOPPED and run.checkpoints.steps()[-1] == (call + 1) // 2 + (call == 2)
 
 
 def spoiled(run, leaf=None):
@@ -111,10 +138,12 @@ def test_values_that_are_not_finite_are_caught(tmp_path):
     with pytest.raises(NonFiniteError, match="A value is not finite in 16 of 16 responses"):
         run.run()
     assert len(read_lines(tmp_path / "run/faults.jsonl")) == 16
+    with pytest.raises(NonFiniteError, match="A value is not finite"):
+        run.evaluate(run.prompts)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy, capsys):
     huge = lambda prompts, responses: [3e38] * len(responses)  # finite, but its square is not
     ppo = PPO.__class__(**{**vars(PPO), "scale_scores": False, "whiten_rewards": False, "target_kl": None})
     run = trainer(tmp_path / "run", ppo=ppo, updates=2, reward=huge, faults=Faults(gradient=policy))
@@ -124,8 +153,11 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy,
             run.run()
         assert run.checkpoints.steps() == [1]
     else:
-        run.run()
+        with pytest.raises(faults.GradientError, match="No optimizer step of the run was taken"):
+            run.run()
         assert digest(run.state.train.params) == before
+        said = capsys.readouterr().err
+        assert "Update 1: A loss, gradient or parameter was not finite; 4 steps" in said and "2 of 2 updates had faults" in said
     assert {row["update"] for row in read_lines(tmp_path / "run/faults.jsonl")} == ({0} if policy == "stop" else {0, 1})
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["optimizer/skipped"] == 4
 
@@ -202,6 +234,17 @@ def test_replay_gives_the_same_bits(folder, tmp_path, update, capsys):
     assert len(replayed) == 8 and replayed[:4] == original
 
 
+def test_replay_passes_over_damaged_checkpoints(folder, tmp_path, capsys):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    for file in (tmp_path / "run/checkpoints/4/state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    cli.main(["replay", str(tmp_path / "run"), "--update", "4", "--out", str(tmp_path / "again")])
+    said = capsys.readouterr()
+    assert "All its metrics are those of the run." in said.out and "The one before it is tried." in said.err
+    assert (tmp_path / "run/checkpoints/4").is_dir()  # nothing in the run changes
+
+
 def test_replay_names_what_it_lacks(folder, tmp_path, capsys):
     for wrong, says in ((folder / "model", "is not the one of a run"), (tmp_path, "cannot be read")):
         with pytest.raises(SystemExit) as stop:
@@ -217,8 +260,10 @@ def test_replay_names_what_it_lacks(folder, tmp_path, capsys):
 @pytest.mark.parametrize("gives, policy", [("[3e38] * len(responses)", "gradient"), ("[float('nan')] * len(responses)", "reward")])
 def test_replay_of_an_update_that_went_wrong_is_the_same(folder, tmp_path, gives, policy, capsys):
     (tmp_path / "reward.py").write_text(f"def score(prompts, responses):\n    return {gives}\n")
-    cli.main(train(folder, tmp_path / "run", reward=f"{tmp_path / 'reward.py'}:score", **{
-        "loop.updates": 1, f"loop.faults.{policy}": "skip"}))  # fmt: skip
+    with pytest.raises(SystemExit):
+        cli.main(train(folder, tmp_path / "run", reward=f"{tmp_path / 'reward.py'}:score", **{
+            "loop.updates": 1, f"loop.faults.{policy}": "skip"}))  # fmt: skip
+    assert "No optimizer step of the run was taken" in capsys.readouterr().err and not (tmp_path / "run/model").exists()
     replay = lambda out: cli.main(["replay", str(tmp_path / "run"), "--update", "0", "--out", str(tmp_path / out)])
     replay("same")
     assert "All its metrics are those of the run." in capsys.readouterr().out
@@ -244,7 +289,11 @@ def test_compare_says_where_two_runs_part(folder, capsys):
     assert any(says in line for line in compare(folder / "run", folder / "other"))
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(folder / "run"), str(folder / "run")])
-    assert stop.value.code == 0
+    assert stop.value.code == 0 and "final parameters." in capsys.readouterr().out
+    (folder / "other/summary.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", str(folder / "other"), str(folder / "other")])
+    assert stop.value.code == 0 and "of final parameters nothing is known" in capsys.readouterr().out
 
 
 def test_settings_come_back_from_json(folder):
@@ -258,8 +307,6 @@ def test_deterministic_sets_the_flag_before_devices_are_used(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     provenance.make_deterministic()
     provenance.make_deterministic()
-    import os
-
     assert os.environ["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {provenance.DETERMINISTIC_GPU}"
 
 
@@ -349,6 +396,16 @@ def test_numbers_that_no_array_holds_are_one_sentence(folder, tmp_path, capsys, 
     with pytest.raises(SystemExit) as stop:
         cli.main(train(folder, tmp_path / "run", **{name: value}))
     assert stop.value.code == 2 and re.search(says, capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+def test_the_hash_of_a_tokenizer_sees_its_rules_and_no_last_call():
+    one, other = everything.tokenizer(), everything.tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    before = tokenizer_hash(one)
+    one(["a b c"], truncation=True, max_length=2)
+    assert tokenizer_hash(one) == before != tokenizer_hash(other)
+    reward = lambda words: code_hash(ModelReward(len, {}, words, 8, 0))
+    assert reward(one) == reward(everything.tokenizer()) != reward(other)
 
 
 def test_a_bad_pattern_and_a_full_disk_are_one_sentence(folder, tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ from ppo_jax import faults
 from ppo_jax.checkpoint import CheckpointError
 from ppo_jax.commands.runs import compare
 from ppo_jax.provenance import digest
+from ppo_jax.train import Trainer
 
 UPDATES = 12
 
@@ -85,6 +86,12 @@ def test_a_run_is_extended(whole, tmp_path):
     assert final(trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
 
 
+def test_a_fresh_run_does_not_start_over_checkpoints_that_were_left(whole, tmp_path):
+    shutil.copytree(whole[0] / "checkpoints", tmp_path / "run/checkpoints")
+    with pytest.raises(ValueError, match="holds another run"):
+        trainer(tmp_path / "run", updates=UPDATES)
+
+
 def test_auto_starts_afresh_where_there_is_nothing(whole, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
@@ -97,13 +104,31 @@ def test_auto_starts_afresh_where_there_is_nothing(whole, tmp_path):
         trainer(tmp_path / "empty", updates=UPDATES, resume="yes")
 
 
+def kept(folder):
+    return {int(place.name) for place in (folder / "checkpoints").iterdir() if place.name.isdigit()}
+
+
 def test_the_best_by_evaluation_is_kept(tmp_path):
-    run = trainer(tmp_path / "run", updates=9, keep=1)
+    """Also where no checkpoint is due at an evaluation."""
+    run = trainer(tmp_path / "run", updates=9, keep=1, eval_every=2, save_every=9)
     run.run()
     evals = {row["update"] + 1: row["eval/scores"] for row in lines(tmp_path / "run", "metrics.jsonl") if "eval/scores" in row}
-    best = max(evals, key=lambda step: (evals[step], step))
-    kept = {int(place.name) for place in (tmp_path / "run/checkpoints").iterdir() if place.name.isdigit()}
-    assert kept == {best, 9}
+    best = max(evals, key=lambda step: (evals[step], -step))
+    assert best < 9 and kept(tmp_path / "run") == {best, 9}
+
+
+def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path, monkeypatch):
+    scores = {2: 0.0, 4: 2.0, 6: 1.0, 8: 2.0, 9: -1.0}
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, _: ({"eval/scores": scores[int(self.state.update)]}, []))
+    options = {"updates": 9, "keep": 1, "eval_every": 2, "save_every": 3, "resume": "auto"}
+    whole = final(trainer(tmp_path / "whole", **options))
+    assert kept(tmp_path / "whole") == {4, 9}
+    for _ in range(2):
+        steps = iter(range(3))
+        with pytest.raises(StopIteration):  # dies in the fourth update, with no time to save
+            trainer(tmp_path / "run", **options).run(on_update=lambda _, steps=steps: next(steps))
+    assert final(trainer(tmp_path / "run", **options)) == whole
+    assert kept(tmp_path / "run") == {4, 9} and same_files(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])

@@ -96,7 +96,7 @@ def test_the_three_updates_moved_and_sampled_anew():
 
 
 def test_no_key_is_used_twice(tmp_path, monkeypatch):
-    """Records the key of every random draw of a run: two numbers a row and token, a permutation an epoch, nothing else."""
+    """Records the key of every random draw of a run and an evaluation: two numbers a row and token, a permutation an epoch."""
     seen: list[tuple] = []
 
     def recorded(draw):
@@ -113,11 +113,12 @@ def test_no_key_is_used_twice(tmp_path, monkeypatch):
     assert made  # the new parameters' keys count too
     for _ in range(3):
         run.step()
+    run.evaluate(run.prompts)  # of one batch
     jax.effects_barrier()
     drawn = seen[made:]
     c = everything.PPO
     steps = sum(name == "uniform" for name, *_ in drawn)
-    assert steps % c.batch_size == 0 and c.batch_size * 3 < steps <= c.batch_size * 3 * c.max_new_tokens
+    assert steps % c.batch_size == 0 and c.batch_size * 4 < steps <= c.batch_size * 4 * c.max_new_tokens
     assert sum(name == "permutation" for name, *_ in drawn) == 3 * c.epochs
     assert len(drawn) == steps + 3 * c.epochs
     keys = [key for _, *key in seen]

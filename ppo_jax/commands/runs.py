@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import tyro
 
 from ppo_jax import provenance
-from ppo_jax.checkpoint import Checkpoints
+from ppo_jax.checkpoint import CheckpointError, Checkpoints
 from ppo_jax.commands.train import Train
 from ppo_jax.logging import SKIPPED, check_free, finite, read_json, read_lines
 from ppo_jax.resume import read_config
@@ -33,7 +34,9 @@ class Compare:
 
     def run(self) -> None:
         found = compare(self.run_a, self.run_b)
-        print("\n".join(found) if found else "The runs are the same: settings, metrics (timings apart), samples, final parameters.")
+        ended = all((run / "summary.json").exists() for run in (self.run_a, self.run_b))
+        parameters = ", final parameters." if ended else "; of final parameters nothing is known, as no run has a summary.json."
+        print("\n".join(found) or f"The runs are the same: settings, metrics (timings apart), samples{parameters}")
         raise SystemExit(1 if found else 0)
 
 
@@ -86,8 +89,14 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
         raise ValueError(f"{run_folder} has no checkpoint at or before update {update}; there are: {there}.")
     loop = dataclasses.replace(command.loop, samples=command.ppo.batch_size, tensorboard=False, wandb_project=None)
     trainer = command.build(command.out, loop)[0]
-    if earlier:
-        trainer.state, _ = checkpoints.restore(trainer.state, earlier[-1])
+    for step in reversed(earlier):
+        try:
+            trainer.state, _ = checkpoints.restore(trainer.state, step)
+            break
+        except CheckpointError as error:
+            if step == earlier[0]:
+                raise
+            print(f"{error} The one before it is tried.", file=sys.stderr)
     checkpoints.close()
     while int(trainer.state.update) < update:
         trainer.step()
