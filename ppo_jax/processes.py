@@ -33,6 +33,8 @@ class Processes:
     """Ask the cluster for all of it (Slurm, Open MPI, Kubernetes, Cloud TPU)."""
     lost_after_s: int = 30
     """Seconds of silence after which a process counts as dead, and the others end."""
+    join_within_s: int = 300
+    """Seconds within which all must have started, or those that have end."""
 
     def start(self) -> None:
         """Joins the other processes, before the first use of a device; nothing, if no others are named.
@@ -50,10 +52,12 @@ class Processes:
             raise SettingError(
                 f"Several processes need coordinator, count and index, or detect; here are {where}, {count}, {index}."
             )
-        if self.lost_after_s < 1:
-            raise SettingError(f"lost_after_s must be at least 1, not {self.lost_after_s}.")
+        for name in ("lost_after_s", "join_within_s"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        limits = {"heartbeat_timeout_seconds": self.lost_after_s, "initialization_timeout": self.join_within_s}
         try:
-            jax.distributed.initialize(where, count, index, heartbeat_timeout_seconds=self.lost_after_s)
+            jax.distributed.initialize(where, count, index, **limits)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"The processes do not come together: {str(error).splitlines()[0]}") from error
 
