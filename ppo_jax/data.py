@@ -34,6 +34,11 @@ class Prompts:
     def take(self, indices: np.ndarray) -> "Prompts":
         return Prompts([self.rows[i] for i in indices], self.tokens[indices], self.mask[indices])
 
+    def padded(self, positions: int) -> "Prompts":
+        """The same in at least so many positions, at their right end as before."""
+        before = ((0, 0), (max(0, positions - self.tokens.shape[1]), 0))
+        return Prompts(self.rows, np.pad(self.tokens, before), np.pad(self.mask, before))
+
 
 def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: Sequence[str] = ("prompt",)) -> list[dict[str, Any]]:
     """Rows of a list, a `datasets` dataset, a `.jsonl` file (one object a line) or a text file (one text a line).

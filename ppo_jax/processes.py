@@ -34,7 +34,7 @@ class Processes:
     lost_after_s: int = 30
     """Seconds of silence after which a process counts as dead, and the others end."""
     join_within_s: int = 300
-    """Seconds within which all must have started, or those that have end."""
+    """Seconds within which all must have started, or JAX aborts those that have."""
 
     def start(self) -> None:
         """Joins the other processes, before the first use of a device; nothing, if no others are named.

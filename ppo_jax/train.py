@@ -92,6 +92,9 @@ class Trainer:
         the folder's newest good checkpoint: "yes" needs one, "auto" starts afresh where there is none. `mesh`, of
         `parallel.make_mesh`, spreads rows and parameters over devices; `pmap` runs replicas on all of them instead.
         """
+        if eval_prompts is not None:  # of one length, so that one program samples both
+            longest = max(prompts.tokens.shape[1], eval_prompts.tokens.shape[1])
+            prompts, eval_prompts = prompts.padded(longest), eval_prompts.padded(longest)
         self.agent, self.tokenizer, self.prompts, self.reward, self.loop = agent, tokenizer, prompts, reward, loop
         self.eval_prompts, self.mesh = eval_prompts, mesh
         parallel.check_rows(agent.config, jax.local_device_count() if pmap else parallel.devices_of_rows(mesh))

@@ -39,13 +39,14 @@ def likes_b(prompts, responses):
     return [response.split().count("b") / 2 for response in responses]
 
 
-def trainer(out, *, ppo=PPO, reward=likes_b, resume="no", adapters=True, mesh=None, **loop):
+def trainer(out, *, ppo=PPO, reward=likes_b, resume="no", adapters=True, mesh=None, held_out=None, **loop):
     config = TransformerConfig(
         vocab_size=len(WORDS), positions=16, width=16, layers=2, heads=2, mlp_width=32, lora_scale=2.0 if adapters else 1.0
     )
     words = tokenizer()
     rows = data.read_rows(["a b", "c", "d e f", "g", "h i", "j k l"])
-    prompts = data.encode_prompts(rows, words, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0)
+    encode = lambda rows: data.encode_prompts(rows, words, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0)
+    prompts = encode(rows)
     params = {
         "policy": init_params(config, iteration.init_key(0, 0)),
         "critic": heads.init_scorer(config, iteration.init_key(0, 1)),
@@ -56,8 +57,8 @@ def trainer(out, *, ppo=PPO, reward=likes_b, resume="no", adapters=True, mesh=No
     agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (0,), 0)
     loop = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, "save_every": 1, "eval_every": 3, **loop})
     return Trainer(
-        agent, params, words, prompts, TextReward(reward), out=Path(out), loop=loop, eval_prompts=prompts, frozen=frozen,
-        resume=resume, mesh=mesh,
+        agent, params, words, prompts, TextReward(reward), out=Path(out), loop=loop, frozen=frozen, resume=resume,
+        mesh=mesh, eval_prompts=prompts if held_out is None else encode(data.read_rows(held_out)),
     )  # fmt: skip
 
 

@@ -420,3 +420,10 @@ def test_a_bad_pattern_and_a_full_disk_are_one_sentence(folder, tmp_path, capsys
     monkeypatch.setattr("pathlib.Path.open", full)
     with pytest.raises(ValueError, match=r"metrics.jsonl cannot be written: No space left on device"):
         log.metrics(0, {"a": 1.0})
+
+
+def test_a_mesh_of_pmap_is_for_one_process(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        cli.main(train(folder, tmp_path / "run", mesh="pmap"))
+    assert "mesh=pmap runs in one process" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -2,9 +2,14 @@
 
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
+import everything
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -426,3 +431,35 @@ def test_supervised_stages_name_what_is_wrong(folder, capsys, command, rows, opt
 def test_rows_are_cut_to_the_models_positions(folder):
     supervised(folder, "sft", [{"response": "b " * 200}] * 4, **{"batch-size": 2, "epochs": 1, "length": 500})
     assert (folder / "audit_sft/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("held_out", ["a", "a b c d e f"])
+def test_held_out_prompts_of_another_length_are_sampled_by_the_same_program(tmp_path, caplog, held_out):
+    run = everything.trainer(tmp_path / "run", updates=2, eval_every=1, held_out=[held_out])
+    with jax.log_compiles():
+        run.run()
+    for name in ("sample", "score", "learn"):
+        assert caplog.text.count(f"Compiling jit({name})") == 1
+    alone = everything.trainer(tmp_path / "alone", updates=2, eval_every=1)
+    alone.run()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run.state.policy, alone.state.policy)
+
+
+OWN = "/home/ppo_jax/compiled"
+
+
+@pytest.mark.parametrize("given, cache, least", [
+    ({}, OWN, 0.0),
+    ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine", 0.0),
+    ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}, OWN, 7.0),
+])  # fmt: skip
+def test_everything_that_is_compiled_is_kept_wherever_it_is(given, cache, least):
+    """In a process of its own, as JAX reads the variables once."""
+    code = """import jax
+from ppo_jax import cli
+cli.keep_compiled()
+print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)"""
+    outside = {name: x for name, x in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    environment = outside | {"XDG_CACHE_HOME": "/home", "PYTHONPATH": str(Path(__file__).parents[1])} | given
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert said[0] == cache and float(said[1]) == least
