@@ -185,7 +185,7 @@ def test_half_named_processes_are_refused(given, says):
 
 def test_processes_that_wait_in_vain_are_ended(folder):
     """The second of two never starts; JAX then aborts the first."""
-    first, second = start(folder, "alone", 2, mesh="data=4", **{"processes.join-within-s": 5})
+    first, second = start(folder, "waits", 2, mesh="data=4", **{"processes.join-within-s": 5})
     second.kill()
     second.wait()
-    assert first.wait(60) == -signal.SIGABRT and not (folder / "alone").exists()
+    assert first.wait(60) == -signal.SIGABRT and not (folder / "waits").exists()
