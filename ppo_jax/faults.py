@@ -15,7 +15,6 @@ from flax.training.train_state import TrainState
 from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.rewards import ScaleState, running_scale
 from ppo_jax.types import Rollout, Scores
-from ppo_jax.update import all_finite
 
 STOPPED = 75  # exit status after a signal, with a checkpoint written: "try again later" in sysexits.h
 
@@ -48,9 +47,13 @@ class NonFiniteError(Fault):
 
 
 class GradientError(Fault):
-    """A loss, gradient or parameter that is not finite."""
+    """A loss or gradient that is not finite."""
 
     kind = "gradient"
+
+
+class SpoiltError(GradientError):
+    """Parameters that are not finite. No policy skips it: the checkpoint before is the one to go on from, with other settings."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,10 +132,13 @@ def check_finite(rollout: Rollout, scores: Scores) -> None:
 
 
 def check_steps(metrics: dict[str, float]) -> None:
-    """Raises GradientError if an optimizer step of an update had no finite loss, gradient and new parameters."""
+    """Raises GradientError if an update had a loss or gradient that is not finite, SpoiltError if its parameters are not."""
+    if not metrics["optimizer/finite"]:
+        why = "a gradient was not (skip_nonfinite leaves such steps out), or learning_rate is too large"
+        raise SpoiltError(f"The new parameters are not finite: {why}. They are not saved.")
     if metrics["optimizer/skipped"] or not np.isfinite([metrics["loss/total"], metrics["optimizer/grad_norm"]]).all():
         skipped = f"{metrics['optimizer/skipped']:.0f} steps were left out."
-        raise GradientError(f"A loss, gradient or parameter was not finite; {skipped}")
+        raise GradientError(f"A loss or gradient was not finite; {skipped}")
 
 
 def check_scale(state: ScaleState, scores: np.ndarray) -> None:
@@ -144,11 +150,9 @@ def check_scale(state: ScaleState, scores: np.ndarray) -> None:
 
 
 def check_end(train: TrainState) -> None:
-    """Raises GradientError if a run that is done has learned nothing, or spoilt its parameters."""
+    """Raises GradientError if a run that is done has learned nothing."""
     if int(train.step) == 0:
         raise GradientError("No optimizer step of the run was taken: all were skipped for faults; the parameters are as they were.")
-    if not jax.jit(all_finite)(train.params):
-        raise GradientError("The final parameters are not finite; skip_nonfinite would have left out the steps that made them so.")
 
 
 class StopSignals:

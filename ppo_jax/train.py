@@ -137,6 +137,8 @@ class Trainer:
         scored = time.perf_counter()
         given = parallel.to_mesh(task_scores, self.mesh)
         self.state, metrics = self._steps.learn(self.state, rollout, scores, *given, frozen=self.frozen)
+        total = task_scores.total(seen.response_mask)  # this, too, while the device learns
+        samples = [{**row, "score": float(x)} for row, x in zip(self.rows(seen, batch, self.loop.samples), total, strict=False)]
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
         end = time.perf_counter()
         numbers |= {
@@ -146,16 +148,15 @@ class Trainer:
             "perf/response_tokens_per_s": float(seen.response_mask.sum()) / (end - start),
         }
         self.log.metrics(update, numbers)
-        total = task_scores.total(seen.response_mask)
-        rows = self.rows(seen, batch, self.loop.samples)
-        self.log.samples(update, [{**row, "score": float(x)} for row, x in zip(rows, total, strict=False)])
+        self.log.samples(update, samples)
         try:
             faults.check_steps(numbers)
         except Fault as fault:
             self.log.fault(update, fault.kind, str(fault), self.rows(seen, batch))
-            if self.loop.faults.gradient == "stop" or not c.skip_nonfinite:
-                if c.skip_nonfinite:  # else the parameters are spoilt, and the checkpoint before is the one to go on from
-                    self.save()
+            spoilt = isinstance(fault, faults.SpoiltError)
+            if self.loop.faults.gradient == "stop" and not spoilt:
+                self.save()
+            if self.loop.faults.gradient == "stop" or spoilt:
                 raise
             self._warn(update, fault)
         return numbers

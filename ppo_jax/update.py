@@ -189,14 +189,15 @@ def ppo_update(
       micro_batches: parts of a minibatch whose gradients are added before its one step; divides `B / minibatches`.
       aggregation: how the loss counts; that of `loss_fn`.
       target_kl: once a minibatch's `policy/approx_kl` is beyond it, that step and all later ones are not taken.
-      skip_nonfinite: a step whose gradient or new parameters hold an infinity or NaN is not taken.
+      skip_nonfinite: a step whose gradient holds an infinity or NaN is not taken.
       axis_name: mapped axis over which the rows are spread; `B` is then this device's share.
       frozen: parameters that do not train; the state's lie over them.
 
     Returns:
       The new state, and metrics: means over the minibatches whose gradient was computed, maxima over the same,
       `policy/first_ratio_error_max` of the first minibatch alone, `optimizer/steps` taken, `optimizer/skipped` as not finite,
-      `optimizer/stopped` (0 or 1) at the target KL, `optimizer/grad_norm` before clipping.
+      `optimizer/stopped` (0 or 1) at the target KL, `optimizer/finite` (0 or 1) of the new parameters, `optimizer/grad_norm`
+      before clipping.
 
     Raises:
       ValueError: if `minibatches` and `micro_batches` do not divide the rows.
@@ -221,7 +222,7 @@ def ppo_update(
         norm = optax.tree.norm(grads)
         beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
         new = state.apply_gradients(grads=grads)
-        bad = ~(jnp.isfinite(norm) & all_finite(new.params)) if skip_nonfinite else jnp.bool_(False)
+        bad = ~jnp.isfinite(norm) if skip_nonfinite else jnp.bool_(False)
         if target_kl is not None or skip_nonfinite:
             new = jax.tree.map(lambda a, b: jnp.where(beyond | bad, a, b), state, new)
         return new, _Step(metrics, norm, computed=jnp.bool_(True), taken=~(beyond | bad), bad=bad & ~beyond, beyond=beyond)
@@ -235,7 +236,7 @@ def ppo_update(
         return (state, stopped | done.beyond), done
 
     (state, stopped), steps = jax.lax.scan(step, (state, jnp.bool_(False)), order)
-    return state, _summary(steps, stopped)
+    return state, {**_summary(steps, stopped), "optimizer/finite": all_finite(state.params).astype(jnp.float32)}
 
 
 class _Step(NamedTuple):

@@ -1,6 +1,7 @@
 """A run that goes wrong says so, leaves what is needed to look into it, and can be replayed."""
 
 import asyncio
+import dataclasses
 import functools
 import json
 import os
@@ -157,9 +158,18 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy,
             run.run()
         assert digest(run.state.train.params) == before
         said = capsys.readouterr().err
-        assert "Update 1: A loss, gradient or parameter was not finite; 4 steps" in said and "2 of 2 updates had faults" in said
+        assert "Update 1: A loss or gradient was not finite; 4 steps" in said and "2 of 2 updates had faults" in said
     assert {row["update"] for row in read_lines(tmp_path / "run/faults.jsonl")} == ({0} if policy == "stop" else {0, 1})
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["optimizer/skipped"] == 4
+
+
+def test_parameters_that_a_step_spoilt_are_not_saved(tmp_path):
+    spoils = dataclasses.replace(PPO, learning_rate=1e38, weight_decay=1e3, target_kl=None, epochs=1, minibatches=1)
+    run = trainer(tmp_path / "run", ppo=spoils, updates=2, faults=Faults(gradient="skip"))
+    with pytest.raises(faults.SpoiltError, match="The new parameters are not finite"):
+        run.run()
+    assert run.checkpoints.steps() == [] and len(read_lines(tmp_path / "run/metrics.jsonl")) == 1
+    assert {row["kind"] for row in read_lines(tmp_path / "run/faults.jsonl")} == {"gradient"}
 
 
 def test_persist_and_its_settings():
