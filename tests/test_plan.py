@@ -18,6 +18,8 @@ from ppo_jax.commands.models import describe
 from ppo_jax.flops import matmul_flops
 from ppo_jax.models.transformer import init_params
 
+HF_LLAMA = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5}  # fmt: skip
 SMALL = [
     "--ppo.batch-size", "16", "--ppo.minibatches", "2", "--ppo.epochs", "2", "--ppo.max-new-tokens", "5", "--prompt-tokens", "6",
 ]  # fmt: skip
@@ -59,8 +61,11 @@ def test_rollout_and_update_compile_for_a_slice_cut_along_every_axis(tmp_path, m
 
 
 def test_adapters_leave_less_on_each_chip(tmp_path):
-    shallow = ["--model", "gpt2", "--topology", "v6e:2x2", "--mesh", "fsdp=4", "--depths", "1", "2"]
-    full, less = planned(tmp_path, *shallow)[0], planned(tmp_path, *shallow, "--lora.rank", "2")[0]
+    """A plan reads the model's config.json only; this one's parameters outweigh its activations."""
+    wide = HF_LLAMA | {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    on = ["--model", tmp_path, "--topology", "v6e:2x2", "--mesh", "fsdp=4"]
+    full, less = planned(tmp_path, *on)[0], planned(tmp_path, *on, "--lora.rank", "2")[0]
     assert less["update"]["needed"] < 0.6 * full["update"]["needed"]
 
 

@@ -54,7 +54,8 @@ def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0,
         port = free.getsockname()[1]
     given = {"model": "model", "prompts": "prompts.txt", "eval-prompts": "prompts.txt", "reward": "reward.py:score", "out": out,
              "loop.updates": updates, "loop.save-every": 1, "loop.eval-every": 1, "ppo.batch-size": 16, "ppo.minibatches": 2,
-             "ppo.max-new-tokens": 5, "ppo.learning-rate": 1e-4, "ppo.adam-eps": 1e-5, "mesh": mesh, "processes.lost-after-s": 10, **options}  # fmt: skip
+             "ppo.max-new-tokens": 5, "ppo.learning-rate": 1e-4, "ppo.adam-eps": 1e-5,
+             "mesh": mesh, "processes.lost-after-s": 10, **options}  # fmt: skip
     command = [sys.executable, "-m", "ppo_jax.cli", "train", "--loop.no-progress", "--loop.no-tensorboard"]
     command += [str(x) for name, value in given.items() for x in (f"--{name}", value)]
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "NAP": str(nap)}
