@@ -1,5 +1,6 @@
 """What a run does when something goes wrong: a reward that fails or hangs, numbers that are not finite, a signal to stop."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -91,10 +92,8 @@ def persist(call: Callable[[], Any], *, retries: int, timeout_s: float | None) -
       3
     """
     for _ in range(retries):
-        try:
+        with contextlib.suppress(Fault):  # it is asked again
             return _within(timeout_s, call)
-        except Fault:
-            pass
     return _within(timeout_s, call)
 
 
