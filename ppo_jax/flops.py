@@ -39,6 +39,15 @@ def _count(jaxpr: Jaxpr, trips: int) -> int:
     return total
 
 
+def products(jaxpr: Jaxpr) -> Iterator[Any]:
+    """The matrix products that a jaxpr holds, each once however often it runs."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for part in _parts(eqn.params):
+            yield from products(part)
+
+
 def _devices(eqn: Any) -> int:
     """Over how many devices a `shard_map` spreads its body."""
     axes = eqn.params["newly_manual_axes" if "newly_manual_axes" in eqn.params else "manual_axes"]  # the newer JAX, the older

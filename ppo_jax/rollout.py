@@ -91,6 +91,7 @@ def generate(
         )
     B, P = prompts.shape
     row_ids = jnp.arange(B) if row_ids is None else row_ids
+    params = model.rounded(params)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
     process = functools.partial(sampling.process_logits, temperature=temperature, top_k=top_k, top_p=top_p)
     draw = functools.partial(_draw, process=process, stop_ids=stop_ids, min_new_tokens=min_new_tokens, greedy=greedy)

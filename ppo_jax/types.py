@@ -14,7 +14,7 @@ Padding. Prompts are padded on the left and responses on the right, so that the 
 with every array of tokens; nothing is inferred from the id of a token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -69,11 +69,15 @@ class CacheFn(Protocol):
 
 
 class LanguageModel(NamedTuple):
-    """A policy as three pure functions. `models.transformer.language_model` makes one; yours may be anything causal."""
+    """A policy as pure functions. `models.transformer.language_model` makes one; yours may be anything causal.
+
+    `rounded` gives parameters that say the same in fewer bits, which decoding makes once and reads at every step.
+    """
 
     hidden: HiddenFn
     logits: LogitsFn
     init_cache: CacheFn
+    rounded: Callable[[Params], Params] = lambda params: params
     about: str = ""  # what fixes these functions beside their parameters; a run goes on only with the same
 
 

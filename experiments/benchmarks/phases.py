@@ -76,12 +76,16 @@ def measure(options: Phases) -> dict[str, Any]:
     compiled = {name: getattr(made, name).lower(*args[name]).compile() for name in ("sample", "learn")}
     compile_s = time.perf_counter() - begin
     compiled |= {name: getattr(made, name).lower(*args[name]).compile() for name in ("score", "reward")}
+    one = dataclasses.replace(work, new_tokens=1)  # a rollout of one token is the pass over the prompts
+    compiled["prefill"] = work_.programs(one).sample.lower(*args["sample"]).compile()
     if options.child == "first":
         return {"compile_s": compile_s}
     flops = {name: matmul_flops(getattr(made, name), *args[name], while_trips=work.new_tokens - 1) for name in args}
     peak, times, rates = _iterations(work, compiled, options.runs)
     rate, bandwidth = statistics.median(rates), memory_bandwidth()
-    bound = rollout_bound(work, flops["sample"], rate, bandwidth)
+    flops["prefill"] = matmul_flops(work_.programs(one).sample, *args["sample"])
+    decode_bound = decoding_bound(work, flops["sample"] - flops["prefill"], rate, bandwidth)
+    bound = decode_bound + flops["prefill"] / rate
     median = {name: statistics.median(x) for name, x in times.items()}
     account = memory(work.config, work.ppo, prompt_tokens=work.prompt_tokens, critic=work.critic, adapters=None)
     predicted = sum(account.values()) + size_of(args["reward"][0])  # the reward model lies there too
@@ -94,6 +98,7 @@ def measure(options: Phases) -> dict[str, Any]:
         "update/share_of_peak": flops["learn"] / median["update"] / rate,
         "scoring/share_of_peak": flops["score"] / median["scoring"] / rate,
         "rollout/share_of_bound": bound / median["rollout"], "rollout/bound_s": bound,
+        "decode/share_of_bound": decode_bound / (median["rollout"] - median["prefill"]), "decode/bound_s": decode_bound,
         "peak_bytes": peak, "predicted_peak_bytes": predicted,
         "million_episodes_h": median["iteration"] * 1e6 / work.prompts / 3600,  # OpenAI's run of 2019 took 4.8 hours
     }  # fmt: skip
@@ -106,7 +111,7 @@ def _iterations(work: Work, compiled: dict[str, Callable], runs: int) -> tuple[i
     Path("/proc/self/clear_refs").write_text("5")  # what making these took does not count in the high-water mark
     state, reference, reward, tokens, mask = held
     del held
-    times: dict[str, list[float]] = {name: [] for name in ("rollout", "scoring", "reward", "update", "iteration")}
+    times: dict[str, list[float]] = {name: [] for name in ("rollout", "scoring", "reward", "update", "iteration", "prefill")}
     for run in range(runs + 1):
         marks = [time.perf_counter()]
 
@@ -122,7 +127,9 @@ def _iterations(work: Work, compiled: dict[str, Callable], runs: int) -> tuple[i
         if run:
             for name, a, b in zip(times, marks, marks[1:], strict=False):
                 times[name].append(b - a)
-            times["iteration"].append(marks[-1] - marks[0])
+            times["iteration"].append(marks[4] - marks[0])
+            done(compiled["prefill"](state, tokens, mask))
+            times["prefill"].append(marks[5] - marks[4])
     device = jax.devices()[0].memory_stats()
     peak = device["peak_bytes_in_use"] if device else resident("VmHWM") - before
     del scores, task
@@ -152,28 +159,31 @@ def matmul_rate(dtype: str, size: int = 2048) -> float:
 
 def memory_bandwidth(size: int = 2**28) -> float:
     """Bytes read a second, the best of several: the sum of a large array."""
+    size = size if jax.default_backend() == "cpu" else 16 * size
     x = jnp.ones(size // 4, jnp.float32)
     return size / _best(jax.jit(jnp.sum), x)
 
 
 def _best(function: Callable, *args: Any, runs: int = 8) -> float:
-    times = []
+    """Seconds of a call, the best of several; on an accelerator calls are short, and ten follow one another."""
+    calls, times = 1 if jax.default_backend() == "cpu" else 10, []
+    jax.block_until_ready(function(*args))
     for _ in range(runs):
         begin = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(time.perf_counter() - begin)
+        jax.block_until_ready([function(*args) for _ in range(calls)])
+        times.append((time.perf_counter() - begin) / calls)
     return min(times)
 
 
-def rollout_bound(work: Work, flops: float, rate: float, bandwidth: float) -> float:
-    """Seconds that a rollout needs at least: each step the longer of its arithmetic and of reading parameters and cache once."""
+def decoding_bound(work: Work, flops: float, rate: float, bandwidth: float) -> float:
+    """Seconds that decoding needs at least: each step the longer of its arithmetic and of reading parameters and cache once."""
     config, each = work.config, jnp.dtype(work.dtype).itemsize
     params = size_of(jax.eval_shape(lambda: work_.init_params(config, jax.random.key(0)))) / 4 * each
     seconds, steps = 0.0, work.new_tokens - 1
     for filled in range(work.prompt_tokens, work.prompt_tokens + steps):
         cache = 2 * config.layers * work.prompts * filled * config.key_heads * config.head_width * each
-        seconds += max((params + cache) / bandwidth, flops / (work.prompt_tokens + steps) / rate)
-    return seconds + flops * work.prompt_tokens / (work.prompt_tokens + steps) / rate
+        seconds += max((params + cache) / bandwidth, flops / steps / rate)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ WORKS = {
     "gpt2": Work(layers=12, width=768, heads=12, vocab_size=50257, positions=1024, prompts=8, prompt_tokens=32, new_tokens=32),
     # OpenAI 2019: 64 + 24 tokens, batches of 512, 4 epochs of one minibatch, a shared trunk
     "oai2019": Work(layers=12, width=768, heads=12, vocab_size=50257, positions=1024, prompts=512, prompt_tokens=64, new_tokens=24,
-                    minibatches=1, dtype="bfloat16", critic="shared", micro_batch=128),
+                    minibatches=1, dtype="bfloat16", critic="shared"),
 }  # fmt: skip
 
 

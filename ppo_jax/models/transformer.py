@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.models.config import NormAt, TransformerConfig
-from ppo_jax.models.layers import MLP, Attention, Linear, Norm, round_to, soft_cap
+from ppo_jax.models.layers import MLP, Attention, Linear, Norm, product, round_to, soft_cap
 from ppo_jax.models.sharding import BATCH, constrain
 from ppo_jax.types import KVCache, LanguageModel, Params
 
@@ -88,13 +88,17 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens_BS: jax.Array, position_BS: jax.Array) -> jax.Array:
         c = self.config
-        x_BSD = constrain(self.embedding, "tensor", None)[tokens_BS]
+
+        def rows(table: jax.Array, at: jax.Array) -> jax.Array:
+            return round_to(table[at], c.dtype).astype(jnp.float32)
+
+        x_BSD = rows(constrain(self.embedding, "tensor", None), tokens_BS)
         if c.scale_embedding:
             x_BSD = x_BSD * jnp.sqrt(jnp.float32(c.width)).astype(c.dtype).astype(jnp.float32)
         if c.learned_positions:
-            x_BSD = x_BSD + constrain(self.position_embedding, None)[position_BS + c.position_offset]
+            x_BSD = x_BSD + rows(constrain(self.position_embedding, None), position_BS + c.position_offset)
         if c.token_types:
-            x_BSD = x_BSD + self.type_embedding[None, :1]
+            x_BSD = x_BSD + rows(self.type_embedding, jnp.zeros((1, 1), jnp.int32))
         return self.embedding_norm(x_BSD) if c.embedding_norm else round_to(x_BSD, c.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -103,8 +107,10 @@ class Decoder(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])
         if c.lm_transform:
             rows = self.lm_norm(round_to(c.activation(self.lm_dense(rows).astype(jnp.float32)), c.dtype))
-        matrix_VD = round_to(self.embedding if c.tied else self.unembedding, c.dtype)
-        out = soft_cap(jnp.einsum("nd,vd->nv", rows, matrix_VD, preferred_element_type=jnp.float32), c.logit_cap)
+        matrix_VD = self.embedding if c.tied else self.unembedding
+        if jnp.dtype(c.dtype) != jnp.float32 and len(rows) > 1024:  # tensor cores are fast where all lengths are multiples of 64
+            matrix_VD = jnp.pad(matrix_VD, ((0, -c.vocab_size % 64), (0, 0)))
+        out = soft_cap(product("nd,vd->nv", rows, matrix_VD)[:, : c.vocab_size], c.logit_cap)
         out = out + self.lm_bias[None, :] if c.lm_transform else out
         return out.reshape(*hidden.shape[:-1], -1)
 
@@ -154,9 +160,12 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     def logits(params: Params, hidden: jax.Array) -> jax.Array:
         return decoder.apply({"params": params}, hidden, method="logits")
 
+    def rounded(params: Params) -> Params:
+        return jax.tree.map(lambda x: round_to(x, config.dtype) if x.ndim > 1 else x, params)
+
     def init_cache(batch_size: int, slots: int) -> KVCache:
         shape = (batch_size, config.key_heads, slots, config.head_width)
         empty = lambda: tuple(constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor") for _ in range(config.layers))
         return KVCache(empty(), empty(), jnp.zeros((batch_size, slots), bool), jnp.int32(0))
 
-    return LanguageModel(hidden, logits, init_cache, about=repr(config))
+    return LanguageModel(hidden, logits, init_cache, rounded, about=repr(config))

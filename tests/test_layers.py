@@ -1,0 +1,81 @@
+"""In bfloat16, products take rounded operands in the gradient too, and nothing is kept or read in more bits than it has."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.flops import products
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.layers import product
+from ppo_jax.models.transformer import init_params, language_model
+
+CONFIG = TransformerConfig(
+    vocab_size=65, positions=16, width=16, layers=2, heads=2, mlp_width=48, init_std=0.3, gated=True, dtype=jnp.bfloat16
+)
+PLAIN = dataclasses.replace(CONFIG, dtype=jnp.float32)
+TOKENS = jax.random.randint(jax.random.key(0), (100, 12), 0, 65)  # rows enough for the padded output matrix
+MASK = jnp.arange(12)[None, :] >= jnp.arange(100)[:, None] % 5
+
+
+def logprob(params, config=CONFIG):
+    model = language_model(config)
+    logits = model.logits(params, model.hidden(params, TOKENS, MASK)[0])
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[..., None], axis=-1)[..., 0]
+    return jnp.sum(chosen, where=MASK) / MASK.sum()
+
+
+def test_products_of_a_gradient_take_rounded_operands():
+    params = init_params(CONFIG, jax.random.key(0))
+    found = list(products(jax.make_jaxpr(jax.grad(logprob))(params).jaxpr))
+    per_block = 7 + 2  # q, k, v, o, gate, up, down; attention's two
+    assert len(found) == 3 * (per_block * CONFIG.layers + 1)
+    for eqn in found:
+        assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype(jnp.bfloat16)}, eqn
+        assert eqn.outvars[0].aval.dtype == jnp.float32
+
+
+def test_gradient_is_that_of_float32_but_for_rounding():
+    params = init_params(CONFIG, jax.random.key(0))
+    rounded = jax.tree.leaves(jax.grad(logprob)(params))
+    exact = jax.tree.leaves(jax.grad(logprob)(params, PLAIN))
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.dtype == jnp.float32
+        # a sum over rows: the biases of keys have no other gradient than rounding
+        np.testing.assert_allclose(a, b, atol=0.03 * max(float(jnp.abs(b).max()), 0.02))
+
+
+@pytest.mark.parametrize(
+    "spec, a, b", [("nd,dv->nv", (5, 3), (3, 4)), ("nd,vd->nv", (5, 3), (4, 3)), ("bkqc,bknc->bkqn", (2, 3, 4, 5), (2, 3, 6, 5))]
+)
+def test_gradient_of_a_product(spec, a, b):
+    a, b = jax.random.normal(jax.random.key(0), a), jax.random.normal(jax.random.key(1), b)
+    cut = lambda x: np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32))
+    left, right, result = spec.replace("->", ",").split(",")
+    out = product(spec, a.astype(jnp.bfloat16), b)
+    np.testing.assert_allclose(out, np.einsum(spec, cut(a), cut(b)), rtol=1e-5, atol=1e-6)
+    weight = jax.random.normal(jax.random.key(2), out.shape)
+    grad_a, grad_b = jax.grad(lambda a, b: jnp.sum(product(spec, a, b) * weight), argnums=(0, 1))(a.astype(jnp.bfloat16), b)
+    assert (grad_a.dtype, grad_b.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(grad_b, np.einsum(f"{left},{result}->{right}", cut(a), cut(weight)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        grad_a.astype(jnp.float32), cut(jnp.asarray(np.einsum(f"{result},{right}->{left}", cut(weight), cut(b)))), rtol=1e-2
+    )
+
+
+def test_parameters_rounded_once_say_the_same():
+    params, model = init_params(CONFIG, jax.random.key(0)), language_model(CONFIG)
+    rounded = model.rounded(params)
+    assert all(x.dtype == (jnp.bfloat16 if x.ndim > 1 else jnp.float32) for x in jax.tree.leaves(rounded))
+    run = jax.jit(lambda params: model.logits(params, model.hidden(params, TOKENS, MASK)[0]))
+    np.testing.assert_array_equal(run(rounded), run(params))
+    plain = language_model(PLAIN)
+    assert all(a is b for a, b in zip(jax.tree.leaves(plain.rounded(params)), jax.tree.leaves(params), strict=True))
+
+
+def test_a_gradient_keeps_no_wide_float32_array():
+    _, backward = jax.vjp(logprob, init_params(CONFIG, jax.random.key(0)))
+    wide = [x for x in jax.tree.leaves(backward) if x.shape[-1:] == (CONFIG.mlp_width,) and x.shape[0] == len(TOKENS)]
+    assert wide and all(x.dtype == jnp.bfloat16 for x in wide)
