@@ -218,7 +218,7 @@ def ppo_update(
                 micro_batches=micro_batches, aggregation=aggregation, axis_name=axis_name or data_axis,
             )  # fmt: skip
 
-        grads, metrics = map_over_data(gradient, (state.params, frozen), batch)
+        grads, metrics = map_over_data(gradient, (state.params, frozen), batch, parts=micro_batches)
         norm = optax.tree.norm(grads)
         beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
         new = state.apply_gradients(grads=grads)

@@ -98,10 +98,13 @@ def test_every_mesh_gives_the_result_of_one_device(family, adapters, on):
         assert_same(found, on_one_device(family, optimizer, adapters), optimizer)
 
 
-@pytest.mark.parametrize("on", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
-def test_micro_batches_and_chunks_on_a_mesh(on):
-    found = three_updates("qwen3", "sgd", on=on, micro_batch=8, rollout_rows=16, logit_chunk=3)
-    assert_same(found, on_one_device("qwen3", "sgd", False), "sgd")
+@pytest.mark.parametrize(
+    "on, adapters", [({"data": 8}, False), ({"data": 2, "fsdp": 4}, False), ({"data": 4, "tensor": 2}, True),
+                     ({"data": 2, "fsdp": 2, "tensor": 2}, False)], ids=str
+)  # fmt: skip
+def test_micro_batches_and_chunks_on_a_mesh(on, adapters):
+    found = three_updates("llama", "sgd", adapters=adapters, on=on, micro_batch=8, rollout_rows=16, logit_chunk=3)
+    assert_same(found, on_one_device("llama", "sgd", adapters), "sgd")
 
 
 # Communication, as the compiled update has it.
@@ -131,6 +134,16 @@ def collectives(hlo, kind):
     return found
 
 
+def bodies(hlo):
+    """Bodies of the loops that each computation holds."""
+    found, name = {}, ""
+    for line in hlo.splitlines():
+        if line.endswith("{") and "=" not in line.split("(")[0]:
+            name = line.split()[0]
+        found.setdefault(name, []).extend(re.findall(r" while\(.*body=(%[\w.-]+)", line))
+    return found
+
+
 def sizes(state):
     return sorted(x.size for x in jax.tree.leaves(state.train.params))
 
@@ -148,6 +161,20 @@ def test_a_minibatch_reduces_its_gradient_once(changes):
     reduced = {name: sum(part) for name, part in collectives(hlo, "all-reduce").items()}
     assert total <= max(reduced.values()) < total * 1.02  # the rest: sums for averages
     assert sum(reduced.values()) < total * 1.05
+
+
+@pytest.mark.parametrize("on", [{"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}], ids=str)
+def test_micro_batches_leave_the_reduction_over_data_to_their_minibatch(on):
+    """A loop around the one over micro-batches reduces all that a device holds of the gradient; the loop itself no more than the
+    parts that `fsdp` scatters, or the activations of `tensor`."""
+    hlo, state = compiled_update(on, micro_batch=8)
+    total = sum(sizes(state))
+    reduced = {name: sum(part) for name, part in collectives(hlo, "all-reduce").items()}
+    around = [name for name in reduced if set(bodies(hlo).get(name, ())) & set(reduced) and name != "ENTRY"]
+    minibatch = max(around, key=reduced.get)
+    share = total * on["data"] / 8
+    assert share <= reduced[minibatch] < share * 1.2  # norms are whole on every device
+    assert sum(reduced.values()) - reduced[minibatch] < total
 
 
 def test_parameters_and_moments_are_cut():

@@ -96,18 +96,24 @@ def constrain_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, BATCH), tree)
 
 
-def map_over_data(function: Callable, params: Any, rows: Any) -> Callable:
-    """`function(params, rows, axis_name)` with each device's own rows, where a mesh has all its devices on `data`.
+def map_over_data(function: Callable, params: Any, rows: Any, *, parts: int) -> Any:
+    """`function(params, rows, axis_name)` with the rows of each place on `data`; it sums over `parts` parts of them.
 
-    What it returns must be the same everywhere, by its own reductions over `axis_name`: a sum over many parts is then reduced once,
-    at its end, where the compiler would reduce each part. Elsewhere `axis_name` is None, and the compiler places the reductions.
+    What it returns must be the same everywhere, by its own reductions over `axis_name`: a sum over many parts is then reduced over
+    `data` once, at its end, where the compiler would reduce each part. `fsdp` and `tensor` stay the compiler's, which scatters each
+    part's gradient over `fsdp`: to keep it whole would undo what `fsdp` is for. Elsewhere `axis_name` is None, and the compiler
+    places all reductions; on a mesh with both `fsdp` and `tensor` too, as XLA for CPUs fails to split such a program.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not _is_auto(mesh) or mesh.shape.get("data", 1) == 1 or mesh.shape["data"] != mesh.size:
+    if not _is_auto(mesh) or mesh.shape.get("data", 1) == 1:
+        return function(params, rows, None)
+    cut = [axis for axis in ("fsdp", "tensor") if mesh.shape.get(axis, 1) > 1]
+    if len(cut) == 2 or (cut and parts == 1):
         return function(params, rows, None)
     own = lambda params, rows: function(params, rows, "data")
     specs = (PartitionSpec(), PartitionSpec("data"))
-    return jax.shard_map(own, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(params, rows)
+    mapped = jax.shard_map(own, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
+    return mapped(params, rows)
 
 
 def _is_auto(mesh: Any) -> bool:
