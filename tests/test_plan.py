@@ -3,10 +3,13 @@
 Each command runs in a process of its own, as the compiler looks at the environment once.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +63,27 @@ def test_rollout_and_update_compile_for_a_slice_cut_along_every_axis(tmp_path, m
     assert found["update"]["flops"] > 2 * found["scoring"]["flops"]
 
 
-def test_adapters_leave_less_on_each_chip(tmp_path):
-    """A plan reads the model's config.json only; this one's parameters outweigh its activations."""
-    wide = HF_LLAMA | {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}
-    (tmp_path / "config.json").write_text(json.dumps(wide))
-    on = ["--model", tmp_path, "--topology", "v6e:2x2", "--mesh", "fsdp=4"]
-    full, less = planned(tmp_path, *on)[0], planned(tmp_path, *on, "--lora.rank", "2")[0]
-    assert less["update"]["needed"] < 0.6 * full["update"]["needed"]
+WIDE = HF_LLAMA | {"hidden_size": 1024, "intermediate_size": 2048}  # parameters outweigh activations
+WIDE_LAYER = 2 * (2 * 1024 * (1024 + 256) + 3 * 1024 * 2048)  # numbers, policy and critic
+
+
+@functools.cache
+def planned_wide(layers, *args):
+    """A plan reads the model's config.json only."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(WIDE | {"num_hidden_layers": layers}))
+        return planned(Path(folder), "--model", folder, "--topology", "v6e:2x2", "--mesh", "fsdp=4", *args)[0]["update"]
+
+
+def test_adapters_leave_less_on_each_chip():
+    assert planned_wide(1, "--lora.rank", "2")["needed"] < 0.6 * planned_wide(1)["needed"]
+
+
+def test_fsdp_holds_one_whole_layer_at_a_time():
+    """Beside its arguments, a chip holds a quarter of one more layer's gradient, and none of the layer that it gathers."""
+    more = [planned_wide(layers)["peak"] - planned_wide(layers)["arguments"] for layers in (1, 2)]
+    gradient, gathered = 4 * WIDE_LAYER / 4, 2 * WIDE_LAYER  # float32, bfloat16
+    assert more[1] - more[0] < gradient + 0.3 * gathered
 
 
 def test_depths_extrapolate(tmp_path, model):
