@@ -122,10 +122,15 @@ def to_mesh(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(spread, tree)
 
 
-def to_host(tree: Any) -> Any:
-    """Numpy arrays, whole in every process."""
-    there = lambda x: isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-    whole = lambda x: multihost_utils.process_allgather(x, tiled=True) if there(x) else x
+def to_host(tree: Any, *, everywhere: bool = True) -> Any:
+    """Numpy arrays, whole in every process, or in the first alone; the others then hold one at a time, and get None for each."""
+    keep = everywhere or jax.process_index() == 0
+
+    def whole(x: Any) -> Any:
+        spread = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        x = multihost_utils.process_allgather(x, tiled=True) if spread else x
+        return x if keep else None
+
     return jax.device_get(jax.tree.map(whole, tree))
 
 

@@ -83,7 +83,7 @@ class Train:
     resume: Resume = "no"
     """yes: go on from out's newest good checkpoint, with the same settings; auto: the same, or a fresh start if none is there."""
     deterministic: bool = False
-    """Make XLA use GPU kernels that give the same bits every time (slower where gradients are scattered); no effect on a CPU."""
+    """Make XLA use GPU kernels that give the same bits every time (1.5 times as slow, see the README)."""
     mesh: str = ""
     """How devices share the work, such as data=2,fsdp=4: data and fsdp spread rows, fsdp and tensor cut parameters. Axes left out
     are 1, but data takes what is left. pmap: a replica on each device of one process."""
@@ -99,9 +99,10 @@ class Train:
         check_free(self.out, resume=self.resume != "no")
         trainer, policy, adapters = self.build(self.out)
         state = trainer.run()
-        digest, tuned, base = provenance.digest(state.train.params), parallel.to_host(state.policy), policy.params
+        digest, base = provenance.digest(state.train.params), policy.params
+        tuned = parallel.to_host(state.policy, everywhere=False)
         if adapters is not None:
-            base = parallel.to_host(base)
+            base = parallel.to_host(base, everywhere=False)
         processes.first_does(lambda: self._export(tuned, policy._replace(params=base), adapters, trainer.tokenizer))
         processes.first_does(lambda: self._sum_up(int(state.update), digest))
         processes.say(f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
