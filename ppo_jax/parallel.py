@@ -148,6 +148,10 @@ def join_rows_here(tree: Any, mesh: Mesh | None, rows: int) -> Any:
     return jax.tree.map(join, parts)
 
 
+# What the model rounds, the compiler shall not keep in float32: on a GPU it would write and read arrays of twice the size.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
+
 class Steps(NamedTuple):
     """`iteration.sample`, `score` and `learn`, compiled, without their `agent`."""
 
@@ -159,13 +163,14 @@ class Steps(NamedTuple):
 def jit_steps(agent: Agent, mesh: Mesh | None = None, state: PPOState | None = None) -> Steps:
     """By `jit`; on a mesh, with the rows spread and `learn`'s new state lying as `state` does."""
     sample, score, learn = (functools.partial(f, agent) for f in (iteration.sample, iteration.score, iteration.learn))
+    jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     if mesh is None:
-        return Steps(jax.jit(sample), jax.jit(score), jax.jit(learn, donate_argnums=0))
+        return Steps(jit(sample), jit(score), jit(learn, donate_argnums=0))
     rows, whole = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     return Steps(
-        _on(mesh, jax.jit(sample, out_shardings=rows)),
-        _on(mesh, jax.jit(score, out_shardings=rows)),
-        _on(mesh, jax.jit(learn, donate_argnums=0, out_shardings=(shardings(state, mesh), whole))),
+        _on(mesh, jit(sample, out_shardings=rows)),
+        _on(mesh, jit(score, out_shardings=rows)),
+        _on(mesh, jit(learn, donate_argnums=0, out_shardings=(shardings(state, mesh), whole))),
     )
 
 

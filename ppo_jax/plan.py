@@ -200,7 +200,7 @@ def _compile(
 ) -> Program | TooLarge:  # fmt: skip
     start = time.perf_counter()
     try:
-        compiled = jax.jit(function, **options).lower(*args).compile()
+        compiled = jax.jit(function, compiler_options=parallel.COMPILER_OPTIONS, **options).lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

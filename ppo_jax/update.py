@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 from ppo_jax import losses
 from ppo_jax.masked import BY_TOKEN, Aggregation
 from ppo_jax.metrics import LossMetrics, Metrics, add_parts, policy_metrics
-from ppo_jax.models.sharding import constrain_rows, map_over_data
+from ppo_jax.models.sharding import constrain_params, constrain_rows, map_over_data
 from ppo_jax.scoring import forward_responses, split_rows
 from ppo_jax.types import CriticFn, Experience, LanguageModel, Params, overlay
 
@@ -110,7 +110,7 @@ def minibatch_gradient(
 
     def part(micro_batch: Experience) -> tuple[Params, LossMetrics]:
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, micro_batch, counts)
-        return grads, metrics
+        return constrain_params(grads), metrics  # else the compiler may add up whole gradients on each device
 
     def add(total, micro_batch):
         grads, metrics = part(micro_batch)

@@ -15,3 +15,5 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import everything  # noqa: E402, F401  (its compiler options, for all tests alike)

@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ppo_jax import data, iteration
+from ppo_jax import data, iteration, parallel
 from ppo_jax.config import PPOConfig
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
@@ -22,6 +22,8 @@ from ppo_jax.provenance import digest
 from ppo_jax.reward_functions import TextReward
 from ppo_jax.train import LoopConfig, Trainer
 
+# Runs in tests are short: their programs are to be compiled quickly, not to run fast.
+parallel.COMPILER_OPTIONS |= {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
 PPO = PPOConfig(
     batch_size=16, epochs=2, minibatches=2, micro_batch=4, max_new_tokens=5, learning_rate=0.1, vf_coef=0.5, kl_coef=0.1,

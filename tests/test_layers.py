@@ -79,3 +79,23 @@ def test_a_gradient_keeps_no_wide_float32_array():
     _, backward = jax.vjp(logprob, init_params(CONFIG, jax.random.key(0)))
     wide = [x for x in jax.tree.leaves(backward) if x.shape[-1:] == (CONFIG.mlp_width,) and x.shape[0] == len(TOKENS)]
     assert wide and all(x.dtype == jnp.bfloat16 for x in wide)
+
+
+def test_positions_are_padded_to_what_a_gpu_multiplies_fast():
+    config = dataclasses.replace(CONFIG, positions=12, learned_positions=True)  # none for the padding
+    params = init_params(config, jax.random.key(0))
+    longer = {**params, "position_embedding": jnp.pad(params["position_embedding"], ((0, 4), (0, 0)), constant_values=7.0)}
+
+    def hidden(params, config, tokens=TOKENS, mask=MASK):
+        return language_model(config).hidden(params, tokens, mask)[0]
+
+    found = hidden(params, config)
+    assert found.shape == (*TOKENS.shape, 16)
+    np.testing.assert_array_equal(found[MASK], hidden(longer, dataclasses.replace(config, positions=16))[MASK])
+    by_hand = hidden(params, config, jnp.pad(TOKENS, ((0, 0), (0, 4)), constant_values=3), jnp.pad(MASK, ((0, 0), (0, 4))))
+    np.testing.assert_array_equal(found[MASK], by_hand[:, :12][MASK])
+    shapes = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, config).jaxpr)]
+    assert (100, 2, 16, 16) in shapes  # attention
+    plain = dataclasses.replace(config, dtype=jnp.float32)
+    shapes = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, plain).jaxpr)]
+    assert (100, 2, 12, 12) in shapes

@@ -25,9 +25,9 @@ PPO = PPOConfig(
 MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, "pmap"]
 HF = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 8},
-    "llama": {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 2,
+    "llama": {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "head_dim": 4},
-    "qwen3": {"model_type": "qwen3", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 2,
+    "qwen3": {"model_type": "qwen3", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48, "rms_norm_eps": 1e-6, "head_dim": 8,
               "tie_word_embeddings": True},
 }  # fmt: skip

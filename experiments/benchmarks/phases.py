@@ -71,7 +71,7 @@ def _in_process(options: Phases, cache: str, name: str) -> dict[str, Any]:
 
 def measure(options: Phases) -> dict[str, Any]:
     work = options.shape()
-    made, args = work_.programs(work), work_.shapes(work)
+    made, plain, args = work_.programs(work), work_.functions(work), work_.shapes(work)
     begin = time.perf_counter()
     compiled = {name: getattr(made, name).lower(*args[name]).compile() for name in ("sample", "learn")}
     compile_s = time.perf_counter() - begin
@@ -80,10 +80,10 @@ def measure(options: Phases) -> dict[str, Any]:
     compiled["prefill"] = work_.programs(one).sample.lower(*args["sample"]).compile()
     if options.child == "first":
         return {"compile_s": compile_s}
-    flops = {name: matmul_flops(getattr(made, name), *args[name], while_trips=work.new_tokens - 1) for name in args}
+    flops = {name: matmul_flops(getattr(plain, name), *args[name], while_trips=work.new_tokens - 1) for name in args}
     peak, times, rates = _iterations(work, compiled, options.runs)
     rate, bandwidth = statistics.median(rates), memory_bandwidth()
-    flops["prefill"] = matmul_flops(work_.programs(one).sample, *args["sample"])
+    flops["prefill"] = matmul_flops(work_.functions(one).sample, *args["sample"])
     decode_bound = decoding_bound(work, flops["sample"] - flops["prefill"], rate, bandwidth)
     bound = decode_bound + flops["prefill"] / rate
     median = {name: statistics.median(x) for name, x in times.items()}

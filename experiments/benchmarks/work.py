@@ -75,8 +75,15 @@ def agent(work: Work) -> iteration.Agent:
 
 @functools.cache
 def programs(work: Work) -> Programs:
+    """Compiled."""
     steps = parallel.jit_steps(agent(work))
-    return Programs(steps.sample, steps.score, jax.jit(heads.reward_model(work.config)), steps.learn)
+    return Programs(steps.sample, steps.score, jax.jit(functions(work).reward), steps.learn)
+
+
+def functions(work: Work) -> Programs:
+    """Not compiled, to be traced."""
+    sample, score, learn = (functools.partial(f, agent(work)) for f in (iteration.sample, iteration.score, iteration.learn))
+    return Programs(sample, score, heads.reward_model(work.config), learn)
 
 
 def start(work: Work) -> tuple[iteration.PPOState, Any, Any]:
@@ -96,7 +103,7 @@ def prompts(work: Work) -> tuple[np.ndarray, np.ndarray]:
 
 def shapes(work: Work) -> dict[str, tuple]:
     """The arguments of each program, as shapes."""
-    made = programs(work)
+    made = functions(work)
     state, reference, reward = jax.eval_shape(lambda: start(work))
     batch = jax.eval_shape(lambda: tuple(map(jnp.asarray, prompts(work))))
     rollout = jax.eval_shape(made.sample, state, *batch)

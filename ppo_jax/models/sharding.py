@@ -96,6 +96,17 @@ def constrain_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, BATCH), tree)
 
 
+def constrain_params(tree: Any) -> Any:
+    """`constrain` by the rules, for parameters and gradients."""
+    if not _is_auto(jax.sharding.get_abstract_mesh()):
+        return tree
+
+    def place(path: Any, x: jax.Array) -> jax.Array:
+        return constrain(x, *_axes_of(jax.tree_util.keystr(path, simple=True, separator="/"), x.ndim, RULES))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def map_over_data(function: Callable, params: Any, rows: Any, *, parts: int) -> Any:
     """`function(params, rows, axis_name)` with the rows of each place on `data`; it sums over `parts` parts of them.
 

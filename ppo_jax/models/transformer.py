@@ -9,6 +9,8 @@ from ppo_jax.models.layers import MLP, Attention, Linear, Norm, product, round_t
 from ppo_jax.models.sharding import BATCH, constrain
 from ppo_jax.types import KVCache, LanguageModel, Params
 
+_ALIGNED = 8  # positions
+
 
 class Block(nn.Module):
     """Attention and MLP, each added to what it read."""
@@ -66,6 +68,9 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array, cache: KVCache | None = None):
         """`[B, S]` tokens and mask, after what the cache holds, to `[B, S, D]` hidden states and the new cache."""
         c = self.config
+        S = tokens_BS.shape[1]
+        if cache is None and jnp.dtype(c.dtype) != jnp.float32:  # tensor cores are slow at lengths that no power of two divides
+            tokens_BS, mask_BS = (jnp.pad(x, ((0, 0), (0, -S % _ALIGNED))) for x in (tokens_BS, mask_BS))
         start, mask_BN = 0, mask_BS
         if cache is not None:
             start = cache.length
@@ -84,6 +89,7 @@ class Decoder(nn.Module):
             values.append(v)
         if cache is not None:
             cache = KVCache(tuple(keys), tuple(values), mask_BN, start + tokens_BS.shape[1])
+        x_BSD = x_BSD[:, :S]
         return x_BSD if c.norm_at is NormAt.AFTER else self.final_norm(x_BSD), cache
 
     def _embed(self, tokens_BS: jax.Array, position_BS: jax.Array) -> jax.Array:
