@@ -43,7 +43,7 @@ def likes_b(prompts, responses):
 
 def trainer(out, *, ppo=PPO, reward=likes_b, resume="no", adapters=True, mesh=None, held_out=None, **loop):
     config = TransformerConfig(
-        vocab_size=len(WORDS), positions=16, width=16, layers=2, heads=2, mlp_width=32, lora_scale=2.0 if adapters else 1.0
+        vocab_size=len(WORDS), positions=16, width=16, layers=1, heads=2, mlp_width=32, lora_scale=2.0 if adapters else 1.0
     )
     words = tokenizer()
     rows = data.read_rows(["a b", "c", "d e f", "g", "h i", "j k l"])

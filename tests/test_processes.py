@@ -34,12 +34,13 @@ def score(prompts, responses):
     time.sleep(float(os.environ.get("NAP", 0)))
     return [r.count("b") for r in responses]
 """
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("processes")
-    config = TransformerConfig(vocab_size=21, positions=16, width=16, layers=2, heads=2, mlp_width=32)
+    config = TransformerConfig(vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32)
     model = pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
     pretrained.save_policy(place / "model", model, everything.tokenizer())
     (place / "prompts.txt").write_text("a b\nc\nd e f\ng h\ni\n")
@@ -58,7 +59,8 @@ def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0,
              "mesh": mesh, "processes.lost-after-s": 10, **options}  # fmt: skip
     command = [sys.executable, "-m", "ppo_jax.cli", "train", "--loop.no-progress", "--loop.no-tensorboard"]
     command += [str(x) for name, value in given.items() for x in (f"--{name}", value)]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "NAP": str(nap)}
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NAP": str(nap)}
     env |= {"ROWS": str(16 // count if rows is None else rows), "PYTHONPATH": str(Path(__file__).parents[1])}
     started = []
     for index in range(count):
@@ -69,10 +71,15 @@ def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0,
     return started
 
 
-def finish(folder, out, started, expected=0, timeout=240):
-    for index, process in enumerate(started):
-        code = process.wait(timeout)
-        assert code == expected, (folder / f"{out}.{index}.log").read_text()[-3000:]
+def finish(folder, out, started, expected=0, timeout=600):
+    try:
+        for index, process in enumerate(started):
+            code = process.wait(timeout)
+            assert code == expected, (folder / f"{out}.{index}.log").read_text()[-3000:]
+    finally:
+        for process in started:  # none outlives a test that failed
+            process.kill()
+            process.wait()
 
 
 def run(folder, out, count, **options):

@@ -11,7 +11,7 @@ import pytest
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ppo_jax import iteration
+from ppo_jax import iteration, parallel
 from ppo_jax.config import PPOConfig
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
@@ -38,8 +38,8 @@ def three_updates(optimizer, *, devices=1, extra_padding=0, how="jit", **changes
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     state, policy = put(state, PartitionSpec()), put(policy, PartitionSpec())
 
-    @jax.jit
-    def update(state, prompts, mask):
+    @functools.partial(jax.jit, compiler_options=parallel.COMPILER_OPTIONS)
+    def update(state, policy, prompts, mask):
         rollout = iteration.sample(agent, state, prompts, mask)
         scores = iteration.score(agent, state, policy, rollout)
         task = (rollout.responses % 7 == 1).sum(axis=1).astype(jnp.float32)
@@ -51,7 +51,7 @@ def three_updates(optimizer, *, devices=1, extra_padding=0, how="jit", **changes
         key = jax.random.key(10 + number)
         prompts = jnp.pad(jax.random.randint(key, (32, 6), 0, 61), ((0, 0), (extra_padding, 0)))
         real = jnp.arange(length)[None, :] >= extra_padding + jax.random.randint(key, (32, 1), 0, 5)
-        state, rollout = update(state, put(prompts, PartitionSpec("data")), put(real, PartitionSpec("data")))
+        state, rollout = update(state, policy, put(prompts, PartitionSpec("data")), put(real, PartitionSpec("data")))
         samples.append(np.asarray(jnp.where(rollout.response_mask, rollout.responses, -1)))
     return np.stack(samples), jax.device_get(state.train.params)
 
