@@ -32,7 +32,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from experiments import assets
 from ppo_jax import data, iteration, sft
 from ppo_jax.config import PPOConfig
-from ppo_jax.logging import claim, write_json
+from ppo_jax.files import claim, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2

@@ -36,7 +36,7 @@ from flax.training.train_state import TrainState
 
 from ppo_jax import iteration, sft
 from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.logging import claim, plain, write_json
+from ppo_jax.files import claim, plain, write_json
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model

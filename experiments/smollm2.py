@@ -20,7 +20,7 @@ from experiments import assets
 from experiments.movie_sentiment import distinct2
 from ppo_jax import data, iteration
 from ppo_jax.config import PPOConfig
-from ppo_jax.logging import claim, write_json
+from ppo_jax.files import claim, write_json
 from ppo_jax.models import encoder, heads, lora, pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.reward_functions import TextReward

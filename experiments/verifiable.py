@@ -21,7 +21,7 @@ import tyro
 from experiments import assets
 from ppo_jax import data, iteration
 from ppo_jax.config import PPOConfig
-from ppo_jax.logging import claim, write_json
+from ppo_jax.files import claim, write_json
 from ppo_jax.models import heads, lora, pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.reward_functions import TextReward

@@ -4,27 +4,35 @@ import dataclasses
 import functools
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as kept
 
 from ppo_jax import processes
 from ppo_jax.iteration import PPOState
-from ppo_jax.provenance import digest, text_hash
+from ppo_jax.provenance import differences, digest, text_hash
 
 _LOG = logging.getLogger(__name__)
+_SPARE_BYTES = 2**20  # what Orbax writes beside the arrays
+_LEFTOVERS = ("exception was never retrieved", "_SignalingThread.run() raised an exception")
 
 
 def _is_no_leftover(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()
+    return not any(leftover in record.getMessage() for leftover in _LEFTOVERS)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message says which and why."""
+
+
+class _UnfitError(CheckpointError):
+    """A checkpoint that is whole, but not of the program that reads it."""
 
 
 @dataclasses.dataclass
@@ -46,8 +54,9 @@ class Checkpoints:
             preservation_policy=kept.AnyPreservationPolicy([kept.LatestN(keep), self._best]), enable_async_checkpointing=False,
             cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only,
         )  # fmt: skip
-        # Where one array of a damaged checkpoint fails, Orbax leaves the others' failures to be logged when they are collected.
-        logging.getLogger("asyncio").addFilter(_is_no_leftover)
+        # Where one array fails, Orbax logs the failures of all others too, and those of its threads.
+        for name in ("asyncio", "absl"):
+            logging.getLogger(name).addFilter(_is_no_leftover)
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -67,14 +76,21 @@ class Checkpoints:
             return
         self._best.step = best
         about = json.dumps(about or {}, sort_keys=True)
-        run = {"digest": digest(arrays), "about": about, "about_digest": text_hash(about)}
+        run = {"digest": digest(arrays), "about": about, "structure": _structure(arrays)}
+        run["run_digest"] = text_hash(run["about"], sorted(run["structure"].items()))
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
         try:
+            processes.first_does(lambda: self._check_room(arrays))
             self._manager.save(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a disk that is full or gone
             raise CheckpointError(
                 f"Checkpoint {step} cannot be written to {self.folder}: {_first_line(error)} The earlier ones are untouched."
             ) from error
+
+    def _check_room(self, arrays: Any) -> None:
+        needed, free = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SPARE_BYTES, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(f"it may take {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB left")
 
     def steps(self) -> list[int]:
         """Numbers of updates of those there are, newest last."""
@@ -90,16 +106,19 @@ class Checkpoints:
         A damaged one is named in a warning, set aside as `N.damaged`, and the one before it is tried.
 
         Raises:
-          CheckpointError: if there is no good one.
+          CheckpointError: if there is no good one, or the newest good one has arrays of other shapes than `like`.
         """
         damaged = []
         for number in reversed(self.steps()) if step is None else [step]:
-            found, reason = None, ""
+            found, unfit, reason = None, "", ""
             try:
                 found = self._read(number, like)
             except Exception as error:  # a damaged file may raise anything
                 reason = f"Checkpoint {number} in {self.folder} cannot be used: {_first_line(error)}"
-            reason = next(filter(None, processes.told(reason)), "")
+                unfit = reason if _is_no_damage(error) else ""
+            unfit, reason = (next(filter(None, processes.told(text)), "") for text in (unfit, reason))
+            if unfit:
+                raise CheckpointError(unfit)
             if found is not None and not reason:
                 return found
             damaged.append(reason)
@@ -112,10 +131,14 @@ class Checkpoints:
         raise CheckpointError(" ".join(damaged) or f"{self.folder} holds no checkpoint{aside}.")
 
     def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_arrays(like)), run=ocp.args.JsonRestore())
-        items = self._manager.restore(step, args=args)
-        stored, run = items["state"], items["run"]
-        if digest(stored) != run["digest"] or text_hash(run["about"]) != run["about_digest"]:
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if text_hash(run["about"], sorted(run["structure"].items())) != run["run_digest"]:
+            raise ValueError("it does not hold what was written.")
+        arrays = _arrays(like)
+        for name, was, now in differences(run["structure"], _structure(arrays)):
+            raise _UnfitError(f"it has {was} for {name}, and the run now {now}.")
+        stored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays)))["state"]
+        if digest(stored) != run["digest"]:
             raise ValueError("it does not hold what was written.")
         train = like.train.replace(**stored["train"])
         return like.replace(**{**stored, "train": train, "key": jax.random.wrap_key_data(stored["key"])}), json.loads(run["about"])
@@ -124,15 +147,31 @@ class Checkpoints:
         place, number = self.folder / f"{step}.damaged", 1
         while place.exists():
             place, number = self.folder / f"{step}.damaged.{number}", number + 1
-        (self.folder / str(step)).rename(place)
+        try:
+            (self.folder / str(step)).rename(place)
+        except OSError as error:
+            raise CheckpointError(f"Checkpoint {step} in {self.folder} cannot be set aside: {error.strerror}.") from error
 
     def close(self) -> None:
         self._manager.close()
 
 
+def _is_no_damage(error: Exception) -> bool:
+    outside = isinstance(error, _UnfitError | PermissionError | MemoryError | jax.errors.JaxRuntimeError)
+    return outside or "PERMISSION_DENIED" in str(error)  # TensorStore's own words
+
+
 def _first_line(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """With both ends of a long one: the cause stands last."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
     return line if line.endswith(".") else line + "."
+
+
+def _structure(arrays: Any) -> dict[str, str]:
+    """Shape and type of each array."""
+    named = ((jax.tree_util.keystr(at, simple=True, separator="/"), x) for at, x in jax.tree_util.tree_leaves_with_path(arrays))
+    return {name: f"{jnp.result_type(x)}{list(jnp.shape(x))}" for name, x in named}
 
 
 def _arrays(state: PPOState) -> dict[str, Any]:

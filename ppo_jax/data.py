@@ -202,6 +202,8 @@ def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, *, start: int =
     texts = lambda first, last: tokenizer.batch_decode(
         [row[real].tolist() for row, real in zip(tokens[:, first:last], mask[:, first:last], strict=True)], skip_special_tokens=True
     )
+    if not len(tokens):  # some tokenizers give a text for no row
+        return []
     alone = texts(start, None)
     if not start:
         return alone

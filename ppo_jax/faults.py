@@ -123,7 +123,9 @@ def check_finite(rollout: Rollout, scores: Scores) -> None:
     """Raises NonFiniteError with the rows whose log-probs or values are not finite."""
     named = {"sampled log-prob": rollout.logprobs, "log-prob": scores.logprobs, "reference log-prob": scores.ref_logprobs,
              "KL": scores.kl, "value": scores.values}  # fmt: skip
-    for name, x in jax.device_get(named).items():
+    found = jax.device_get(named)
+    for name in named:  # the cause first: a mapping comes back sorted
+        x = found[name]
         bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
         if bad.size:
             message = f"A {name} is not finite in {bad.size} of {len(x)} responses, first in {bad[0]}."

@@ -1,47 +1,23 @@
-"""What a run leaves in its folder: settings, a line of metrics an update, samples, TensorBoard, a summary."""
+"""What a run says while it goes on: lines of metrics, samples and faults, TensorBoard, Weights & Biases."""
 
-import dataclasses
-import enum
-import json
+import contextlib
+import logging
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
+from ppo_jax.files import LINES, append_lines
 from ppo_jax.provenance import text_hash
 
-LINES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
 SKIPPED = {"faults/skipped": 1.0}  # the metrics of an update that a fault made the run skip
-_MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")  # any of them means that a run was here
-
-
-def check_free(folder: Path, *, resume: bool = False) -> None:
-    """Writes nothing.
-
-    Raises:
-      ValueError: if the folder holds another run, unless that run is to be resumed; or if it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; the results need a folder.")
-    if not resume and any(any(folder.glob(mark)) for mark in _MARKS):
-        raise ValueError(f"{folder} holds another run; choose another folder, delete it, or go on with it by --resume auto.")
-
-
-def claim(folder: Path, *, resume: bool = False) -> Path:
-    """Makes a run's folder after `check_free`.
-
-    Raises:
-      ValueError: as that, or if the folder cannot be made.
-    """
-    check_free(folder, resume=resume)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
-    return folder
+_LOG = logging.getLogger(__name__)
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -65,11 +41,11 @@ class NoLog:
 
 
 class RunLog:
-    """Appends to a run's files; `sizes` says how far they are, and `cut_back` takes back what came after."""
+    """Appends to a run's files; `sizes` says how far they are, and `files.cut_back` takes back what came after."""
 
     def __init__(self, folder: Path, *, tensorboard: bool = True, wandb_project: str | None = None, first_update: int = 0):
         self._folder = folder
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update) if tensorboard else None
+        self._board = _Board(folder / "tensorboard", first_update) if tensorboard else None
         self._wandb = None
         if wandb_project is not None:
             try:
@@ -82,18 +58,18 @@ class RunLog:
                 raise ValueError(f"Weights & Biases does not start: {str(error).splitlines()[0]}") from error
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
-        self._append("metrics.jsonl", [{"update": update, **finite(metrics)}])
-        for name, value in metrics.items():
-            if self._board is not None:
-                self._board.add_scalar(name, value, update)
+        append_lines(self._folder / "metrics.jsonl", [{"update": update, **finite(metrics)}])
+        if self._board is not None:
+            self._board.scalars(update, metrics)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=update)
 
     def samples(self, update: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._append("samples.jsonl", [{"update": update, **row} for row in rows])
+        append_lines(self._folder / "samples.jsonl", [{"update": update, **row} for row in rows])
 
     def fault(self, update: int, kind: str, message: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._append("faults.jsonl", [{"update": update, "kind": kind, "message": message, **row} for row in rows])
+        about = {"update": update, "kind": kind, "message": message}
+        append_lines(self._folder / "faults.jsonl", [{**about, **row} for row in rows])
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file of lines."""
@@ -105,73 +81,49 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+
+class _Board:
+    """TensorBoard's events, written in the caller's thread: one that the disk refuses ends them with a warning, never the run."""
+
+    flush_s = 10.0
+
+    def __init__(self, folder: Path, first_update: int):
+        """Events from `first_update` on that were in the folder before no longer count."""
+        self._file: RecordWriter | None = None
+        self._flushed = time.monotonic()
+        with self._or_warning():
+            folder.mkdir(exist_ok=True)
+            self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"))
+        self._write(step=first_update, file_version="brain.Event:2")
+        self._write(step=first_update, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, update: int, numbers: Mapping[str, float]) -> None:
+        self._write(step=update, summary=Summary(value=[Summary.Value(tag=n, simple_value=x) for n, x in numbers.items()]))
+
+    def _write(self, **event: Any) -> None:
+        if self._file is None:
+            return
+        with self._or_warning():
+            self._file.write(Event(wall_time=time.time(), **event).SerializeToString())
+            if time.monotonic() > self._flushed + self.flush_s:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with self._or_warning():
+                file.close()
+
+    __del__ = close
+
+    @contextlib.contextmanager
+    def _or_warning(self):
         try:
-            with (self._folder / name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            yield
         except OSError as error:
-            raise ValueError(f"{self._folder / name} cannot be written: {error.strerror}.") from error
-
-
-def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Takes back all lines after a checkpoint, so that none stands twice; files that `sizes` does not name go.
-
-    Raises:
-      ValueError: if a file is shorter than it was.
-    """
-    for name in LINES:
-        path = folder / name
-        if (path.stat().st_size if path.exists() else 0) < sizes.get(name, 0):
-            raise ValueError(f"{path} is shorter than at the checkpoint; lines of it were lost, so the run cannot go on there.")
-        if path.exists() and sizes.get(name, 0) == 0:
-            path.unlink()
-        elif path.exists():
-            os.truncate(path, sizes[name])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none, if there is no file.
-
-    Raises:
-      ValueError: if a line is none.
-    """
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    if not all(isinstance(line, dict) and "update" in line for line in lines):
-        raise ValueError(f"{path} cannot be read: a line is no object with an update.")
-    return lines
-
-
-def read_json(path: Path) -> Any:
-    """Raises ValueError if there is no such file or it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes all of it or nothing."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def plain(x: Any) -> Any:
-    """Settings as JSON knows them.
-
-    Example:
-      >>> plain({"at": Path("runs/a")})
-      {'at': 'runs/a'}
-    """
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return {field.name: plain(getattr(x, field.name)) for field in dataclasses.fields(x)}
-    if isinstance(x, enum.Enum):
-        return x.value
-    if isinstance(x, Mapping):
-        return {str(k): plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [plain(v) for v in x]
-    return x if isinstance(x, bool | int | float | str | None) else str(x)
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # the bytes that it still holds
+                if file is not None:
+                    file.close()
+            _LOG.warning("TensorBoard's events end here, for they cannot be written: %s.", error.strerror or error)

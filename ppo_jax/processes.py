@@ -92,7 +92,7 @@ def told(text: str) -> list[str]:
     if jax.process_count() == 1:
         return [text]
     line = np.zeros(_MESSAGE, np.uint8)
-    data = np.frombuffer(text.encode()[:_MESSAGE], np.uint8)
+    data = np.frombuffer(text.encode(errors="backslashreplace")[:_MESSAGE], np.uint8)
     line[: data.size] = data
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(line)]
 

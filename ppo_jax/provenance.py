@@ -151,10 +151,18 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [f"{d.platform} {d.device_kind} {d.id}" for d in jax.devices()],
+        "device_kinds": sorted({f"{d.platform} {d.device_kind}" for d in jax.devices()}),
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": versions,
     }
+
+
+def numerics() -> dict[str, Any]:
+    """JAX's own settings that change numbers: its random bits, the width of its types, the precision of its products."""
+    names = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_enable_x64", "jax_default_matmul_precision",
+             "jax_numpy_dtype_promotion")  # fmt: skip
+    return {name.removeprefix("jax_"): getattr(jax.config, name) for name in names}
 
 
 def make_deterministic() -> None:

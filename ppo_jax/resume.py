@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ppo_jax import data, provenance
+from ppo_jax.files import plain, read_json, write_json
 from ppo_jax.iteration import Agent
-from ppo_jax.logging import plain, read_json, write_json
+
+_LOG = logging.getLogger(__name__)
 
 # Settings that shape no result, or only name what `hashes` covers.
 _FREE = {
@@ -15,7 +19,10 @@ _FREE = {
     "command": {"out", "resume", "preset", "updates", "model", "prompts", "eval_prompts", "reward", "loop", "ppo", "mesh",
                 "processes"},
     "ppo": set(),
+    "data": set(),
+    "jax": set(),
 }  # fmt: skip
+_MAY_COME = {"eval_prompts"}  # what a run may get when it goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +35,7 @@ class RunConfig:
     def write(self, folder: Path, *, first_update: int) -> None:
         """Writes `config.json`, with the environment of each process that worked on the run."""
         file = folder / "config.json"
-        before = read_json(file).get("processes", []) if first_update else []
+        before = read_config(folder)["processes"] if first_update else []
         processes = [*before, {"first_update": first_update, **provenance.environment()}]
         write_json(file, {"settings": self.settings, "hashes": self.hashes, "processes": processes})
 
@@ -38,7 +45,11 @@ def start_config(
     reward: Any,
 ) -> RunConfig:  # fmt: skip
     """Of a run about to start; `models` are all parameters that it starts from."""
-    settings = {"ppo": plain(agent.config), "loop": plain(loop), "command": plain(command)}
+    longest = max(p.tokens.shape[1] for p in (prompts, eval_prompts) if p is not None)  # padding shapes the last bits
+    settings = {
+        "ppo": plain(agent.config), "loop": plain(loop), "command": plain(command), "data": {"longest_prompt": longest},
+        "jax": provenance.numerics(),
+    }  # fmt: skip
     hashes = {
         "model": provenance.digest(models),
         "model_config": provenance.text_hash(agent.model.about),
@@ -53,29 +64,41 @@ def start_config(
 
 
 def _data_hash(prompts: data.Prompts) -> str:
-    return provenance.text_hash(prompts.tokens, prompts.mask, list(prompts.rows))
+    """Of no padding: longer prompts elsewhere are no change of these."""
+    return provenance.text_hash(prompts.tokens[prompts.mask], prompts.mask.sum(axis=1), list(prompts.rows))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a run; ValueError, if `folder` holds none."""
     config = read_json(folder / "config.json")
-    parts = [config.get(name) for name in ("settings", "hashes")] if isinstance(config, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
+    kinds = {"settings": dict, "hashes": dict, "processes": list}
+    if not isinstance(config, dict) or not all(isinstance(config.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{folder / 'config.json'} is not the one of a run.")
     return config
 
 
-def check_unchanged(folder: Path, now: RunConfig) -> None:
-    """Raises ValueError, naming it, if anything that shapes the result is not as it was when the run in `folder` began."""
-    before = read_config(folder)
-    decays = now.settings["ppo"]["decay_learning_rate"]  # over all updates, so their number shapes the result too
+def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of each setting of a run that shapes the result and differs from another's."""
+    decays = [(run.get("ppo") or {}).get("decay_learning_rate") for run in (old, new)]  # over all updates: so they count too
     for part, free in _FREE.items():
-        for name, old, new in provenance.differences(before["settings"].get(part), now.settings[part]):
+        for name, a, b in provenance.differences(old.get(part) or {}, new.get(part) or {}):
             first = name.split(".")[0]
-            if first not in free or (decays and (part, first) == ("loop", "updates")):
-                full = f"{part}.{name}" if part != "command" else name
-                raise ValueError(f"{full} was {old} in the run in {folder} and is {new} now; to resume, set it as it was.")
-    for name, old in before["hashes"].items():
-        if old != now.hashes.get(name):
-            raise ValueError(f"The {name} of the run in {folder} had the hash {old} and has {now.hashes.get(name)} now; to resume, "
-                             "give the same.")  # fmt: skip
+            if first not in free or (any(decays) and (part, first) == ("loop", "updates")):
+                yield f"{part}.{name}" if part != "command" else name, a, b
+
+
+def check_unchanged(folder: Path, now: RunConfig) -> None:
+    """Raises ValueError, naming it, if anything that shapes the result is not as it was when the run in `folder` began; warns of
+    other versions, devices or flags, with which it may agree to rounding only."""
+    before = read_config(folder)
+    for name, old, new in setting_differences(before["settings"], now.settings):
+        raise ValueError(f"{name} was {old} in the run in {folder} and is {new} now; to resume, set it as it was.")
+    last = before["processes"][-1] if before["processes"] else None
+    for name, old, new in provenance.differences(last, provenance.environment()):
+        if name.split(".")[0] in ("versions", "xla_flags", "device_kinds"):
+            _LOG.warning("%s was %s when the run in %s was last at work and is %s now: the last bits may differ.",
+                         name, old, folder, new)  # fmt: skip
+    for name in dict.fromkeys([*before["hashes"], *(now.hashes.keys() - _MAY_COME)]):
+        old, new = before["hashes"].get(name), now.hashes.get(name)
+        if old != new:
+            raise ValueError(f"The {name} of the run in {folder} had the hash {old} and has {new} now; to resume, give the same.")

@@ -45,7 +45,7 @@ class TextReward(NamedTuple):
     function: Callable[..., Sequence[float]]
 
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
-        args = [prompts.texts, responses, prompts.rows][: 3 if _takes_rows(self.function) else 2]
+        args = [prompts.texts, list(responses), prompts.rows][: 3 if _takes_rows(self.function) else 2]
         try:
             scores = self.function(*args)
         except KeyboardInterrupt:
@@ -99,7 +99,10 @@ class ModelReward(NamedTuple):
 def _takes_rows(function: Callable) -> bool:
     """Whether it has a third parameter that must be given, or one called `rows`."""
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    given = [p for p in inspect.signature(function).parameters.values() if p.kind in places]
+    try:
+        given = [p for p in inspect.signature(function).parameters.values() if p.kind in places]
+    except ValueError:  # some functions written in C do not say what they take
+        return False
     return len(given) > 2 and (given[2].default is inspect.Parameter.empty or given[2].name == "rows")
 
 
@@ -107,7 +110,11 @@ def _raised(error: BaseException) -> RewardError:
     """Says what a reward function raised, and where in its own file."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     at = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if len(frames) > 1 else ""
-    return RewardError(f"The reward function raised {type(error).__name__}{at}: {error}")
+    try:
+        said = str(error)
+    except Exception:  # it may have a faulty __str__
+        said = "it does not say why"
+    return RewardError(f"The reward function raised {type(error).__name__}{at}: {said}")
 
 
 def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -127,7 +134,7 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
         if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
             raise TypeError(f"{array.dtype} is no number")
         array = array.astype(np.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever its object raises when it is read
         raise RewardError(f"The reward function must return {shape[0]} numbers: {error}.") from error
     if array.shape != shape:
         raise RewardError(f"The reward function returned scores of shape {array.shape}, not {shape}, for {shape[0]} responses.")

@@ -16,8 +16,9 @@ from ppo_jax import data, faults, parallel, processes
 from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.faults import Fault, Faults
+from ppo_jax.files import check_free, claim, cut_back, lock, read_lines
 from ppo_jax.iteration import Agent, PPOState
-from ppo_jax.logging import SKIPPED, NoLog, RunLog, claim, cut_back, read_lines
+from ppo_jax.logging import SKIPPED, NoLog, RunLog
 from ppo_jax.resume import check_unchanged, start_config
 from ppo_jax.reward_functions import RewardFn, TaskScores
 from ppo_jax.types import Params, Rollout
@@ -98,8 +99,8 @@ class Trainer:
         self.agent, self.tokenizer, self.prompts, self.reward, self.loop = agent, tokenizer, prompts, reward, loop
         self.eval_prompts, self.mesh = eval_prompts, mesh
         parallel.check_rows(agent.config, jax.local_device_count() if pmap else parallel.devices_of_rows(mesh))
-        self.out = out
-        processes.first_does(lambda: claim(out, resume=resume != "no"))
+        self.out, self._lock = out, None
+        processes.first_does(lambda: self._claim(resume != "no"))
         params, frozen, ref_params = (parallel.place(tree, mesh) for tree in (params, frozen, ref_params))
         if ref_params is None:
             ref_params = (frozen or {}).get("policy") or params["policy"]
@@ -108,16 +109,24 @@ class Trainer:
         config = start_config(agent, loop, settings, (params, frozen, ref_params), tokenizer, prompts, eval_prompts, reward)
         self.checkpoints = Checkpoints(out / "checkpoints", keep=loop.keep)
         about: dict[str, Any] = {}
-        if resume == "yes" or (resume == "auto" and self.checkpoints.were_any()):
+        if resume == "yes" and not self.checkpoints.were_any():
+            raise ValueError(f"{out} holds no checkpoint to go on from; --resume auto or no starts a run.")
+        if resume != "no" and self.checkpoints.were_any():
             check_unchanged(out, config)
             self.state, about = self.checkpoints.restore(self.state)
         self._unevaluated = about.get("unevaluated", False)
         self._best: tuple[float, int] | None = about.get("best") and tuple(about["best"])  # score of an evaluation, updates done
         update = int(self.state.update)
+        if update > loop.updates:
+            raise SettingError(f"The run in {out} has {update} updates behind it already; updates={loop.updates} is fewer.")
         processes.first_does(lambda: (cut_back(out, about.get("sizes", {})), config.write(out, first_update=update)))
         board, project = loop.tensorboard, loop.wandb_project
         self.log = RunLog(out, tensorboard=board, wandb_project=project, first_update=update) if processes.is_first() else NoLog()
         self._steps = parallel.pmap_steps(agent) if pmap else parallel.jit_steps(agent, mesh, self.state)
+
+    def _claim(self, resume: bool) -> None:
+        self._lock = lock(claim(self.out, resume=resume))
+        check_free(self.out, resume=resume)  # again: another process may have come and gone
 
     def step(self) -> dict[str, float] | None:
         """One PPO iteration; its metrics as numbers, or None if a fault made it skip."""
@@ -193,6 +202,8 @@ class Trainer:
         finally:
             self.checkpoints.close()
             self.log.close()
+            if self._lock is not None:
+                self._lock.release()
         self._check_end()
         return self.state
 

@@ -24,7 +24,7 @@ from ppo_jax.commands.runs import compare, revive
 from ppo_jax.commands.train import Train
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Faults, NonFiniteError, RewardError, persist
-from ppo_jax.logging import RunLog, plain, read_json, read_lines
+from ppo_jax.files import plain, read_json, read_lines, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
@@ -289,7 +289,7 @@ def test_compare_says_where_two_runs_part(folder, capsys):
         cli.main(["compare", str(folder / "run"), str(folder / "other")])
     out = capsys.readouterr().out
     assert stop.value.code == 1
-    assert "settings: ppo.epochs is 4 and 5." in out and "settings: ppo.clip_low is 0.2 and 0.19." in out
+    assert out.count("ppo.epochs is 4 and 5.") == out.count("ppo.clip_low is 0.2 and 0.19.") == 1
     assert "metrics.jsonl: first at update 0: " in out and "Final parameters: digest " in out
     cut = (folder / "other/samples.jsonl").read_text().splitlines()
     row = json.loads(cut[2])
@@ -304,6 +304,20 @@ def test_compare_says_where_two_runs_part(folder, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(folder / "other"), str(folder / "other")])
     assert stop.value.code == 0 and "of final parameters nothing is known" in capsys.readouterr().out
+
+
+def test_compare_of_runs_that_differ_in_what_they_write_and_of_one_that_was_cut_off(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = read_json(tmp_path / "run/config.json")
+    for part in (config["settings"]["loop"], config["settings"]["command"]["loop"]):
+        part["save_every"] = 77
+    write_json(tmp_path / "run/config.json", config)
+    assert compare(folder / "run", tmp_path / "run") == []
+    rows = (tmp_path / "run/samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run/samples.jsonl").write_bytes(b"".join(rows[:4]) + rows[4][:9])
+    assert compare(folder / "run", tmp_path / "run") == ["samples.jsonl: 1 is an update of one run only."]
+    (tmp_path / "run/samples.jsonl").write_text('{"update": 0, "tokens": null}\n')
+    assert compare(folder / "run", tmp_path / "run")[0].startswith("samples.jsonl: first at update 0: ")
 
 
 def test_settings_come_back_from_json(folder):
@@ -418,18 +432,94 @@ def test_the_hash_of_a_tokenizer_sees_its_rules_and_no_last_call():
     assert reward(one) == reward(everything.tokenizer()) != reward(other)
 
 
-def test_a_bad_pattern_and_a_full_disk_are_one_sentence(folder, tmp_path, capsys, monkeypatch):
+def test_a_bad_pattern_is_one_sentence(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(train(folder, tmp_path / "run", **{"lora.targets": "attn/(q"}))
     assert "no regular expression" in capsys.readouterr().err
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
 
-    log = RunLog(tmp_path, tensorboard=False)
-    monkeypatch.setattr("pathlib.Path.open", full)
-    with pytest.raises(ValueError, match=r"metrics.jsonl cannot be written: No space left on device"):
-        log.metrics(0, {"a": 1.0})
+@pytest.mark.parametrize("settings", [
+    {"ppo": {"minibatches": [1, "a"]}}, {"ppo": {"lam": ""}}, {"ppo": {"lam": True}}, {"loop": {"eval_every": None}},
+    {"loop": {"faults": []}}, {"loop": {"faults": {"reward": "maybe"}}}, {"model": None}, {"dtype": 3}, {"stop_tokens": "<end>"},
+    {"lora": None}, {"ppo": {"epochs": 0}}, {"ppo": {"kl_estimator": "k9"}}, 3, [],
+])  # fmt: skip
+def test_replay_of_settings_that_are_none_is_one_sentence(folder, tmp_path, capsys, settings):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = read_json(tmp_path / "run/config.json")
+    command = config["settings"]["command"]
+    merged = {name: {**command[name], **x} if isinstance(x, dict) else x for name, x in dict(settings or {}).items()} \
+        if isinstance(settings, dict) else None  # fmt: skip
+    config["settings"]["command"] = settings if merged is None else command | merged
+    write_json(tmp_path / "run/config.json", config)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["replay", str(tmp_path / "run"), "--update", "1", "--out", str(tmp_path / "new")])
+    assert stop.value.code == 2 and "are not those of a run: " in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_replay_asks_for_deterministic_kernels_as_the_run_did(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = read_json(tmp_path / "run/config.json")
+    config["settings"]["command"]["deterministic"] = True
+    write_json(tmp_path / "run/config.json", config)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    cli.main(["replay", str(tmp_path / "run"), "--update", "0", "--out", str(tmp_path / "new")])
+    assert "--xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"]
+
+
+def test_odd_words_of_a_reward_are_written_as_they_are(tmp_path):
+    def odd(scores):
+        raise ValueError("half of a pair: \ud800")
+
+    run = trainer(tmp_path / "run", updates=2, reward=failing(0, 1, odd), faults=Faults(reward="skip"))
+    run.run()
+    assert all(row["message"].endswith("half of a pair: \ud800") for row in read_lines(tmp_path / "run/faults.jsonl"))
+    assert len(read_lines(tmp_path / "run/faults.jsonl")) == 16
+
+
+class Unreadable:
+    def __array__(self, *_, **__):
+        raise KeyError("gone")
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise KeyError("gone")
+
+
+def speechless(prompts, responses):
+    raise Speechless
+
+
+def clears(prompts, responses):
+    count = len(responses)
+    responses.clear()
+    return [0.5] * count
+
+
+def test_a_reward_may_be_as_odd_as_it_likes(tmp_path):
+    run = trainer(tmp_path / "run", updates=1, samples=0)
+    batch = run.prompts.take(np.arange(16) % 6)
+    seen = run._sample(run.state, batch)[1]
+    ask = lambda function: TextReward(function)(seen, batch, ["a"] * 16)
+    for function, says in (
+        (lambda p, r: Unreadable(), "must return 16 numbers"),
+        (speechless, "raised Speechless"),
+        (max, "no number"),
+    ):
+        with pytest.raises(RewardError, match=says):
+            ask(function)
+    assert ask(clears).response.tolist() == [0.5] * 16
+    run.step()  # no sample is wanted
+    assert read_lines(tmp_path / "run/samples.jsonl") == []
+
+
+def test_the_cause_of_what_is_not_finite_is_named_first(tmp_path):
+    run = trainer(tmp_path / "run", updates=1, adapters=False)
+    params = run.state.train.params
+    params = {**params, "policy": jax.tree.map(lambda x: x * jnp.nan, params["policy"])}
+    run.state = run.state.replace(train=run.state.train.replace(params=params))
+    with pytest.raises(NonFiniteError, match="A sampled log-prob is not finite"):
+        run.step()
 
 
 def test_a_mesh_of_pmap_is_for_one_process(folder, tmp_path, capsys, monkeypatch):

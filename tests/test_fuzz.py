@@ -15,8 +15,8 @@ from flax.training.train_state import TrainState
 
 from ppo_jax import cli, data, iteration
 from ppo_jax.checkpoint import CheckpointError, Checkpoints
+from ppo_jax.files import cut_back
 from ppo_jax.kl import fixed_kl
-from ppo_jax.logging import cut_back
 from ppo_jax.models import pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2

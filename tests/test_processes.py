@@ -18,7 +18,7 @@ from ppo_jax import processes
 from ppo_jax.commands.runs import compare
 from ppo_jax.config import SettingError
 from ppo_jax.faults import NonFiniteError, RewardError
-from ppo_jax.logging import read_json, read_lines
+from ppo_jax.files import read_json, read_lines
 from ppo_jax.models import pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2

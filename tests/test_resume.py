@@ -18,8 +18,10 @@ import pytest
 from everything import PPO, trainer
 
 from ppo_jax import faults
-from ppo_jax.checkpoint import CheckpointError
+from ppo_jax.checkpoint import CheckpointError, Checkpoints
 from ppo_jax.commands.runs import compare
+from ppo_jax.config import SettingError
+from ppo_jax.files import read_json, write_json
 from ppo_jax.provenance import digest
 from ppo_jax.train import Trainer
 
@@ -98,7 +100,7 @@ def test_auto_starts_afresh_where_there_is_nothing(whole, tmp_path):
     (tmp_path / "run/config.json").write_text("{")
     assert final(trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
     assert same_files(whole[0], tmp_path / "run")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty/config.json").write_bytes((tmp_path / "run/config.json").read_bytes())
         trainer(tmp_path / "empty", updates=UPDATES, resume="yes")
@@ -162,6 +164,74 @@ def test_where_all_are_damaged_nothing_starts_over_them(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == kept
 
 
+@pytest.mark.parametrize("option, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)])
+def test_other_random_bits_are_refused_by_name_and_damage_nothing(whole, tmp_path, option, value):
+    folder = until(whole[0], tmp_path / "run", 6)
+    before = getattr(jax.config, option)
+    jax.config.update(option, value)
+    try:
+        with pytest.raises(ValueError, match=f"jax.{option.removeprefix('jax_')} was {before} in the run"):
+            trainer(folder, updates=UPDATES, resume="yes")
+    finally:
+        jax.config.update(option, before)
+    assert (
+        not list((folder / "checkpoints").glob("*.damaged"))
+        and final(trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)) == whole[1]
+    )
+
+
+def test_a_checkpoint_of_another_shape_is_no_damaged_one(whole, tmp_path):
+    folder = until(whole[0], tmp_path / "run", 6)
+    run = trainer(tmp_path / "other", adapters=False)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"Checkpoint 6 in .* it has float32\[.*\] for train/.*, and the run now"):
+        checkpoints.restore(run.state)
+    assert checkpoints.steps() == list(range(1, 7)) and not list((folder / "checkpoints").glob("*.damaged"))
+
+
+def test_other_versions_are_named(whole, tmp_path, caplog):
+    folder = until(whole[0], tmp_path / "run", 6)
+    config = read_json(folder / "config.json")
+    config["processes"][-1]["versions"]["jaxlib"] = "0.0.1"
+    write_json(folder / "config.json", config)
+    trainer(folder, updates=UPDATES, resume="yes")
+    assert "versions.jaxlib was 0.0.1 when the run in" in caplog.text
+
+
+def test_a_run_folder_without_hashes_is_refused(whole, tmp_path):
+    folder = until(whole[0], tmp_path / "run", 6)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"hashes": {}})
+    with pytest.raises(ValueError, match="had the hash None"):
+        trainer(folder, updates=UPDATES, resume="yes")
+
+
+def test_fewer_updates_than_were_done_are_refused(whole, tmp_path):
+    folder = until(whole[0], tmp_path / "run", 6)
+    with pytest.raises(SettingError, match="has 6 updates behind it already; updates=5 is fewer"):
+        trainer(folder, updates=5, resume="yes")
+
+
+def test_longer_held_out_prompts_are_named_as_such(tmp_path):
+    trainer(tmp_path / "run", updates=1).run()
+    with pytest.raises(ValueError, match=r"data\.longest_prompt was 3 in the run"):
+        trainer(tmp_path / "run", updates=2, resume="yes", held_out=["a b c d e"])
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    trainer(tmp_path / "run", updates=1).run()
+    hold = (
+        "import sys, pathlib; from ppo_jax.files import lock; held = lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], env=environment, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert other.stdout.readline() == "1\n"
+    with pytest.raises(ValueError, match="Another process is writing to"):
+        trainer(tmp_path / "run", updates=2, resume="auto")
+    other.kill(), other.communicate()
+    assert int(trainer(tmp_path / "run", updates=2, resume="auto").run().update) == 2
+
+
 @pytest.mark.parametrize("changes, says", [
     ({"ppo": PPO.__class__(**{**vars(PPO), "lam": 0.9})}, "ppo.lam was 0.95 in the run in .* and is 0.9 now"),
     ({"seed": 3}, "loop.seed was 0"),
@@ -182,6 +252,17 @@ def test_updates_cannot_change_where_the_learning_rate_decays_over_them(tmp_path
     trainer(tmp_path / "run", ppo=ppo, updates=2).run()
     with pytest.raises(ValueError, match=r"loop\.updates was 2"):
         trainer(tmp_path / "run", ppo=ppo, updates=3, resume="auto")
+
+
+def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run", updates=3)
+    run.step()
+    run.save()
+    run.step()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
+    with pytest.raises(CheckpointError, match=r"Checkpoint 2 cannot be written to .* the disk has 1\.0 MB left\."):
+        run.save()
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["1"]
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
@@ -245,8 +326,11 @@ def test_a_second_signal_ends_it_at_once():
 
 
 def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
-    """`kill -9` while it compiles, samples, learns, and writes checkpoints; half of them aimed at a write."""
-    chance, updates = random.Random(0), 60
+    """`kill -9` while it compiles, samples, learns, and writes checkpoints; half of them aimed at a write.
+
+    None waits for more than three new checkpoints, so that the run lasts for twenty kills however fast the machine is.
+    """
+    chance, updates = random.Random(0), 80
     undisturbed = start(tmp_path / "whole", updates)
     expected, err = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, err
@@ -260,7 +344,8 @@ def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
             wait_for(lambda wanted=wanted: list((folder / "checkpoints").glob(f"{wanted}.*tmp*")), process)
             time.sleep(chance.uniform(0, 0.03))
         else:
-            time.sleep(chance.uniform(1, 8))
+            last = folder / "checkpoints" / str(newest + 3)
+            wait_for(last.exists, process, seconds=chance.uniform(1, 8))
         assert process.poll() is None, process.communicate()
         process.kill()
         process.communicate()

@@ -1,5 +1,6 @@
 """However a batch is split over chunks, micro-batches, padding and devices: the same samples and the same parameters."""
 
+import dataclasses
 import functools
 
 import everything
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ppo_jax import iteration, parallel
 from ppo_jax.config import PPOConfig
-from ppo_jax.models import heads
+from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
 
@@ -24,41 +25,46 @@ PPO = PPOConfig(
 )  # fmt: skip
 
 
-def three_updates(optimizer, *, devices=1, extra_padding=0, how="jit", **changes):
-    """Samples `[3, B, R]` and parameters after three updates."""
+def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **changes):
+    """Samples `[3, B, R]`, parameters after three updates, and the optimizer steps that each update took."""
     ppo = PPOConfig(**{**vars(PPO), **changes})
-    agent = iteration.Agent(language_model(CONFIG), heads.separate_critic(CONFIG), ppo, (3, 4), 0)
-    policy = init_params(CONFIG, jax.random.key(0))
-    params = {"policy": policy, "critic": heads.init_scorer(CONFIG, jax.random.key(1), trunk=policy)}
+    config = dataclasses.replace(CONFIG, lora_scale=4.0) if adapters else CONFIG
+    agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (3, 4), 0)
+    policy, frozen = init_params(config, jax.random.key(0)), None
+    params = {"policy": policy, "critic": heads.init_scorer(config, jax.random.key(1), trunk=policy)}
+    if adapters:
+        params, frozen = lora.adapt(params, jax.random.key(3), lora.LoRA(rank=2, alpha=8.0))
     state = iteration.init_state(agent, params, jax.random.key(2), updates=3)
     tx = optax.sgd(0.05) if optimizer == "sgd" else ppo.optimizer(3)
     state = state.replace(train=TrainState.create(apply_fn=None, params=params, tx=tx).replace(step=jnp.int32(0)))
     length = 6 + extra_padding
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    state, policy = put(state, PartitionSpec()), put(policy, PartitionSpec())
+    state, policy, frozen = (put(tree, PartitionSpec()) for tree in (state, policy, frozen))
 
     @functools.partial(jax.jit, compiler_options=parallel.COMPILER_OPTIONS)
-    def update(state, policy, prompts, mask):
-        rollout = iteration.sample(agent, state, prompts, mask)
-        scores = iteration.score(agent, state, policy, rollout)
+    def update(state, policy, frozen, prompts, mask):
+        rollout = iteration.sample(agent, state, prompts, mask, frozen=frozen)
+        scores = iteration.score(agent, state, policy, rollout, frozen=frozen)
         task = (rollout.responses % 7 == 1).sum(axis=1).astype(jnp.float32)
-        state, _ = iteration.learn(agent, state, rollout, scores, task)
-        return state, rollout
+        state, metrics = iteration.learn(agent, state, rollout, scores, task, frozen=frozen)
+        return state, rollout, metrics
 
-    samples = []
+    samples, steps = [], []
     for number in range(3):
         key = jax.random.key(10 + number)
         prompts = jnp.pad(jax.random.randint(key, (32, 6), 0, 61), ((0, 0), (extra_padding, 0)))
         real = jnp.arange(length)[None, :] >= extra_padding + jax.random.randint(key, (32, 1), 0, 5)
-        state, rollout = update(state, policy, put(prompts, PartitionSpec("data")), put(real, PartitionSpec("data")))
+        batch = put((prompts, real), PartitionSpec("data"))
+        state, rollout, metrics = update(state, policy, frozen, *batch)
         samples.append(np.asarray(jnp.where(rollout.response_mask, rollout.responses, -1)))
-    return np.stack(samples), jax.device_get(state.train.params)
+        steps.append(float(metrics["optimizer/steps"]))
+    return np.stack(samples), jax.device_get(state.train.params), steps
 
 
 @functools.cache
-def undivided(optimizer):
-    return three_updates(optimizer)
+def undivided(optimizer, **all_on):
+    return three_updates(optimizer, **all_on)
 
 
 def is_noise(path):
@@ -77,8 +83,8 @@ SPLITS = [
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("split", SPLITS, ids=lambda split: ",".join(f"{k}={v}" for k, v in split.items()))
 def test_no_split_changes_the_result(optimizer, split):
-    samples, params = undivided(optimizer)
-    samples_now, params_now = three_updates(optimizer, **split)
+    samples, params, _ = undivided(optimizer)
+    samples_now, params_now, _ = three_updates(optimizer, **split)
     np.testing.assert_array_equal(samples_now, samples)
     for path, x in jax.tree_util.tree_leaves_with_path(params_now):
         if optimizer == "adamw" and is_noise(path):
@@ -87,8 +93,22 @@ def test_no_split_changes_the_result(optimizer, split):
         np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
+ALL_ON = {"adapters": True, "target_kl": 1e-5, "whiten_rewards": True}  # beside a critic of its own, adaptive KL and score scaling
+
+
+@pytest.mark.parametrize(
+    "split", [{"rollout_rows": 8, "micro_batch": 4, "extra_padding": 7}, {"devices": 8, "micro_batch": 8}], ids=str
+)
+def test_no_split_changes_the_result_with_everything_on(split):
+    samples, params, steps = undivided("sgd", **ALL_ON)
+    samples_now, params_now, steps_now = three_updates("sgd", **ALL_ON, **split)
+    np.testing.assert_array_equal(samples_now, samples)
+    assert steps_now == steps and min(steps) < PPO.epochs * PPO.minibatches  # the target KL did stop an update
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params_now, params)
+
+
 def test_the_three_updates_moved_and_sampled_anew():
-    samples, params = undivided("sgd")
+    samples, params, _ = undivided("sgd")
     assert (samples[0] != samples[1]).any() and (samples >= 0).any(axis=(1, 2)).all() and (samples == -1).any()
     start = init_params(CONFIG, jax.random.key(0))
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), start, params["policy"])

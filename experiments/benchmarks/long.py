@@ -1,6 +1,6 @@
 """A long run: 500 small updates of the train loop, whose iteration time and memory must stay flat.
 
-    python -m experiments.benchmarks.long --out DIR
+python -m experiments.benchmarks.long --out DIR
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Times PPO iterations of this package on the work given as JSON.
 
-    python -m experiments.benchmarks.peer_ours '{"layers": 4, ...}'
+python -m experiments.benchmarks.peer_ours '{"layers": 4, ...}'
 """
 
 import json

@@ -85,7 +85,7 @@ def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardF
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"The reward file {file} does not run: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise ValueError(f"The reward file {file} has no function {name!r}.")

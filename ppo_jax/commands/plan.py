@@ -10,7 +10,7 @@ from ppo_jax import parallel, plan
 from ppo_jax.commands.models import check_prompt, describe
 from ppo_jax.commands.train import Adapters
 from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.logging import write_json
+from ppo_jax.files import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,10 @@ import tyro
 from ppo_jax import provenance
 from ppo_jax.checkpoint import CheckpointError, Checkpoints
 from ppo_jax.commands.train import Train
-from ppo_jax.logging import SKIPPED, check_free, finite, read_json, read_lines
-from ppo_jax.resume import read_config
+from ppo_jax.config import SettingError
+from ppo_jax.files import check_free, read_json, read_lines
+from ppo_jax.logging import SKIPPED, finite
+from ppo_jax.resume import read_config, setting_differences
 from ppo_jax.train import Trainer
 
 Row = Mapping[str, Any]
@@ -56,16 +58,21 @@ class Replay:
         if stored is None:
             raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
         check_free(self.out)
-        updates = stored["loop"]["updates"]
+        try:
+            command = dataclasses.replace(revive(Train, stored), out=self.out, resume="no")
+        except (SettingError, TypeError, ValueError) as error:
+            raise ValueError(f"The settings in {self.run_folder / 'config.json'} are not those of a run: {error}") from error
+        updates = command.loop.updates
         if not 0 <= self.update < updates:
             raise ValueError(f"update={self.update} must lie in 0 .. {updates - 1}, the updates of {self.run_folder}.")
-        command = dataclasses.replace(revive(Train, stored), out=self.out, resume="no")
+        before = next((row for row in read_lines(self.run_folder / "metrics.jsonl") if row["update"] == self.update), None)
+        if command.deterministic:
+            provenance.make_deterministic()
         trainer = start_at(command, self.run_folder, self.update)
         numbers = json.loads(json.dumps(finite(trainer.step() or SKIPPED)))
         trainer.save()
         trainer.checkpoints.close()
         trainer.log.close()
-        before = next((row for row in read_lines(self.run_folder / "metrics.jsonl") if row["update"] == self.update), None)
         hashes = (read_config(folder)["hashes"] for folder in (self.run_folder, self.out))
         for name, was, now in provenance.differences(*hashes):
             print(f"The {name} of the run had the hash {was}, and has {now} here.")
@@ -106,11 +113,9 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
 def compare(a: Path, b: Path) -> list[str]:
     """A sentence for each way in which two runs differ, the first of its kind; none, if they are the same."""
     config_a, config_b = read_config(a), read_config(b)
-    ignored = ("command.out", "command.resume")
-    found = []
-    for part in ("settings", "hashes"):
-        pairs = provenance.differences(config_a.get(part), config_b.get(part))
-        found += [f"{part}: {name} is {x} and {y}." for name, x, y in pairs if name not in ignored]
+    found = [f"{name} is {x} and {y}." for name, x, y in setting_differences(config_a["settings"], config_b["settings"])]
+    pairs = provenance.differences(config_a["hashes"], config_b["hashes"])
+    found += [f"The hash of the {name} is {x} and {y}." for name, x, y in pairs]
     kinds = (("metrics.jsonl", _metric_differences), ("samples.jsonl", _sample_differences), ("faults.jsonl", _sample_differences))
     for name, parts in kinds:
         for row_a, row_b in zip_longest(read_lines(a / name), read_lines(b / name)):
@@ -137,7 +142,7 @@ def _metric_differences(a: Row, b: Row) -> list[str]:
 
 
 def _sample_differences(a: Row, b: Row) -> list[str]:
-    tokens = zip_longest(a.get("tokens", ()), b.get("tokens", ()))
+    tokens = zip_longest(*(x if isinstance(x := row.get("tokens"), list) else () for row in (a, b)))
     first = next(((t, x, y) for t, (x, y) in enumerate(tokens) if x != y), None)
     if first is not None and a.get("prompt") == b.get("prompt"):
         return [f"after {a['prompt']!r} token {first[0]} is {first[1]} and {first[2]}"]
@@ -145,7 +150,10 @@ def _sample_differences(a: Row, b: Row) -> list[str]:
 
 
 def revive(kind: Any, stored: Any) -> Any:
-    """A value of type `kind` from what `logging.plain` made of it.
+    """A value of type `kind` from what `files.plain` made of it.
+
+    Raises:
+      SettingError: if it is of another type, or out of range.
 
     Example:
       >>> from ppo_jax.train import LoopConfig
@@ -155,9 +163,21 @@ def revive(kind: Any, stored: Any) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [part for part in typing.get_args(kind) if part is not type(None)]
         return None if stored is None else revive(kinds[0], stored)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return kind(**{name: revive(hints[name], value) for name, value in stored.items() if name in hints})
-    if typing.get_origin(kind) is tuple:
-        return tuple(stored)
-    return kind(stored) if isinstance(kind, type) and issubclass(kind, enum.Enum | Path) else stored
+    if dataclasses.is_dataclass(kind) and isinstance(stored, dict):
+        hints, values = typing.get_type_hints(kind), {}
+        for name in hints.keys() & stored.keys():
+            try:
+                values[name] = revive(hints[name], stored[name])
+            except (SettingError, ValueError) as error:
+                raise SettingError(f"{name}: {error}") from error
+        return kind(**values)
+    if typing.get_origin(kind) is tuple and isinstance(stored, list):
+        return tuple(revive(typing.get_args(kind)[0], x) for x in stored)
+    if typing.get_origin(kind) is typing.Literal and stored in typing.get_args(kind):
+        return stored
+    plain = {float: (int, float)}.get(kind, kind)
+    if kind in (bool, int, float, str) and isinstance(stored, plain) and (kind is bool or not isinstance(stored, bool)):
+        return stored
+    if isinstance(kind, type) and issubclass(kind, enum.Enum | Path) and isinstance(stored, str):
+        return kind(stored)
+    raise SettingError(f"{stored!r:.60} is no {getattr(kind, '__name__', kind)}.")

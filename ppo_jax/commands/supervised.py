@@ -12,7 +12,7 @@ import numpy as np
 from ppo_jax import data, reward_model, sft
 from ppo_jax.commands.loading import load_model
 from ppo_jax.config import SettingError, check_numbers
-from ppo_jax.logging import check_free, claim, plain, write_json
+from ppo_jax.files import check_free, claim, plain, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models.transformer import language_model
 

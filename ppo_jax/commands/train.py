@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ppo_jax import iteration, parallel, processes, provenance
 from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
 from ppo_jax.config import PPOConfig, SettingError, check_numbers
-from ppo_jax.logging import check_free, read_lines, write_json
+from ppo_jax.files import check_free, read_lines, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models import lora as low_rank
 from ppo_jax.models.transformer import language_model
@@ -109,6 +109,12 @@ class Train:
                       f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}")  # fmt: skip
 
     def _export(self, tuned: Params, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None, tokenizer: Any) -> None:
+        try:
+            self._write(tuned, policy, adapters, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{error} The last checkpoint holds the result; with room for it, --resume yes writes it.") from error
+
+    def _write(self, tuned: Params, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None, tokenizer: Any) -> None:
         if adapters is not None:
             kind = policy.hf_config["model_type"]
             low_rank.save_adapter(self.out / "adapter", tuned, adapters, policy.config, kind, self.model)

@@ -155,9 +155,10 @@ def save_adapter(folder: str | Path, adapters: Params, lora: LoRA, config: Trans
         "alpha_pattern": {_exact(m): lora.alpha * (rank / lora.rank) ** power for m, rank in odd.items()},
     }  # fmt: skip
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    weights.save_file(tensors, folder / "adapter_model.safetensors")
+    with weights.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        weights.save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tuple[Params, float]:

@@ -149,12 +149,13 @@ def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     kind = model.hf_config["model_type"]
     family = family_of(kind)
     tensors = weights.from_params(model.params, weights.expand(family.rules(model.config), model.config.layers))
-    _write(folder, {**model.hf_config, "architectures": [family.classes[kind][0]]}, tensors, tokenizer)
     generation = model.generation
     if generation is None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {name: model.hf_config[name] for name in ids if model.hf_config.get(name) is not None}
-    (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    with weights.writing(folder):
+        _write(folder, {**model.hf_config, "architectures": [family.classes[kind][0]]}, tensors, tokenizer)
+        (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
@@ -171,7 +172,8 @@ def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     extra = {"architectures": [family.classes[kind][1]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     pads = [model.hf_config.get("pad_token_id"), *([] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id])]
     extra["pad_token_id"] = next((i for i in (*pads, *model.end_ids) if i is not None), None)
-    _write(folder, {**model.hf_config, **extra}, tensors.items(), tokenizer)
+    with weights.writing(folder):
+        _write(folder, {**model.hf_config, **extra}, tensors.items(), tokenizer)
 
 
 def check_tokenizer(tokenizer: Any, config: TransformerConfig) -> None:

@@ -3,6 +3,7 @@
 A family's table is a list of `Rule`s; names hold `{i}` where they repeat for each layer. Only safetensors is read or written.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -181,6 +182,15 @@ def save_file(tensors: dict[str, np.ndarray], file: Path) -> None:
     mode = file.stat().st_mode
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(mode)  # of its own accord the library lets nobody but the owner read
+
+
+@contextlib.contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Makes one ValueError, with the folder's name, of what a disk that is full, gone or read-only raises within."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be written: {error}.") from error
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int = SHARD_BYTES) -> None:
