@@ -29,7 +29,8 @@ def logprob(params, config=CONFIG):
 
 def test_products_of_a_gradient_take_rounded_operands():
     params = init_params(CONFIG, jax.random.key(0))
-    found = list(products(jax.make_jaxpr(jax.grad(logprob))(params).jaxpr))
+    found = products(jax.make_jaxpr(jax.grad(logprob))(params).jaxpr)
+    found = [eqn for eqn in found if 1 not in eqn.invars[1].aval.shape]  # a norm's mean on a CPU is one of float32 with a column
     per_block = 7 + 2  # q, k, v, o, gate, up, down; attention's two
     assert len(found) == 3 * (per_block * CONFIG.layers + 1)
     for eqn in found:

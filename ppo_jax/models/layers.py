@@ -83,6 +83,16 @@ class Linear(nn.Module):
         return round_to(out, c.dtype).reshape(*x.shape[:-1], self.features)
 
 
+def mean(x: jax.Array) -> jax.Array:
+    """Over the last axis, which stays, of float32.
+
+    XLA's CPU compiler adds in another order where it fuses the sum with what comes before it. So a matrix product, which fuses with
+    nothing, adds there: the same bits in every program.
+    """
+    by_product = lambda x: x @ jnp.full((x.shape[-1], 1), 1 / x.shape[-1], jnp.float32)
+    return jax.lax.platform_dependent(x, cpu=by_product, default=functools.partial(jnp.mean, axis=-1, keepdims=True))
+
+
 class Norm(nn.Module):
     """Over the last axis, in float32."""
 
@@ -95,8 +105,8 @@ class Norm(nn.Module):
         scale = self.param("scale", first, (x.shape[-1],)).reshape(over)
         x = x.astype(jnp.float32)
         if kind is NormKind.LAYER:
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
+            x = x - mean(x)
+        x = x * jax.lax.rsqrt(mean(x * x) + self.config.norm_eps)
         x = x * (1 + scale if kind is NormKind.RMS_PLUS_1 else scale)
         if kind is NormKind.LAYER:
             x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).reshape(over)

@@ -51,9 +51,8 @@ class LoRA(NamedTuple):
 def init_lora(base: Params, key: jax.Array, lora: LoRA) -> Params:
     """Fresh adapters, which change nothing: A uniform in ±1/√in, B zero.
 
-    What they add is exactly 0, so the logits keep every bit run op by op, and compiled where queries, keys and values are adapted.
-    Where layers before a residual are (`attn/o`, `mlp/down`), XLA may fuse the program otherwise and sum a norm in another order:
-    compiled float32 logits then differ by rounding, about 1e-6.
+    What they add is exactly 0, so the logits keep every bit, compiled or not. On a GPU or TPU a compiler may yet fuse the program
+    otherwise and sum a norm in another order; on a CPU it does not (see `layers.mean`).
 
     Args:
       base: a model's parameters.
