@@ -29,8 +29,8 @@ from ppo_jax.train import LoopConfig, Trainer
 N_REWARD, N_PPO, N_TEST = 3000, 2000, 128  # sentences for the reward, openings for PPO and for the test
 ADAPTERS = lora.LoRA(rank=16, alpha=32.0, targets=r"attn/(q|k|v|o)$")
 PPO = PPOConfig(
-    batch_size=32, epochs=2, minibatches=2, max_new_tokens=16, min_new_tokens=8, top_k=None, kl_coef=0.02, learning_rate=1e-3,
-    vf_coef=0.1, scale_scores=True,
+    batch_size=32, epochs=2, minibatches=2, max_new_tokens=16, min_new_tokens=8, kl_coef=0.06, learning_rate=1e-3,
+    decay_learning_rate=True, vf_coef=0.1, scale_scores=True,
 )  # fmt: skip
 
 
