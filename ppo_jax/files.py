@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 LINES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
+_LOG = logging.getLogger(__name__)
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")  # any of them means that a run was here
 
 
@@ -49,10 +51,11 @@ def lock(folder: Path) -> BaseFileLock:
     """
     held = FileLock(folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
     try:
-        with contextlib.suppress(NotImplementedError):  # a file system without locks
-            held.acquire()
+        held.acquire()
     except Timeout as error:
         raise ValueError(f"Another process is writing to {folder}; wait for its end, stop it, or choose another folder.") from error
+    except (NotImplementedError, OSError):
+        _LOG.warning("%s cannot be locked: nothing keeps another process from writing there.", folder)
     return held
 
 

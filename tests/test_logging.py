@@ -9,7 +9,7 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from ppo_jax.files import read_lines
+from ppo_jax.files import lock, read_lines
 from ppo_jax.logging import RunLog
 from ppo_jax.models import pretrained
 from ppo_jax.models.config import TransformerConfig
@@ -79,3 +79,12 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     log.metrics(0, {"a": math.nan, "b": math.inf, "c": 1.0})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"update": 0, "a": None, "b": None, "c": 1.0}]
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    held = lock(tmp_path)
+    assert not held.is_locked and "cannot be locked" in caplog.text

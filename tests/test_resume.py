@@ -228,7 +228,8 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
     assert other.stdout.readline() == "1\n"
     with pytest.raises(ValueError, match="Another process is writing to"):
         trainer(tmp_path / "run", updates=2, resume="auto")
-    other.kill(), other.communicate()
+    other.kill()
+    other.communicate()
     assert int(trainer(tmp_path / "run", updates=2, resume="auto").run().update) == 2
 
 
