@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,7 +164,8 @@ def _is_no_damage(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     """With both ends of a long one: the cause stands last."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = f"it lacks {error}" if isinstance(error, KeyError) else (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = re.sub(r" \[[a-z_]+(\[\d+\])?='.*", "", line)  # TensorStore's own notes behind it
     line = line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
     return line if line.endswith(".") else line + "."
 

@@ -1,8 +1,10 @@
 """The command `ppo-jax`: every stage on one's own model, data and reward."""
 
+import contextlib
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +42,8 @@ def main(args: list[str] | None = None) -> None:
     )
     keep_compiled()
     try:
-        tyro.cli(commands, config=(tyro.conf.EnumChoicesFromValues,), prog="ppo-jax", description=__doc__, args=args).run()
+        with _no_leftovers():
+            tyro.cli(commands, config=(tyro.conf.EnumChoicesFromValues,), prog="ppo-jax", description=__doc__, args=args).run()
     except KeyboardInterrupt:
         print("ppo-jax: Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
@@ -60,6 +63,17 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@contextlib.contextmanager
+def _no_leftovers() -> Iterator[None]:
+    """Where one array of a checkpoint fails, threads of TensorStore tell an event loop that is gone of all the others."""
+    shown = sys.unraisablehook
+    sys.unraisablehook = lambda about: None if str(about.exc_value) == "Event loop is closed" else shown(about)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = shown
 
 
 if __name__ == "__main__":
