@@ -46,7 +46,7 @@ class Settings:
     """Another language model (folder, Hugging Face id or .gguf file) in place of SmolLM2."""
     like: str | None = None
     """A sentence that continuations shall be like, in place of the human scores."""
-    updates: int = 32
+    updates: int = 24
     """PPO updates."""
     opening: int = 5
     """Words of an opening."""
