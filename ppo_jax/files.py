@@ -103,8 +103,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in whole if line]
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
-    if not all(isinstance(line, dict) and "update" in line for line in lines):
-        raise ValueError(f"{path} cannot be read: a line is no object with an update.")
+    if not all(isinstance(line, dict) and isinstance(line.get("update"), int) for line in lines):
+        raise ValueError(f"{path} cannot be read: a line is no object with the number of an update.")
     return lines
 
 

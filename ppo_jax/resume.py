@@ -72,7 +72,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a run; ValueError, if `folder` holds none."""
     config = read_json(folder / "config.json")
     kinds = {"settings": dict, "hashes": dict, "processes": list}
-    if not isinstance(config, dict) or not all(isinstance(config.get(name), kind) for name, kind in kinds.items()):
+    is_one = isinstance(config, dict) and all(isinstance(config.get(name), kind) for name, kind in kinds.items())
+    if not is_one or not all(isinstance(config["settings"].get(part), dict | None) for part in _FREE):
         raise ValueError(f"{folder / 'config.json'} is not the one of a run.")
     return config
 

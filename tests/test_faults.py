@@ -447,13 +447,15 @@ def test_replay_of_settings_that_are_none_is_one_sentence(folder, tmp_path, caps
     shutil.copytree(folder / "run", tmp_path / "run")
     config = read_json(tmp_path / "run/config.json")
     command = config["settings"]["command"]
-    merged = {name: {**command[name], **x} if isinstance(x, dict) else x for name, x in dict(settings or {}).items()} \
-        if isinstance(settings, dict) else None  # fmt: skip
-    config["settings"]["command"] = settings if merged is None else command | merged
+    says = "is not the one of a run"
+    if isinstance(settings, dict):
+        settings = command | {name: {**command[name], **x} if isinstance(x, dict) else x for name, x in settings.items()}
+        says = "are not those of a run: "
+    config["settings"]["command"] = settings
     write_json(tmp_path / "run/config.json", config)
     with pytest.raises(SystemExit) as stop:
         cli.main(["replay", str(tmp_path / "run"), "--update", "1", "--out", str(tmp_path / "new")])
-    assert stop.value.code == 2 and "are not those of a run: " in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_replay_asks_for_deterministic_kernels_as_the_run_did(folder, tmp_path, monkeypatch):

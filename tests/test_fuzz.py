@@ -15,6 +15,7 @@ from flax.training.train_state import TrainState
 
 from ppo_jax import cli, data, iteration
 from ppo_jax.checkpoint import CheckpointError, Checkpoints
+from ppo_jax.commands.runs import compare
 from ppo_jax.files import cut_back
 from ppo_jax.kl import fixed_kl
 from ppo_jax.models import pretrained
@@ -22,7 +23,7 @@ from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
 from ppo_jax.models.transformer import init_params
 from ppo_jax.provenance import digest
-from ppo_jax.resume import read_config
+from ppo_jax.resume import RunConfig, check_unchanged
 from ppo_jax.rewards import running_scale
 
 JUNK = [None, True, -1, 0, 3, 10**30, 1.5, float("nan"), float("inf"), "", "🙂", "gpt2", [], [1, "a"], {}, {"a": 1}]
@@ -214,12 +215,20 @@ def test_250_checkpoints(tmp_path, part):
 def test_150_run_folders(tmp_path):
     """A run's own files, damaged: `config.json`, lines shorter than the checkpoint says, or no good checkpoint at all."""
     chance = random.Random(4)
-    config = json.dumps({"settings": {"ppo": {"lam": 0.9}}, "hashes": {"model": "a"}, "processes": []}).encode()
+    config = {"settings": {"ppo": {"lam": 0.9}, "loop": {"faults": {}}}, "hashes": {"model": "a"}, "processes": [{"xla_flags": ""}]}
     for number in range(140):
-        (tmp_path / "config.json").write_bytes(mutated(chance, config))
+        odd = json.loads(json.dumps(config))
+        part = chance.choice((odd, odd["settings"], odd["settings"]["ppo"], odd["settings"]["loop"], odd["hashes"]))
+        part[chance.choice(list(part))] = chance.choice(JUNK)
+        content = json.dumps(odd if number % 2 else config).encode()
+        (tmp_path / "config.json").write_bytes(content if number % 2 else mutated(chance, content))
         (tmp_path / "metrics.jsonl").write_bytes(b"x" * chance.randrange(30))
         before = (tmp_path / "metrics.jsonl").read_bytes()
-        for attempt in (lambda: read_config(tmp_path), lambda: cut_back(tmp_path, {"metrics.jsonl": 15})):
+        now = RunConfig(
+            {name: config["settings"].get(name, {}) for name in ("ppo", "loop", "command", "data", "jax")}, config["hashes"]
+        )
+        unchanged = lambda now=now: check_unchanged(tmp_path, now)
+        for attempt in (unchanged, lambda: compare(tmp_path, tmp_path), lambda: cut_back(tmp_path, {"metrics.jsonl": 15})):
             try:
                 attempt()
             except ValueError as error:
