@@ -54,7 +54,7 @@ def lock(folder: Path) -> BaseFileLock:
         held.acquire()
     except Timeout as error:
         raise ValueError(f"Another process is writing to {folder}; wait for its end, stop it, or choose another folder.") from error
-    except (NotImplementedError, OSError):
+    except (RuntimeError, OSError):  # a file system without locks, or one that is read-only
         _LOG.warning("%s cannot be locked: nothing keeps another process from writing there.", folder)
     return held
 

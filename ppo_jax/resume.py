@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ppo_jax import data, provenance
+from ppo_jax import data, processes, provenance
 from ppo_jax.files import plain, read_json, write_json
 from ppo_jax.iteration import Agent
 
@@ -36,8 +36,8 @@ class RunConfig:
         """Writes `config.json`, with the environment of each process that worked on the run."""
         file = folder / "config.json"
         before = read_config(folder)["processes"] if first_update else []
-        processes = [*before, {"first_update": first_update, **provenance.environment()}]
-        write_json(file, {"settings": self.settings, "hashes": self.hashes, "processes": processes})
+        all_processes = [*before, {"first_update": first_update, **provenance.environment()}]
+        write_json(file, {"settings": self.settings, "hashes": self.hashes, "processes": all_processes})
 
 
 def start_config(
@@ -79,7 +79,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of each setting of a run that shapes the result and differs from another's."""
+    """Name and both values of each setting of a run that shapes the result and differs from another's.
+
+    Example:
+      >>> runs = ({"ppo": {"lam": lam}, "loop": {"save_every": every}} for lam, every in ((0.9, 1), (1.0, 2)))
+      >>> list(setting_differences(*runs))
+      [('ppo.lam', 0.9, 1.0)]
+    """
     decays = [(run.get("ppo") or {}).get("decay_learning_rate") for run in (old, new)]  # over all updates: so they count too
     for part, free in _FREE.items():
         for name, a, b in provenance.differences(old.get(part) or {}, new.get(part) or {}):
@@ -88,15 +94,22 @@ def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tu
                 yield f"{part}.{name}" if part != "command" else name, a, b
 
 
+def place_differences(old: list[Any], new: list[Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of what differs between where two runs, `processes` of their configs, were last at work: versions,
+    devices and flags, which decide over last bits."""
+    for name, a, b in provenance.differences(old[-1] if old else None, new[-1] if new else None):
+        if name.split(".")[0] in ("versions", "xla_flags", "device_kinds"):
+            yield name, a, b
+
+
 def check_unchanged(folder: Path, now: RunConfig) -> None:
     """Raises ValueError, naming it, if anything that shapes the result is not as it was when the run in `folder` began; warns of
     other versions, devices or flags, with which it may agree to rounding only."""
     before = read_config(folder)
     for name, old, new in setting_differences(before["settings"], now.settings):
         raise ValueError(f"{name} was {old} in the run in {folder} and is {new} now; to resume, set it as it was.")
-    last = before["processes"][-1] if before["processes"] else None
-    for name, old, new in provenance.differences(last, provenance.environment()):
-        if name.split(".")[0] in ("versions", "xla_flags", "device_kinds"):
+    for name, old, new in place_differences(before["processes"], [provenance.environment()]):
+        if processes.is_first():
             _LOG.warning("%s was %s when the run in %s was last at work and is %s now: the last bits may differ.",
                          name, old, folder, new)  # fmt: skip
     for name in dict.fromkeys([*before["hashes"], *(now.hashes.keys() - _MAY_COME)]):

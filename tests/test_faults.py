@@ -312,12 +312,17 @@ def test_compare_of_runs_that_differ_in_what_they_write_and_of_one_that_was_cut_
     for part in (config["settings"]["loop"], config["settings"]["command"]["loop"]):
         part["save_every"] = 77
     write_json(tmp_path / "run/config.json", config)
+    config["settings"]["command"]["mesh"] = "data=8"
+    config["processes"][-1]["versions"]["jaxlib"] = "0.0.1"
+    write_json(tmp_path / "run/config.json", config)
     assert compare(folder / "run", tmp_path / "run") == []
     rows = (tmp_path / "run/samples.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "run/samples.jsonl").write_bytes(b"".join(rows[:4]) + rows[4][:9])
-    assert compare(folder / "run", tmp_path / "run") == ["samples.jsonl: 1 is an update of one run only."]
+    mesh, version, part = compare(folder / "run", tmp_path / "run")
+    assert mesh == "mesh is data=1 and data=8." and version.endswith(" and 0.0.1.")
+    assert part == "samples.jsonl: 1 is an update of one run only."
     (tmp_path / "run/samples.jsonl").write_text('{"update": 0, "tokens": null}\n')
-    assert compare(folder / "run", tmp_path / "run")[0].startswith("samples.jsonl: first at update 0: ")
+    assert compare(folder / "run", tmp_path / "run")[2].startswith("samples.jsonl: first at update 0: ")
 
 
 def test_settings_come_back_from_json(folder):

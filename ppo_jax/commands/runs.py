@@ -19,7 +19,7 @@ from ppo_jax.commands.train import Train
 from ppo_jax.config import SettingError
 from ppo_jax.files import check_free, read_json, read_lines
 from ppo_jax.logging import SKIPPED, finite
-from ppo_jax.resume import read_config, setting_differences
+from ppo_jax.resume import place_differences, read_config, setting_differences
 from ppo_jax.train import Trainer
 
 Row = Mapping[str, Any]
@@ -129,7 +129,13 @@ def compare(a: Path, b: Path) -> list[str]:
     digests = [_digest(read_json(file)) if (file := folder / "summary.json").exists() else None for folder in (a, b)]
     if digests[0] != digests[1]:
         found.append(f"Final parameters: digest {digests[0]} and {digests[1]}.")
-    return found
+    return _causes(config_a, config_b) + found if found else []
+
+
+def _causes(a: Row, b: Row) -> list[str]:
+    """What may part two runs in their last bits, though no setting that shapes the result does."""
+    meshes = provenance.differences(*({"mesh": (run["settings"].get("command") or {}).get("mesh")} for run in (a, b)))
+    return [f"{name} is {x} and {y}." for name, x, y in (*meshes, *place_differences(a["processes"], b["processes"]))]
 
 
 def _digest(summary: Any) -> Any:

@@ -88,6 +88,10 @@ def mean(x: jax.Array) -> jax.Array:
 
     XLA's CPU compiler adds in another order where it fuses the sum with what comes before it. So a matrix product, which fuses with
     nothing, adds there: the same bits in every program.
+
+    Example:
+      >>> mean(jnp.array([[1.0, 3.0]]))
+      Array([[2.]], dtype=float32)
     """
     by_product = lambda x: x @ jnp.full((x.shape[-1], 1), 1 / x.shape[-1], jnp.float32)
     return jax.lax.platform_dependent(x, cpu=by_product, default=functools.partial(jnp.mean, axis=-1, keepdims=True))
