@@ -212,6 +212,19 @@ def test_250_checkpoints(tmp_path, part):
     assert seen == {1, 2}
 
 
+def test_arrays_of_another_checkpoint_are_found_out(tmp_path):
+    """Each file is sound, so that only the digest of what was read can tell."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1)), checkpoints.save(state(2))
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "2/state")
+    shutil.copytree(tmp_path / "1/state", tmp_path / "2/state")
+    checkpoints = Checkpoints(tmp_path)
+    back, _ = checkpoints.restore(state(0))
+    checkpoints.close()
+    assert int(back.update) == 1 and (tmp_path / "2.damaged").is_dir()
+
+
 def test_150_run_folders(tmp_path):
     """A run's own files, damaged: `config.json`, lines shorter than the checkpoint says, or no good checkpoint at all."""
     chance = random.Random(4)
