@@ -5,13 +5,14 @@ its devices (`rows_here`), and no number that shapes the result is known to one 
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax import iteration
@@ -44,7 +45,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     """A mesh of the given devices, by default all; what `sizes` leaves open is on `data`. One process may use fewer of them.
 
     Raises:
-      SettingError: if the sizes do not fit the number of devices.
+      SettingError: if the sizes do not fit the devices.
 
     Example:
       >>> dict(make_mesh({"fsdp": 1}, jax.devices()[:1]).shape)
@@ -55,11 +56,35 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     rest = int(np.prod([size for name, size in sizes.items() if name != "data"], dtype=int))
     sizes.setdefault("data", max(1, len(devices) // rest))
     need = sizes["data"] * rest
+    said = ",".join(f"{name}={sizes[name]}" for name in AXES if name in sizes)
     if need > len(devices) or (need < len(devices) and jax.process_count() > 1):
-        said = ",".join(f"{name}={sizes[name]}" for name in AXES if name in sizes)
         raise SettingError(f"The mesh {said} needs {need} devices; there are {len(devices)}.")
     shape = tuple(sizes.get(name, 1) for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:need])
+    try:
+        return Mesh(lay_out(shape, devices[:need]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    except (AssertionError, NotImplementedError, ValueError) as error:  # JAX asserts that a part of a TPU slice is a block
+        reason = f"{type(error).__name__}: {error}"
+        raise SettingError(f"The mesh {said} cannot be laid over {need} of {len(devices)} devices: {reason:.300}") from error
+
+
+def lay_out(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices `[*shape]`, neighbours on the last axes the closest to each other. `jax.make_mesh` knows a single slice alone; here
+    the first axes go over the slices of TPUs, or the hosts of GPUs, as far as their sizes allow.
+
+    Raises:
+      ValueError: if the shape does not divide by the slices, which must be of one size.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outer, left = [], slices
+    for size in shape:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    if left > 1:
+        raise ValueError(f"its sizes do not divide by the number of slices or hosts, {slices}.")
+    inner = [size // parts for size, parts in zip(shape, outer, strict=True)]
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def check_rows(config: PPOConfig, devices: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import types
 
 import everything
 import jax
@@ -16,6 +17,7 @@ from ppo_jax import iteration, parallel
 from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.models import heads, lora, pretrained, sharding
 from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.plan import make_topology
 from ppo_jax.provenance import digest
 
 PPO = PPOConfig(
@@ -207,6 +209,38 @@ def test_every_family_has_a_rule_for_every_parameter():
 def test_a_mesh_that_cannot_be_is_refused(text, says):
     with pytest.raises(SettingError, match=says):
         parallel.make_mesh(parallel.parse_mesh(text))
+
+
+def gpus(hosts, each):
+    """Devices as JAX shows those of several hosts: each host a slice."""
+    numbers = np.random.default_rng(0).permutation(hosts * each).tolist()
+    return [types.SimpleNamespace(id=i, slice_index=i // each, platform="gpu", device_kind="H100") for i in numbers]
+
+
+@pytest.mark.parametrize(
+    "shape, apart",  # by how many devices' numbers neighbours on each axis lie apart
+    [((8, 1, 4), (4, 0, 1)), ((32, 1, 1), (1, 0, 0)), ((1, 4, 8), (0, 8, 1)), ((2, 4, 4), (16, 4, 1)), ((1, 1, 32), (0, 0, 1))],
+)
+def test_a_mesh_over_hosts_keeps_the_last_axes_within_one(shape, apart):
+    found = np.vectorize(lambda device: device.id)(parallel.lay_out(shape, gpus(4, 8)))
+    assert found.shape == shape
+    for axis, distance in enumerate(apart):
+        assert set(np.diff(found, axis=axis).ravel()) <= {distance}
+
+
+def test_hosts_of_several_sizes_are_refused():
+    with pytest.raises(ValueError, match="do not divide by the number of slices or hosts, 3"):
+        parallel.lay_out((8, 1, 1), [device for device in gpus(3, 4) if device.id not in (4, 5, 8, 9)])
+
+
+@pytest.mark.parametrize("sizes, fits", [({"data": 2, "fsdp": 4, "tensor": 8}, True), ({"fsdp": 3}, False)], ids=str)
+def test_axes_may_share_those_of_a_slice(sizes, fits):
+    devices = make_topology("v5p:4x4x4")
+    if fits:
+        assert set(parallel.make_mesh(sizes, devices).devices.ravel()) == set(devices)
+    else:
+        with pytest.raises(SettingError, match="The mesh data=21,fsdp=3 cannot be laid over 63 of 64 devices"):
+            parallel.make_mesh(sizes, devices)
 
 
 def test_rows_that_do_not_spread_are_refused():
