@@ -1,14 +1,21 @@
 """GGUF files of every supported type and family, written here, against `transformers` on the same dequantised weights."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
+from experiments import assets
 from ppo_jax.models import pretrained
 from ppo_jax.models.gguf_format import _LAYER, _TOP
+from ppo_jax.models.gguf_tokenizer import load_tokenizer
 from ppo_jax.models.transformer import language_model
 
 SIZE = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -91,3 +98,73 @@ def test_scaled_rotary_positions_are_those_of_llama_3_1_or_refused(tmp_path):
     write(tmp_path / "odd.gguf", "llama", model, "F32", np.linspace(1, 3, 8))
     with pytest.raises(ValueError, match=r"not Llama 3\.1's"):
         pretrained.load_policy(tmp_path / "odd.gguf")
+
+
+TEXTS = [
+    "What is 12+345? 7 8 9",
+    "  two  spaces\n\n\ttab it's 1 2",
+    "ü日本語 🙂 <|im_end|>x<|im_start|>",
+    "",
+    " ",
+    "\r\n a1b22 3.14 <think>x",
+]
+
+
+def assert_same_tokenizer(file, texts):
+    ours, theirs = load_tokenizer(file), transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for text in texts:
+        ids = ours(text).input_ids
+        assert ids == theirs(text).input_ids and ours.decode(ids) == theirs.decode(ids), text
+    assert (len(ours), ours.special_tokens_map) == (len(theirs), theirs.special_tokens_map)
+    assert ours.all_special_ids == theirs.all_special_ids and ours.chat_template == theirs.chat_template
+
+
+def test_the_tokenizer_of_smollm2_is_that_of_transformers():
+    assert_same_tokenizer(assets.smollm2_gguf(), TEXTS + [review.sentence for review in assets.movie_reviews()[::10]])
+
+
+def write_tokenizer(path, split, kind="gpt2"):
+    writer = gguf.GGUFWriter(path, "llama")
+    for name in ("embedding_length", "block_count", "head_count", "feed_forward_length", "context_length"):
+        getattr(writer, f"add_{name}")(8)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = ["1 2", "12 3", "Ġ a", "t h", "th e", "' s", "Ġ Ġ"]
+    tokens = [*alphabet, *(merge.replace(" ", "") for merge in merges), "<think>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 4) + [4, 3, 3, 3])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_unk_token_id(len(tokens) - 3)
+    writer.add_add_bos_token(split == "llama-bpe")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "default", "qwen2", "llama-bpe"])
+def test_tokenizers_split_as_those_of_transformers(tmp_path, split):
+    write_tokenizer(tmp_path / "x.gguf", split)
+    assert_same_tokenizer(tmp_path / "x.gguf", [*TEXTS, "the 1234 a's", "don't  THE'S\n \n x"])
+
+
+WITHOUT_PYTORCH = """
+import sys
+sys.modules["torch"] = None
+from ppo_jax.models.pretrained import load_tokenizer
+print(load_tokenizer(sys.argv[1])("a 12").input_ids)
+"""
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_no_pytorch_is_needed_or_it_is_named(tmp_path, kind):
+    write_tokenizer(tmp_path / "x.gguf", "gpt-2", kind)
+    command = [sys.executable, "-c", WITHOUT_PYTORCH, str(tmp_path / "x.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if kind == "gpt2":
+        assert done.stdout.strip() == str(load_tokenizer(tmp_path / "x.gguf")("a 12").input_ids), done.stderr
+    else:
+        assert "is read by transformers with PyTorch: pip install torch." in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Models in GGUF files, read through the `gguf` package: the Llama and Qwen families, with the tokenizer that lies in the file."""
+"""Models in GGUF files, read through the `gguf` package: the Llama and Qwen families; `gguf_tokenizer` has the tokenizer."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,11 +29,11 @@ def is_gguf(model: str | Path) -> bool:
     return str(model).endswith(".gguf")
 
 
-def read(file: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
-    """A GGUF file as a `config.json` and tensors by the names of the Hugging Face format.
+def open_file(file: Path) -> Any:
+    """A `gguf.GGUFReader`.
 
     Raises:
-      ValueError: if the file is damaged, of another family, or holds a quantisation that is not supported.
+      ValueError: if the package or the file is missing, or the file is damaged.
     """
     try:
         import gguf
@@ -42,9 +42,21 @@ def read(file: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
     if not file.is_file():
         raise ValueError(f"There is no file {file}.")
     try:
-        reader = gguf.GGUFReader(file)
+        return gguf.GGUFReader(file)
+    except Exception as error:  # it trusts its file, so a damaged one can raise anything
+        raise ValueError(f"{file} is no readable GGUF file: {type(error).__name__}: {error}.") from error
+
+
+def read(file: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+    """A GGUF file as a `config.json` and tensors by the names of the Hugging Face format.
+
+    Raises:
+      ValueError: if the file is damaged, of another family, or holds a quantisation that is not supported.
+    """
+    reader = open_file(file)
+    try:
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.merges")}
-    except Exception as error:  # the reader trusts its file, so a damaged one can raise anything
+    except Exception as error:
         raise ValueError(f"{file} is no readable GGUF file: {type(error).__name__}: {error}.") from error
     odd = sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(TYPES))
     if odd:
@@ -57,13 +69,6 @@ def read(file: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
     except KeyError as error:
         raise ValueError(f"{file} lacks the field {error}.") from error
     return config, _Tensors(stored, config)
-
-
-def load_tokenizer(file: Path) -> Any:
-    """The tokenizer in the file, with its chat template."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ppo_jax.models import gguf_format, weights
+from ppo_jax.models import gguf_format, gguf_tokenizer, weights
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import family_of
 from ppo_jax.models.family import Family
@@ -201,14 +201,14 @@ def load_tokenizer(model: str | Path) -> Any:
     Raises:
       ValueError: if there is none.
     """
-    from transformers import AutoTokenizer  # slow to import, and `--help` does without
-
     try:
         if gguf_format.is_gguf(model):
-            return gguf_format.load_tokenizer(Path(model))
+            return gguf_tokenizer.load_tokenizer(Path(model))
+        from transformers import AutoTokenizer  # slow to import, and `--help` does without
+
         return AutoTokenizer.from_pretrained(resolve(model))
     except Exception as error:
-        raise ValueError(f"{model} holds no tokenizer that transformers can load: {error}") from error
+        raise ValueError(f"{model} holds no tokenizer that can be loaded: {error}") from error
 
 
 def _read(model: str | Path) -> tuple[Path, dict[str, Any], Mapping[str, Any]]:
