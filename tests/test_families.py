@@ -32,6 +32,8 @@ CASES = {
     "llama 3.1": ("Llama", {**GROUPED, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
     "llama, linear, biases, wide": ("Llama", {"num_key_value_heads": 1, "head_dim": 12, "attention_bias": True, "mlp_bias": True,
                                               "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
+    "llama, a share of turns that counts for nothing": ("Llama", {**GROUPED, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}),
     "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}),
     "mistral, no window": ("Mistral", {**GROUPED, "sliding_window": None}),
     "qwen2": ("Qwen2", {**GROUPED, "tie_word_embeddings": True}),
@@ -262,3 +264,41 @@ def test_whole_numbers_are_no_weights(tmp_path):
     weights.write_safetensors(tmp_path, {**stored, "model.norm.weight": np.ones(32, np.int8)}.items())
     with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is of int8"):
         pretrained.load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("case, output", [("llama 3.1", "lm_head.weight"), ("bert", "cls.predictions.decoder.weight")])
+def test_an_output_that_is_not_the_embedding_counts_whatever_the_config_says_as_in_transformers(tmp_path, case, output, caplog):
+    kind = type(peer(case, tmp_path))
+    stored = dict(weights.StoredTensors(tmp_path))
+    other = np.random.default_rng(0).normal(size=(61, 32)).astype(np.float32)
+    bias = {name.replace("predictions", "predictions.decoder"): x for name, x in stored.items() if name == "cls.predictions.bias"}
+    weights.write_safetensors(tmp_path, {**stored, **bias, output: other}.items())
+    loaded = pretrained.load_policy(tmp_path)
+    assert not loaded.config.tied and "holds another matrix" in caplog.text
+    tokens = np.array([[2, 3, 4, 5]])
+    model = language_model(loaded.config)
+    got = model.logits(loaded.params, model.hidden(loaded.params, jnp.asarray(tokens), jnp.ones((1, 4), bool))[0])
+    pretrained.save_policy(tmp_path / "saved", loaded)
+    for folder in (tmp_path, tmp_path / "saved"):
+        with torch.no_grad():
+            want = kind.from_pretrained(folder).eval()(torch.tensor(tokens)).logits
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+    caplog.clear()
+    weights.write_safetensors(tmp_path, stored.items())
+    assert pretrained.load_policy(tmp_path).config.tied and not caplog.records
+
+
+def test_a_parameter_under_two_names_is_refused(tmp_path):
+    peer("llama", tmp_path)
+    stored = dict(weights.StoredTensors(tmp_path))
+    weights.write_safetensors(tmp_path, {**stored, "norm.weight": np.zeros(32, np.float32)}.items())
+    with pytest.raises(ValueError, match=r"stored under two names: (model\.)?norm\.weight"):
+        pretrained.load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "bert", "roberta"])
+def test_no_tokenizer_is_invented(tmp_path, case):
+    peer(case, tmp_path)
+    with pytest.raises(ValueError, match=r"holds no tokenizer that can be loaded: none of tokenizer\.json, "):
+        pretrained.load_tokenizer(tmp_path)

@@ -255,6 +255,17 @@ def test_replay_passes_over_damaged_checkpoints(folder, tmp_path, capsys):
     assert (tmp_path / "run/checkpoints/4").is_dir()  # nothing in the run changes
 
 
+def test_replay_without_an_earlier_checkpoint_begins_at_the_beginning(folder, tmp_path, capsys):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        if int(checkpoint.name) < 5:
+            shutil.rmtree(checkpoint)
+    cli.main(["replay", str(tmp_path / "run"), "--update", "2", "--out", str(tmp_path / "again")])
+    said = capsys.readouterr()
+    assert "All its metrics are those of the run." in said.out
+    assert "no checkpoint at or before update 2: all before it is done again." in said.err
+
+
 def test_replay_names_what_it_lacks(folder, tmp_path, capsys):
     for wrong, says in ((folder / "model", "is not the one of a run"), (tmp_path, "cannot be read")):
         with pytest.raises(SystemExit) as stop:

@@ -125,6 +125,9 @@ def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
     loaded = load("llama", tmp_path / "base")
     with pytest.raises(ValueError, match="adapts no layer: 'nothing' is found in none of"):
         lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(targets="nothing"))
+    for alpha in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"alpha={alpha} must be above 0"):
+            lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(alpha=alpha))
     with pytest.raises(ValueError, match="holds no adapter"):
         lora.load_adapter(tmp_path, loaded.config, "llama")
     adapters = lora.init_lora(loaded.params, jax.random.key(0), EVERYTHING)

@@ -44,7 +44,7 @@ class Compare:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Do one update of a run of train again, to the same bits, from its newest good checkpoint before it."""
+    """Do one update of a run of train again, to the same bits, from its newest good checkpoint before it or the beginning."""
 
     run_folder: tyro.conf.Positional[Path]
     """Folder of the run. Nothing in it changes; relative paths in its settings are taken from here."""
@@ -86,14 +86,15 @@ class Replay:
 def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
     """A trainer of the run in `run_folder` just before `update`, that writes to the command's `out`.
 
+    It starts from the newest good checkpoint at or before it; from the beginning, if there is none.
+
     Raises:
-      ValueError: if the run has no good checkpoint at or before it.
+      ValueError: if there are some, but none is good.
     """
     checkpoints = Checkpoints(run_folder / "checkpoints", read_only=True)
     earlier = [step for step in checkpoints.steps() if step <= update]
     if not earlier and update > 0:
-        there = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise ValueError(f"{run_folder} has no checkpoint at or before update {update}; there are: {there}.")
+        print(f"{run_folder} has no checkpoint at or before update {update}: all before it is done again.", file=sys.stderr)
     loop = dataclasses.replace(command.loop, samples=command.ppo.batch_size, tensorboard=False, wandb_project=None)
     trainer = command.build(command.out, loop)[0]
     for step in reversed(earlier):

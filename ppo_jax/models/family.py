@@ -40,7 +40,7 @@ def activation(hf: dict[str, Any], key: str, default: str) -> Activation:
     return Activation(name)
 
 
-def rotary(settings: dict[str, Any], *, base: float, head: int, positions: int, share: float = 1.0) -> Rotary:
+def rotary(settings: dict[str, Any], *, base: float, head: int, positions: int, share: float | None = None) -> Rotary:
     """Rotary positions of a config's `rope_parameters` (or the older `rope_scaling`).
 
     Args:
@@ -48,14 +48,14 @@ def rotary(settings: dict[str, Any], *, base: float, head: int, positions: int, 
       base: where they hold no `rope_theta`.
       head: `C`.
       positions: those that the model was trained on, where they do not say.
-      share: of each head that rotates, where they hold no `partial_rotary_factor`.
+      share: of each head that rotates, where they hold no `partial_rotary_factor`; if None, all of it whatever they hold.
 
     Raises:
       ValueError: for a kind that is not supported.
     """
     kind = settings.get("rope_type") or settings.get("type") or "default"
     base = float(settings.get("rope_theta") or base)
-    width = int(head * (settings.get("partial_rotary_factor") or share))
+    width = head if share is None else int(head * (settings.get("partial_rotary_factor") or share))
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3.")
     if kind == "default":

@@ -63,7 +63,7 @@ def init_lora(base: Params, key: jax.Array, lora: LoRA) -> Params:
       The adapter tree.
 
     Raises:
-      ValueError: if no linear layer matches.
+      ValueError: if no linear layer matches, or alpha is not positive.
 
     Example:
       >>> base = {"layer_0": {"attn": {"q": {"kernel": jnp.ones((4, 6))}}}}
@@ -74,6 +74,8 @@ def init_lora(base: Params, key: jax.Array, lora: LoRA) -> Params:
     chosen = sorted(path for path in kernels if re.search(lora.targets, path))
     if not chosen or lora.rank < 1:
         raise ValueError(f"LoRA of rank {lora.rank} adapts no layer: {lora.targets!r} is found in none of {sorted(kernels)}.")
+    if not lora.alpha > 0:
+        raise ValueError(f"LoRA's alpha={lora.alpha} must be above 0.")
     adapters = {}
     for path, one in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         rows, columns = kernels[path].shape

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from ppo_jax.models.sharding import placed
 from ppo_jax.models.transformer import init_params
 from ppo_jax.types import Params
 
+_LOG = logging.getLogger(__name__)
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 
 
@@ -74,6 +77,12 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
     family, config = family_of(hf.get("model_type")), config_of(hf, dtype=dtype, remat=remat)
     rules = weights.expand(family.rules(config), config.layers)
     tensors = _named(stored, rules, family)
+    if config.tied and _has_output_of_its_own(tensors, rules):  # as transformers does since 5.0
+        _LOG.warning("%s says that its output is its embedding, but holds another matrix for it, which is used.", folder)
+        hf = {**hf, "tie_word_embeddings": False}
+        config = config_of(hf, dtype=dtype, remat=remat)
+        rules = weights.expand(family.rules(config), config.layers)
+        tensors = _named(stored, rules, family)
     for name in [name for name in tensors if config.tied and name in _OUTPUTS]:
         del tensors[name]  # a copy of the embedding, or of a bias
     for name in [name for name in tensors if name.startswith(f"{family.prefix}pooler.")]:
@@ -81,6 +90,12 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
     params = weights.to_params(tensors, rules, placed(_shapes(config), mesh), source=str(folder))
     generation = folder / "generation_config.json"
     return Pretrained(config, params, hf, _read_json(generation) if generation.is_file() else None)
+
+
+def _has_output_of_its_own(tensors: Mapping[str, Any], rules: list[weights.Rule]) -> bool:
+    embedding = next(rule.stored for rule in rules if rule.ours == ("embedding",))
+    outputs = [name for name in tensors if name in _OUTPUTS and name.endswith("weight")]
+    return embedding in tensors and any(not np.array_equal(tensors[name], tensors[embedding]) for name in outputs)
 
 
 def load_trunk(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
@@ -204,9 +219,12 @@ def load_tokenizer(model: str | Path) -> Any:
     try:
         if gguf_format.is_gguf(model):
             return gguf_tokenizer.load_tokenizer(Path(model))
+        folder = resolve(model)
+        if not any((folder / name).is_file() for name in _VOCABULARIES):  # for some families transformers would invent one
+            raise ValueError(f"none of {', '.join(_VOCABULARIES)} is there.")
         from transformers import AutoTokenizer  # slow to import, and `--help` does without
 
-        return AutoTokenizer.from_pretrained(resolve(model))
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise ValueError(f"{model} holds no tokenizer that can be loaded: {error}") from error
 
@@ -251,6 +269,8 @@ def _named(stored: Mapping[str, Any], rules: list[weights.Rule], family: Family)
     known = {rule.stored for rule in rules}
     today = {name: re.sub(r"\.(gamma|beta)$", _of_norms, name) for name in stored}
     names = {new if new in known or family.prefix + new not in known else family.prefix + new: name for name, new in today.items()}
+    if len(names) < len(stored):
+        raise ValueError(f"One parameter is stored under two names: {', '.join(sorted(set(stored) - set(names.values())))} is one.")
     return _Renamed(stored, {new: old for new, old in names.items() if not family.ignored.fullmatch(old)})
 
 
