@@ -1,6 +1,7 @@
 """Texts into arrays: prompts from a list, a file or a `datasets` dataset; padding; shuffled batches that never repeat a key."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -84,19 +85,23 @@ def as_chat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of the special token that a chat template puts after an assistant's words, if there is one."""
+    """Ids of the added token that a chat template puts after an assistant's words, if there is one."""
     if getattr(tokenizer, "chat_template", None) is None:
         return ()
     mark = "18446744073709551557"  # digits have no case for a template to change
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    for messages in (turns, [{"role": "system", "content": "?"}, *turns]):  # some templates refuse a system's turn, some demand it
+    short = [("user", "?"), ("assistant", mark)]
+    ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip()}  # not mere space
+    # Some templates refuse a system's turn, some demand it; some take texts, some lists of parts.
+    for turns, parts in itertools.product((short, [("system", "?"), *short]), (False, True)):
+        messages = [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns]
         try:
             _, found, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)
         except Exception:  # a template may raise anything; prompts that go through it will say so
             continue
         if found:
-            return tuple(i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special)[:1]
+            return tuple(
+                i for i in tokenizer(after, add_special_tokens=False).input_ids if i in {*ends, *tokenizer.all_special_ids}
+            )[:1]
     return ()
 
 

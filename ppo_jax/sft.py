@@ -94,7 +94,7 @@ def fit(
     n = len(arrays[0])
     steps = n // batch_size
     if not steps:
-        raise ValueError(f"{n} rows are fewer than batch_size={batch_size}.")
+        raise ValueError(f"{n} rows are left to learn from, fewer than batch_size={batch_size}.")
     rising = max(int(warmup * steps * epochs), 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, rising, max(steps * epochs, rising + 1))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))

@@ -53,6 +53,7 @@ def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
     assert again.chat_template == TEMPLATE and data.end_of_turn(again) == (turn,)
 
 
+@pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize(
     "template, found",
     [
@@ -60,14 +61,15 @@ def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
         ("{% for m in messages %}{{ m.content|upper }}<turn>\n{% endfor %}", True),
         ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE.replace(" t ", "<turn>"), True),
         ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE.replace(" t ", "<turn>"), True),
+        ("{% for m in messages %}{% for part in m.content %}{{ part.text|trim }}{% endfor %}<turn>{% endfor %}", True),
         ("{% for m in messages %}{{ m.role }}<end>{% endfor %}", False),
         ("{{ raise_exception('never') }}", False),
     ],
-    ids=["plain", "upper case", "demands system", "refuses system", "without content", "raises"],
+    ids=["plain", "upper case", "demands system", "refuses system", "parts", "without content", "raises"],
 )
-def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(tmp_path, template, found):
+def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(tmp_path, template, found, special):
     words = tokenizer()
-    words.add_tokens([AddedToken("<turn>", special=True)])
+    words.add_tokens([AddedToken("\n", special=False), AddedToken("<turn>", special=special)])
     words.chat_template = template
     turn = words.convert_tokens_to_ids("<turn>")
     assert turn not in words.all_special_ids

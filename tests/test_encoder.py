@@ -1,5 +1,6 @@
 """The real MiniLM encoder against PyTorch, and the real SmolLM2 against `transformers`' own reading of its GGUF file."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import transformers
 from test_train import tokenizer as words
 
 from experiments import assets
-from ppo_jax.models import encoder, heads, pretrained
+from ppo_jax.models import encoder, heads, pretrained, weights
 from ppo_jax.models.transformer import language_model
 
 TEXTS = ["A warm and funny film.", "the plot makes no sense at all , and the acting is worse", "Yes.", "naïve — café ☕ " * 30]
@@ -67,3 +68,16 @@ def test_smollm2_equals_transformers(tmp_path):
     np.testing.assert_allclose(got, want, atol=1e-3)
     np.testing.assert_allclose(saved, want, atol=1e-3)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+
+
+def test_a_trunk_names_what_it_does_not_know_and_leaves_heads_aside(tmp_path):
+    config = transformers.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path)
+    trunk = pretrained.load_trunk(tmp_path).params
+    stored = dict(weights.StoredTensors(tmp_path))
+    weights.write_safetensors(tmp_path, {name.removeprefix("bert."): x for name, x in stored.items()}.items())
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load_trunk(tmp_path).params, trunk)
+    for name in ("bert.embeddings.extra.weight", "embeddings.extra.weight", "bert.encoder.layer.1.output.dense.weight"):
+        weights.write_safetensors(tmp_path, {**stored, name: np.ones(8, np.float32)}.items())
+        with pytest.raises(ValueError, match=f"left over .*{name}"):
+            pretrained.load_trunk(tmp_path)

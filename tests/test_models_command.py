@@ -29,11 +29,11 @@ def test_gpt3_has_the_parameters_that_its_name_says(size):
 def test_info_counts_what_is_in_the_file(tmp_path, capsys):
     model = policy()
     pretrained.save_policy(tmp_path, model, tokenizer())
-    cli.main(["info", "--model", str(tmp_path), "--ppo.batch-size", "8", "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
+    cli.main(["info", str(tmp_path), "--ppo.batch-size", "8", "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
     said = capsys.readouterr().out
     assert f"gpt2, {pretrained.count_params(model.params):,} parameters" in said and "together" in said
     with pytest.raises(SystemExit):
-        cli.main(["info", "--model", str(tmp_path / "none")])
+        cli.main(["info", str(tmp_path / "none")])
 
 
 def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(tmp_path, capsys, monkeypatch):
@@ -43,13 +43,23 @@ def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(tmp_path,
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path)
     for name in (str(tmp_path), "an/id"):
-        cli.main(["info", "--model", name, "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
+        cli.main(["info", name, "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
         assert f"{pretrained.count_params(model.params):,} parameters" in capsys.readouterr().out
     assert asked == [("config.json",)]
     room = model.config.positions - 8
     for command, tokens in (("info", -50), ("info", room + 1), ("plan", 0)):
         with pytest.raises(SystemExit):
-            cli.main([command, "--model", str(tmp_path), "--ppo.max-new-tokens", "8", "--prompt-tokens", str(tokens)])
+            cli.main(
+                [
+                    command,
+                    *([] if command == "info" else ["--model"]),
+                    str(tmp_path),
+                    "--ppo.max-new-tokens",
+                    "8",
+                    "--prompt-tokens",
+                    str(tokens),
+                ]
+            )
         assert f"prompt_tokens={tokens} must lie in 1 .. {room}" in capsys.readouterr().err
 
 

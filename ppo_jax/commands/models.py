@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 from ppo_jax.commands.loading import load_model
 from ppo_jax.commands.train import Adapters
@@ -56,7 +57,7 @@ def _check_language_model(model: str) -> None:
 class Info:
     """A model's family, parameters, and what a PPO step with it needs in memory; weights are not read."""
 
-    model: str
+    model: tyro.conf.Positional[str]
     """A folder, a Hugging Face id, a .gguf file, or a published size, such as gpt2-xl, llama3-8b or gpt3-1.3b."""
     prompt_tokens: int = 64
     """Longest prompt."""

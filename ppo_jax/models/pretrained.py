@@ -104,9 +104,10 @@ def load_trunk(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fal
     family = family_of(hf.get("model_type"))
     config = dataclasses.replace(config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True)
     rules = weights.expand(family.rules(config), config.layers)
-    known = {rule.stored for rule in rules}
     tensors = _named(stored, rules, family)
-    for name in [name for name in tensors if name not in known and not name.startswith(f"{family.prefix}encoder")]:
+    part = lambda name: name.removeprefix(family.prefix).partition(".")[0]
+    trunk = {part(rule.stored) for rule in rules}
+    for name in [name for name in tensors if part(name) not in trunk]:
         del tensors[name]  # a head
     return Pretrained(config, weights.to_params(tensors, rules, _shapes(config), source=str(folder)), hf)
 
