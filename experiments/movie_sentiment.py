@@ -33,7 +33,7 @@ from experiments import assets
 from ppo_jax import data, iteration, sft
 from ppo_jax.config import PPOConfig
 from ppo_jax.files import claim, write_json
-from ppo_jax.models import heads, pretrained
+from ppo_jax.models import heads, pretrained, stored
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
 from ppo_jax.models.transformer import init_params, language_model
@@ -92,7 +92,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> PreTrainedT
 def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Any, pretrained.Pretrained]:
     """The tokenizer and the policy to fine-tune: a fresh small GPT, or the given checkpoint."""
     if settings.model is not None:
-        folder = pretrained.resolve(settings.model)
+        folder = stored.resolve(settings.model)
         tokenizer, model = AutoTokenizer.from_pretrained(folder), pretrained.load_policy(folder)
         pretrained.check_tokenizer(tokenizer, model.config)
         return tokenizer, model

@@ -19,6 +19,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from experiments import assets
 from experiments.movie_sentiment import distinct2
 from ppo_jax import data, iteration
+from ppo_jax.chat import end_of_turn
 from ppo_jax.config import PPOConfig
 from ppo_jax.files import claim, write_json
 from ppo_jax.models import encoder, heads, lora, pretrained
@@ -99,7 +100,7 @@ def main(settings: Settings) -> dict[str, float]:
         for texts in (openings, test_openings)
     )
     config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
-    stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *data.end_of_turn(tokenizer))))
+    stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *end_of_turn(tokenizer))))
     agent = iteration.Agent(language_model(config), heads.shared_critic(), settings.ppo, stops, pad)
     adapters = lora.init_lora(policy.params, jax.random.key(settings.seed), ADAPTERS)
     trainer = Trainer(

@@ -20,6 +20,7 @@ import tyro
 
 from experiments import assets
 from ppo_jax import data, iteration
+from ppo_jax.chat import end_of_turn
 from ppo_jax.config import PPOConfig
 from ppo_jax.files import claim, write_json
 from ppo_jax.models import heads, lora, pretrained
@@ -88,7 +89,7 @@ def main(settings: Settings) -> dict[str, float]:
         for rows in (train, held_out * DRAWS)
     )
     config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
-    stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *data.end_of_turn(tokenizer))))
+    stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *end_of_turn(tokenizer))))
     agent = iteration.Agent(language_model(config), heads.shared_critic(), settings.ppo, stops, pad)
     adapters = lora.init_lora(policy.params, jax.random.key(settings.seed), ADAPTERS)
     trainer = Trainer(

@@ -82,7 +82,8 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
         try:
             processes.first_does(lambda: self._check_room(arrays))
-            self._manager.save(step, args=items)
+            if not self._manager.save(step, args=items):
+                raise OSError(f"Orbax leaves it out beside {self.steps()}.")
         except Exception as error:  # Orbax and TensorStore raise many kinds for a disk that is full or gone
             raise CheckpointError(
                 f"Checkpoint {step} cannot be written to {self.folder}: {_first_line(error)} The earlier ones are untouched."
@@ -141,6 +142,8 @@ class Checkpoints:
         stored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays)))["state"]
         if digest(stored) != run["digest"]:
             raise ValueError("it does not hold what was written.")
+        if int(stored["update"]) != step:
+            raise ValueError(f"it is that of update {int(stored['update'])} under another name.")
         train = like.train.replace(**stored["train"])
         return like.replace(**{**stored, "train": train, "key": jax.random.wrap_key_data(stored["key"])}), json.loads(run["about"])
 

@@ -3,10 +3,12 @@
 import contextlib
 import itertools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -42,9 +44,9 @@ def main(args: list[str] | None = None) -> None:
     )
     keep_compiled()
     try:
-        with _no_leftovers():
+        with _interrupts(), _no_leftovers():
             tyro.cli(commands, config=(tyro.conf.EnumChoicesFromValues,), prog="ppo-jax", description=__doc__, args=args).run()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # a reward's own
         print("ppo-jax: Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, RuntimeError, OSError, SettingError) as error:
@@ -63,6 +65,24 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C ends the program at once: as an exception it is lost where it meets a callback of JAX's. A run has its own way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        os.write(2, b"ppo-jax: Interrupted.\n")
+        os._exit(128 + number)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
 """Texts into arrays: prompts from a list, a file or a `datasets` dataset; padding; shuffled batches that never repeat a key."""
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ppo_jax import chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: S
     if isinstance(source, str | Path):
         path = Path(source)
         try:
-            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}.") from error
         items: Iterable = lines
@@ -69,52 +70,12 @@ def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: S
     for number, item in enumerate(items):
         row = {columns[0]: item} if isinstance(item, str) else item
         for column in columns:
-            if not isinstance(row, dict) or not (isinstance(row.get(column), str) or _is_chat(row.get(column))):
+            if not isinstance(row, dict) or not (isinstance(row.get(column), str) or chat.is_chat(row.get(column))):
                 raise ValueError(f"Row {number} needs a text in its column {column!r}.")
         rows.append(row)
     if not rows:
         raise ValueError(f"There is no {columns[0]} in {source if isinstance(source, str | Path) else 'the given list'}.")
     return rows
-
-
-def as_chat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose text prompts are a user's messages."""
-    return [
-        {**row, "prompt": [{"role": "user", "content": row["prompt"]}]} if isinstance(row["prompt"], str) else row for row in rows
-    ]
-
-
-def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of the added token that a chat template puts after an assistant's words, if there is one."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return ()
-    mark = "18446744073709551557"  # digits have no case for a template to change
-    short = [("user", "?"), ("assistant", mark)]
-    ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip()}  # not mere space
-    # Some templates refuse a system's turn, some demand it; some take texts, some lists of parts.
-    for turns, parts in itertools.product((short, [("system", "?"), *short]), (False, True)):
-        messages = [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns]
-        try:
-            _, found, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)
-        except Exception:  # a template may raise anything; prompts that go through it will say so
-            continue
-        if found:
-            return tuple(
-                i for i in tokenizer(after, add_special_tokens=False).input_ids if i in {*ends, *tokenizer.all_special_ids}
-            )[:1]
-    return ()
-
-
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
-
-
-def _through_template(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    try:
-        text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever the template raises
-        raise ValueError(f"The tokenizer's chat template does not take the prompt {row['prompt']!r:.200}: {error}.") from error
-    return {**row, "prompt": text, "messages": row["prompt"]}
 
 
 def pad(sequences: Sequence[Sequence[int]], *, length: int | None = None, pad_id: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -159,14 +120,15 @@ def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions:
     Raises:
       ValueError: if a prompt is empty, or leaves no room for a response within the model's positions.
     """
-    if any(_is_chat(row["prompt"]) for row in rows):
+    told = [chat.is_chat(row["prompt"]) for row in rows]
+    if any(told):
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("Prompts of messages need a tokenizer with a chat template; this one has none.")
-        rows = [_through_template(row, tokenizer) if _is_chat(row["prompt"]) else row for row in rows]
+        rows = [chat.through_template(row, tokenizer) if one else row for row, one in zip(rows, told, strict=True)]
     ids = []
     for i, row in enumerate(rows):
         try:  # a template writes its own special tokens
-            ids.append(encode_text(tokenizer, row["prompt"], closed=False, add_special_tokens="messages" not in row))
+            ids.append(encode_text(tokenizer, row["prompt"], closed=False, add_special_tokens=not told[i]))
         except (TypeError, UnicodeError) as error:
             raise ValueError(f"Prompt {i} ({row['prompt']!r:.80}) is no text that the tokenizer takes: {error}.") from error
     for i, prompt in enumerate(ids):
@@ -178,6 +140,15 @@ def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions:
                 "positions."
             )
     return Prompts(rows, *pad(ids, pad_id=pad_id, left=True))
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
+    """Raises ValueError if there is an id that the model has no word for."""
+    if tokens.size and tokens.max() >= vocab_size:
+        row = int(np.argmax(tokens.max(axis=1)))
+        raise ValueError(
+            f"Text {row} holds the token {tokens.max()}, for which the model, with vocab_size={vocab_size}, has no word."
+        )
 
 
 def batch_rows(n: int, batch_size: int, update: int, *, seed: int) -> np.ndarray:

@@ -23,8 +23,9 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
     Raises:
       ValueError: if the folder holds another run, unless that run is to be resumed; or if it is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; the results need a folder.")
+    for place in (folder, folder / "checkpoints"):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file; the results need a folder.")
     if not resume and any(any(folder.glob(mark)) for mark in _MARKS):
         raise ValueError(f"{folder} holds another run; choose another folder, delete it, or go on with it by --resume auto.")
 
@@ -76,20 +77,44 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
 
 
+def synced_size(path: Path) -> int:
+    """Bytes of a file, none of which a power cut can take any more; 0, if there is none."""
+    if not path.exists():
+        return 0
+    with path.open("ab") as file:
+        os.fsync(file.fileno())
+        return file.tell()
+
+
 def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Takes back all lines after a checkpoint, so that none stands twice; files that `sizes` does not name go.
+    """Takes back all lines after a checkpoint, so that none stands twice, and the summary; files that `sizes` does not name go.
 
     Raises:
-      ValueError: if a file is shorter than it was.
+      ValueError: if a file is shorter than it was, or no line ends there.
     """
+    other = " without its newest checkpoints it may go on from an earlier one."
+    for name in LINES:
+        path, size = folder / name, sizes.get(name, 0)
+        if (path.stat().st_size if path.exists() else 0) < size:
+            raise ValueError(
+                f"{path} is shorter than at the checkpoint; lines of it were lost, so the run cannot go on there;{other}"
+            )
+        if size and not _ends_at(path, size):
+            raise ValueError(f"{path} is not as it was at the checkpoint, where a line ended; the run cannot go on there;{other}")
+    (folder / "summary.json").unlink(missing_ok=True)
     for name in LINES:
         path = folder / name
-        if (path.stat().st_size if path.exists() else 0) < sizes.get(name, 0):
-            raise ValueError(f"{path} is shorter than at the checkpoint; lines of it were lost, so the run cannot go on there.")
         if path.exists() and sizes.get(name, 0) == 0:
             path.unlink()
         elif path.exists():
             os.truncate(path, sizes[name])
+
+
+def _ends_at(path: Path, size: int) -> bool:
+    """Whether the first `size` bytes are whole lines."""
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1) == b"\n"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from ppo_jax.files import LINES, append_lines
+from ppo_jax.files import LINES, append_lines, synced_size
 from ppo_jax.provenance import text_hash
 
 SKIPPED = {"faults/skipped": 1.0}  # the metrics of an update that a fault made the run skip
@@ -72,8 +72,8 @@ class RunLog:
         append_lines(self._folder / "faults.jsonl", [{**about, **row} for row in rows])
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file of lines."""
-        return {name: path.stat().st_size if (path := self._folder / name).exists() else 0 for name in LINES}
+        """Bytes of each file of lines, all of which are on the disk then."""
+        return {name: synced_size(self._folder / name) for name in LINES}
 
     def close(self) -> None:
         if self._board is not None:

@@ -74,12 +74,13 @@ def text_hash(*parts: Any) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of all that a fast tokenizer does; of another, the vocabulary."""
+    """Of all that a fast tokenizer does, cleaned-up spaces among it; of another, the vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return text_hash(sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None)
     rules = json.loads(backend.to_str())
-    return text_hash({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})  # the last call's
+    rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}  # those are the last call's
+    return text_hash(rules, bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)))
 
 
 def code_hash(thing: Any) -> str | None:
@@ -152,10 +153,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": [f"{d.platform} {d.device_kind} {d.id}" for d in jax.devices()],
         "device_kinds": sorted({f"{d.platform} {d.device_kind}" for d in jax.devices()}),
+        "cpu_cores": _cores() if jax.default_backend() == "cpu" else None,
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": versions,
     }
+
+
+def _cores() -> int | None:
+    """Those that this process may use: sums are split among them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def numerics() -> dict[str, Any]:

@@ -98,7 +98,7 @@ def place_differences(old: list[Any], new: list[Any]) -> Iterator[tuple[str, Any
     """Name and both values of what differs between where two runs, `processes` of their configs, were last at work: versions,
     devices and flags, which decide over last bits."""
     for name, a, b in provenance.differences(old[-1] if old else None, new[-1] if new else None):
-        if name.split(".")[0] in ("versions", "xla_flags", "device_kinds"):
+        if name.split(".")[0] in ("versions", "xla_flags", "device_kinds", "cpu_cores"):
             yield name, a, b
 
 

@@ -1,5 +1,6 @@
 """The three kinds of reward that the train loop takes, behind one call, and the checks on what a user's function returns."""
 
+import copy
 import inspect
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,9 +46,10 @@ class TextReward(NamedTuple):
     function: Callable[..., Sequence[float]]
 
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
-        args = [prompts.texts, list(responses), prompts.rows][: 3 if _takes_rows(self.function) else 2]
+        takes_rows = _takes_rows(self.function)
         try:
-            scores = self.function(*args)
+            rows = [copy.deepcopy(prompts.rows)] if takes_rows else []  # its own, which it may change
+            scores = self.function(prompts.texts, list(responses), *rows)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # `exit()` and a cancelled task are not of the kind Exception
@@ -64,7 +66,9 @@ class TokenReward(NamedTuple):
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
         try:
             scores = jax.jit(self.function)(rollout.tokens, rollout.mask, rollout.response_mask)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise _raised(error) from error
         rows, columns = rollout.response_mask.shape
         if isinstance(scores, tuple):
@@ -84,6 +88,7 @@ class ModelReward(NamedTuple):
     tokenizer: Any
     length: int  # tokens that a text is cut to, on the tokenizer's `truncation_side`
     pad_id: int
+    vocab_size: int = 2**31  # a text with a greater id is a fault
 
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
         return TaskScores(self.score_texts([p + r for p, r in zip(prompts.texts, responses, strict=True)]))
@@ -93,6 +98,10 @@ class ModelReward(NamedTuple):
         ids = [data.encode_text(self.tokenizer, text, **cut) or [self.pad_id] for text in texts]
         length = 1 << (max(map(len, ids)) - 1).bit_length()  # few lengths, so few programs
         tokens, mask = data.pad(ids, length=min(max(length, 16), self.length), pad_id=self.pad_id, left=False)
+        try:
+            data.check_ids(tokens, self.vocab_size)
+        except ValueError as error:
+            raise RewardError(f"The reward model cannot read it all: {error}") from error
         return check_scores(self.score(self.params, tokens, mask), (len(texts),))
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import transformers
 from test_train import policy, tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 
-from ppo_jax import data
+from ppo_jax import chat, data
 from ppo_jax.commands.loading import stop_ids
 from ppo_jax.models import pretrained
 
@@ -31,7 +31,7 @@ def test_messages_and_texts_as_messages_go_through_the_template():
     assert told.texts == ["u b c t a "] and told.rows[0]["messages"] == messages and told.rows[0]["answer"] == 1
     # "u" is no word of this tokenizer; it stands as the unknown one, "a"
     assert told.tokens[told.mask].tolist() == chatty().convert_tokens_to_ids(["a", "b", "c", "t", "a"])
-    plain = encode(data.as_chat([{"prompt": "b c"}, {"prompt": messages}]), chatty())
+    plain = encode(chat.as_chat([{"prompt": "b c"}, {"prompt": messages}]), chatty())
     assert plain.texts == ["u b c t a "] * 2
     assert encode([{"prompt": "b c"}], chatty()).texts == ["b c"]  # a text without --chat stays a text
 
@@ -44,13 +44,13 @@ def test_messages_need_a_template():
 def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
     words, model = chatty(), policy()._replace(generation={"eos_token_id": [3, 0]})
     turn = words.convert_tokens_to_ids("t")
-    assert data.end_of_turn(words) == (turn,) and data.end_of_turn(tokenizer()) == ()
+    assert chat.end_of_turn(words) == (turn,) and chat.end_of_turn(tokenizer()) == ()
     assert stop_ids(words, model, ("b",)) == (0, 3, turn, words.convert_tokens_to_ids("b"))
     pretrained.save_policy(tmp_path, model, words)
     assert pretrained.load_policy(tmp_path).end_ids == model.end_ids == (3, 0)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == model.generation
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert again.chat_template == TEMPLATE and data.end_of_turn(again) == (turn,)
+    assert again.chat_template == TEMPLATE and chat.end_of_turn(again) == (turn,)
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -62,10 +62,11 @@ def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
         ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE.replace(" t ", "<turn>"), True),
         ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE.replace(" t ", "<turn>"), True),
         ("{% for m in messages %}{% for part in m.content %}{{ part.text|trim }}{% endfor %}<turn>{% endfor %}", True),
+        ("{% for m in messages %}{{ m.content }}{% if not loop.last %}<turn>{% endif %}{% endfor %}", True),
         ("{% for m in messages %}{{ m.role }}<end>{% endfor %}", False),
         ("{{ raise_exception('never') }}", False),
     ],
-    ids=["plain", "upper case", "demands system", "refuses system", "parts", "without content", "raises"],
+    ids=["plain", "upper case", "demands system", "refuses system", "parts", "between turns", "without content", "raises"],
 )
 def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(tmp_path, template, found, special):
     words = tokenizer()
@@ -75,4 +76,29 @@ def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(tmp_path, templ
     assert turn not in words.all_special_ids
     words.save_pretrained(tmp_path)
     for each in (words, transformers.AutoTokenizer.from_pretrained(tmp_path)):
-        assert data.end_of_turn(each) == ((turn,) if found else ())
+        assert chat.end_of_turn(each) == ((turn,) if found else ())
+
+
+def test_a_template_that_prints_the_date_prints_the_same_every_day():
+    words = chatty()
+    words.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S') }} " + TEMPLATE
+    assert encode([{"prompt": [{"role": "user", "content": "b c"}]}], words).texts == ["26 Jul 2024 00:00:00 u b c t a "]
+
+
+def test_a_template_that_wants_parts_gets_them():
+    words = chatty()
+    words.chat_template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %} t {% endfor %}"
+    assert encode(chat.as_chat([{"prompt": "b c"}]), words).texts == ["b c t "]
+    words.chat_template = "{% for m in messages %}{{ m.content|upper }} t {% endfor %}"
+    assert encode(chat.as_chat([{"prompt": "b c"}]), words).texts == ["B C t "]
+
+
+def test_a_column_called_messages_makes_no_chat(tmp_path):
+    words = chatty()
+    words.add_special_tokens({"bos_token": "<s>"})
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", words.bos_token_id)]
+    )
+    rows = [{"prompt": "b c", "messages": "mine"}, {"prompt": "b c"}]
+    told = encode(rows, words)
+    assert told.tokens[0].tolist() == told.tokens[1].tolist() and told.tokens[0][0] == words.bos_token_id

@@ -10,7 +10,7 @@ from ppo_jax import data
 from ppo_jax.commands.loading import stop_ids
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.models.pretrained import Pretrained
-from ppo_jax.reward_functions import ModelReward
+from ppo_jax.reward_functions import ModelReward, RewardError
 from ppo_jax.types import Rollout
 
 WORDS = ["?", "<s>", "a", "b", "c", "[SEP]"]
@@ -134,3 +134,21 @@ def test_rewards_and_samples_get_the_text_after_the_prompt(tmp_path):
     mask = np.array([[False] * 2 + [True] * 8])
     rollout = Rollout(np.array([ids]), mask, mask[:, 6:], np.zeros((1, 4), np.float32), np.array([True]))
     assert run.texts(rollout) == [" gooding"]
+
+
+@pytest.mark.parametrize("name, text", [("a.txt", "b c\n"), ("a.jsonl", '{"prompt": "b c"}\n')])
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert data.read_rows(tmp_path / name) == [{"prompt": "b c"}]
+
+
+def test_ids_without_a_word_are_named():
+    data.check_ids(np.array([[1, 2], [3, 4]]), 5)
+    with pytest.raises(ValueError, match="Text 1 holds the token 4, for which the model, with vocab_size=4, has no word"):
+        data.check_ids(np.array([[1, 2], [3, 4]]), 4)
+
+
+def test_a_text_with_a_token_that_the_reward_model_does_not_know_is_a_fault():
+    reward = ModelReward(lambda params, tokens, mask: np.zeros(len(tokens)), None, like_bert(), 16, 0, 2)
+    with pytest.raises(RewardError, match="The reward model cannot read it all: Text 0 holds the token"):
+        reward.score_texts(["a b"])

@@ -9,7 +9,7 @@ import transformers
 from test_train import tokenizer as words
 
 from experiments import assets
-from ppo_jax.models import encoder, heads, pretrained, weights
+from ppo_jax.models import encoder, heads, pretrained, scorers, weights
 from ppo_jax.models.transformer import language_model
 
 TEXTS = ["A warm and funny film.", "the plot makes no sense at all , and the acting is worse", "Yes.", "naïve — café ☕ " * 30]
@@ -38,7 +38,7 @@ def test_likeness_is_highest_to_itself(minilm):
 
 def test_an_encoder_is_no_critic_and_a_decoder_no_encoder(minilm, tmp_path):
     with pytest.raises(ValueError, match="must not see the words to come"):
-        heads.separate_critic(pretrained.load_trunk(assets.minilm()).config)
+        heads.separate_critic(scorers.load_trunk(assets.minilm()).config)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a decoder"):
         encoder.load_encoder(tmp_path)
@@ -73,11 +73,11 @@ def test_smollm2_equals_transformers(tmp_path):
 def test_a_trunk_names_what_it_does_not_know_and_leaves_heads_aside(tmp_path):
     config = transformers.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     transformers.BertForPreTraining(config).save_pretrained(tmp_path)
-    trunk = pretrained.load_trunk(tmp_path).params
+    trunk = scorers.load_trunk(tmp_path).params
     stored = dict(weights.StoredTensors(tmp_path))
     weights.write_safetensors(tmp_path, {name.removeprefix("bert."): x for name, x in stored.items()}.items())
-    jax.tree.map(np.testing.assert_array_equal, pretrained.load_trunk(tmp_path).params, trunk)
+    jax.tree.map(np.testing.assert_array_equal, scorers.load_trunk(tmp_path).params, trunk)
     for name in ("bert.embeddings.extra.weight", "embeddings.extra.weight", "bert.encoder.layer.1.output.dense.weight"):
         weights.write_safetensors(tmp_path, {**stored, name: np.ones(8, np.float32)}.items())
         with pytest.raises(ValueError, match=f"left over .*{name}"):
-            pretrained.load_trunk(tmp_path)
+            scorers.load_trunk(tmp_path)

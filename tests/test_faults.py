@@ -5,10 +5,14 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+import types
 
 import everything
 import jax
@@ -16,21 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import tyro
 from everything import PPO, likes_b, trainer
 from tokenizers import normalizers
 
-from ppo_jax import cli, faults, iteration
+from ppo_jax import cli, data, faults, iteration
+from ppo_jax.commands.loading import load_reward
 from ppo_jax.commands.runs import compare, revive
 from ppo_jax.commands.train import Train
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Faults, NonFiniteError, RewardError, persist
-from ppo_jax.files import plain, read_json, read_lines, write_json
+from ppo_jax.files import lock, plain, read_json, read_lines, write_json
 from ppo_jax.models import heads, pretrained
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
 from ppo_jax.models.transformer import init_params
 from ppo_jax.provenance import code_hash, digest, tokenizer_hash
-from ppo_jax.reward_functions import ModelReward, TextReward, check_scores
+from ppo_jax.reward_functions import ModelReward, TextReward, TokenReward, check_scores
 
 
 def failing(at, times, how):
@@ -545,3 +551,85 @@ def test_a_mesh_of_pmap_is_for_one_process(folder, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit):
         cli.main(train(folder, tmp_path / "run", mesh="pmap"))
     assert "mesh=pmap runs in one process" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def parsed(arguments):
+    return tyro.cli(Train, args=arguments[1:])
+
+
+def leaves(*_):
+    raise SystemExit(0)
+
+
+def test_a_reward_on_arrays_that_leaves_the_program_is_a_fault():
+    seen = types.SimpleNamespace(**{name: np.zeros((2, 3), np.int32) for name in ("tokens", "mask", "response_mask")})
+    with pytest.raises(RewardError, match="raised SystemExit"):
+        TokenReward(leaves)(seen, None, [])
+
+
+def test_a_reward_may_change_the_rows_that_it_is_given():
+    def reward(prompts, responses, rows):
+        return [rows.pop()["words"].pop() for _ in responses]
+
+    prompts = data.Prompts([{"prompt": "a", "words": [1.0]}], np.zeros((1, 1), np.int32), np.ones((1, 1), bool))
+    scores = [TextReward(reward)(None, prompts, ["b"]).response.tolist() for _ in range(2)]
+    assert scores == [[1.0], [1.0]] and prompts.rows == [{"prompt": "a", "words": [1.0]}]
+
+
+def test_the_hash_of_a_reward_in_a_file_sees_the_code_of_its_class(tmp_path):
+    file, seen = tmp_path / "random.py", []  # the name of another module, which stays what it is
+    for factor in (1.0, 2.0, 1.0):
+        file.write_text(
+            "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Score:\n    by: float = 1.0\n"
+            f"    def __call__(self, prompts, responses):\n        return [{factor} for _ in responses]\n\nscore = Score()\n"
+        )
+        seen.append(code_hash(load_reward(f"{file}:score")))
+    assert seen[0] == seen[2] != seen[1] and random.random() < 1
+
+
+def test_a_run_that_goes_on_has_no_summary_until_it_ends(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    cli.main(train(folder, out, **{"loop.updates": 2, "loop.faults.reward": "skip"}))
+    assert (out / "summary.json").exists()
+    command = parsed(train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"}))
+    trainer, _, _ = command.build(out)
+    assert not (out / "summary.json").exists()
+    trainer.step()
+    trainer.checkpoints.close()
+    trainer._lock.release()
+    assert not any("Final parameters" in line for line in compare(folder / "run", out))
+    cli.main(train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"}))
+    assert (
+        read_json(out / "summary.json")["updates"] == 4 and f"The run in {out} goes on after 2 updates." in capsys.readouterr().out
+    )
+
+
+def test_a_summary_is_of_the_last_update_alone(folder, tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "calls = iter(range(9))\ndef score(prompts, responses):\n"
+        "    return [float('nan') if next(calls) == 1 else 1.0] + [1.0] * (len(responses) - 1)\n"
+    )
+    cli.main(train(folder, tmp_path / "run", reward=f"{tmp_path / 'reward.py'}:score",
+                   **{"loop.updates": 3, "loop.faults.reward": "skip"}))  # fmt: skip
+    summary = read_json(tmp_path / "run/summary.json")
+    assert "faults/skipped" not in summary and "objective/kl" in summary
+    assert [row["update"] for row in read_lines(tmp_path / "run/metrics.jsonl") if "faults/skipped" in row] == [1]
+
+
+def test_the_folder_is_held_until_the_model_is_written(folder, tmp_path, monkeypatch):
+    held = []
+
+    def write(self, *_):
+        asks = [sys.executable, "-c", f"from pathlib import Path; from ppo_jax.files import lock; lock(Path({str(self.out)!r}))"]
+        held.append(subprocess.run(asks, capture_output=True, text=True).stderr)
+
+    monkeypatch.setattr(Train, "_export", write)
+    cli.main(train(folder, tmp_path / "run", **{"loop.updates": 1}))
+    assert "Another process is writing to" in held[0]
+    lock(tmp_path / "run").release()
+
+
+def test_the_hash_of_a_tokenizer_sees_that_spaces_are_cleaned_up():
+    one, other = everything.tokenizer(), everything.tokenizer()
+    other.clean_up_tokenization_spaces = True
+    assert tokenizer_hash(one) != tokenizer_hash(other)

@@ -235,7 +235,7 @@ def test_150_run_folders(tmp_path):
         part[chance.choice(list(part))] = chance.choice(JUNK)
         content = json.dumps(odd if number % 2 else config).encode()
         (tmp_path / "config.json").write_bytes(content if number % 2 else mutated(chance, content))
-        (tmp_path / "metrics.jsonl").write_bytes(b"x" * chance.randrange(30))
+        (tmp_path / "metrics.jsonl").write_bytes(((b"x" * 14 + b"\n") * 2)[: chance.randrange(30)])
         before = (tmp_path / "metrics.jsonl").read_bytes()
         now = RunConfig(
             {name: config["settings"].get(name, {}) for name in ("ppo", "loop", "command", "data", "jax")}, config["hashes"]

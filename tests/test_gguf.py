@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from experiments import assets
-from ppo_jax.models import pretrained
+from ppo_jax.models import gguf_format, pretrained
 from ppo_jax.models.gguf_format import _LAYER, _TOP
 from ppo_jax.models.gguf_tokenizer import load_tokenizer
 from ppo_jax.models.transformer import language_model
@@ -168,3 +168,20 @@ def test_no_pytorch_is_needed_or_it_is_named(tmp_path, kind):
         assert done.stdout.strip() == str(load_tokenizer(tmp_path / "x.gguf")("a 12").input_ids), done.stderr
     else:
         assert "is read by transformers with PyTorch: pip install torch." in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("llama.attention.head_count", 0, "llama.attention.head_count must be a positive whole number, not 0"),
+    ("llama.attention.head_count", [4, 4], r"head_count must be a positive whole number, not \[4, 4\]"),
+    ("llama.attention.head_count_kv", 0, "head_count_kv must be"),
+    ("llama.attention.layer_norm_rms_epsilon", "x", "epsilon must be a positive number, not 'x'"),
+    ("llama.rope.freq_base", float("nan"), "freq_base must be a positive number"),
+    ("llama.rope.scale_linear", 4.0, "scaled rotary positions"),
+    ("llama.rope.dimension_count", 8, "rotate in part"),
+    ("llama.block_count", 10**9, "at most 4095 layers"),
+])  # fmt: skip
+def test_a_field_that_cannot_be_is_refused_by_name(tmp_path, name, value, says):
+    write(tmp_path / "x.gguf", "llama", peer("llama"), "F32")
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "x.gguf").fields.items()}
+    with pytest.raises(ValueError, match=says):
+        pretrained.config_of(gguf_format._config({**fields, name: value}, tied=True))

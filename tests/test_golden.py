@@ -11,7 +11,7 @@ import pytest
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 
-from ppo_jax.models import heads, pretrained
+from ppo_jax.models import heads, pretrained, scorers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.rewards import MissingEOS, ScoreAt, apply_missing_eos
 from ppo_jax.scoring import forward_responses, make_experience
@@ -39,7 +39,7 @@ def rollout(step):
 
 @pytest.fixture(scope="module")
 def models():
-    policy, value = pretrained.load_policy(GOLDEN / "policy"), pretrained.load_scorer(GOLDEN / "value")
+    policy, value = pretrained.load_policy(GOLDEN / "policy"), scorers.load_scorer(GOLDEN / "value")
     critic = heads.separate_critic(value.config)
     return language_model(policy.config), critic, {"policy": policy.params, "critic": value.params}
 
@@ -56,7 +56,7 @@ def test_logprobs_values_and_scores(step, rollout, models):
     steps = ~step["padding_mask_p1"].astype(bool)
     np.testing.assert_allclose(np.asarray(out.values)[steps], step["values"][steps], atol=1e-5)
 
-    scorer = pretrained.load_scorer(GOLDEN / "reward")
+    scorer = scorers.load_scorer(GOLDEN / "reward")
     cut = jnp.asarray(np.concatenate([step["queries"], step["postprocessed_responses"]], axis=1))
     last = jnp.concatenate([rollout.mask[:, :prompt_length], rollout.response_mask & (cut[:, prompt_length:] != 0)], axis=1)
     scores = heads.reward_model(scorer.config)(scorer.params, cut, last)
@@ -96,7 +96,7 @@ def test_parameters_after_the_step(step, experience, models):
     state, metrics = update(state, experience[0].replace(**recorded), jax.random.key(0))
     after = {
         "policy": pretrained.load_policy(GOLDEN / "policy_after").params,
-        "critic": pretrained.load_scorer(GOLDEN / "value_after").params,
+        "critic": scorers.load_scorer(GOLDEN / "value_after").params,
     }
     before, got, want = (flatten_dict(tree, sep="/") for tree in (params, state.params, after))
     for name in want:

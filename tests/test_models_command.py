@@ -12,7 +12,7 @@ from test_train import policy, tokenizer
 from ppo_jax import cli
 from ppo_jax.commands import models
 from ppo_jax.config import PPOConfig
-from ppo_jax.models import heads, lora, pretrained, sizes
+from ppo_jax.models import heads, lora, pretrained, scorers, sizes
 from ppo_jax.models.transformer import init_params
 
 PUBLISHED = {"gpt3-125m": 125e6, "gpt3-350m": 350e6, "gpt3-760m": 760e6, "gpt3-2.7b": 2.7e9, "gpt3-6.7b": 6.7e9, "gpt3-13b": 13e9,
@@ -41,7 +41,9 @@ def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(tmp_path,
     pretrained.save_policy(tmp_path, model)
     (tmp_path / "model.safetensors").unlink()
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns, **_: asked.append(allow_patterns) or tmp_path
+    )
     for name in (str(tmp_path), "an/id"):
         cli.main(["info", name, "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
         assert f"{pretrained.count_params(model.params):,} parameters" in capsys.readouterr().out
@@ -102,7 +104,7 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
         transformers.GenerationConfig.from_pretrained(tmp_path / "new").eos_token_id == model.hf_config["eos_token_id"] is not None
     )
     scorer = model._replace(params=heads.init_scorer(model.config, jax.random.key(0), model.params))
-    pretrained.save_scorer(tmp_path / "scorer", scorer, tokenizer())
+    scorers.save_scorer(tmp_path / "scorer", scorer, tokenizer())
     small = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     transformers.BertModel(small).save_pretrained(tmp_path / "encoder")
     with pytest.raises(SystemExit):

@@ -165,7 +165,7 @@ def test_a_minibatch_reduces_its_gradient_once(changes):
     assert sum(reduced.values()) < total * 1.05
 
 
-@pytest.mark.parametrize("on", [{"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("on", [{"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_micro_batches_leave_the_reduction_over_data_to_their_minibatch(on):
     """A loop around the one over micro-batches reduces all that a device holds of the gradient; the loop itself no more than the
     parts that `fsdp` scatters, or the activations of `tensor`."""
@@ -175,8 +175,8 @@ def test_micro_batches_leave_the_reduction_over_data_to_their_minibatch(on):
     around = [name for name in reduced if set(bodies(hlo).get(name, ())) & set(reduced) and name != "ENTRY"]
     minibatch = max(around, key=reduced.get)
     share = total * on["data"] / 8
-    assert share <= reduced[minibatch] < share * 1.2  # norms are whole on every device
-    assert sum(reduced.values()) - reduced[minibatch] < total
+    assert share <= reduced[minibatch] < share * 1.25  # norms are whole on every device, positions on those of tensor
+    assert sum(reduced.values()) - reduced[minibatch] < total * 1.05
 
 
 def test_parameters_and_moments_are_cut():

@@ -14,10 +14,11 @@ from pathlib import Path
 import everything
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from everything import PPO, trainer
 
-from ppo_jax import faults
+from ppo_jax import faults, provenance
 from ppo_jax.checkpoint import CheckpointError, Checkpoints
 from ppo_jax.commands.runs import compare
 from ppo_jax.config import SettingError
@@ -371,3 +372,63 @@ def test_digests_see_a_bit_and_no_sharding():
         flipped[at] ^= 1
         seen.add(digest(flipped.view(np.float32)))
     assert len(seen) == 15
+
+
+def test_a_checkpoint_under_the_name_of_another_is_passed_over(whole, tmp_path, caplog):
+    until(whole[0], tmp_path / "run", 4)
+    (tmp_path / "run/checkpoints/3").rename(tmp_path / "aside")
+    (tmp_path / "run/checkpoints/4").rename(tmp_path / "run/checkpoints/9")
+    (tmp_path / "aside").rename(tmp_path / "run/checkpoints/3")
+    run = everything.trainer(tmp_path / "run", resume="auto", updates=6)
+    assert int(run.state.update) == 3 and "Checkpoint 9 in" in caplog.text and "it is that of update 4" in caplog.text
+
+
+def test_a_checkpoint_that_orbax_leaves_out_is_an_error(tmp_path, monkeypatch):
+    run = everything.trainer(tmp_path / "run", updates=1)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda self, step, args: False)
+    with pytest.raises(CheckpointError, match="Checkpoint 1 cannot be written"):
+        run.run()
+
+
+def test_lines_that_were_changed_before_the_checkpoint_are_refused(whole, tmp_path):
+    until(whole[0], tmp_path / "run", 3)
+    file = tmp_path / "run/metrics.jsonl"
+    file.write_bytes(b" " + file.read_bytes())
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="is not as it was at the checkpoint, where a line ended"):
+        everything.trainer(tmp_path / "run", resume="auto", updates=6)
+    assert file.read_bytes() == before
+
+
+def test_a_file_in_the_place_of_checkpoints_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").touch()
+    (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
+    with pytest.raises(ValueError, match="checkpoints is a file; the results need a folder"):
+        everything.trainer(tmp_path / "run", resume="auto")
+    assert (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_another_number_of_cores_is_named(whole, tmp_path, caplog, monkeypatch):
+    until(whole[0], tmp_path / "run", 3)
+    monkeypatch.setattr(provenance, "_cores", lambda: 99)
+    everything.trainer(tmp_path / "run", resume="yes", updates=6)
+    assert "cpu_cores was" in caplog.text and "is 99 now: the last bits may differ" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_models_are_read_ends_the_program_at_once(tmp_path, number):
+    """Also where an exception would be lost, in a callback of the garbage collector's."""
+    (tmp_path / "reward.py").write_text(
+        "import gc, os\n"
+        f"gc.callbacks.append(lambda *_: os.kill(os.getpid(), {int(number)}))\n"
+        "gc.collect()\nopen(__file__ + '.read', 'w')\ndef score(prompts, responses): ...\n"
+    )
+    program = (
+        "import ppo_jax.commands.loading as l; from ppo_jax.commands import inference; from ppo_jax import cli\n"
+        f"inference.data.read_rows = lambda _: l.load_reward({str(tmp_path / 'reward.py') + ':score'!r})\n"
+        "cli.main(['generate', '--model', 'm', '--prompts', 'p'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == (130 if number == signal.SIGINT else -number), done.stderr
+    assert not (tmp_path / "reward.py.read").exists() and "Traceback" not in done.stderr

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +24,7 @@ from ppo_jax import cli, data, iteration
 from ppo_jax.commands.loading import load_reward
 from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.metrics import explained_variance
-from ppo_jax.models import heads, lora, pretrained
+from ppo_jax.models import heads, lora, pretrained, scorers
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
 from ppo_jax.models.transformer import init_params, language_model
@@ -269,7 +271,7 @@ def test_a_reward_model_reads_the_end_of_a_text_that_is_too_long(folder):
 
 def save_scorer(place, **changes):
     base = policy(**changes)
-    pretrained.save_scorer(place, base._replace(params=heads.init_scorer(base.config, jax.random.key(3))), tokenizer())
+    scorers.save_scorer(place, base._replace(params=heads.init_scorer(base.config, jax.random.key(3))), tokenizer())
 
 
 def test_weights_and_biases_hears_of_every_update(tmp_path, monkeypatch):
@@ -463,3 +465,57 @@ print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_
     environment = outside | {"XDG_CACHE_HOME": "/home", "PYTHONPATH": str(Path(__file__).parents[1])} | given
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split()
     assert said[0] == cache and float(said[1]) == least
+
+
+def test_added_tokens_that_the_model_has_no_word_for_are_refused_where_a_text_holds_one(folder, capsys):
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as Gemma 3's
+    words.save_pretrained(folder / "model")
+    cli.main(command(folder))
+    (folder / "prompts.txt").write_text("a\nb <image>\n")
+    sample = ["generate", "--model", str(folder / "model"), "--prompts", "b <image>", "--max-new-tokens", "2"]
+    for arguments in (command(folder, out=folder / "other"), sample):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert "holds the token 21, for which the model, with vocab_size=21, has no word" in capsys.readouterr().err
+    words.add_special_tokens({"pad_token": "<pad>"})
+    words.save_pretrained(folder / "model")
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, out=folder / "other"))
+    assert "gives ids up to 22, but the model has vocab_size=21" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["BertForPreTraining", "BertModel", "BertLMHeadModel", "RobertaModel"])
+def test_bert_learns_to_score_as_an_encoder_and_transformers_agrees(folder, kind, capsys):
+    family = "Bert" if kind.startswith("Bert") else "Roberta"
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, pad_token_id=0,
+        max_position_embeddings=20, is_decoder="LMHead" in kind,
+    )  # fmt: skip
+    model = getattr(transformers, kind)(config)
+    model.save_pretrained(folder / "bert")
+    tokenizer().save_pretrained(folder / "bert")
+    (folder / "pairs.jsonl").write_text('{"chosen": "a b", "rejected": "c d e"}\n' * 20)
+    cli.main(["reward", "--model", str(folder / "bert"), "--data", str(folder / "pairs.jsonl"), "--out", str(folder / "scorer"),
+              "--epochs", "1", "--batch-size", "4", "--learning-rate", "1e-3"])  # fmt: skip
+    assert "epoch 1" in capsys.readouterr().out
+    reward, texts = load_reward(str(folder / "scorer")), ["a b c", "d e f"]
+    words = transformers.AutoTokenizer.from_pretrained(folder / "scorer")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "scorer").eval()
+    ids = words(texts, return_tensors="pt").input_ids
+    with torch.no_grad():
+        want = theirs(ids, attention_mask=torch.ones_like(ids)).logits[:, 0].numpy()
+    np.testing.assert_allclose(reward.score_texts(texts), want, atol=1e-5)
+    if kind == "BertForPreTraining":
+        fresh = scorers.start_scorer(folder / "bert", jax.random.key(0))
+        pooler = model.bert.pooler.dense.weight.detach().numpy().T
+        np.testing.assert_array_equal(fresh.params["head"]["pooler"]["kernel"], pooler)
+
+
+def test_a_decoder_that_scores_by_its_first_token_is_refused(tmp_path):
+    config = transformers.BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=16, is_decoder=True, num_labels=1)  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sees no other"):
+        load_reward(str(tmp_path))

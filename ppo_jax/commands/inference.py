@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ppo_jax import data, rollout
-from ppo_jax.commands.loading import check_top_k, load_model, load_reward, pad_id, stop_ids
+from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
 from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.types import Rollout
@@ -50,10 +50,7 @@ class Sampling:
         """Responses to prompts, a batch at a time."""
         policy, tokenizer = load_model(self.model)
         check_top_k(self.top_k, policy.config)
-        rows = data.as_chat(rows) if self.chat else rows
-        prompts = data.encode_prompts(
-            rows, tokenizer, positions=policy.config.positions, new_tokens=self.max_new_tokens, pad_id=pad_id(tokenizer)
-        )
+        prompts = load_prompts(rows, tokenizer, policy, self.max_new_tokens, self.chat)
         generate = functools.partial(
             rollout.generate, language_model(policy.config), max_new_tokens=self.max_new_tokens,
             stop_ids=stop_ids(tokenizer, policy, self.stop_tokens), pad_id=pad_id(tokenizer), temperature=self.temperature,

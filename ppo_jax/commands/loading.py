@@ -1,6 +1,7 @@
 """What several commands read: a model with its tokenizer, prompts, a reward."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ppo_jax import data
-from ppo_jax.models import heads, pretrained
+from ppo_jax.chat import as_chat, end_of_turn
+from ppo_jax.models import heads, pretrained, scorers
 from ppo_jax.models.config import TransformerConfig
+from ppo_jax.provenance import text_hash
 from ppo_jax.reward_functions import ModelReward, RewardFn, TextReward, TokenReward
 
 
@@ -38,7 +41,7 @@ def stop_ids(tokenizer: Any, policy: pretrained.Pretrained, further: tuple[str, 
     Raises:
       ValueError: if a text is not exactly one token.
     """
-    ids = [data.end_id(tokenizer), *policy.end_ids, *data.end_of_turn(tokenizer)]
+    ids = [data.end_id(tokenizer), *policy.end_ids, *end_of_turn(tokenizer)]
     for text in further:
         one = tokenizer(text, add_special_tokens=False).input_ids
         if len(one) != 1:
@@ -53,10 +56,16 @@ def check_top_k(top_k: int | None, config: TransformerConfig) -> None:
         raise ValueError(f"top_k={top_k} must lie in 1 .. {config.vocab_size}, the model's vocabulary.")
 
 
-def load_prompts(path: Path, tokenizer: Any, policy: pretrained.Pretrained, new_tokens: int, chat: bool = False) -> data.Prompts:
-    rows = data.read_rows(path)
-    rows = data.as_chat(rows) if chat else rows
-    return data.encode_prompts(rows, tokenizer, positions=policy.config.positions, new_tokens=new_tokens, pad_id=pad_id(tokenizer))
+def load_prompts(
+    source: str | Path | list[Any], tokenizer: Any, policy: pretrained.Pretrained, new_tokens: int, chat: bool = False
+) -> data.Prompts:
+    """Prompts of whatever `data.read_rows` takes, as a policy's tokens."""
+    rows = data.read_rows(source)
+    rows = as_chat(rows) if chat else rows
+    config = policy.config
+    prompts = data.encode_prompts(rows, tokenizer, positions=config.positions, new_tokens=new_tokens, pad_id=pad_id(tokenizer))
+    data.check_ids(prompts.tokens, config.vocab_size)
+    return prompts
 
 
 def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardFn:
@@ -72,17 +81,20 @@ def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardF
         if given == "tokens":
             raise ValueError(f"reward_given=tokens needs a function, my_file.py:function; {spec} would be a reward model.")
         try:
-            scorer, tokenizer = pretrained.load_scorer(spec), pretrained.load_tokenizer(spec)
+            scorer, tokenizer = scorers.load_scorer(spec), pretrained.load_tokenizer(spec)
             pretrained.check_tokenizer(tokenizer, scorer.config)
+            if scorer.config.causal and "pooler" in scorer.params["head"]:
+                raise ValueError(f"{spec} takes its score from the first token, which as a decoder (is_decoder) sees no other.")
         except ValueError as error:
             raise ValueError(f"The reward is neither my_file.py:function nor a reward model: {error}") from error
         tokenizer.truncation_side = "left"  # of a text that is too long, the response stays
         score = jax.jit(heads.reward_model(scorer.config))
-        return ModelReward(score, scorer.params, tokenizer, scorer.config.positions, pad_id(tokenizer))
+        return ModelReward(score, scorer.params, tokenizer, scorer.config.positions, pad_id(tokenizer), scorer.config.vocab_size)
     if not Path(file).is_file():
         raise ValueError(f"The reward file {file} does not exist.")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
+    own_name = f"{Path(file).stem}_{text_hash(str(Path(file).resolve()))}"  # that of no other module
+    module_spec = importlib.util.spec_from_file_location(own_name, file)
+    sys.modules[own_name] = module = importlib.util.module_from_spec(module_spec)  # where classes are looked for
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -12,7 +12,7 @@ import tyro
 from ppo_jax.commands.loading import load_model
 from ppo_jax.commands.train import Adapters
 from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.models import gguf_format, heads, lora, pretrained, sizes
+from ppo_jax.models import gguf_format, heads, lora, pretrained, sizes, stored
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params
 from ppo_jax.types import overlay
@@ -45,7 +45,7 @@ class Convert:
 
 def _check_language_model(model: str) -> None:
     """Raises ValueError for a model whose config says that it scores a text, or is an encoder alone."""
-    hf = pretrained.read_config(model)
+    hf = stored.read_config(model)
     name = str((hf.get("architectures") or [""])[0])
     bare = name.endswith("Model") and not name.endswith("HeadModel") and pretrained.config_of(hf).lm_transform
     if bare or name.endswith("ForSequenceClassification"):
@@ -88,7 +88,7 @@ def describe(model: str, dtype: str, remat: bool) -> tuple[str, TransformerConfi
     if model in sizes.SIZES:
         size = sizes.SIZES[model]
         return size.__name__, dataclasses.replace(size(model), dtype=jnp.dtype(dtype), remat=remat)
-    hf = pretrained.read_config(model)
+    hf = stored.read_config(model)
     return hf["model_type"], pretrained.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
 
 

@@ -128,7 +128,7 @@ def compare(a: Path, b: Path) -> list[str]:
                 found.append(f"{name}: first at update {row_a['update']}: {first}.")
                 break
     digests = [_digest(read_json(file)) if (file := folder / "summary.json").exists() else None for folder in (a, b)]
-    if digests[0] != digests[1]:
+    if None not in digests and digests[0] != digests[1]:  # a run that has not ended has none
         found.append(f"Final parameters: digest {digests[0]} and {digests[1]}.")
     return _causes(config_a, config_b) + found if found else []
 

@@ -13,7 +13,7 @@ from ppo_jax import data, reward_model, sft
 from ppo_jax.commands.loading import load_model
 from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.files import check_free, claim, plain, write_json
-from ppo_jax.models import heads, pretrained
+from ppo_jax.models import heads, pretrained, scorers
 from ppo_jax.models.transformer import language_model
 
 Rows = list[dict[str, Any]]
@@ -101,6 +101,7 @@ class SFT(Fit):
         policy, tokenizer = load_model(self.model)
         length = min(self.length, policy.config.positions)
         train, held = (self.encode(rows, tokenizer, length) for rows in self.split(("response",)))
+        data.check_ids(np.concatenate([train[0], held[0]]), policy.config.vocab_size)
         model = language_model(policy.config)
         params = self.fit(lambda p, *batch: sft.sft_loss(model, p, *batch), policy.params, train, held)
         pretrained.save_policy(self.out, policy._replace(params=params), tokenizer)
@@ -127,16 +128,18 @@ class Reward(Fit):
 
     def run(self) -> None:
         check_free(self.out)
-        policy, tokenizer = load_model(self.model)
+        start, tokenizer = scorers.start_scorer(self.model, jax.random.key(self.seed)), pretrained.load_tokenizer(self.model)
+        pretrained.check_tokenizer(tokenizer, start.config)
         rows, held_rows = self.split(self.columns[self.learn_from])
-        length = min(self.length, policy.config.positions)
+        length = min(self.length, start.config.positions)
         train, held = (self.encode(part, tokenizer, length) for part in (rows, held_rows))
-        params = heads.init_scorer(policy.config, jax.random.key(self.seed), trunk=policy.params)
+        for tokens in (x for part in (train, held) for x in part if x.dtype == np.int32 and x.ndim == 2):
+            data.check_ids(tokens, start.config.vocab_size)
+        params = dict(start.params)
         if self.learn_from == "classes":
             params["thresholds"] = _first_thresholds(np.concatenate([train[-1], held[-1]]))
-        params = self.fit(self.loss(heads.reward_model(policy.config)), params, train, held)
-        scorer = {"trunk": params["trunk"], "head": params["head"]}
-        pretrained.save_scorer(self.out, policy._replace(params=scorer), tokenizer)
+        params = self.fit(self.loss(heads.reward_model(start.config)), params, train, held)
+        scorers.save_scorer(self.out, start._replace(params={"trunk": params["trunk"], "head": params["head"]}), tokenizer)
 
     def loss(self, score: Callable) -> Callable:
         """The loss of a batch as `encode` gives it, and its accuracy."""

@@ -1,5 +1,6 @@
 """`ppo-jax train`."""
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -11,8 +12,8 @@ from jax.sharding import Mesh
 from ppo_jax import iteration, parallel, processes, provenance
 from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
 from ppo_jax.config import PPOConfig, SettingError, check_numbers
-from ppo_jax.files import check_free, read_lines, write_json
-from ppo_jax.models import heads, pretrained
+from ppo_jax.files import check_free, lock, read_lines, write_json
+from ppo_jax.models import heads, pretrained, scorers
 from ppo_jax.models import lora as low_rank
 from ppo_jax.models.transformer import language_model
 from ppo_jax.processes import Processes
@@ -98,6 +99,15 @@ class Train:
         self.processes.start()
         check_free(self.out, resume=self.resume != "no")
         trainer, policy, adapters = self.build(self.out)
+        with contextlib.ExitStack() as stack:
+            if processes.is_first():
+                stack.callback(lock(self.out).release)  # the trainer's own ends before the model is written
+            self._run(trainer, policy, adapters)
+
+    def _run(self, trainer: Trainer, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None) -> None:
+        if self.resume != "no":
+            done = int(trainer.state.update)
+            processes.say(f"The run in {self.out} goes on after {done} updates." if done else f"A run starts in {self.out}.")
         state = trainer.run()
         digest, base = provenance.digest(state.train.params), policy.params
         tuned = parallel.to_host(state.policy, everywhere=False)
@@ -122,7 +132,8 @@ class Train:
         pretrained.save_policy(self.out / "model", policy._replace(params=tuned), tokenizer)
 
     def _sum_up(self, updates: int, digest: str) -> None:
-        metrics = {k: v for row in read_lines(self.out / "metrics.jsonl")[-2:] for k, v in row.items() if k != "update"}
+        lines = read_lines(self.out / "metrics.jsonl")  # of the last update there may be two: an evaluation has its own
+        metrics = {k: v for row in lines if row["update"] == lines[-1]["update"] for k, v in row.items() if k != "update"}
         write_json(self.out / "summary.json", {"updates": updates, "digest": digest, **metrics})
 
     def build(self, out: Path, loop: LoopConfig | None = None) -> tuple[Trainer, pretrained.Pretrained, low_rank.LoRA | None]:
@@ -163,7 +174,7 @@ class Train:
         if self.critic == "separate":
             key = iteration.init_key(self.loop.seed, 0)
             return heads.separate_critic(policy.config), heads.init_scorer(policy.config, key, trunk=policy.params)
-        scorer = pretrained.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat, mesh=mesh)
+        scorer = scorers.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat, mesh=mesh)
         if scorer.config.vocab_size != policy.config.vocab_size:
             raise ValueError(
                 f"The critic {self.critic} has vocab_size={scorer.config.vocab_size}, the policy {policy.config.vocab_size}: it "

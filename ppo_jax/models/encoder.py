@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import data
-from ppo_jax.models import pretrained
+from ppo_jax.models import pretrained, scorers
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import language_model
 from ppo_jax.types import Params
@@ -42,7 +42,9 @@ class Encoder(NamedTuple):
     def __call__(self, texts: list[str]) -> np.ndarray:
         """`[n, D]` embeddings of texts."""
         ids = self.tokenizer(texts, truncation=True, max_length=self.length).input_ids
-        return np.asarray(self.embed(self.params, *data.pad(ids, length=self.length, pad_id=0, left=False)))
+        tokens, mask = data.pad(ids, length=self.length, pad_id=0, left=False)
+        data.check_ids(tokens, len(self.params["embedding"]))
+        return np.asarray(self.embed(self.params, tokens, mask))
 
 
 def load_encoder(model: str | Path, *, length: int = 64) -> Encoder:
@@ -51,7 +53,7 @@ def load_encoder(model: str | Path, *, length: int = 64) -> Encoder:
     Raises:
       ValueError: if it is a decoder, or does not fit.
     """
-    loaded = pretrained.load_trunk(model)
+    loaded = scorers.load_trunk(model)
     if loaded.config.causal:
         raise ValueError(f"{model} is a decoder; sentence embeddings need an encoder.")
     tokenizer = pretrained.load_tokenizer(model)

@@ -75,24 +75,35 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     kind = fields["general.architecture"]
     if kind not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"A GGUF of architecture {kind!r} is not supported; known: llama, qwen2, qwen3.")
-    if any(fields.get(f"{kind}.{name}") not in (None, "none") for name in ("rope.scaling.type", "expert_count")):
+    scaled = fields.get(f"{kind}.rope.scale_linear", 1) != 1 or fields.get(f"{kind}.rope.scaling.type") not in (None, "none")
+    if scaled or fields.get(f"{kind}.expert_count"):
         raise ValueError("A GGUF with scaled rotary positions or experts is not supported.")
-    width, heads = fields[f"{kind}.embedding_length"], fields[f"{kind}.attention.head_count"]
+
+    def number(name: str, default: Any = None, *, whole: bool = True) -> Any:
+        value = fields[f"{kind}.{name}"] if default is None else fields.get(f"{kind}.{name}", default)
+        if not isinstance(value, int if whole else float | int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ValueError(f"A GGUF's field {kind}.{name} must be a positive {'whole ' * whole}number, not {value!r:.60}.")
+        return value
+
+    width, heads = number("embedding_length"), number("attention.head_count")
+    head = number("attention.key_length", max(width // heads, 1))
+    if number("rope.dimension_count", head) != head:
+        raise ValueError("A GGUF whose heads rotate in part is not supported.")
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
     return {
         "model_type": kind,
         "architectures": [f"{name}ForCausalLM"],
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "hidden_size": width,
-        "num_hidden_layers": fields[f"{kind}.block_count"],
+        "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get(f"{kind}.attention.head_count_kv", heads),
-        "head_dim": fields.get(f"{kind}.attention.key_length", width // heads),
-        "intermediate_size": fields[f"{kind}.feed_forward_length"],
-        "max_position_embeddings": fields[f"{kind}.context_length"],
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head,
+        "intermediate_size": number("feed_forward_length"),
+        "max_position_embeddings": number("context_length"),
         # A float32 in the file: 1e-5 there is 9.999999747e-6 read as a double.
-        "rms_norm_eps": float(f"{fields[f'{kind}.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": fields.get(f"{kind}.rope.freq_base", 10000.0),
+        "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon', whole=False):.6g}"),
+        "rope_theta": number("rope.freq_base", 10000.0, whole=False),
         "hidden_act": "silu",
         "tie_word_embeddings": tied,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),

@@ -15,6 +15,13 @@ def init_head(width: int, key: jax.Array) -> Params:
     return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
 
 
+def init_pooled_head(width: int, key: jax.Array) -> Params:
+    """BERT's: a layer with tanh, drawn at its 0.02, below a map as in `init_head`; with biases, which begin at 0."""
+    pooler_key, key = jax.random.split(key)
+    pooler = {"kernel": 0.02 * jax.random.normal(pooler_key, (width, width)), "bias": jnp.zeros(width)}
+    return {"pooler": pooler, **init_head(width, key), "bias": jnp.zeros(1)}
+
+
 def zero_head(width: int) -> Params:
     """A head that says 0 of everything, as the value heads of Ziegler et al. 2019 begin."""
     return {"kernel": jnp.zeros((width, 1))}

@@ -1,10 +1,8 @@
-"""Models as folders that `transformers` reads and writes: `config.json`, safetensors and the tokenizer."""
+"""Language models as folders that `transformers` reads and writes: `config.json`, safetensors and the tokenizer."""
 
-import dataclasses
 import json
 import logging
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +15,18 @@ from jax.sharding import Mesh
 from ppo_jax.models import gguf_format, gguf_tokenizer, weights
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import family_of
-from ppo_jax.models.family import Family
 from ppo_jax.models.sharding import placed
+from ppo_jax.models.stored import named, read, read_json, resolve
 from ppo_jax.models.transformer import init_params
 from ppo_jax.types import Params
 
 _LOG = logging.getLogger(__name__)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+
+OUTPUTS = (  # names of the matrix over words, and of a second copy of its bias
+    "lm_head.weight", "embed_out.weight", "lm_head.decoder.weight", "lm_head.decoder.bias",
+    "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
+)  # fmt: skip
 
 
 class Pretrained(NamedTuple):
@@ -42,25 +44,6 @@ class Pretrained(NamedTuple):
         return tuple(dict.fromkeys(i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])))
 
 
-def resolve(model: str | Path, files: tuple[str, ...] = _FILES) -> Path:
-    """A local folder as it is, else the snapshot of a Hugging Face id, of these files.
-
-    Raises:
-      ValueError: if there is neither.
-    """
-    if Path(model).is_dir():
-        if not (Path(model) / "config.json").is_file() or not (Path(model) / "model" / "config.json").is_file():
-            return Path(model)
-        raise ValueError(f"{model} is the folder of a run; its model is {Path(model) / 'model'}.")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=files))
-    except Exception as error:  # the hub raises many kinds; each means that there is no such model to be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{str(model)!r} is no folder here, nor a model that the hub gives: {reason}") from error
-
-
 def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False, mesh: Mesh | None = None) -> Pretrained:
     """A language model; parameters float32 whatever the file holds.
 
@@ -73,62 +56,29 @@ def load_policy(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
     Raises:
       ValueError: naming what the folder lacks or the tensors that do not fit.
     """
-    folder, hf, stored = _read(model)
+    folder, hf, found = read(model)
     family, config = family_of(hf.get("model_type")), config_of(hf, dtype=dtype, remat=remat)
     rules = weights.expand(family.rules(config), config.layers)
-    tensors = _named(stored, rules, family)
+    tensors = named(found, rules, family)
     if config.tied and _has_output_of_its_own(tensors, rules):  # as transformers does since 5.0
         _LOG.warning("%s says that its output is its embedding, but holds another matrix for it, which is used.", folder)
         hf = {**hf, "tie_word_embeddings": False}
         config = config_of(hf, dtype=dtype, remat=remat)
         rules = weights.expand(family.rules(config), config.layers)
-        tensors = _named(stored, rules, family)
-    for name in [name for name in tensors if config.tied and name in _OUTPUTS]:
+        tensors = named(found, rules, family)
+    for name in [name for name in tensors if config.tied and name in OUTPUTS]:
         del tensors[name]  # a copy of the embedding, or of a bias
     for name in [name for name in tensors if name.startswith(f"{family.prefix}pooler.")]:
         del tensors[name]  # says nothing of the next token
-    params = weights.to_params(tensors, rules, placed(_shapes(config), mesh), source=str(folder))
+    params = weights.to_params(tensors, rules, placed(shapes_of(config), mesh), source=str(folder))
     generation = folder / "generation_config.json"
-    return Pretrained(config, params, hf, _read_json(generation) if generation.is_file() else None)
+    return Pretrained(config, params, hf, read_json(generation) if generation.is_file() else None)
 
 
 def _has_output_of_its_own(tensors: Mapping[str, Any], rules: list[weights.Rule]) -> bool:
     embedding = next(rule.stored for rule in rules if rule.ours == ("embedding",))
-    outputs = [name for name in tensors if name in _OUTPUTS and name.endswith("weight")]
+    outputs = [name for name in tensors if name in OUTPUTS and name.endswith("weight")]
     return embedding in tensors and any(not np.array_equal(tensors[name], tensors[embedding]) for name in outputs)
-
-
-def load_trunk(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
-    """A model without any head, such as a sentence encoder."""
-    folder, hf, stored = _read(model)
-    family = family_of(hf.get("model_type"))
-    config = dataclasses.replace(config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True)
-    rules = weights.expand(family.rules(config), config.layers)
-    tensors = _named(stored, rules, family)
-    part = lambda name: name.removeprefix(family.prefix).partition(".")[0]
-    trunk = {part(rule.stored) for rule in rules}
-    for name in [name for name in tensors if part(name) not in trunk]:
-        del tensors[name]  # a head
-    return Pretrained(config, weights.to_params(tensors, rules, _shapes(config), source=str(folder)), hf)
-
-
-def load_scorer(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False, mesh: Mesh | None = None) -> Pretrained:
-    """A reward model or separate critic (a class `...ForSequenceClassification`, one label): `{"trunk": ..., "head": ...}`."""
-    folder, hf, stored = _read(model)
-    family = family_of(hf.get("model_type"))
-    config = dataclasses.replace(config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True)
-    rules = weights.expand(family.rules(config), config.layers)
-    head, tensors = {}, _named(stored, [*rules, *family.score], family)
-    for rule in family.score:
-        if rule.stored not in tensors:
-            raise ValueError(f"{folder} needs a tensor {rule.stored} to score a text.")
-        head |= rule.load(np.asarray(tensors.pop(rule.stored)).astype(np.float32))
-    if head["kernel"].shape != (config.width, 1):
-        raise ValueError(f"{folder} scores with a {family.score[0].stored} of {head['kernel'].shape[1]} labels, not one.")
-    for name in [name for name in tensors if name in _OUTPUTS]:
-        del tensors[name]
-    trunk = weights.to_params(tensors, rules, placed(_shapes(config), mesh), source=str(folder))
-    return Pretrained(config, {"trunk": trunk, "head": weights.unflatten_dict(head, sep="/")}, hf)
 
 
 def config_of(hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = False) -> TransformerConfig:
@@ -138,6 +88,9 @@ def config_of(hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = Fal
       ValueError: for a family or a switch that is not supported, or a field that is missing.
     """
     kind = hf.get("model_type")
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):  # before a list of so many is made
+        if isinstance(hf.get(name), int) and hf[name] >= 4096:
+            raise ValueError(f"The config of a {kind} gives {name}={hf[name]}; at most 4095 layers are read.")
     try:
         config = TransformerConfig(**family_of(kind).config(hf), dtype=dtype, remat=remat)
     except KeyError as error:
@@ -151,15 +104,6 @@ def config_of(hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = Fal
     return config
 
 
-def read_config(model: str | Path) -> dict[str, Any]:
-    """The `config.json` of a model, or what a .gguf file says in its place; weights need not be there.
-
-    Raises:
-      ValueError: if there is none, or its family is not known.
-    """
-    return gguf_format.read(Path(model))[0] if gguf_format.is_gguf(model) else _config_in(resolve(model, ("config.json",)))
-
-
 def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM` loads."""
     kind = model.hf_config["model_type"]
@@ -170,45 +114,27 @@ def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {name: model.hf_config[name] for name in ids if model.hf_config.get(name) is not None}
     with weights.writing(folder):
-        _write(folder, {**model.hf_config, "architectures": [family.classes[kind][0]]}, tensors, tokenizer)
+        write_folder(folder, {**model.hf_config, "architectures": [family.classes[kind][0]]}, tensors, tokenizer)
         (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
-    """Writes a folder that `transformers.AutoModelForSequenceClassification` loads.
-
-    There a row ends before its last pad ids, so a config without a pad id gets the tokenizer's, or the end id.
-    """
-    kind = model.hf_config["model_type"]
-    family, config = family_of(kind), dataclasses.replace(model.config, lm_transform=False, tied=True)
-    # An output matrix of its own has no place in a model that scores.
-    trunk = {name: part for name, part in model.params["trunk"].items() if name != "unembedding" and not name.startswith("lm_")}
-    tensors = dict(weights.from_params(trunk, weights.expand(family.rules(config), config.layers)))
-    tensors |= dict(weights.from_params(model.params["head"], family.score))
-    extra = {"architectures": [family.classes[kind][1]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    pads = [model.hf_config.get("pad_token_id"), *([] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id])]
-    extra["pad_token_id"] = next((i for i in (*pads, *model.end_ids) if i is not None), None)
-    with weights.writing(folder):
-        _write(folder, {**model.hf_config, **extra}, tensors.items(), tokenizer)
-
-
 def check_tokenizer(tokenizer: Any, config: TransformerConfig) -> None:
-    """Raises ValueError if the tokenizer can produce an id that the model has no word for."""
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
+    """Raises ValueError if the tokenizer can produce an id that the model has no word for.
+
+    Added tokens that stand for nothing in a text of words, such as Gemma 3's for an image, may be such: `data.check_ids` looks
+    whether any text holds one.
+    """
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= config.vocab_size}
+    kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    used = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
+    if beyond & used or beyond - set(getattr(tokenizer, "added_tokens_decoder", ())):
         raise ValueError(
-            f"The tokenizer gives ids up to {largest}, but the model has vocab_size={config.vocab_size}; use the model's own."
+            f"The tokenizer gives ids up to {max(beyond)}, but the model has vocab_size={config.vocab_size}; use the model's own."
         )
 
 
 def count_params(params: Params) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-
-
-_OUTPUTS = (
-    "lm_head.weight", "embed_out.weight", "lm_head.decoder.weight", "lm_head.decoder.bias",
-    "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
-)  # fmt: skip
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -230,71 +156,16 @@ def load_tokenizer(model: str | Path) -> Any:
         raise ValueError(f"{model} holds no tokenizer that can be loaded: {error}") from error
 
 
-def _read(model: str | Path) -> tuple[Path, dict[str, Any], Mapping[str, Any]]:
-    """Where a model is, its `config.json` and its tensors."""
-    if gguf_format.is_gguf(model):
-        return Path(model), *gguf_format.read(Path(model))
-    folder = resolve(model)
-    hf = _config_in(folder)  # before the tensors, so that a family that is unknown is named
-    return folder, hf, weights.StoredTensors(folder)
-
-
-def _config_in(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.exists():
-        raise ValueError(f"{folder} holds no config.json, so it is no model in the Hugging Face format.")
-    hf = _read_json(file)
-    family_of(hf.get("model_type"))
-    return hf
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{file} is not readable JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON object.")
-    return content
-
-
-def _shapes(config: TransformerConfig) -> Params:
+def shapes_of(config: TransformerConfig) -> Params:
+    """The parameters of a config, as shapes; ValueError, if there can be none."""
     try:
         return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     except (TypeError, OverflowError, ZeroDivisionError, AttributeError) as error:
         raise ValueError(f"No model can be made of the config {config}: {str(error).splitlines()[0]}") from error
 
 
-def _named(stored: Mapping[str, Any], rules: list[weights.Rule], family: Family) -> "_Renamed":
-    """The stored tensors by the names of the table, without those that are no parameters."""
-    known = {rule.stored for rule in rules}
-    today = {name: re.sub(r"\.(gamma|beta)$", _of_norms, name) for name in stored}
-    names = {new if new in known or family.prefix + new not in known else family.prefix + new: name for name, new in today.items()}
-    if len(names) < len(stored):
-        raise ValueError(f"One parameter is stored under two names: {', '.join(sorted(set(stored) - set(names.values())))} is one.")
-    return _Renamed(stored, {new: old for new, old in names.items() if not family.ignored.fullmatch(old)})
-
-
-def _of_norms(match: re.Match) -> str:
-    """What files converted from TensorFlow call gamma and beta."""
-    return {"gamma": ".weight", "beta": ".bias"}[match.group(1)]
-
-
-class _Renamed(dict):
-    """Tensors under new names, read when they are asked for."""
-
-    def __init__(self, stored: Mapping[str, Any], names: dict[str, str]):
-        super().__init__(names)
-        self._stored = stored
-
-    def __getitem__(self, name: str) -> Any:
-        return self._stored[super().__getitem__(name)]
-
-    def pop(self, name: str) -> Any:
-        return self._stored[super().pop(name)]
-
-
-def _write(folder: str | Path, hf: dict[str, Any], tensors: Any, tokenizer: Any) -> None:
+def write_folder(folder: str | Path, hf: dict[str, Any], tensors: Any, tokenizer: Any) -> None:
+    """Writes config, float32 tensors and tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # The tensors are float32 whatever they were read from, and `transformers` loads them as the config says.

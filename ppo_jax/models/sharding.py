@@ -112,23 +112,27 @@ def map_over_data(function: Callable, params: Any, rows: Any, *, parts: int) -> 
 
     What it returns must be the same everywhere, by its own reductions over `axis_name`: a sum over many parts is then reduced over
     `data` once, at its end, where the compiler would reduce each part. `fsdp` and `tensor` stay the compiler's, which scatters each
-    part's gradient over `fsdp`: to keep it whole would undo what `fsdp` is for. Elsewhere `axis_name` is None, and the compiler
-    places all reductions; on a mesh with both `fsdp` and `tensor` too, as XLA for CPUs fails to split such a program.
+    part's gradient over `fsdp`: to keep it whole would undo what `fsdp` is for. Where nothing is to be gained, `axis_name` is None.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not _is_auto(mesh) or mesh.shape.get("data", 1) == 1:
+    places = mesh.shape.get("data", 1) if _is_auto(mesh) else 1
+    if places == 1 or (parts == 1 and any(mesh.shape.get(axis, 1) > 1 for axis in ("fsdp", "tensor"))):
         return function(params, rows, None)
-    cut = [axis for axis in ("fsdp", "tensor") if mesh.shape.get(axis, 1) > 1]
-    if len(cut) == 2 or (cut and parts == 1):
-        return function(params, rows, None)
-    own = lambda params, rows: function(params, rows, "data")
-    specs = (PartitionSpec(), PartitionSpec("data"))
-    mapped = jax.shard_map(own, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
-    return mapped(params, rows)
+    cut = jax.tree.map(lambda x: constrain(x.reshape(places, -1, *x.shape[1:]), "data", "fsdp"), rows)
+    own = lambda rows: function(params, rows, "data")
+    return jax.vmap(own, out_axes=None, axis_name="data", spmd_axis_name="data")(cut)
 
 
 def _is_auto(mesh: Any) -> bool:
     return AxisType.Auto in mesh.axis_types
+
+
+def _is_mapped(axis: str) -> bool:
+    """Whether the code that asks runs once for each place on an axis, so that its arrays have no dimension to lie there."""
+    try:
+        return jax.lax.axis_size(axis) > 0
+    except NameError:
+        return False
 
 
 def _axes_of(name: str, rank: int, rules: tuple[ShardRule, ...]) -> tuple[str | None, ...]:
@@ -141,9 +145,9 @@ def _axes_of(name: str, rank: int, rules: tuple[ShardRule, ...]) -> tuple[str | 
 
 
 def _fit(axes: tuple, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Without the axes that the mesh does not have (or that are mapped by hand), and those that do not divide."""
+    """Without the axes that the mesh does not have, that are mapped, and those that do not divide."""
     ours = {name: size for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-            if kind is AxisType.Auto}  # fmt: skip
+            if kind is AxisType.Auto and not _is_mapped(name)}  # fmt: skip
     fitted = []
     for axis, size in zip(axes, shape, strict=False):
         names = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in ours)
