@@ -32,7 +32,7 @@ STUDIES = (  # model, slice, mesh
     ("gpt3-175b", "v5p:4x8x8", "fsdp=32,tensor=8"),
     ("gpt3-175b", "v5p:8x8x8", "fsdp=64,tensor=8"),
     ("llama3-8b", "v5p:2x2x4", "fsdp=16"),
-    ("llama3-8b", "v6e:8x8", "data=2,fsdp=32"),
+    ("llama3-8b", "v6e:8x8", "fsdp=32,tensor=2"),
     ("llama3-70b", "v5p:4x4x8", "fsdp=32,tensor=4"),
     ("llama3-70b", "v6e:16x16", "fsdp=64,tensor=4"),
 )

@@ -28,6 +28,7 @@ class Fault(ValueError):
     Attributes:
       kind: "reward" or "logprobs" or "gradient".
       rows: numbers of the offending rows; empty if all may be.
+      dump: those rows, as they are written to `faults.jsonl`, once they are known.
     """
 
     kind = "reward"
@@ -35,6 +36,7 @@ class Fault(ValueError):
     def __init__(self, message: str, rows: tuple[int, ...] = ()):
         super().__init__(message)
         self.rows = rows
+        self.dump: list[dict[str, Any]] = []
 
 
 class RewardError(Fault):

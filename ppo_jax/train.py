@@ -225,7 +225,8 @@ class Trainer:
             found = self.evaluate(self.eval_prompts)[0]
         except Fault as fault:
             self.save()
-            self.log.fault(update, fault.kind, f"In the evaluation: {fault}", [{}])
+            fault.args = (f"In the evaluation after update {update}: {fault}",)
+            self.log.fault(update, fault.kind, str(fault), fault.dump)
             raise
         self._unevaluated = False
         self.log.metrics(update, found)
@@ -264,15 +265,19 @@ class Trainer:
 
     def _skip(self, fault: Fault, seen: Rollout, batch: data.Prompts) -> None:
         """Writes the offending rows; then ends the run after a checkpoint, or counts the update as done with nothing learned."""
-        update, rows = int(self.state.update), self.rows(seen, batch)
+        update = int(self.state.update)
         if getattr(self.loop.faults, fault.kind) == "stop":
             self.save()
-        self.log.fault(update, fault.kind, str(fault), [rows[i] for i in fault.rows] or rows)
+        self.log.fault(update, fault.kind, str(fault), self._offending(fault, seen, batch))
         if getattr(self.loop.faults, fault.kind) == "stop":
             raise fault
         self._warn(update, fault)
         self.log.metrics(update, SKIPPED)
         self.state = self.state.replace(update=self.state.update + 1)
+
+    def _offending(self, fault: Fault, seen: Rollout, batch: data.Prompts) -> list[dict[str, Any]]:
+        rows = self.rows(seen, batch)
+        return [rows[i] for i in fault.rows] or rows
 
     def _warn(self, update: int, fault: Fault) -> None:
         if processes.is_first():
@@ -296,8 +301,12 @@ class Trainer:
             state = parallel.place(state.replace(update=jax.numpy.int32(first // size)), self.mesh)
             rollout, seen = self._sample(state, batch)
             said = parallel.to_host(self._steps.score(state, self.ref_params, rollout, frozen=self.frozen))
-            scores.extend(self._ask(seen, batch).total(seen.response_mask)[:keep])
-            faults.check_finite(seen, said)
+            try:
+                scores.extend(self._ask(seen, batch).total(seen.response_mask)[:keep])
+                faults.check_finite(seen, said)
+            except Fault as fault:
+                fault.dump = self._offending(fault, seen, batch)
+                raise
             responses.extend(self.texts(seen)[:keep])
             lengths.extend(seen.response_mask.sum(axis=1)[:keep])
             kls.extend((said.logprobs - said.ref_logprobs).sum(axis=1)[:keep])

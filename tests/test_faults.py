@@ -85,7 +85,8 @@ def test_a_reward_that_fails_in_an_evaluation_stops_the_run_after_a_checkpoint(t
     again = {"updates": 3, "save_every": 0, "eval_every": 1}
     with pytest.raises(RewardError, match="KeyError"):
         trainer(tmp_path / "run", reward=failing(1, 1, raises), **again).run()
-    assert "In the evaluation" in read_lines(tmp_path / "run/faults.jsonl")[0]["message"]
+    dumped = read_lines(tmp_path / "run/faults.jsonl")
+    assert "In the evaluation after update 0: " in dumped[0]["message"] and all(row["prompt"] and row["tokens"] for row in dumped)
     resumed = trainer(tmp_path / "run", resume="yes", reward=failing(99, 0, raises), **again)
     assert int(resumed.state.update) == 1
     calm = trainer(tmp_path / "calm", reward=failing(99, 0, raises), **again)
