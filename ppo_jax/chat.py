@@ -52,6 +52,28 @@ def through_template(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {**row, "prompt": text, "messages": row["prompt"]}
 
 
+def conversation(prompt: Any, answer: Any, tokenizer: Any) -> str | None:
+    """Text of messages and the answer to them, as the template closes it; None, where neither is messages.
+
+    Args:
+      prompt: a text, messages, or None.
+      answer: a text, or messages: the assistant's alone, or all from the first on, as in many sets of preferences.
+      tokenizer: with the chat template.
+
+    Raises:
+      ValueError: with what the template raised.
+    """
+    if not (is_chat(prompt) or is_chat(answer)):
+        return None
+    said = answer if is_chat(answer) else [{"role": "assistant", "content": answer}]
+    if is_chat(prompt) and said[0]["role"] == "assistant":
+        said = [*prompt, *said]
+    try:
+        return render(said, tokenizer, answer=False)
+    except Exception as error:  # whatever the template raises
+        raise ValueError(f"The tokenizer's chat template does not take {said!r:.200}: {error}.") from error
+
+
 def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
     """Ids of the added token that a chat template puts after an assistant's words, if there is one."""
     if getattr(tokenizer, "chat_template", None) is None:

@@ -20,11 +20,13 @@ class Prompts:
         text that the chat template made of them, and they are in the column `messages`.
       tokens: `[n, P]` int32.
       mask: `[n, P]` bool.
+      told: `[n]` bool, which came as messages; none, if it is None.
     """
 
     rows: Sequence[dict[str, Any]]
     tokens: np.ndarray
     mask: np.ndarray
+    told: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -33,13 +35,20 @@ class Prompts:
     def texts(self) -> list[str]:
         return [row["prompt"] for row in self.rows]
 
+    @property
+    def chats(self) -> list[list[dict[str, Any]] | None]:
+        """The messages of those that came as such."""
+        told = np.zeros(len(self), bool) if self.told is None else self.told
+        return [row["messages"] if one else None for row, one in zip(self.rows, told, strict=True)]
+
     def take(self, indices: np.ndarray) -> "Prompts":
-        return Prompts([self.rows[i] for i in indices], self.tokens[indices], self.mask[indices])
+        told = None if self.told is None else self.told[indices]
+        return Prompts([self.rows[i] for i in indices], self.tokens[indices], self.mask[indices], told)
 
     def padded(self, positions: int) -> "Prompts":
         """The same in at least so many positions, at their right end as before."""
         before = ((0, 0), (max(0, positions - self.tokens.shape[1]), 0))
-        return Prompts(self.rows, np.pad(self.tokens, before), np.pad(self.mask, before))
+        return Prompts(self.rows, np.pad(self.tokens, before), np.pad(self.mask, before), self.told)
 
 
 def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: Sequence[str] = ("prompt",)) -> list[dict[str, Any]]:
@@ -139,7 +148,7 @@ def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, *, positions:
                 f"Prompt {i} has {len(prompt)} tokens; with max_new_tokens={new_tokens} it exceeds the model's {positions} "
                 "positions."
             )
-    return Prompts(rows, *pad(ids, pad_id=pad_id, left=True))
+    return Prompts(rows, *pad(ids, pad_id=pad_id, left=True), np.asarray(told))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import transformers
 from test_train import policy, tokenizer
@@ -9,7 +10,9 @@ from tokenizers import AddedToken, processors
 
 from ppo_jax import chat, data
 from ppo_jax.commands.loading import stop_ids
+from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.models import pretrained
+from ppo_jax.reward_functions import ModelReward, RewardError
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} t {% endfor %}{% if add_generation_prompt %}a {% endif %}"
 
@@ -102,3 +105,43 @@ def test_a_column_called_messages_makes_no_chat(tmp_path):
     rows = [{"prompt": "b c", "messages": "mine"}, {"prompt": "b c"}]
     told = encode(rows, words)
     assert told.tokens[0].tolist() == told.tokens[1].tolist() and told.tokens[0][0] == words.bos_token_id
+
+
+ASKED = [{"role": "user", "content": "b"}]
+ANSWER = [{"role": "assistant", "content": "c d"}]
+
+
+@pytest.mark.parametrize("prompt, answer", [(ASKED, "c d"), (ASKED, ANSWER), (None, ASKED + ANSWER), ("b", ASKED + ANSWER)])
+def test_rows_of_messages_are_learned_from_through_the_template(tmp_path, prompt, answer):
+    words, row = chatty(), {"prompt": prompt, "response": answer, "score": 1}
+    ids = words.convert_tokens_to_ids
+    stage = SFT(model="", data=tmp_path, out=tmp_path)
+    tokens, mask, learned = stage.encode([row], words, 16)
+    assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"]) and tokens[learned].tolist() == ids(["c", "d", "t"])
+    stage = Reward(model="", data=tmp_path, out=tmp_path, learn_from="scores")
+    tokens, mask, _ = stage.encode([row], words, 16)
+    assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"])
+
+
+def test_a_response_of_parts_is_named(tmp_path):
+    row = {"prompt": ASKED, "response": [{"role": "assistant", "content": [{"type": "text", "text": "c"}]}]}
+    with pytest.raises(ValueError, match="last message needs a text as its content"):
+        SFT(model="", data=tmp_path, out=tmp_path).encode([row], chatty(), 16)
+
+
+def test_a_reward_model_reads_a_chat_through_its_own_template():
+    own, seen = chatty(), []
+    own.chat_template = "e {% for m in messages %}{{ m.role[0] }} f {{ m.content }} {% endfor %}"
+    score = lambda params, tokens, mask: (
+        seen.extend(x[m].tolist() for x, m in zip(tokens, mask, strict=True)) or np.zeros(len(tokens))
+    )
+    prompts = encode([{"prompt": ASKED}, {"prompt": "b", "messages": ASKED}], chatty()).padded(9).take(np.array([1, 0]))
+    reward = lambda: ModelReward(score, None, own, 32, 0)(None, prompts, ["c d", "c"]).response.tolist()
+    ids = own.convert_tokens_to_ids
+    assert reward() == [0, 0] and seen == [ids(["a", "d"]), ids(["e", "a", "f", "b", "a", "f", "c"])]  # "bc" and "u" are no words
+    own.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(RewardError, match="own chat template fails: The tokenizer"):
+        reward()
+    own.chat_template = None
+    del seen[:]
+    assert reward() == [0, 0] and seen[1] == ids(["a", "b", "t", "a", "c"])

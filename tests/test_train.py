@@ -419,8 +419,8 @@ def supervised(folder, command, rows, **options):
     [("sft", [{"response": "a"}] * 2, {"batch-size": 0}, "batch_size must be positive"),
      ("sft", [{"response": "a"}] * 2, {"epochs": 0}, "epochs must be positive"),
      ("sft", [{"response": "a"}], {}, "one more is needed to be held out"),
-     ("sft", [{"response": "a", "prompt": 5}] * 2, {}, "Row 0 of .* needs a text in its column 'prompt', not 5"),
-     ("reward", [{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}] * 2, {}, "needs a text in its column 'chosen'")],
+     ("sft", [{"response": "a", "prompt": 5}] * 2, {}, "Row 0 of .* needs a text or messages in its column 'prompt', not 5"),
+     ("reward", [{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}] * 2, {}, "chat template does not take")],
 )  # fmt: skip
 def test_supervised_stages_name_what_is_wrong(folder, capsys, command, rows, options, says):
     with pytest.raises(SystemExit):

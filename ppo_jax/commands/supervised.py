@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import data, reward_model, sft
+from ppo_jax.chat import conversation, end_of_turn, is_chat, through_template
 from ppo_jax.commands.loading import load_model
 from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.files import check_free, claim, plain, write_json
@@ -67,8 +68,9 @@ class Fit:
         rows = data.read_rows(path, columns=columns)
         for i, row in enumerate(rows):
             for column in (*columns, "prompt"):
-                if not isinstance(row.get(column), str | None):
-                    raise ValueError(f"Row {i} of {path} needs a text in its column {column!r}, not {row[column]!r:.60}.")
+                if not (isinstance(row.get(column), str | None) or is_chat(row[column])):
+                    says = f"needs a text or messages in its column {column!r}, not {row[column]!r:.60}."
+                    raise ValueError(f"Row {i} of {path} {says}")
         return rows
 
     def fit(self, loss_fn, params, train: tuple[np.ndarray, ...], held: tuple[np.ndarray, ...]):
@@ -92,7 +94,9 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFT(Fit):
-    """Supervised fine-tuning on rows {"prompt": ..., "response": ...}; only the response is learned. Without a prompt, all is."""
+    """Supervised fine-tuning on rows {"prompt": ..., "response": ...}; only the response is learned. Without a prompt, all is.
+
+    A prompt of messages goes through the tokenizer's chat template, and the end of a turn closes its response."""
 
     weight: ClassVar[Callable[..., float]] = staticmethod(sft.learned_tokens)
 
@@ -108,18 +112,36 @@ class SFT(Fit):
 
     def encode(self, rows: Rows, tokenizer: Any, length: int) -> tuple[np.ndarray, ...]:
         """Tokens, mask and the mask of what is learned, `[n, length]` each; only a text that begins a row has an opening mark."""
-        end = [i for i in [data.end_id(tokenizer)] if i is not None]
+        end = tuple(i for i in [data.end_id(tokenizer)] if i is not None)
+        turn = end_of_turn(tokenizer) or end
         part = lambda text, **options: data.encode_text(tokenizer, text, closed=False, **options)
-        prompts = [part(row["prompt"]) if row.get("prompt") else [] for row in rows]
-        responses = [[*part(row["response"], add_special_tokens=not p), *end] for p, row in zip(prompts, rows, strict=True)]
+        prompts, responses = [], []
+        for row in rows:
+            prompt, response = _last_turn(row)
+            told = is_chat(prompt)
+            prompt = through_template({"prompt": prompt}, tokenizer)["prompt"] if told else prompt
+            prompts.append(part(prompt, add_special_tokens=not told) if prompt else [])
+            responses.append([*part(response, add_special_tokens=not prompts[-1]), *(turn if told else end)])
         ids = [(p + r)[:length] for p, r in zip(prompts, responses, strict=True)]
         tokens, mask = data.pad(ids, length=length, pad_id=0, left=False)
         return tokens, mask, mask & (np.arange(length)[None] >= np.array([[len(p)] for p in prompts]))
 
 
+def _last_turn(row: dict[str, Any]) -> tuple[Any, str]:
+    """What is read and what is learned; of a response in messages the last, behind those before it."""
+    prompt, response = row.get("prompt"), row["response"]
+    if is_chat(response):
+        prompt, response = response[:-1] or prompt, response[-1]["content"]
+        if not isinstance(response, str):
+            raise ValueError(f"A response's last message needs a text as its content, not {response!r:.60}.")
+    return prompt, response
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reward(Fit):
-    """A reward model from pairs or from scores. Rows may hold a "prompt", which is read before the answer."""
+    """A reward model from pairs or from scores. Rows may hold a "prompt", which is read before the answer.
+
+    Prompts and answers may be messages, which go through the tokenizer's chat template."""
 
     learn_from: Literal["pairs", "scores", "classes"] = "pairs"
     """pairs: rows {"chosen": ..., "rejected": ...}, Bradley-Terry loss; scores: rows {"response": ..., "score": number}, squared
@@ -155,8 +177,11 @@ class Reward(Fit):
         """Tokens and mask of each text column, `[n, length]`, and the scores, `[n]`, unless the rows are pairs."""
         arrays = []
         for column in self.columns[self.learn_from]:
-            texts = [(row.get("prompt") or "") + row[column] for row in rows]
-            ids = [data.encode_text(tokenizer, text, closed=True)[:length] for text in texts]
+            ids = []
+            for row in rows:
+                told = conversation(row.get("prompt"), row[column], tokenizer)
+                text = (row.get("prompt") or "") + row[column] if told is None else told
+                ids.append(data.encode_text(tokenizer, text, closed=True, add_special_tokens=told is None)[:length])
             if not all(ids):
                 raise ValueError(f"Row {[bool(i) for i in ids].index(False)} has no text in {column!r}.")
             arrays += data.pad(ids, length=length, pad_id=0, left=False)
