@@ -19,6 +19,10 @@ def as_chat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".") + "."
+
+
 def render(messages: list[dict[str, Any]], tokenizer: Any, *, parts: bool = False, answer: bool = True) -> str:
     """Text of messages; `parts`: with a list of parts in the place of each text; `answer`: up to where the answer begins."""
     if parts:
@@ -43,7 +47,9 @@ def through_template(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     try:
         text = render(row["prompt"], tokenizer)
     except Exception as error:  # whatever the template raises
-        raise ValueError(f"The tokenizer's chat template does not take the prompt {row['prompt']!r:.200}: {error}.") from error
+        raise ValueError(
+            f"The tokenizer's chat template does not take the prompt {row['prompt']!r:.200}: {_said(error)}"
+        ) from error
     last = row["prompt"][-1]["content"]
     if isinstance(last, str) and last.strip() not in text:  # a template that wants parts may pass over a text
         with contextlib.suppress(Exception):
@@ -71,7 +77,7 @@ def conversation(prompt: Any, answer: Any, tokenizer: Any) -> str | None:
     try:
         return render(said, tokenizer, answer=False)
     except Exception as error:  # whatever the template raises
-        raise ValueError(f"The tokenizer's chat template does not take {said!r:.200}: {error}.") from error
+        raise ValueError(f"The tokenizer's chat template does not take {said!r:.200}: {_said(error)}") from error
 
 
 def end_of_turn(tokenizer: Any) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ def main(args: list[str] | None = None) -> None:
         | Annotated[Plan, tyro.conf.subcommand("plan", default=Plan(model=missing))]
     )
     keep_compiled()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not here, which nothing needs
     try:
         with _interrupts(), _no_leftovers():
             tyro.cli(commands, config=(tyro.conf.EnumChoicesFromValues,), prog="ppo-jax", description=__doc__, args=args).run()

@@ -29,7 +29,11 @@ class Counts(NamedTuple):
 
 class LossFn(Protocol):
     def __call__(self, params: Params, batch: Experience, counts: Counts) -> tuple[jax.Array, LossMetrics]:
-        """The part that `batch`, a micro-batch, has in its minibatch's loss and metrics."""
+        """The part that `batch`, a micro-batch, has in its minibatch's loss and metrics.
+
+        On a mesh it may run once for each place on `data`; where it says itself how an array lies, it does so by
+        `models.sharding.constrain`, which knows that.
+        """
 
 
 def ppo_loss_fn(

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from jax.sharding import PartitionSpec
 
 from ppo_jax import iteration, parallel
 from ppo_jax.config import PPOConfig, SettingError
@@ -280,3 +281,21 @@ def test_one_compilation_in_twenty_updates(tmp_path, caplog):
         run.run()
     for name in ("sample", "score", "learn"):
         assert caplog.text.count(f"Compiling jit({name})") == 1
+
+
+def test_rows_are_mapped_over_data_where_it_is_free():
+    """Not again inside a `shard_map` over it, and not where they do not divide."""
+    mesh = parallel.make_mesh({"data": 8})
+
+    def total(params, rows, axis_name):
+        return rows.sum() if axis_name is None else 10 * jax.lax.psum(rows.sum(), axis_name)
+
+    rows = jnp.ones((16, 3))
+    mapped = jax.jit(lambda rows: sharding.map_over_data(total, None, rows, parts=2))
+    own = lambda rows: jax.lax.psum(sharding.map_over_data(total, None, rows, parts=2), "data")
+    with jax.set_mesh(mesh):
+        assert mapped(rows) == 480
+        inside = jax.shard_map(own, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
+        assert jax.jit(inside)(rows) == 48
+        with pytest.raises(ValueError, match="12 rows does not divide into 2 micro-batches on data=8"):
+            mapped(rows[:12])

@@ -1,6 +1,9 @@
 """The README's Python runs as it stands, top to bottom, and the presets' table says what the presets are."""
 
+import ast
+import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,17 @@ def test_table_of_presets():
     adam = [f"{c.adam_eps:.0e}".replace("e-0", "e-") + f", {c.weight_decay:g}" for c in presets]
     assert rows["Adam's epsilon, weight decay"] == adam
     assert rows["gradient clipped at"] == ["no" if c.max_grad_norm is None else f"{c.max_grad_norm:g}" for c in presets]
+
+
+def test_what_is_imported_is_declared():
+    """The environment of the tests holds more than a user's, who would miss what is not."""
+    declared = {re.split(r"[ <>=;\[]", line)[0].lower().replace("-", "_") for line in importlib.metadata.requires("ppo_jax")}
+    trees = [ast.parse(file.read_text()) for file in (Path(__file__).parents[1] / "ppo_jax").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"ppo_jax"}
+    owners = importlib.metadata.packages_distributions()
+    missing = {m for m in modules if not declared & {owner.lower().replace("-", "_") for owner in owners.get(m, ())}}
+    assert missing <= {"numpy", "jaxlib"}, missing  # JAX's own
+    assert "jinja2" in declared  # which transformers needs for a chat template, and does not bring

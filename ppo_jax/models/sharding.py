@@ -114,10 +114,12 @@ def map_over_data(function: Callable, params: Any, rows: Any, *, parts: int) -> 
     `data` once, at its end, where the compiler would reduce each part. `fsdp` and `tensor` stay the compiler's, which scatters each
     part's gradient over `fsdp`: to keep it whole would undo what `fsdp` is for. Where nothing is to be gained, `axis_name` is None.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    places = mesh.shape.get("data", 1) if _is_auto(mesh) else 1
-    if places == 1 or (parts == 1 and any(mesh.shape.get(axis, 1) > 1 for axis in ("fsdp", "tensor"))):
+    ours = _free_axes(jax.sharding.get_abstract_mesh())
+    places, count = ours.get("data", 1), len(jax.tree.leaves(rows)[0])
+    if places == 1 or (parts == 1 and any(ours.get(axis, 1) > 1 for axis in ("fsdp", "tensor"))):
         return function(params, rows, None)
+    if count % (places * parts):
+        raise ValueError(f"A minibatch of {count} rows does not divide into {parts} micro-batches on data={places}.")
     cut = jax.tree.map(lambda x: constrain(x.reshape(places, -1, *x.shape[1:]), "data", "fsdp"), rows)
     own = lambda rows: function(params, rows, "data")
     return jax.vmap(own, out_axes=None, axis_name="data", spmd_axis_name="data")(cut)
@@ -125,6 +127,12 @@ def map_over_data(function: Callable, params: Any, rows: Any, *, parts: int) -> 
 
 def _is_auto(mesh: Any) -> bool:
     return AxisType.Auto in mesh.axis_types
+
+
+def _free_axes(mesh: Any) -> dict[str, int]:
+    """Sizes of the axes that are the compiler's to use here."""
+    named = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in named if kind is AxisType.Auto and not _is_mapped(name)}
 
 
 def _is_mapped(axis: str) -> bool:
@@ -146,8 +154,7 @@ def _axes_of(name: str, rank: int, rules: tuple[ShardRule, ...]) -> tuple[str | 
 
 def _fit(axes: tuple, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Without the axes that the mesh does not have, that are mapped, and those that do not divide."""
-    ours = {name: size for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-            if kind is AxisType.Auto and not _is_mapped(name)}  # fmt: skip
+    ours = _free_axes(mesh)
     fitted = []
     for axis, size in zip(axes, shape, strict=False):
         names = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in ours)
