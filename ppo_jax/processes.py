@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from ppo_jax.config import SettingError
 from ppo_jax.faults import Fault, GradientError, NonFiniteError, RewardError
+from ppo_jax.provenance import text_hash
 
 _FAULTS = {kind.kind: kind for kind in (RewardError, NonFiniteError, GradientError)}
 _MESSAGE = 2048  # bytes that `told` carries
@@ -55,11 +57,27 @@ class Processes:
         for name in ("lost_after_s", "join_within_s"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if where is not None:
+            _check_place(where, listens=index == 0)
         limits = {"heartbeat_timeout_seconds": self.lost_after_s, "initialization_timeout": self.join_within_s}
         try:
             jax.distributed.initialize(where, count, index, **limits)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"The processes do not come together: {str(error).splitlines()[0]}") from error
+
+
+def _check_place(where: str, *, listens: bool) -> None:
+    """Raises SettingError if it is no HOST:PORT, ValueError if process 0 cannot listen there, which JAX would not survive."""
+    host, _, port = where.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise SettingError(f"coordinator must be HOST:PORT, not {where!r}.")
+    if listens:
+        with socket.socket() as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                one.bind(("", int(port)))
+            except OSError as error:
+                raise ValueError(f"Process 0 cannot listen on port {port}: {error.strerror}.") from error
 
 
 def _number(given: int | None, variable: str) -> int | None:
@@ -108,11 +126,32 @@ def agree(fault: Fault | None) -> None:
         if fault is not None:
             raise fault
         return
-    mine = "" if fault is None else json.dumps([fault.kind, list(fault.rows[:64]), str(fault)[:1000]])
+    mine = "" if fault is None else _as_line(fault)
     for number, text in enumerate(told(mine)):
         if text:
             kind, rows, message = json.loads(text)
             raise _FAULTS[kind](f"In process {number}: {message}", tuple(rows)) from fault
+
+
+def _as_line(fault: Fault) -> str:
+    """A fault as JSON, with as much of its message as `told` carries."""
+    message, line = str(fault), ""
+    while not line or len(line.encode(errors="backslashreplace")) > _MESSAGE:
+        line = json.dumps([fault.kind, list(fault.rows[:64]), message], ensure_ascii=False)
+        message = message[: len(message) * 3 // 4]
+    return line
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises ValueError in every process, naming it, if one has another value than the first."""
+    names = sorted(values)
+    said = told("".join(text_hash(name, values[name])[:6] for name in names))
+    for number, marks in enumerate(said):
+        if marks != said[0]:
+            at = next((i for i in range(len(names)) if marks[6 * i : 6 * i + 6] != said[0][6 * i : 6 * i + 6]), 0)
+            raise ValueError(
+                f"{names[at]} is not the same in process {number} as in process 0; all need the same command and files."
+            )
 
 
 def first_does(call: Callable[[], Any]) -> None:

@@ -101,12 +101,15 @@ class Trainer:
         parallel.check_rows(agent.config, jax.local_device_count() if pmap else parallel.devices_of_rows(mesh))
         self.out, self._lock = out, None
         processes.first_does(lambda: self._claim(resume != "no"))
+        if processes.any_process(not out.is_dir()):
+            raise ValueError(f"{out} is not there for all processes; they need one folder that each of them sees.")
         params, frozen, ref_params = (parallel.place(tree, mesh) for tree in (params, frozen, ref_params))
         if ref_params is None:
             ref_params = (frozen or {}).get("policy") or params["policy"]
         self.ref_params, self.frozen = ref_params, frozen
         self.state = parallel.start_state(agent, params, jax.random.key(loop.seed), updates=loop.updates, mesh=mesh)
         config = start_config(agent, loop, settings, (params, frozen, ref_params), tokenizer, prompts, eval_prompts, reward)
+        processes.check_same({f"The hash of the {name}": x for name, x in config.hashes.items()})
         self.checkpoints = Checkpoints(out / "checkpoints", keep=loop.keep)
         about: dict[str, Any] = {}
         if resume == "yes" and not self.checkpoints.were_any():

@@ -31,8 +31,8 @@ class LossFn(Protocol):
     def __call__(self, params: Params, batch: Experience, counts: Counts) -> tuple[jax.Array, LossMetrics]:
         """The part that `batch`, a micro-batch, has in its minibatch's loss and metrics.
 
-        On a mesh it may run once for each place on `data`; where it says itself how an array lies, it does so by
-        `models.sharding.constrain`, which knows that.
+        On a mesh it may run once for each place on `data`, and the parts are added up: it divides by `counts`, not by its own rows.
+        Where it says itself how an array lies, it does so by `models.sharding.constrain`, which knows that.
         """
 
 
@@ -222,7 +222,10 @@ def ppo_update(
                 micro_batches=micro_batches, aggregation=aggregation, axis_name=axis_name or data_axis,
             )  # fmt: skip
 
-        grads, metrics = map_over_data(gradient, (state.params, frozen), batch, parts=micro_batches)
+        trees = (state.params, frozen)
+        grads, metrics = (
+            map_over_data(gradient, trees, batch, parts=micro_batches) if axis_name is None else gradient(trees, batch, None)
+        )
         norm = optax.tree.norm(grads)
         beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
         new = state.apply_gradients(grads=grads)

@@ -48,8 +48,8 @@ def folder(tmp_path_factory):
     return place
 
 
-def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0, **options):
-    """`count` processes of one run."""
+def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0, last=None, last_in=None, **options):
+    """`count` processes of one run; the last with options of its own, or in another folder."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -67,7 +67,9 @@ def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0,
         named = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
         env_here = env | (named if count > 1 else {})
         with (folder / f"{out}.{index}.log").open("w") as log:
-            started.append(subprocess.Popen(command, cwd=folder, env=env_here, stdout=log, stderr=subprocess.STDOUT))
+            more = [str(x) for name, value in (last or {}).items() for x in (f"--{name}", value)] if index == count - 1 else []
+            place = last_in if last_in and index == count - 1 else folder
+            started.append(subprocess.Popen(command + more, cwd=place, env=env_here, stdout=log, stderr=subprocess.STDOUT))
     return started
 
 
@@ -152,6 +154,57 @@ def test_a_fault_in_one_process_stops_all_after_a_checkpoint(folder):
         assert "In process 1: The reward function returned nan for response 0" in (folder / f"fault.{index}.log").read_text()
     dumped = read_lines(folder / "fault/faults.jsonl")
     assert len(dumped) == 8 and dumped[0]["prompt"]
+
+
+def test_processes_with_other_settings_end_with_a_sentence(folder):
+    finish(folder, "parts", start(folder, "parts", 2, mesh="data=4", last={"ppo.epochs": 1}), expected=2)
+    for index in (0, 1):
+        assert "ppo.epochs is not the same in process 1 as in process 0" in (folder / f"parts.{index}.log").read_text()
+    assert not (folder / "parts").exists()
+
+
+def test_processes_with_other_files_end_with_a_sentence(folder):
+    (folder / "elsewhere").mkdir()
+    for name in ("model", "reward.py"):
+        (folder / "elsewhere" / name).symlink_to(folder / name)
+    (folder / "elsewhere/prompts.txt").write_text("a b\n")
+    finish(folder, "files", start(folder, "files", 2, mesh="data=4", last_in=folder / "elsewhere"), expected=2)
+    for index in (0, 1):
+        assert "prompts is not the same in process 1" in (folder / f"files.{index}.log").read_text()
+    assert not (folder / "files/metrics.jsonl").exists()
+
+
+def test_a_coordinator_that_cannot_be_is_refused():
+    three = {"count": 2, "index": 0}
+    for where in ("localhost", "localhost:", "localhost:99999", ":80"):
+        with pytest.raises(SettingError, match="coordinator must be HOST:PORT"):
+            processes.Processes(coordinator=where, **three).start()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="Process 0 cannot listen on port"):
+            processes.Processes(coordinator=f"localhost:{taken.getsockname()[1]}", **three).start()
+
+
+def test_what_differs_between_processes_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "told", lambda text: [text, text])
+    processes.check_same({"a": 1, "b": None})
+    marks = []
+    monkeypatch.setattr(processes, "told", lambda text: marks.append(text) or marks)
+    processes.check_same({"a": 1, "b": None})
+    with pytest.raises(ValueError, match="b is not the same in process 1"):
+        processes.check_same({"a": 1, "b": 2})
+
+
+@pytest.mark.parametrize("message", ["x" * 5000, "\u9519" * 900, '"\\' * 900, "\x01\udc80" * 900])
+def test_a_long_message_in_any_letters_is_told(monkeypatch, message):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    said = lambda text: ["", text.encode(errors="backslashreplace")[:2048].decode(errors="ignore")]
+    monkeypatch.setattr(processes, "told", said)
+    with pytest.raises(RewardError) as raised:
+        processes.agree(RewardError(message, tuple(range(100))))
+    found = str(raised.value).removeprefix("In process 1: ")
+    assert len(found) > 60 and message.startswith(found) and raised.value.rows == tuple(range(64))
 
 
 def test_a_signal_to_one_process_stops_all(folder):

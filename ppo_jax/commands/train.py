@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from ppo_jax import iteration, parallel, processes, provenance
 from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
 from ppo_jax.config import PPOConfig, SettingError, check_numbers
-from ppo_jax.files import check_free, lock, read_lines, write_json
+from ppo_jax.files import check_free, lock, plain, read_lines, write_json
 from ppo_jax.models import heads, pretrained, scorers
 from ppo_jax.models import lora as low_rank
 from ppo_jax.models.transformer import language_model
@@ -97,6 +98,8 @@ class Train:
         if self.deterministic:
             provenance.make_deterministic()
         self.processes.start()
+        settings = flatten_dict(plain(self), sep=".")
+        processes.check_same({name: x for name, x in settings.items() if name != "out" and not name.startswith("processes.")})
         check_free(self.out, resume=self.resume != "no")
         trainer, policy, adapters = self.build(self.out)
         with contextlib.ExitStack() as stack:
