@@ -63,7 +63,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     try:
         return Mesh(lay_out(shape, devices[:need]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     except (AssertionError, NotImplementedError, ValueError) as error:  # JAX asserts that a part of a TPU slice is a block
-        reason = f"{type(error).__name__}: {error}"
+        block = isinstance(error, AssertionError)
+        reason = "in a TPU slice they must form a block" if block else f"{type(error).__name__}: {error}"
         raise SettingError(f"The mesh {said} cannot be laid over {need} of {len(devices)} devices: {reason:.300}") from error
 
 

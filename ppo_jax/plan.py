@@ -5,8 +5,10 @@ The compiler is the TPU's own (package `libtpu`); nothing runs, and no parameter
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -73,7 +75,7 @@ def make_topology(name: str) -> list[Any]:
     Raises:
       SettingError: if there is no such slice, or no compiler for it.
     """
-    if name.partition(":")[0] not in CHIPS:
+    if name.partition(":")[0] not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", name):
         raise SettingError(f"topology must be like v5e:4x4, of the chips {', '.join(CHIPS)}; not {name!r}.")
     for key, value in _ALONE.items():
         os.environ.setdefault(key, value)
@@ -83,7 +85,8 @@ def make_topology(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # of several kinds; libtpu missing is one
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingError(f"No compiler for {name}: {reason} (libtpu comes with pip install 'ppo-jax[tpu-aot]')") from error
+        lacks = "" if importlib.util.find_spec("libtpu") else " (libtpu comes with pip install 'ppo-jax[tpu-aot]')"
+        raise SettingError(f"No compiler for {name}: {reason}{lacks}") from error
 
 
 def compile_iteration(
