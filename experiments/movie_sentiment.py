@@ -32,7 +32,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from experiments import assets
 from ppo_jax import data, iteration, sft
 from ppo_jax.config import PPOConfig
-from ppo_jax.files import claim, write_json
+from ppo_jax.files import claim, lock, write_json
 from ppo_jax.models import heads, pretrained, stored
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import gpt2
@@ -187,6 +187,7 @@ def main(settings: Settings) -> dict[str, float]:
     if (settings.out / "summary.json").exists():
         raise SystemExit(f"{settings.out} holds another run; choose another folder.")
     out = claim(settings.out)
+    _held = lock(out)  # until the end
     rows = assets.movie_reviews()
     rows = [rows[i] for i in np.random.default_rng(settings.seed).permutation(len(rows))]
     texts, scores = [" " + row.sentence.strip() for row in rows], [row.score for row in rows]

@@ -36,7 +36,7 @@ from flax.training.train_state import TrainState
 
 from ppo_jax import iteration, sft
 from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.files import claim, plain, write_json
+from ppo_jax.files import claim, lock, plain, write_json
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
@@ -211,6 +211,7 @@ def main(settings: Settings) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         out = claim(settings.out)
+        _held = lock(out)  # until the end
     except (OSError, ValueError) as error:
         raise SystemExit(f"out={settings.out} cannot be used: {error}") from error
     seeds = range(settings.seed, settings.seed + settings.seeds)

@@ -21,7 +21,7 @@ from experiments.movie_sentiment import distinct2
 from ppo_jax import data, iteration
 from ppo_jax.chat import end_of_turn
 from ppo_jax.config import PPOConfig
-from ppo_jax.files import claim, write_json
+from ppo_jax.files import claim, lock, write_json
 from ppo_jax.models import encoder, heads, lora, pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.reward_functions import TextReward
@@ -85,6 +85,7 @@ def split(seed: int, opening: int) -> tuple[list[assets.ScoredSentence], list[st
 
 def main(settings: Settings) -> dict[str, float]:
     start, out = time.perf_counter(), claim(settings.out)
+    _held = lock(out)  # until the end
     scored, openings, test_openings = split(settings.seed, settings.opening)
     embed = encoder.load_encoder(assets.minilm(), length=48)
     if settings.like is None:

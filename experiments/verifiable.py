@@ -22,7 +22,7 @@ from experiments import assets
 from ppo_jax import data, iteration
 from ppo_jax.chat import end_of_turn
 from ppo_jax.config import PPOConfig
-from ppo_jax.files import claim, write_json
+from ppo_jax.files import claim, lock, write_json
 from ppo_jax.models import heads, lora, pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.reward_functions import TextReward
@@ -80,6 +80,7 @@ def correct(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
 
 def main(settings: Settings) -> dict[str, float]:
     start, out = time.perf_counter(), claim(settings.out)
+    _held = lock(out)  # until the end
     file = settings.model or assets.smollm2_gguf()
     tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

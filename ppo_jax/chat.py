@@ -58,6 +58,14 @@ def through_template(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {**row, "prompt": text, "messages": row["prompt"]}
 
 
+def joined(prompt: Any, answer: Any) -> list[dict[str, Any]] | None:
+    """Messages of a prompt and those of its answer, which may repeat the prompt's; None, where neither is messages."""
+    if not (is_chat(prompt) or is_chat(answer)):
+        return None
+    said = answer if is_chat(answer) else [{"role": "assistant", "content": answer}]
+    return [*prompt, *said] if is_chat(prompt) and said[: len(prompt)] != prompt else said
+
+
 def conversation(prompt: Any, answer: Any, tokenizer: Any) -> str | None:
     """Text of messages and the answer to them, as the template closes it; None, where neither is messages.
 
@@ -69,11 +77,9 @@ def conversation(prompt: Any, answer: Any, tokenizer: Any) -> str | None:
     Raises:
       ValueError: with what the template raised.
     """
-    if not (is_chat(prompt) or is_chat(answer)):
+    said = joined(prompt, answer)
+    if said is None:
         return None
-    said = answer if is_chat(answer) else [{"role": "assistant", "content": answer}]
-    if is_chat(prompt) and said[0]["role"] == "assistant":
-        said = [*prompt, *said]
     try:
         return render(said, tokenizer, answer=False)
     except Exception as error:  # whatever the template raises

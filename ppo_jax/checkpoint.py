@@ -21,7 +21,7 @@ from ppo_jax.provenance import differences, digest, text_hash
 
 _LOG = logging.getLogger(__name__)
 _SPARE_BYTES = 2**20  # what Orbax writes beside the arrays
-_LEFTOVERS = ("exception was never retrieved", "_SignalingThread.run() raised an exception")
+_LEFTOVERS = ("exception was never retrieved", "_SignalingThread.run() raised an exception", "CheckpointManagerOptions.read_only")
 
 
 def _is_no_leftover(record: logging.LogRecord) -> bool:

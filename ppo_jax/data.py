@@ -80,7 +80,8 @@ def read_rows(source: str | Path | Iterable[str | dict[str, Any]], *, columns: S
         row = {columns[0]: item} if isinstance(item, str) else item
         for column in columns:
             if not isinstance(row, dict) or not (isinstance(row.get(column), str) or chat.is_chat(row.get(column))):
-                raise ValueError(f"Row {number} needs a text in its column {column!r}.")
+                has = f"has {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else f"is {row!r:.60}"
+                raise ValueError(f"Row {number} needs a text in its column {column!r}; it {has}.")
         rows.append(row)
     if not rows:
         raise ValueError(f"There is no {columns[0]} in {source if isinstance(source, str | Path) else 'the given list'}.")

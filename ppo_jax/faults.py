@@ -172,6 +172,7 @@ class StopSignals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
+        os.write(2, b"ppo-jax: The run stops after this update; a second signal ends it at once.\n")
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():

@@ -20,6 +20,7 @@ from ppo_jax.config import PPOConfig, SettingError
 from ppo_jax.iteration import Agent, PPOState
 from ppo_jax.models.sharding import AXES, put, rows_sharding, shardings
 from ppo_jax.types import Params
+from ppo_jax.update import LossFn
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -186,9 +187,10 @@ class Steps(NamedTuple):
     learn: Callable
 
 
-def jit_steps(agent: Agent, mesh: Mesh | None = None, state: PPOState | None = None) -> Steps:
+def jit_steps(agent: Agent, mesh: Mesh | None = None, state: PPOState | None = None, *, loss_fn: LossFn | None = None) -> Steps:
     """By `jit`; on a mesh, with the rows spread and `learn`'s new state lying as `state` does."""
     sample, score, learn = (functools.partial(f, agent) for f in (iteration.sample, iteration.score, iteration.learn))
+    learn = functools.partial(learn, loss_fn=loss_fn)
     jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     if mesh is None:
         return Steps(jit(sample), jit(score), jit(learn, donate_argnums=0))
@@ -209,7 +211,7 @@ def _on(mesh: Mesh, function: Callable) -> Callable:
     return call
 
 
-def pmap_steps(agent: Agent, devices: Sequence[Any] | None = None) -> Steps:
+def pmap_steps(agent: Agent, devices: Sequence[Any] | None = None, *, loss_fn: LossFn | None = None) -> Steps:
     """By `pmap`: a replica of everything on each device, rows spread, gradients and averages summed over the devices.
 
     The same results as `jit_steps` with all devices on `data`, which is to be preferred: only a mesh can cut parameters, and JAX
@@ -228,7 +230,8 @@ def pmap_steps(agent: Agent, devices: Sequence[Any] | None = None) -> Steps:
         return iteration.score(agent, state, ref_params, rollout, frozen=frozen)
 
     def own_learn(state, frozen, rollout, scores, task_scores, token_scores):
-        return iteration.learn(agent, state, rollout, scores, task_scores, token_scores, frozen=frozen, axis_name=axis)
+        more = {"frozen": frozen, "loss_fn": loss_fn, "axis_name": axis}
+        return iteration.learn(agent, state, rollout, scores, task_scores, token_scores, **more)
 
     all_sample = mapped(own_sample, in_axes=(None, None, 0, 0, 0))
     all_score = mapped(own_score, in_axes=(None, None, None, 0))

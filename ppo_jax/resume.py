@@ -42,7 +42,7 @@ class RunConfig:
 
 def start_config(
     agent: Agent, loop: Any, command: Any, models: Any, tokenizer: Any, prompts: data.Prompts, eval_prompts: data.Prompts | None,
-    reward: Any,
+    reward: Any, loss_fn: Any = None,
 ) -> RunConfig:  # fmt: skip
     """Of a run about to start; `models` are all parameters that it starts from."""
     longest = max(p.tokens.shape[1] for p in (prompts, eval_prompts) if p is not None)  # padding shapes the last bits
@@ -58,6 +58,8 @@ def start_config(
         "prompts": _data_hash(prompts),
         "reward": provenance.code_hash(reward),
     }
+    if loss_fn is not None:
+        hashes["loss"] = provenance.code_hash(loss_fn)
     if eval_prompts is not None:
         hashes["eval_prompts"] = _data_hash(eval_prompts)
     return RunConfig(json.loads(json.dumps(settings)), hashes)

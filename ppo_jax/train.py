@@ -22,6 +22,7 @@ from ppo_jax.logging import SKIPPED, NoLog, RunLog
 from ppo_jax.resume import check_unchanged, start_config
 from ppo_jax.reward_functions import RewardFn, TaskScores
 from ppo_jax.types import Params, Rollout
+from ppo_jax.update import LossFn
 
 Resume = Literal["no", "yes", "auto"]
 
@@ -47,7 +48,7 @@ class LoopConfig:
     wandb_project: str | None = None
     """Also log to this Weights & Biases project."""
     progress: bool = True
-    """Show a progress bar, where there is a terminal."""
+    """Show a progress bar on stderr, or a line an update where that is no terminal."""
     faults: Faults = dataclasses.field(default_factory=Faults)
 
     def __post_init__(self):
@@ -86,12 +87,14 @@ class Trainer:
         resume: Resume = "no",
         mesh: Mesh | None = None,
         pmap: bool = False,
+        loss_fn: LossFn | None = None,
     ):
         """Learns `params`, `{"policy": ..., "critic": ...}`, over the `frozen` ones if there are any.
 
         The reference, unless given, is the policy that does not train; without one, the policy as it comes. `resume` goes on from
         the folder's newest good checkpoint: "yes" needs one, "auto" starts afresh where there is none. `mesh`, of
-        `parallel.make_mesh`, spreads rows and parameters over devices; `pmap` runs replicas on all of them instead.
+        `parallel.make_mesh`, spreads rows and parameters over devices; `pmap` runs replicas on all of them instead. `loss_fn`
+        stands in for PPO's loss.
         """
         if eval_prompts is not None:  # of one length, so that one program samples both
             longest = max(prompts.tokens.shape[1], eval_prompts.tokens.shape[1])
@@ -108,7 +111,9 @@ class Trainer:
             ref_params = (frozen or {}).get("policy") or params["policy"]
         self.ref_params, self.frozen = ref_params, frozen
         self.state = parallel.start_state(agent, params, jax.random.key(loop.seed), updates=loop.updates, mesh=mesh)
-        config = start_config(agent, loop, settings, (params, frozen, ref_params), tokenizer, prompts, eval_prompts, reward)
+        config = start_config(
+            agent, loop, settings, (params, frozen, ref_params), tokenizer, prompts, eval_prompts, reward, loss_fn
+        )
         processes.check_same({f"The hash of the {name}": x for name, x in config.hashes.items()})
         self.checkpoints = Checkpoints(out / "checkpoints", keep=loop.keep)
         about: dict[str, Any] = {}
@@ -125,7 +130,9 @@ class Trainer:
         processes.first_does(lambda: (cut_back(out, about.get("sizes", {})), config.write(out, first_update=update)))
         board, project = loop.tensorboard, loop.wandb_project
         self.log = RunLog(out, tensorboard=board, wandb_project=project, first_update=update) if processes.is_first() else NoLog()
-        self._steps = parallel.pmap_steps(agent) if pmap else parallel.jit_steps(agent, mesh, self.state)
+        self._steps = (
+            parallel.pmap_steps(agent, loss_fn=loss_fn) if pmap else parallel.jit_steps(agent, mesh, self.state, loss_fn=loss_fn)
+        )
 
     def _claim(self, resume: bool) -> None:
         self._lock = lock(claim(self.out, resume=resume))
@@ -192,15 +199,14 @@ class Trainer:
                     if m is not None:
                         if on_update is not None:
                             on_update(m)
-                        bar.set_postfix(score=f"{m['objective/scores']:.3f}", kl=f"{m['objective/kl']:.2f}",
-                                        clip=f"{m['policy/clipfrac']:.3f}", ev=f"{m['value/explained_variance']:.2f}")  # fmt: skip
+                        self._show(bar, update, m)
                     self._unevaluated = self.eval_prompts is not None and due(loop.eval_every, update)
                     is_best = self._evaluate(update)
                     stop = processes.any_process(signals.received is not None)
                     if due(loop.save_every, update) or is_best or stop:
                         self.save()
                     if stop and update + 1 < loop.updates:
-                        processes.say(f"Stopped by a signal after update {update}; --resume auto goes on from there.")
+                        processes.say(f"Stopped by a signal after {update + 1} updates; --resume auto goes on from there.")
                         raise SystemExit(faults.STOPPED)
         finally:
             self.checkpoints.close()
@@ -209,6 +215,14 @@ class Trainer:
                 self._lock.release()
         self._check_end()
         return self.state
+
+    def _show(self, bar: tqdm, update: int, m: dict[str, float]) -> None:
+        """On the bar; as a line, where there is no terminal."""
+        names = {"score": "objective/scores", "kl": "objective/kl", "clip": "policy/clipfrac", "ev": "value/explained_variance"}
+        text = ", ".join(f"{short}={m[name]:.3g}" for short, name in names.items())
+        bar.set_postfix_str(text)
+        if bar.disable and self.loop.progress and processes.is_first():
+            print(f"update {update + 1} of {self.loop.updates}: {text}", file=sys.stderr, flush=True)
 
     def save(self) -> None:
         """A checkpoint of everything that the run needs to go on as if it had never stopped; none before the first update."""

@@ -111,7 +111,9 @@ ASKED = [{"role": "user", "content": "b"}]
 ANSWER = [{"role": "assistant", "content": "c d"}]
 
 
-@pytest.mark.parametrize("prompt, answer", [(ASKED, "c d"), (ASKED, ANSWER), (None, ASKED + ANSWER), ("b", ASKED + ANSWER)])
+@pytest.mark.parametrize(
+    "prompt, answer", [(ASKED, "c d"), (ASKED, ANSWER), (None, ASKED + ANSWER), ("b", ASKED + ANSWER), (ASKED, ASKED + ANSWER)]
+)
 def test_rows_of_messages_are_learned_from_through_the_template(tmp_path, prompt, answer):
     words, row = chatty(), {"prompt": prompt, "response": answer, "score": 1}
     ids = words.convert_tokens_to_ids
@@ -121,6 +123,14 @@ def test_rows_of_messages_are_learned_from_through_the_template(tmp_path, prompt
     stage = Reward(model="", data=tmp_path, out=tmp_path, learn_from="scores")
     tokens, mask, _ = stage.encode([row], words, 16)
     assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"])
+
+
+def test_no_message_before_an_answer_is_lost(tmp_path):
+    system = [{"role": "system", "content": "e f"}]
+    row = {"prompt": system, "response": ASKED + ANSWER}
+    tokens, mask, _ = SFT(model="", data=tmp_path, out=tmp_path).encode([row], chatty(), 16)
+    assert tokens[mask].tolist() == chatty().convert_tokens_to_ids(["s", "e", "f", "t", "a", "b", "t", "a", "c", "d", "t"])
+    assert chat.conversation(system, ASKED + ANSWER, chatty()) == "s e f t u b t a c d t "
 
 
 def test_a_response_of_parts_is_named(tmp_path):

@@ -31,6 +31,7 @@ from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.reward_functions import RewardError, TextReward, TokenReward, check_scores
 from ppo_jax.train import LoopConfig, Trainer
 from ppo_jax.types import Rollout, overlay
+from ppo_jax.update import ppo_loss_fn
 
 WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
 PPO = PPOConfig(batch_size=32, epochs=2, minibatches=2, max_new_tokens=6, learning_rate=3e-3, kl_coef=0.01, vf_coef=0.5)
@@ -53,7 +54,7 @@ def likes_b(prompts, responses):
     return [response.split().count("b") / 2 for response in responses]
 
 
-def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, wrap=TextReward, resume="no", **loop):
+def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, wrap=TextReward, resume="no", loss_fn=None, **loop):
     model, words = policy(), tokenizer()
     rows = data.read_rows(["a b", "c", "d e f", "g"])
     prompts = data.encode_prompts(rows, words, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0)
@@ -62,7 +63,8 @@ def trainer(out, *, ppo=PPO, shared=False, reward=likes_b, wrap=TextReward, resu
     params = {"policy": model.params, "critic": {"head": fresh["head"]} if shared else fresh}
     agent = iteration.Agent(language_model(model.config), critic, ppo, (0,), 0)
     config = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, **loop})
-    return Trainer(agent, params, words, prompts, wrap(reward), out=out, loop=config, eval_prompts=prompts, resume=resume)
+    more = {"eval_prompts": prompts, "resume": resume, "loss_fn": loss_fn}
+    return Trainer(agent, params, words, prompts, wrap(reward), out=out, loop=config, **more)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -519,3 +521,26 @@ def test_a_decoder_that_scores_by_its_first_token_is_refused(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="sees no other"):
         load_reward(str(tmp_path))
+
+
+def test_a_loss_of_ones_own_goes_through_the_loop_and_is_known_on_resume(tmp_path):
+    def only(params, batch, counts):
+        model = policy().config
+        loss, metrics = ppo_loss_fn(
+            language_model(model), heads.separate_critic(model), temperature=1.0, clip_low=0.2, clip_high=0.2, value_clip=None,
+            vf_coef=1.0,
+        )(params, batch, counts)  # fmt: skip
+        return 0.0 * loss, metrics
+
+    before = trainer(tmp_path / "run", updates=1, loss_fn=only)
+    start = jax.tree.map(np.asarray, before.state.train.params)
+    end = before.run().train.params
+    jax.tree.map(np.testing.assert_array_equal, start, end)
+    with pytest.raises(ValueError, match="The loss of the run in"):
+        trainer(tmp_path / "run", updates=2, resume="yes")
+
+
+def test_without_a_terminal_each_update_is_a_line(tmp_path, capsys):
+    trainer(tmp_path / "run", updates=2, progress=True).run()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[: line.index(":")] for line in lines] == ["update 1 of 2", "update 2 of 2"] and "score=" in lines[0]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import data, reward_model, sft
-from ppo_jax.chat import conversation, end_of_turn, is_chat, through_template
+from ppo_jax.chat import conversation, end_of_turn, is_chat, joined, through_template
 from ppo_jax.commands.loading import load_model
 from ppo_jax.config import SettingError, check_numbers
 from ppo_jax.files import check_free, claim, plain, write_json
@@ -129,11 +129,12 @@ class SFT(Fit):
 
 def _last_turn(row: dict[str, Any]) -> tuple[Any, str]:
     """What is read and what is learned; of a response in messages the last, behind those before it."""
-    prompt, response = row.get("prompt"), row["response"]
-    if is_chat(response):
-        prompt, response = response[:-1] or prompt, response[-1]["content"]
-        if not isinstance(response, str):
-            raise ValueError(f"A response's last message needs a text as its content, not {response!r:.60}.")
+    said = joined(row.get("prompt"), row["response"])
+    if said is None:
+        return row.get("prompt"), row["response"]
+    prompt, response = said[:-1] or row.get("prompt"), said[-1]["content"]
+    if not isinstance(response, str):
+        raise ValueError(f"A response's last message needs a text as its content, not {response!r:.60}.")
     return prompt, response
 
 

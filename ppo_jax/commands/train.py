@@ -108,9 +108,9 @@ class Train:
             self._run(trainer, policy, adapters)
 
     def _run(self, trainer: Trainer, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None) -> None:
-        if self.resume != "no":
-            done = int(trainer.state.update)
-            processes.say(f"The run in {self.out} goes on after {done} updates." if done else f"A run starts in {self.out}.")
+        done = int(trainer.state.update)
+        processes.say(f"The run in {self.out} goes on after {done} updates." if done else
+                      f"A run starts in {self.out}; its first update takes longer, for it is compiled.")  # fmt: skip
         state = trainer.run()
         digest, base = provenance.digest(state.train.params), policy.params
         tuned = parallel.to_host(state.policy, everywhere=False)
