@@ -163,15 +163,20 @@ def test_processes_with_other_settings_end_with_a_sentence(folder):
     assert not (folder / "parts").exists()
 
 
-def test_processes_with_other_files_end_with_a_sentence(folder):
-    (folder / "elsewhere").mkdir()
-    for name in ("model", "reward.py"):
-        (folder / "elsewhere" / name).symlink_to(folder / name)
-    (folder / "elsewhere/prompts.txt").write_text("a b\n")
-    finish(folder, "files", start(folder, "files", 2, mesh="data=4", last_in=folder / "elsewhere"), expected=2)
+@pytest.mark.parametrize(
+    "shared, says", [(True, "prompts is not the same in process 1"), (False, "is not there for all processes")]
+)
+def test_processes_with_other_files_or_folders_end_with_a_sentence(folder, shared, says):
+    out = f"files{shared}"
+    place = folder / f"elsewhere{shared}"
+    place.mkdir()
+    for name in ("model", "reward.py", *([out] if shared else [])):
+        (place / name).symlink_to(folder / name)
+    (place / "prompts.txt").write_text("a b\n")
+    finish(folder, out, start(folder, out, 2, mesh="data=4", last_in=place), expected=2)
     for index in (0, 1):
-        assert "prompts is not the same in process 1" in (folder / f"files.{index}.log").read_text()
-    assert not (folder / "files/metrics.jsonl").exists()
+        assert says in (folder / f"{out}.{index}.log").read_text()
+    assert not (folder / out / "metrics.jsonl").exists()
 
 
 def test_a_coordinator_that_cannot_be_is_refused():

@@ -118,7 +118,7 @@ def test_learns(short_run):
 def test_writes_its_results(short_run):
     settings, summary = short_run
     assert json.loads((settings.out / "summary.json").read_text()) == summary
-    assert {path.name for path in settings.out.iterdir()} == {"summary.json", "learning.png"}
+    assert {path.name for path in settings.out.iterdir()} == {".lock", "summary.json", "learning.png"}
     assert [row["seed"] for row in summary["by_seed"]] == [0, 1]
     assert np.mean([row["after"] for row in summary["by_seed"]]) == pytest.approx(summary["optimality/after"])
 

@@ -98,6 +98,8 @@ class Train:
         if self.deterministic:
             provenance.make_deterministic()
         self.processes.start()
+        if self.mesh == "pmap" and jax.process_count() > 1:
+            raise SettingError(f"mesh=pmap runs in one process; for {jax.process_count()} take data={jax.device_count()}.")
         settings = flatten_dict(plain(self), sep=".")
         processes.check_same({name: x for name, x in settings.items() if name != "out" and not name.startswith("processes.")})
         check_free(self.out, resume=self.resume != "no")
@@ -142,8 +144,6 @@ class Train:
     def build(self, out: Path, loop: LoopConfig | None = None) -> tuple[Trainer, pretrained.Pretrained, low_rank.LoRA | None]:
         """Reads everything, and makes a trainer that writes to `out`; beside it the policy as it came, and the adapters."""
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
-        if self.mesh == "pmap" and jax.process_count() > 1:
-            raise SettingError(f"mesh=pmap runs in one process; for {jax.process_count()} take data={jax.device_count()}.")
         mesh = None if self.mesh == "pmap" else parallel.make_mesh(parallel.parse_mesh(self.mesh))
         mesh = None if mesh is None or mesh.size == 1 else mesh
         parallel.check_rows(self.ppo, jax.local_device_count() if self.mesh == "pmap" else parallel.devices_of_rows(mesh))
