@@ -59,10 +59,17 @@ def through_template(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def joined(prompt: Any, answer: Any) -> list[dict[str, Any]] | None:
-    """Messages of a prompt and those of its answer, which may repeat the prompt's; None, where neither is messages."""
+    """Messages of a prompt and those of its answer, which may repeat the prompt's; None, where neither is messages.
+
+    Example:
+      >>> [message["role"] for message in joined("2 + 2?", [{"role": "assistant", "content": "4"}])]
+      ['user', 'assistant']
+    """
     if not (is_chat(prompt) or is_chat(answer)):
         return None
     said = answer if is_chat(answer) else [{"role": "assistant", "content": answer}]
+    if isinstance(prompt, str) and said[0]["role"] == "assistant":
+        prompt = [{"role": "user", "content": prompt}]
     return [*prompt, *said] if is_chat(prompt) and said[: len(prompt)] != prompt else said
 
 

@@ -112,7 +112,8 @@ ANSWER = [{"role": "assistant", "content": "c d"}]
 
 
 @pytest.mark.parametrize(
-    "prompt, answer", [(ASKED, "c d"), (ASKED, ANSWER), (None, ASKED + ANSWER), ("b", ASKED + ANSWER), (ASKED, ASKED + ANSWER)]
+    "prompt, answer",
+    [(ASKED, "c d"), (ASKED, ANSWER), (None, ASKED + ANSWER), ("b", ASKED + ANSWER), (ASKED, ASKED + ANSWER), ("b", ANSWER)],
 )
 def test_rows_of_messages_are_learned_from_through_the_template(tmp_path, prompt, answer):
     words, row = chatty(), {"prompt": prompt, "response": answer, "score": 1}
