@@ -117,7 +117,7 @@ def generate(
         return advance(state._replace(cache=cache), hidden[:, 0])
 
     # The last token is never read, so the cache needs no slot for it.
-    hidden, cache = model.hidden(params, prompts, prompt_mask, model.init_cache(B, P + max_new_tokens - 1))
+    hidden, cache = model.hidden(params, prompts, prompt_mask, model.init_cache(B, P + max_new_tokens - 1), last=1)
     empty = _Decoding(
         t=jnp.int32(0),
         token=prompts[:, -1],

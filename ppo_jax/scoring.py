@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ppo_jax import kl as kl_
 from ppo_jax.advantages import generalized_advantage_estimation
-from ppo_jax.logprobs import chunked_logprobs_and_entropy, response_view
+from ppo_jax.logprobs import chunked_logprobs_and_entropy
 from ppo_jax.masked import masked_whiten
 from ppo_jax.rewards import ScoreAt, token_rewards
 from ppo_jax.types import CriticFn, Experience, LanguageModel, Params, Rollout, Scores
@@ -51,9 +51,9 @@ def forward_responses(
       A `Forward`.
     """
     inputs, input_mask = tokens[:, :-1], mask[:, :-1]
-    hidden, _ = model.hidden(params["policy"], inputs, input_mask)
-    values = response_view(critic(params["critic"], hidden, inputs, input_mask), prompt_length)
-    hidden = response_view(hidden, prompt_length)
+    # The states before the response's tokens: the last of all positions but the very last (see `logprobs.response_view`).
+    hidden, _ = model.hidden(params["policy"], inputs, input_mask, last=tokens.shape[1] - prompt_length)
+    values = critic(params["critic"], hidden, inputs, input_mask)
     logprobs, entropies = chunked_logprobs_and_entropy(
         lambda h: model.logits(params["policy"], h),
         hidden,
@@ -108,7 +108,7 @@ def score_rollout(
     """
     B, P = rollout.tokens.shape[0], rollout.prompt_length
     ref_model = model if ref_model is None else ref_model
-    no_critic: CriticFn = lambda params, hidden, tokens, mask: jnp.zeros(tokens.shape, jnp.float32)
+    no_critic: CriticFn = lambda params, hidden, tokens, mask: jnp.zeros(hidden.shape[:2], jnp.float32)
 
     def score(rows) -> Scores:
         tokens, mask, real = rows

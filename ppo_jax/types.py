@@ -53,9 +53,12 @@ def overlay(base: Params | None, top: Params) -> Params:
 
 class HiddenFn(Protocol):
     def __call__(
-        self, params: Params, tokens: jax.Array, mask: jax.Array, cache: KVCache | None = None
+        self, params: Params, tokens: jax.Array, mask: jax.Array, cache: KVCache | None = None, last: int | None = None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Reads `tokens [B, S]` with their `mask [B, S]`, after what the cache holds; gives `[B, S, D]` and the cache."""
+        """Reads `tokens [B, S]` with their `mask [B, S]`, after what the cache holds; gives `[B, S, D]` and the cache.
+
+        With `last`, only the states of so many last positions, `[B, last, D]`.
+        """
 
 
 class LogitsFn(Protocol):
@@ -83,8 +86,8 @@ class LanguageModel(NamedTuple):
 
 class CriticFn(Protocol):
     def __call__(self, params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Values `[B, S]` float32 of the state at each position: from the policy's `hidden [B, S, D]` if the trunk is shared,
-        else from `tokens [B, S]` and `mask [B, S]`."""
+        """Values `[B, R]` float32 of the states at the last R of S positions: from the policy's `hidden [B, R, D]` there if the
+        trunk is shared, else from `tokens [B, S]` and `mask [B, S]`."""
 
 
 @flax.struct.dataclass

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.flops import products
-from ppo_jax.models.config import TransformerConfig
+from ppo_jax.flops import matmul_flops, products
+from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
 from ppo_jax.models.layers import product
 from ppo_jax.models.transformer import init_params, language_model
 
@@ -100,3 +100,54 @@ def test_positions_are_padded_to_what_a_gpu_multiplies_fast():
     plain = dataclasses.replace(config, dtype=jnp.float32)
     shapes = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, plain).jaxpr)]
     assert (100, 2, 12, 12) in shapes
+
+
+VARIANTS = {
+    "float32": {},
+    "bfloat16": {"dtype": jnp.bfloat16},
+    "one layer": {"layers": 1},
+    "recomputed": {"remat": True},
+    "rotary, grouped, windows": {
+        "rotary": Rotary(base=100.0, width=8), "local_rotary": Rotary(base=10.0, width=4), "kv_heads": 1, "windows": (None, 3),
+        "learned_positions": False, "qk_norm": True,
+    },
+    "parallel": {"parallel": True},
+    "norm after": {"norm_at": NormAt.AFTER},
+    "norm around": {"norm_at": NormAt.AROUND, "scale_attention_by_layer": True},
+    "both ways": {"causal": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant, last", [*((variant, 4) for variant in VARIANTS), ("float32", 1), ("float32", 12)])
+def test_states_of_the_last_positions_alone(variant, last):
+    """They and their gradient are those of a pass that keeps all, and the last layer multiplies less for them."""
+    config = dataclasses.replace(PLAIN, **VARIANTS[variant])
+    params, model = init_params(config, jax.random.key(0)), language_model(config)
+    tokens, mask, weight = TOKENS[:4], MASK[:4], jax.random.normal(jax.random.key(2), (4, last, 16)) * MASK[:4, -last:, None]
+
+    def mean(params, last_alone):
+        states = model.hidden(params, tokens, mask, **({"last": last} if last_alone else {}))[0]
+        assert not last_alone or states.shape == weight.shape
+        states = states[:, -last:].astype(jnp.float32)
+        return jnp.mean(states * weight), states
+
+    (_, got), got_grad = jax.jit(jax.value_and_grad(mean, has_aux=True), static_argnums=1)(params, True)
+    (_, want), want_grad = jax.jit(jax.value_and_grad(mean, has_aux=True), static_argnums=1)(params, False)
+    tolerance = {"atol": 0.04 if config.dtype == jnp.bfloat16 else 3e-6}
+    np.testing.assert_allclose(got, want, **tolerance)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got_grad, want_grad)
+    some, everything = (matmul_flops(lambda params, alone=alone: mean(params, alone), params) for alone in (True, False))
+    assert everything - some >= 2 * 3 * 16 * 48 * 4 * (12 - last)  # the MLP's products of four texts
+
+
+def test_states_of_the_last_positions_fill_the_cache_whole():
+    params, model = init_params(PLAIN, jax.random.key(0)), language_model(PLAIN)
+    whole, last = (model.hidden(params, TOKENS[:4], MASK[:4], model.init_cache(4, 14), **by) for by in ({}, {"last": 1}))
+    np.testing.assert_allclose(last[0], whole[0][:, -1:], atol=2e-6)
+    jax.tree.map(np.testing.assert_array_equal, last[1], whole[1])
+
+
+@pytest.mark.parametrize("last", [0, 13])
+def test_last_beyond_the_tokens(last):
+    with pytest.raises(ValueError, match=rf"last={last} must lie in 1 \.\. 12"):
+        language_model(PLAIN).hidden(init_params(PLAIN, jax.random.key(0)), TOKENS, MASK, last=last)

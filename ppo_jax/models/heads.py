@@ -64,8 +64,7 @@ def separate_critic(config: TransformerConfig) -> CriticFn:
     model = language_model(config)
 
     def critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        del hidden
-        return apply_head(params["head"], model.hidden(params["trunk"], tokens, mask)[0])
+        return apply_head(params["head"], model.hidden(params["trunk"], tokens, mask, last=hidden.shape[1])[0])
 
     return critic
 

@@ -83,6 +83,7 @@ class Linear(nn.Module):
         return round_to(out, c.dtype).reshape(*x.shape[:-1], self.features)
 
 
+@jax.jit
 def mean(x: jax.Array) -> jax.Array:
     """Over the last axis, which stays, of float32.
 
@@ -125,6 +126,11 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
+def last_positions(x: jax.Array, count: int) -> jax.Array:
+    """`[B, S, ...]` to `[B, count, ...]`."""
+    return x if count == x.shape[1] else x[:, x.shape[1] - count :]
+
+
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     """`cap · tanh(x / cap)`."""
     return x if cap is None else cap * jnp.tanh(x / cap)
@@ -138,13 +144,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, allowed_BSN: jax.Array, angles: jax.Array | None, cache: KVCache | None):
-        """Attends from the S new positions to N slots; gives the output and this layer's keys and values."""
+        """Attends from the last S of the new positions to N slots; gives the output and this layer's keys and values."""
         c = self.config
-        B, S, _ = x_BSD.shape
+        B, S = allowed_BSN.shape[:2]
         H, K, C = c.heads, c.key_heads, c.head_width
 
-        def heads(name: str, count: int) -> jax.Array:
-            x = Linear(count * C, c, use_bias=c.qkv_bias, name=name)(x_BSD).reshape(B, S, count, C)
+        def heads(name: str, count: int, x: jax.Array) -> jax.Array:
+            x = Linear(count * C, c, use_bias=c.qkv_bias, name=name)(x).reshape(B, x.shape[1], count, C)
             return constrain(x.transpose(0, 2, 1, 3), BATCH, "tensor")
 
         scale = C**-0.5 if c.attention_scale is None else c.attention_scale
@@ -154,9 +160,10 @@ class Attention(nn.Module):
             x = Norm(c, name=name)(x) if c.qk_norm else x
             # Half of the scale on each side, as PyTorch does: a parameter whose gradient is small then steps as it does there.
             x = x.astype(jnp.float32) * scale**0.5
-            return round_to(x if angles is None else rotate(x, angles), c.dtype)
+            return round_to(x if angles is None else rotate(x, last_positions(angles, x.shape[2])), c.dtype)
 
-        q_BHSC, k_BKNC, v_BKNC = place(heads("q", H), "q_norm"), place(heads("k", K), "k_norm"), heads("v", K)
+        q_BHSC = place(heads("q", H, last_positions(x_BSD, S)), "q_norm")
+        k_BKNC, v_BKNC = place(heads("k", K, x_BSD), "k_norm"), heads("v", K, x_BSD)
         if cache is not None:
             at = (0, 0, cache.length, 0)
             k_BKNC = jax.lax.dynamic_update_slice(cache.keys[self.layer], k_BKNC, at)

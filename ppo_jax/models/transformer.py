@@ -5,15 +5,15 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.models.config import NormAt, TransformerConfig
-from ppo_jax.models.layers import MLP, Attention, Linear, Norm, product, round_to, soft_cap
+from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, product, round_to, soft_cap
 from ppo_jax.models.sharding import BATCH, constrain
 from ppo_jax.types import KVCache, LanguageModel, Params
 
-_ALIGNED = 8  # positions
+_ALIGNED = 8  # positions: tensor cores are slow at lengths that no power of two divides
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to what it read."""
+    """Attention and MLP, each added to what it read; the states of the last S positions, as many as `allowed_BSN` lets attend."""
 
     config: TransformerConfig
     layer: int
@@ -34,6 +34,7 @@ class Block(nn.Module):
 
         attention, mlp = Attention(c, self.layer, name="attn"), MLP(c, name="mlp")
         y_BSD, keys, values = attention(before(x_BSD, "attn"), allowed_BSN, angles, cache)
+        x_BSD = last_positions(x_BSD, allowed_BSN.shape[1])
         if c.parallel:
             return add(x_BSD, y_BSD, mlp(before(x_BSD, "mlp")), name="attn"), keys, values
         x_BSD = add(x_BSD, y_BSD, name="attn")
@@ -65,12 +66,16 @@ class Decoder(nn.Module):
             self.lm_dense, self.lm_norm = Linear(c.width, c), Norm(c)
             self.lm_bias = self.param("lm_bias", nn.initializers.zeros, (c.vocab_size,))
 
-    def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array, cache: KVCache | None = None):
-        """`[B, S]` tokens and mask, after what the cache holds, to `[B, S, D]` hidden states and the new cache."""
+    def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array, cache: KVCache | None = None, last: int | None = None):
+        """`[B, S]` tokens and mask, after what the cache holds, to `[B, S, D]` hidden states, or the last, and the new cache."""
         c = self.config
-        S = tokens_BS.shape[1]
-        if cache is None and jnp.dtype(c.dtype) != jnp.float32:  # tensor cores are slow at lengths that no power of two divides
-            tokens_BS, mask_BS = (jnp.pad(x, ((0, 0), (0, -S % _ALIGNED))) for x in (tokens_BS, mask_BS))
+        S, aligned = tokens_BS.shape[1], 1 if jnp.dtype(c.dtype) == jnp.float32 else _ALIGNED
+        first = 0 if last is None else S - last
+        if not 0 <= first < S:
+            raise ValueError(f"last={last} must lie in 1 .. {S}, the positions of tokens.")
+        begin = first // aligned * aligned  # where the last layer begins; nothing reads its states before
+        if cache is None:
+            tokens_BS, mask_BS = (jnp.pad(x, ((0, 0), (0, -S % aligned))) for x in (tokens_BS, mask_BS))
         start, mask_BN = 0, mask_BS
         if cache is not None:
             start = cache.length
@@ -84,12 +89,13 @@ class Decoder(nn.Module):
         x_BSD, keys, values = constrain(self._embed(tokens_BS, position_BS), BATCH), [], []
         for block, window in zip(self.blocks, c.layer_windows, strict=True):
             rotary = c.rotary if window is None or c.local_rotary is None else c.local_rotary
-            x_BSD, k, v = block(x_BSD, reach[window], turn[rotary], cache)
+            allowed_BSN = reach[window][:, begin:] if block is self.blocks[-1] and begin else reach[window]
+            x_BSD, k, v = block(x_BSD, allowed_BSN, turn[rotary], cache)
             keys.append(k)
             values.append(v)
         if cache is not None:
             cache = KVCache(tuple(keys), tuple(values), mask_BN, start + tokens_BS.shape[1])
-        x_BSD = x_BSD[:, :S]
+        x_BSD = x_BSD[:, first - begin : S - begin]
         return x_BSD if c.norm_at is NormAt.AFTER else self.final_norm(x_BSD), cache
 
     def _embed(self, tokens_BS: jax.Array, position_BS: jax.Array) -> jax.Array:
@@ -160,8 +166,8 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     """
     decoder = Decoder(config)
 
-    def hidden(params: Params, tokens: jax.Array, mask: jax.Array, cache: KVCache | None = None):
-        return decoder.apply({"params": params}, tokens, mask, cache)
+    def hidden(params: Params, tokens: jax.Array, mask: jax.Array, cache: KVCache | None = None, last: int | None = None):
+        return decoder.apply({"params": params}, tokens, mask, cache, last)
 
     def logits(params: Params, hidden: jax.Array) -> jax.Array:
         return decoder.apply({"params": params}, hidden, method="logits")
