@@ -9,6 +9,7 @@ import transformers
 from test_train import tokenizer as words
 
 from experiments import assets
+from ppo_jax.commands.loading import load_reward
 from ppo_jax.models import encoder, heads, pretrained, scorers, weights
 from ppo_jax.models.transformer import language_model
 
@@ -81,3 +82,80 @@ def test_a_trunk_names_what_it_does_not_know_and_leaves_heads_aside(tmp_path):
         weights.write_safetensors(tmp_path, {**stored, name: np.ones(8, np.float32)}.items())
         with pytest.raises(ValueError, match=f"left over .*{name}"):
             scorers.load_trunk(tmp_path)
+
+
+DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def classifier(kind, folder, **more):
+    """A random model of `kind` in a folder, with no bias or norm at its start."""
+    torch.manual_seed(0)
+    config = getattr(transformers, kind.partition("For")[0] + "Config")(
+        **(DISTILBERT if kind.startswith("Distil") else BERT), vocab_size=50, max_position_embeddings=20, pad_token_id=0,
+        initializer_range=0.2, **more,
+    )  # fmt: skip
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_distilbert_equals_transformers_and_comes_back(tmp_path, tied):
+    peer = classifier("DistilBertForMaskedLM", tmp_path / "a", tie_word_embeddings=tied)
+    loaded = pretrained.load_policy(tmp_path / "a")
+    model, ids = language_model(loaded.config), np.array([[2, 3, 4, 5], [6, 7, 8, 0]])
+    with torch.no_grad():
+        want = peer(torch.tensor(ids), attention_mask=torch.tensor(ids > 0).long()).logits.numpy()
+    got = model.logits(loaded.params, model.hidden(loaded.params, jnp.asarray(ids), jnp.asarray(ids > 0))[0])
+    np.testing.assert_allclose(np.asarray(got)[ids > 0], want[ids > 0], atol=1e-5)
+    pretrained.save_policy(tmp_path / "b", loaded)
+    again = transformers.DistilBertForMaskedLM.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        assert torch.equal(again(torch.tensor(ids)).logits, peer(torch.tensor(ids)).logits)
+    jax.tree.map(np.testing.assert_array_equal, scorers.load_trunk(tmp_path / "a").params["layer_0"], loaded.params["layer_0"])
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
+def test_one_label_of_a_classifier_is_a_score(tmp_path, kind):
+    """By name or by number, the logit of `transformers`; written back it is a model of that label."""
+    names = {0: "BAD", 1: "1", 2: "GOOD"}
+    peer = classifier(f"{kind}ForSequenceClassification", tmp_path / "a", id2label=names, label2id={n: i for i, n in names.items()})
+    ids = np.array([[2, 3, 4, 5], [6, 7, 8, 0]])
+    arguments = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(ids > 0).long()}
+    with torch.no_grad():
+        want = peer(**arguments).logits.numpy()
+    assert np.ptp(want, axis=1).min() > 0.05
+    for label, column in (("GOOD", 2), ("0", 0), ("BAD", 0), ("1", 1)):
+        loaded = scorers.load_scorer(tmp_path / "a", label=label)
+        got = heads.reward_model(loaded.config)(loaded.params, jnp.asarray(ids), jnp.asarray(ids > 0))
+        np.testing.assert_allclose(got, want[:, column], atol=1e-5)
+        scorers.save_scorer(tmp_path / "b", loaded)
+        again = type(peer).from_pretrained(tmp_path / "b").eval()
+        with torch.no_grad():
+            np.testing.assert_allclose(again(**arguments).logits[:, 0], want[:, column], atol=1e-6)
+    for label in (None, "3", "good"):
+        with pytest.raises(ValueError, match=f"scores 3 labels, BAD, 1, GOOD: reward_label must name one, .* not {label}"):
+            scorers.load_scorer(tmp_path / "a", label=label)
+
+
+def test_a_distilbert_learns_to_score(tmp_path):
+    """A head of its own kind over a model of words, its layer kept where the file holds one."""
+    classifier("DistilBertForMaskedLM", tmp_path / "words")
+    fresh = scorers.start_scorer(tmp_path / "words", jax.random.key(0))
+    assert set(fresh.params["head"]) == {"pre_classifier", "kernel", "bias"}
+    peer = classifier("DistilBertForSequenceClassification", tmp_path / "classes", num_labels=4)
+    kept = scorers.start_scorer(tmp_path / "classes", jax.random.key(0)).params["head"]
+    np.testing.assert_array_equal(kept["pre_classifier"]["kernel"], peer.pre_classifier.weight.detach().numpy().T)
+    np.testing.assert_array_equal(kept["kernel"], fresh.params["head"]["kernel"])
+    scorers.save_scorer(tmp_path / "scorer", fresh)
+    loaded = scorers.load_scorer(tmp_path / "scorer")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, fresh.params)
+
+
+def test_a_label_of_a_function_is_refused():
+    with pytest.raises(ValueError, match=r"reward_label=GOOD is of a reward model's labels; my.py:score is a function\."):
+        load_reward("my.py:score", label="GOOD")

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from ppo_jax import cli, data, iteration
 from ppo_jax.commands.loading import load_reward
 from ppo_jax.config import PPOConfig, SettingError
+from ppo_jax.files import read_lines
 from ppo_jax.metrics import explained_variance
 from ppo_jax.models import heads, lora, pretrained, scorers
 from ppo_jax.models.config import TransformerConfig
@@ -274,6 +275,33 @@ def test_a_reward_model_reads_the_end_of_a_text_that_is_too_long(folder):
 def save_scorer(place, **changes):
     base = policy(**changes)
     scorers.save_scorer(place, base._replace(params=heads.init_scorer(base.config, jax.random.key(3))), tokenizer())
+
+
+def test_a_classifiers_label_is_the_reward(folder, capsys):
+    """Every sample's score is the logit of that label; without one, or with another on resume, the command says so."""
+    config = transformers.DistilBertConfig(
+        vocab_size=len(WORDS), dim=16, n_layers=1, n_heads=2, hidden_dim=16, max_position_embeddings=20, initializer_range=0.3,
+        pad_token_id=0, id2label={0: "BAD", 1: "GOOD"}, label2id={"BAD": 0, "GOOD": 1},
+    )  # fmt: skip
+    classes = transformers.DistilBertForSequenceClassification(config).eval()
+    classes.save_pretrained(folder / "classes")
+    tokenizer().save_pretrained(folder / "classes")
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, reward=folder / "classes"))
+    assert "scores 2 labels, BAD, GOOD: reward_label must name one" in capsys.readouterr().err
+    cli.main(command(folder, reward=folder / "classes", **{"reward-label": "GOOD"}))
+    rows = read_lines(folder / "out/samples.jsonl")
+    assert rows
+    for row in rows:
+        ids = tokenizer()(row["prompt"] + row["response"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert row["score"] == pytest.approx(float(classes(ids).logits[0, 1]), abs=1e-5)
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, reward=folder / "classes", resume="yes", **{"reward-label": "BAD", "loop.updates": 3}))
+    assert "reward_label" in capsys.readouterr().err
+    cli.main(["evaluate", "--model", str(folder / "out/model"), "--prompts", str(folder / "prompts.txt"), "--reward",
+              str(folder / "classes"), "--reward-label", "1", "--max-new-tokens", "3"])  # fmt: skip
+    assert "2 responses" in capsys.readouterr().out
 
 
 def test_weights_and_biases_hears_of_every_update(tmp_path, monkeypatch):

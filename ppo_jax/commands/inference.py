@@ -91,9 +91,11 @@ class Evaluate(Sampling):
     """As for train."""
     reward_given: Literal["text", "tokens"] = "text"
     """As for train."""
+    reward_label: str | None = None
+    """As for train."""
 
     def run(self) -> None:
-        rows, reward = data.read_rows(self.prompts), load_reward(self.reward, self.reward_given)
+        rows, reward = data.read_rows(self.prompts), load_reward(self.reward, self.reward_given, self.reward_label)
         scores = np.concatenate(
             [reward(out, batch, responses).total(out.response_mask) for out, batch, responses in self.sample(rows)]
         )

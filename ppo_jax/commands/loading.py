@@ -68,10 +68,11 @@ def load_prompts(
     return prompts
 
 
-def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardFn:
+def load_reward(spec: str, given: Literal["text", "tokens"] = "text", label: str | None = None) -> RewardFn:
     """A reward of `file.py:function`, on texts or on arrays, or a reward model's folder or Hugging Face id.
 
-    A reward model reads the end of a text that is longer than its positions: the response, and what fits of the prompt.
+    A reward model reads the end of a text that is longer than its positions: the response, and what fits of the prompt. Where it
+    has several labels, the logit of `label` is the score.
 
     Raises:
       ValueError: if there is no such thing, or the reward model's tokenizer is not its own.
@@ -81,15 +82,17 @@ def load_reward(spec: str, given: Literal["text", "tokens"] = "text") -> RewardF
         if given == "tokens":
             raise ValueError(f"reward_given=tokens needs a function, my_file.py:function; {spec} would be a reward model.")
         try:
-            scorer, tokenizer = scorers.load_scorer(spec), pretrained.load_tokenizer(spec)
+            scorer, tokenizer = scorers.load_scorer(spec, label=label), pretrained.load_tokenizer(spec)
             pretrained.check_tokenizer(tokenizer, scorer.config)
-            if scorer.config.causal and "pooler" in scorer.params["head"]:
+            if scorer.config.causal and heads.pooled(scorer.params["head"]):
                 raise ValueError(f"{spec} takes its score from the first token, which as a decoder (is_decoder) sees no other.")
         except ValueError as error:
             raise ValueError(f"The reward is neither my_file.py:function nor a reward model: {error}") from error
         tokenizer.truncation_side = "left"  # of a text that is too long, the response stays
         score = jax.jit(heads.reward_model(scorer.config))
         return ModelReward(score, scorer.params, tokenizer, scorer.config.positions, pad_id(tokenizer), scorer.config.vocab_size)
+    if label is not None:
+        raise ValueError(f"reward_label={label} is of a reward model's labels; {spec} is a function.")
     if not Path(file).is_file():
         raise ValueError(f"The reward file {file} does not exist.")
     own_name = f"{Path(file).stem}_{text_hash(str(Path(file).resolve()))}"  # that of no other module

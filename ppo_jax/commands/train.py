@@ -62,13 +62,15 @@ class Train:
     reward_given: Literal["text", "tokens"] = "text"
     """What the function is called with: (prompts, responses), lists of texts, and the prompts' rows if it takes a third; or
     (tokens, mask, response_mask), jax arrays, under jit."""
+    reward_label: str | None = None
+    """Of a reward model with several labels, such as a classifier of sentiment, that whose logit is the score: name or number."""
     out: Path
     """Folder for metrics, samples, checkpoints and the final model."""
     eval_prompts: Path | None = None
     """Held-out prompts for evaluation, in the same formats."""
     critic: str = "separate"
     """shared: a value head on the policy's trunk; separate: a critic of its own that starts from the policy; or the reward model
-    (a folder or a Hugging Face id) that a critic of its own starts from."""
+    (a folder or a Hugging Face id, of one label) that a critic of its own starts from."""
     chat: bool = False
     """Put each prompt as a user's message through the tokenizer's chat template; prompts that are lists of messages always are."""
     stop_tokens: tuple[str, ...] = ()
@@ -149,7 +151,7 @@ class Train:
         parallel.check_rows(self.ppo, jax.local_device_count() if self.mesh == "pmap" else parallel.devices_of_rows(mesh))
         policy, tokenizer = load_model(self.model, self.dtype, self.remat, mesh)
         check_top_k(self.ppo.top_k, policy.config)
-        reward = load_reward(self.reward, self.reward_given)
+        reward = load_reward(self.reward, self.reward_given, self.reward_label)
         prompts, held_out = (
             None if path is None else load_prompts(path, tokenizer, policy, self.ppo.max_new_tokens, self.chat)
             for path in (self.prompts, self.eval_prompts)

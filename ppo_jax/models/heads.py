@@ -15,11 +15,22 @@ def init_head(width: int, key: jax.Array) -> Params:
     return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
 
 
-def init_pooled_head(width: int, key: jax.Array) -> Params:
-    """BERT's: a layer with tanh, drawn at its 0.02, below a map as in `init_head`; with biases, which begin at 0."""
-    pooler_key, key = jax.random.split(key)
-    pooler = {"kernel": 0.02 * jax.random.normal(pooler_key, (width, width)), "bias": jnp.zeros(width)}
-    return {"pooler": pooler, **init_head(width, key), "bias": jnp.zeros(1)}
+_POOLED = {"pooler": jnp.tanh, "pre_classifier": jax.nn.relu}  # the layer below an encoder's head: BERT's, DistilBERT's
+
+
+def pooled(head: Params) -> str | None:
+    """The name of the layer below a head, if it has one."""
+    return next((name for name in _POOLED if name in head), None)
+
+
+def init_pooled_head(width: int, key: jax.Array, layer: str = "pooler") -> Params:
+    """BERT's: a layer with tanh, drawn at its 0.02, below a map as in `init_head`; with biases, which begin at 0.
+
+    DistilBERT's `layer` is its `pre_classifier`, with ReLU.
+    """
+    layer_key, key = jax.random.split(key)
+    below = {"kernel": 0.02 * jax.random.normal(layer_key, (width, width)), "bias": jnp.zeros(width)}
+    return {layer: below, **init_head(width, key), "bias": jnp.zeros(1)}
 
 
 def zero_head(width: int) -> Params:
@@ -28,7 +39,8 @@ def zero_head(width: int) -> Params:
 
 
 def apply_head(params: Params, hidden: jax.Array) -> jax.Array:
-    """`[..., D]` hidden states to `[...]` float32: the product with `kernel`, and `bias` and BERT's `pooler` where there are any.
+    """`[..., D]` hidden states to `[...]` float32: the product with `kernel`, and `bias` and the layer below it where
+    there are any.
 
     Example:
       >>> apply_head({"kernel": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]]))
@@ -37,8 +49,8 @@ def apply_head(params: Params, hidden: jax.Array) -> jax.Array:
     # A sum of products, not a matrix product: its order of summation is then the same in every program that computes it.
     over = (1,) * (hidden.ndim - 1) + (-1,)
     hidden = hidden.astype(jnp.float32)
-    if "pooler" in params:
-        hidden = jnp.tanh(hidden @ params["pooler"]["kernel"] + params["pooler"]["bias"].reshape(over))
+    if layer := pooled(params):
+        hidden = _POOLED[layer](hidden @ params[layer]["kernel"] + params[layer]["bias"].reshape(over))
     out = jnp.sum(hidden * params["kernel"][:, 0].reshape(over), axis=-1)
     return out + params["bias"][0] if "bias" in params else out
 

@@ -25,7 +25,7 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
 
 OUTPUTS = (  # names of the matrix over words, and of a second copy of its bias
     "lm_head.weight", "embed_out.weight", "lm_head.decoder.weight", "lm_head.decoder.bias",
-    "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
+    "cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "vocab_projector.weight",
 )  # fmt: skip
 
 

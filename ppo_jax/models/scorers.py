@@ -30,8 +30,13 @@ def load_trunk(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fal
     return Pretrained(config, weights.to_params(tensors, rules, shapes_of(config), source=str(folder)), hf)
 
 
-def load_scorer(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False, mesh: Mesh | None = None) -> Pretrained:
-    """A reward model or separate critic (a class `...ForSequenceClassification`, one label): `{"trunk": ..., "head": ...}`."""
+def load_scorer(
+    model: str | Path, *, label: str | None = None, dtype: Any = jnp.float32, remat: bool = False, mesh: Mesh | None = None
+) -> Pretrained:
+    """A reward model or separate critic, of a class `...ForSequenceClassification`: `{"trunk": ..., "head": ...}`.
+
+    Of a classifier with several labels, `label` is the name or number of the one whose logit is the score.
+    """
     folder, hf, found = read(model)
     family = family_of(hf.get("model_type"))
     config = dataclasses.replace(config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True)
@@ -41,12 +46,28 @@ def load_scorer(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = Fa
         if rule.stored not in tensors:
             raise ValueError(f"{folder} needs a tensor {rule.stored} to score a text.")
         head |= rule.load(np.asarray(tensors.pop(rule.stored)).astype(np.float32))
-    if head["kernel"].shape != (config.width, 1):
-        raise ValueError(f"{folder} scores with a {family.score[0].stored} of {head['kernel'].shape[1]} labels, not one.")
+    at = _column(label, head["kernel"].shape[1], hf, folder)
+    head |= {name: head[name][..., at : at + 1] for name in ("kernel", "bias") if name in head}
+    if head["kernel"].shape[0] != config.width:
+        raise ValueError(f"{folder} scores states of {head['kernel'].shape[0]} numbers, and its config says {config.width}.")
     for name in [name for name in tensors if name in OUTPUTS]:
         del tensors[name]
     trunk = weights.to_params(tensors, rules, placed(shapes_of(config), mesh), source=str(folder))
     return Pretrained(config, {"trunk": trunk, "head": weights.unflatten_dict(head, sep="/")}, hf)
+
+
+def _column(label: str | None, count: int, hf: dict[str, Any], folder: Path) -> int:
+    """Which of a classifier's `count` labels is the score."""
+    if label is None and count == 1:
+        return 0
+    given = hf.get("id2label") or {}
+    names = [str(given.get(str(i), f"LABEL_{i}")) if isinstance(given, dict) else f"LABEL_{i}" for i in range(count)]
+    found = [i for i, name in enumerate(names) if label == name] or [i for i in range(count) if label == str(i)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{folder} scores {count} labels, {', '.join(names)}: reward_label must name one, or be its number from 0, not {label}."
+        )
+    return found[0]
 
 
 def start_scorer(model: str | Path, key: jax.Array) -> Pretrained:
@@ -57,10 +78,12 @@ def start_scorer(model: str | Path, key: jax.Array) -> Pretrained:
     """
     loaded, (_, hf, found) = load_trunk(model), read(model)
     config, family = loaded.config, family_of(hf.get("model_type"))
-    pooled = any("pooler/kernel" in rule.ours for rule in family.score)
-    if pooled:
+    layer = heads.pooled({path.partition("/")[0]: None for rule in family.score for path in rule.ours})
+    if layer:
         config, hf = dataclasses.replace(config, causal=False), {**hf, "is_decoder": False}
-    head = weights.flatten_dict((heads.init_pooled_head if pooled else heads.init_head)(config.width, key), sep="/")
+    head = weights.flatten_dict(
+        heads.init_pooled_head(config.width, key, layer) if layer else heads.init_head(config.width, key), sep="/"
+    )
     tensors = named(found, family.score, family)
     for rule in family.score:
         if rule.stored in tensors:

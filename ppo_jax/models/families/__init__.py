@@ -1,10 +1,11 @@
 """The model families that can be read and written. A new one is a file with a `Family` here, and its name in `FAMILIES`."""
 
-from ppo_jax.models.families import bert, gemma, gpt2, gpt_neo, gpt_neox, llama, roberta
+from ppo_jax.models.families import bert, distilbert, gemma, gpt2, gpt_neo, gpt_neox, llama, roberta
 from ppo_jax.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     gpt2.FAMILY, gpt_neo.FAMILY, gpt_neox.FAMILY, llama.FAMILY, gemma.FAMILY, bert.FAMILY, roberta.FAMILY,
+    distilbert.FAMILY,
 )  # fmt: skip
 
 
