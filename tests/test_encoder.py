@@ -142,6 +142,18 @@ def test_one_label_of_a_classifier_is_a_score(tmp_path, kind):
             scorers.load_scorer(tmp_path / "a", label=label)
 
 
+@pytest.mark.parametrize("name, cut", [
+    ("classifier.weight", np.s_[0]), ("classifier.weight", np.s_[:, 1:]), ("classifier.bias", np.s_[1:]),
+    ("pre_classifier.weight", np.s_[1:]), ("pre_classifier.bias", np.s_[:0]),
+])  # fmt: skip
+def test_a_head_of_other_shapes_is_refused(tmp_path, name, cut):
+    classifier("DistilBertForSequenceClassification", tmp_path)
+    stored = dict(weights.StoredTensors(tmp_path))
+    weights.write_safetensors(tmp_path, {**stored, name: np.ascontiguousarray(stored[name][cut])}.items())
+    with pytest.raises(ValueError, match=r"holds a head whose .* is .*, not "):
+        scorers.load_scorer(tmp_path, label="0")
+
+
 def test_a_distilbert_learns_to_score(tmp_path):
     """A head of its own kind over a model of words, its layer kept where the file holds one."""
     classifier("DistilBertForMaskedLM", tmp_path / "words")

@@ -46,10 +46,14 @@ def load_scorer(
         if rule.stored not in tensors:
             raise ValueError(f"{folder} needs a tensor {rule.stored} to score a text.")
         head |= rule.load(np.asarray(tensors.pop(rule.stored)).astype(np.float32))
-    at = _column(label, head["kernel"].shape[1], hf, folder)
-    head |= {name: head[name][..., at : at + 1] for name in ("kernel", "bias") if name in head}
-    if head["kernel"].shape[0] != config.width:
-        raise ValueError(f"{folder} scores states of {head['kernel'].shape[0]} numbers, and its config says {config.width}.")
+    width, count = config.width, head["kernel"].shape[-1] if head["kernel"].ndim else 0
+    fits = {"kernel": (width, count), "bias": (count,)}
+    for path, x in head.items():
+        want = fits.get(path, (width, width) if path.endswith("kernel") else (width,))
+        if x.shape != want:
+            raise ValueError(f"{folder} holds a head whose {path} is {x.shape}, not {want}.")
+    at = _column(label, count, hf, folder)
+    head |= {name: x[..., at : at + 1] for name, x in head.items() if name in fits}
     for name in [name for name in tensors if name in OUTPUTS]:
         del tensors[name]
     trunk = weights.to_params(tensors, rules, placed(shapes_of(config), mesh), source=str(folder))
