@@ -1,6 +1,6 @@
 """From logits to the log-prob of a token and the entropy, in float32 whatever the compute type.
 
-`response_view` is the only place that knows the off-by-one between positions and actions.
+`response_view` says which positions belong to which actions; `scoring.forward_responses` has a model make no others.
 """
 
 from collections.abc import Callable
@@ -112,8 +112,8 @@ def chunked_logprobs_and_entropy(
         raise ValueError(f"chunk must be at least 1, not {chunk}.")
 
     def of(hidden, tokens):
-        # The barrier makes the logits an array of their own: fused into the matmul or not, they round alike (see DESIGN in
-        # `models.transformer`), so the ratio of a policy with itself is 1.
+        # The barrier makes the logits an array of their own: fused into the matmul or not, they round alike (see the
+        # top of `models.layers`), so the ratio of a policy with itself is 1.
         logits = jax.lax.optimization_barrier(unembed(hidden))
         # A second one keeps the entropy's sums apart: log-probs are then the same bits where no entropy is asked for.
         apart = jax.lax.optimization_barrier(logits)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -54,6 +55,7 @@ def forward_responses(
     # The states before the response's tokens: the last of all positions but the very last (see `logprobs.response_view`).
     hidden, _ = model.hidden(params["policy"], inputs, input_mask, last=tokens.shape[1] - prompt_length)
     values = critic(params["critic"], hidden, inputs, input_mask)
+    chex.assert_shape(values, hidden.shape[:2])
     logprobs, entropies = chunked_logprobs_and_entropy(
         lambda h: model.logits(params["policy"], h),
         hidden,

@@ -138,7 +138,7 @@ def test_one_label_of_a_classifier_is_a_score(tmp_path, kind):
         with torch.no_grad():
             np.testing.assert_allclose(again(**arguments).logits[:, 0], want[:, column], atol=1e-6)
     for label in (None, "3", "good"):
-        with pytest.raises(ValueError, match=f"scores 3 labels, BAD, 1, GOOD: reward_label must name one, .* not {label}"):
+        with pytest.raises(ValueError, match=rf"labels \(BAD, 1, GOOD\): reward_label must name one, .* not {label!r}"):
             scorers.load_scorer(tmp_path / "a", label=label)
 
 
@@ -166,6 +166,15 @@ def test_a_distilbert_learns_to_score(tmp_path):
     scorers.save_scorer(tmp_path / "scorer", fresh)
     loaded = scorers.load_scorer(tmp_path / "scorer")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, fresh.params)
+
+
+def test_a_distilbert_has_its_own_settings(tmp_path):
+    """What its config does not know counts for nothing, and what it calls otherwise is named as it calls it."""
+    hf = {"model_type": "distilbert", "dim": 16, "n_heads": 2, "layer_norm_eps": 1.0, "hidden_act": "none", "is_decoder": True}
+    config = pretrained.config_of(hf)
+    assert (config.norm_eps, config.activation.value, config.causal, config.layers) == (1e-12, "gelu", False, 6)
+    with pytest.raises(ValueError, match="activation 'swish' is not supported"):
+        pretrained.config_of({**hf, "activation": "swish"})
 
 
 def test_a_label_of_a_function_is_refused():

@@ -154,7 +154,7 @@ def test_we_write_shards(tmp_path):
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"model_type": "mamba"}, "'mamba' is not supported; known are bert, gemma2"),
+    ({"model_type": "mamba"}, "'mamba' is not supported; known are bert, distilbert, gemma2"),
     ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),

@@ -11,6 +11,7 @@ from ppo_jax.flops import matmul_flops, products
 from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
 from ppo_jax.models.layers import product
 from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.scoring import forward_responses
 
 CONFIG = TransformerConfig(
     vocab_size=65, positions=16, width=16, layers=2, heads=2, mlp_width=48, init_std=0.3, gated=True, dtype=jnp.bfloat16
@@ -151,3 +152,10 @@ def test_states_of_the_last_positions_fill_the_cache_whole():
 def test_last_beyond_the_tokens(last):
     with pytest.raises(ValueError, match=rf"last={last} must lie in 1 \.\. 12"):
         language_model(PLAIN).hidden(init_params(PLAIN, jax.random.key(0)), TOKENS, MASK, last=last)
+
+
+def test_a_critic_must_give_the_values_of_the_states_it_is_handed():
+    model, params = language_model(PLAIN), init_params(PLAIN, jax.random.key(0))
+    every_position = lambda params, hidden, tokens, mask: jnp.zeros(tokens.shape)
+    with pytest.raises(AssertionError, match="shape"):
+        forward_responses(model, every_position, {"policy": params, "critic": None}, TOKENS, MASK, 5, temperature=1.0)

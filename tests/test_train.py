@@ -288,7 +288,10 @@ def test_a_classifiers_label_is_the_reward(folder, capsys):
     tokenizer().save_pretrained(folder / "classes")
     with pytest.raises(SystemExit):
         cli.main(command(folder, reward=folder / "classes"))
-    assert "scores 2 labels, BAD, GOOD: reward_label must name one" in capsys.readouterr().err
+    assert "scores by labels (BAD, GOOD): reward_label must name one" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, critic=folder / "classes"))
+    assert "The critic must start from a reward model of one label: " in capsys.readouterr().err
     cli.main(command(folder, reward=folder / "classes", **{"reward-label": "GOOD"}))
     rows = read_lines(folder / "out/samples.jsonl")
     assert rows

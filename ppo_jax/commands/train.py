@@ -179,7 +179,10 @@ class Train:
         if self.critic == "separate":
             key = iteration.init_key(self.loop.seed, 0)
             return heads.separate_critic(policy.config), heads.init_scorer(policy.config, key, trunk=policy.params)
-        scorer = scorers.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat, mesh=mesh)
+        try:
+            scorer = scorers.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat, mesh=mesh)
+        except ValueError as error:
+            raise ValueError(f"The critic must start from a reward model of one label: {error}") from error
         if scorer.config.vocab_size != policy.config.vocab_size:
             raise ValueError(
                 f"The critic {self.critic} has vocab_size={scorer.config.vocab_size}, the policy {policy.config.vocab_size}: it "

@@ -69,7 +69,7 @@ def _column(label: str | None, count: int, hf: dict[str, Any], folder: Path) -> 
     found = [i for i, name in enumerate(names) if label == name] or [i for i in range(count) if label == str(i)]
     if len(found) != 1:
         raise ValueError(
-            f"{folder} scores {count} labels, {', '.join(names)}: reward_label must name one, or be its number from 0, not {label}."
+            f"{folder} scores by labels ({', '.join(names)}): reward_label must name one, or be its number from 0, not {label!r}."
         )
     return found[0]
 

@@ -5,13 +5,13 @@ from typing import Any
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import bert
-from ppo_jax.models.family import Family
+from ppo_jax.models.family import Family, activation
 from ppo_jax.models.weights import Rule
 
 _CONFIG = {  # BERT's names of what DistilBERT calls otherwise
     "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim",
-    "hidden_act": "activation",
 }  # fmt: skip
+_FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "is_decoder": False, "type_vocab_size": 0}
 _TENSORS = {
     "bert.embeddings": "distilbert.embeddings",
     "bert.encoder.layer.{i}.attention.self.query": "distilbert.transformer.layer.{i}.attention.q_lin",
@@ -24,13 +24,12 @@ _TENSORS = {
     "bert.encoder.layer.{i}.output.LayerNorm": "distilbert.transformer.layer.{i}.output_layer_norm",
     "cls.predictions.transform.dense": "vocab_transform",
     "cls.predictions.transform.LayerNorm": "vocab_layer_norm",
-    "cls.predictions.decoder": "vocab_projector",
 }
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    known = {**hf, **{name: hf[own] for name, own in _CONFIG.items() if own in hf}, "is_decoder": False, "type_vocab_size": 0}
-    return bert.config({"num_hidden_layers": 6, **known})
+    known = {name: hf[own] for name, own in _CONFIG.items() if own in hf}
+    return {**bert.config({"num_hidden_layers": 6, **hf, **known, **_FIXED}), "activation": activation(hf, "activation", "gelu")}
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
