@@ -7,7 +7,7 @@ were trained on. An independent judge, the VADER lexicon, which nothing was trai
 
     python -m experiments.movie_sentiment --out runs/movies
 
-Seen with seeds 0, 1 and 2 on 2 cores: 328 to 385 s (187 s on faster ones); judge 0.143 to 0.744, 0.142 to 0.630 and 0.153 to
+Seen with seeds 0, 1 and 2 on 2 cores: 328 to 385 s; judge 0.143 to 0.744, 0.142 to 0.630 and 0.153 to
 0.763; distinct-2 0.87 to 0.58, 0.87 to 0.64 and 0.86 to 0.73; KL 15.4, 18.7 and 17.4 nats a response; Spearman of the reward model
 with human scores on held-out sentences 0.653, 0.653 and 0.698.
 """

@@ -1,5 +1,6 @@
 """What a family of models is: how its `config.json` becomes ours, and where its tensors go."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,16 @@ class Family(NamedTuple):
     prefix: str
     score: tuple[Rule, ...] = (Rule("score.weight", ("kernel",), transpose=True),)
     ignored: re.Pattern = re.compile(r"(?!)")
+
+
+def renamed(rules: list[Rule], names: dict[str, str]) -> list[Rule]:
+    """Another family's rules, where the first of `names` that a stored name begins with has become its own."""
+
+    def own(rule: Rule) -> Rule:
+        theirs = next(name for name in names if rule.stored.startswith(f"{name}."))
+        return dataclasses.replace(rule, stored=names[theirs] + rule.stored.removeprefix(theirs))
+
+    return [own(rule) for rule in rules]
 
 
 def activation(hf: dict[str, Any], key: str, default: str) -> Activation:

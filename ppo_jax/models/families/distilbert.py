@@ -1,11 +1,10 @@
 """DistilBERT: a BERT without token types, with other names; an encoder, never a policy."""
 
-import dataclasses
 from typing import Any
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import bert
-from ppo_jax.models.family import Family, activation
+from ppo_jax.models.family import Family, activation, renamed
 from ppo_jax.models.weights import Rule
 
 _CONFIG = {  # BERT's names of what DistilBERT calls otherwise
@@ -33,13 +32,9 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
-    def renamed(rule: Rule) -> Rule:
-        theirs = next(name for name in _TENSORS if rule.stored.startswith(f"{name}."))
-        return dataclasses.replace(rule, stored=_TENSORS[theirs] + rule.stored.removeprefix(theirs))
-
     # There are no token types, and the bias over words is stored once.
     absent = {("type_embedding",), ("lm_bias",), ("unembedding",)}
-    found = [renamed(rule) for rule in bert.rules(config) if rule.ours not in absent]
+    found = renamed([rule for rule in bert.rules(config) if rule.ours not in absent], _TENSORS)
     if not config.lm_transform:
         return found
     matrix = [] if config.tied else [Rule("vocab_projector.weight", ("unembedding",))]

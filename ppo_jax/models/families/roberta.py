@@ -1,12 +1,11 @@
 """RoBERTa and XLM-RoBERTa: BERT whose positions begin after the padding id, with other names."""
 
-import dataclasses
 import re
 from typing import Any
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.families import bert
-from ppo_jax.models.family import Family
+from ppo_jax.models.family import Family, renamed
 from ppo_jax.models.weights import Rule
 
 _NAMES = {
@@ -26,11 +25,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
-    def renamed(rule: Rule) -> Rule:
-        theirs = next(name for name in _NAMES if rule.stored.startswith(f"{name}."))
-        return dataclasses.replace(rule, stored=_NAMES[theirs] + rule.stored.removeprefix(theirs))
-
-    return [renamed(rule) for rule in bert.rules(config)]
+    return renamed(bert.rules(config), _NAMES)
 
 
 FAMILY = Family(
