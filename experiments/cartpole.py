@@ -28,11 +28,11 @@ import optax
 import tyro
 from flax.training.train_state import TrainState
 
-from ppo_jax.advantages import generalized_advantage_estimation
-from ppo_jax.logprobs import entropy, token_logprobs
-from ppo_jax.losses import ppo_loss
-from ppo_jax.masked import masked_whiten
-from ppo_jax.sampling import sample_token
+from ppo_jax.ops.advantages import generalized_advantage_estimation
+from ppo_jax.ops.logprobs import entropy, token_logprobs
+from ppo_jax.ops.losses import ppo_loss
+from ppo_jax.ops.masked import masked_whiten
+from ppo_jax.ops.sampling import sample_token
 
 ENV, _ = gymnax.make("CartPole-v1")
 TIME_LIMIT = ENV.default_params.max_steps_in_episode
@@ -60,9 +60,13 @@ class Settings:
 
     def __post_init__(self):
         if self.envs * self.steps % self.minibatches:
-            raise ValueError(f"minibatches={self.minibatches} must divide envs x steps = {self.envs * self.steps}.")
+            raise ValueError(
+                f"minibatches={self.minibatches} must divide envs x steps = {self.envs * self.steps}."
+            )
         if self.steps * self.updates < TIME_LIMIT:
-            raise ValueError(f"updates={self.updates} x steps={self.steps} is less than an episode, {TIME_LIMIT}: raise one.")
+            raise ValueError(
+                f"updates={self.updates} x steps={self.steps} is less than an episode, {TIME_LIMIT}: raise one."
+            )
 
 
 class ActorCritic(nn.Module):
@@ -75,7 +79,9 @@ class ActorCritic(nn.Module):
         def mlp(outputs: int, scale: float) -> jax.Array:
             x = obs
             for _ in range(2):
-                x = nn.tanh(nn.Dense(self.width, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))(x))
+                x = nn.tanh(
+                    nn.Dense(self.width, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))(x)
+                )
             return nn.Dense(outputs, kernel_init=nn.initializers.orthogonal(scale))(x)
 
         return mlp(ENV.num_actions, 0.01), mlp(1, 1.0)[..., 0]
@@ -121,16 +127,30 @@ def rollout(state: TrainState, world: World, key: jax.Array, length: int) -> tup
         action_keys, world_keys = jax.random.split(key, (2, world.score.size))
         logits, values = state.apply_fn(state.params, world.obs)
         actions, logprobs = jax.vmap(sample_token)(action_keys, logits)
-        obs, env_state, rewards, terminated, truncated, info = jax.vmap(ENV.step)(world_keys, world.env_state, actions)
+        obs, env_state, rewards, terminated, truncated, info = jax.vmap(ENV.step)(
+            world_keys, world.env_state, actions
+        )
         scores = world.score + rewards
-        seen = Steps(world.obs, actions, logprobs, values, rewards, terminated, truncated, info["final_observation"], scores)
+        seen = Steps(
+            world.obs,
+            actions,
+            logprobs,
+            values,
+            rewards,
+            terminated,
+            truncated,
+            info["final_observation"],
+            scores,
+        )
         return World(env_state, obs, jnp.where(terminated | truncated, 0, scores)), seen
 
     world, time_major = jax.lax.scan(step, world, jax.random.split(key, length))
     return world, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), time_major)
 
 
-def estimate(state: TrainState, steps: Steps, world: World, *, gamma: float, lam: float) -> Experience:
+def estimate(
+    state: TrainState, steps: Steps, world: World, *, gamma: float, lam: float
+) -> Experience:
     """Adds advantages and returns. γ is 0 where an episode ends, so nothing flows from one episode to the one before it.
 
     A pole that falls has no future. One that the time limit stops has: its last reward includes γ V(s_{t+1}), with the state
@@ -149,7 +169,9 @@ def estimate(state: TrainState, steps: Steps, world: World, *, gamma: float, lam
     return Experience(steps.obs, steps.actions, steps.logprobs, steps.values, advantages, returns)
 
 
-def update(state: TrainState, experience: Experience, key: jax.Array, settings: Settings) -> tuple[TrainState, dict]:
+def update(
+    state: TrainState, experience: Experience, key: jax.Array, settings: Settings
+) -> tuple[TrainState, dict]:
     """Epochs x shuffled minibatches of Adam on the PPO loss."""
 
     def learn(state: TrainState, batch: Experience) -> tuple[TrainState, dict]:
@@ -157,18 +179,30 @@ def update(state: TrainState, experience: Experience, key: jax.Array, settings: 
             logits, values = state.apply_fn(params, batch.obs)
             real = jnp.ones(values.shape, bool)
             return ppo_loss(
-                token_logprobs(logits, batch.actions), values, entropy(logits),
-                old_logprobs=batch.logprobs, old_values=batch.values, advantages=batch.advantages, returns=batch.returns,
-                mask=real, value_mask=real, clip_low=settings.clip, clip_high=settings.clip, value_clip=None,
-                vf_coef=settings.vf_coef, entropy_coef=settings.entropy_coef,
-            )  # fmt: skip
+                token_logprobs(logits, batch.actions),
+                values,
+                entropy(logits),
+                old_logprobs=batch.logprobs,
+                old_values=batch.values,
+                advantages=batch.advantages,
+                returns=batch.returns,
+                mask=real,
+                value_mask=real,
+                clip_low=settings.clip,
+                clip_high=settings.clip,
+                value_clip=None,
+                vf_coef=settings.vf_coef,
+                entropy_coef=settings.entropy_coef,
+            )
 
         grads, terms = jax.grad(loss_fn, has_aux=True)(state.params)
         return state.apply_gradients(grads=grads), terms
 
     def epoch(state: TrainState, key: jax.Array) -> tuple[TrainState, dict]:
         # Unlike the tokens of a text, single steps are shuffled: each becomes a sequence of its own, `[B, 1]`.
-        order = jax.random.permutation(key, settings.envs * settings.steps).reshape(settings.minibatches, -1, 1)
+        order = jax.random.permutation(key, settings.envs * settings.steps).reshape(
+            settings.minibatches, -1, 1
+        )
         minibatches = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order], experience)
         return jax.lax.scan(learn, state, minibatches)
 
@@ -182,17 +216,24 @@ def train(key: jax.Array, settings: Settings) -> tuple[TrainState, dict[str, jax
     key_params, key_reset, key_updates = jax.random.split(key, 3)
     obs, env_state = jax.vmap(ENV.reset)(jax.random.split(key_reset, settings.envs))
     net = ActorCritic(settings.width)
-    lr = optax.linear_schedule(settings.lr, 0, settings.updates * settings.epochs * settings.minibatches)
+    lr = optax.linear_schedule(
+        settings.lr, 0, settings.updates * settings.epochs * settings.minibatches
+    )
     adam = optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optax.adam(lr, eps=1e-5))
     state = TrainState.create(apply_fn=net.apply, params=net.init(key_params, obs), tx=adam)
 
-    def iteration(carry: tuple[TrainState, World], u: jax.Array) -> tuple[tuple[TrainState, World], dict]:
+    def iteration(
+        carry: tuple[TrainState, World], u: jax.Array
+    ) -> tuple[tuple[TrainState, World], dict]:
         state, world = carry
         key_rollout, key_update = jax.random.split(jax.random.fold_in(key_updates, u))
         world, steps = rollout(state, world, key_rollout, settings.steps)
         experience = estimate(state, steps, world, gamma=settings.gamma, lam=settings.lam)
         state, terms = update(state, experience, key_update, settings)
-        return (state, world), terms | {"done": steps.terminated | steps.truncated, "scores": steps.scores}
+        return (state, world), terms | {
+            "done": steps.terminated | steps.truncated,
+            "scores": steps.scores,
+        }
 
     world = World(env_state, obs, jnp.zeros(settings.envs))
     (state, _), history = jax.lax.scan(iteration, (state, world), jnp.arange(settings.updates))
@@ -201,7 +242,9 @@ def train(key: jax.Array, settings: Settings) -> tuple[TrainState, dict[str, jax
 
 def finished_episodes(history: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Environment steps taken when each episode ended, and its return, in order of time."""
-    done, scores = (np.moveaxis(history[k], 2, 1) for k in ("done", "scores"))  # [updates, R, B], as time goes
+    done, scores = (
+        np.moveaxis(history[k], 2, 1) for k in ("done", "scores")
+    )  # [updates, R, B], as time goes
     return np.flatnonzero(done) + 1, scores[done]
 
 
@@ -221,7 +264,9 @@ def plot(ends: np.ndarray, returns: np.ndarray, path: Path) -> None:
 def main(settings: Settings) -> dict[str, float]:
     """Trains, writes the results into `settings.out`, prints them and returns them."""
     if (settings.out / "summary.json").exists():
-        raise SystemExit(f"out={settings.out} already holds a summary.json: name another folder, or delete this one.")
+        raise SystemExit(
+            f"out={settings.out} already holds a summary.json: name another folder, or delete this one."
+        )
     start = time.perf_counter()
     _, history = jax.device_get(train(jax.random.key(settings.seed), settings))
     ends, returns = finished_episodes(history)

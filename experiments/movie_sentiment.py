@@ -30,16 +30,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import assets
-from ppo_jax import data, iteration, sft
-from ppo_jax.config import PPOConfig
-from ppo_jax.files import claim, lock, write_json
-from ppo_jax.models import heads, pretrained, stored
+from ppo_jax import data
+from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.families import gpt2
+from ppo_jax.models.io import pretrained, stored
+from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.ppo import iteration, sft
+from ppo_jax.ppo.reward_model import regression_loss
+from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import ModelReward
-from ppo_jax.reward_model import regression_loss
-from ppo_jax.train import LoopConfig, Trainer
+from ppo_jax.run.files import claim, lock, write_json
+from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.trainer import Trainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,9 +51,17 @@ END = "<|endoftext|>"
 LENGTH = 48  # tokens of a sentence; longer ones are cut
 N_TRAIN, N_PPO = 8600, 1000  # sentences for the models, openings for PPO; the rest is the test set
 PPO = PPOConfig(
-    batch_size=128, epochs=3, minibatches=4, max_new_tokens=24, min_new_tokens=8, kl_coef=0.03, learning_rate=2e-4,
-    vf_coef=0.5, decay_learning_rate=True, scale_scores=True,
-)  # fmt: skip
+    batch_size=128,
+    epochs=3,
+    minibatches=4,
+    max_new_tokens=24,
+    min_new_tokens=8,
+    kl_coef=0.03,
+    learning_rate=2e-4,
+    vf_coef=0.5,
+    decay_learning_rate=True,
+    scale_scores=True,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +95,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> PreTrainedT
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
@@ -97,29 +110,46 @@ def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Any, pretraine
         pretrained.check_tokenizer(tokenizer, model.config)
         return tokenizer, model
     tokenizer = train_tokenizer(texts)
-    config = TransformerConfig(vocab_size=len(tokenizer), positions=64, width=128, layers=4, heads=4, mlp_width=512)
+    config = TransformerConfig(
+        vocab_size=len(tokenizer), positions=64, width=128, layers=4, heads=4, mlp_width=512
+    )
     params = init_params(config, jax.random.key(settings.seed))
-    return tokenizer, pretrained.Pretrained(config, params, gpt2.config_to_hf(config, end_id=tokenizer.eos_token_id))
+    return tokenizer, pretrained.Pretrained(
+        config, params, gpt2.config_to_hf(config, end_id=tokenizer.eos_token_id)
+    )
 
 
 def encode(tokenizer, texts: Sequence[str], *, end: bool) -> tuple[np.ndarray, np.ndarray]:
     """`[n, LENGTH]` tokens and mask of sentences, with their end token or, as a reward model sees them, without."""
-    ids = [[*tokenizer(text).input_ids[: LENGTH - 1], *[tokenizer.eos_token_id] * end] for text in texts]
+    ids = [
+        [*tokenizer(text).input_ids[: LENGTH - 1], *[tokenizer.eos_token_id] * end]
+        for text in texts
+    ]
     return data.pad(ids, length=LENGTH, pad_id=tokenizer.eos_token_id, left=False)
 
 
-def fine_tune(settings: Settings, tokenizer, model: pretrained.Pretrained, texts: Sequence[str]) -> pretrained.Pretrained:
+def fine_tune(
+    settings: Settings, tokenizer, model: pretrained.Pretrained, texts: Sequence[str]
+) -> pretrained.Pretrained:
     lm = language_model(model.config)
     tokens, mask = encode(tokenizer, texts, end=True)
     params = sft.fit(
-        lambda p, tokens, mask: sft.sft_loss(lm, p, tokens, mask, mask), model.params, (tokens, mask),
-        seed=settings.seed, epochs=settings.sft_epochs, batch_size=32, learning_rate=2e-3 if settings.model is None else 5e-5,
-        weight_decay=0.1, on_epoch=lambda e, loss, _: print(f"  epoch {e + 1}: {loss:.3f} nats a token", flush=True),
-    )  # fmt: skip
+        lambda p, tokens, mask: sft.sft_loss(lm, p, tokens, mask, mask),
+        model.params,
+        (tokens, mask),
+        seed=settings.seed,
+        epochs=settings.sft_epochs,
+        batch_size=32,
+        learning_rate=2e-3 if settings.model is None else 5e-5,
+        weight_decay=0.1,
+        on_epoch=lambda e, loss, _: print(f"  epoch {e + 1}: {loss:.3f} nats a token", flush=True),
+    )
     return model._replace(params=params)
 
 
-def train_reward(settings: Settings, tokenizer, policy: pretrained.Pretrained, texts, scores) -> tuple[ModelReward, Any]:
+def train_reward(
+    settings: Settings, tokenizer, policy: pretrained.Pretrained, texts, scores
+) -> tuple[ModelReward, Any]:
     """A reward model on the human scores, from the fine-tuned trunk.
 
     A fifth of the words it reads are random ones, others in each pass. It then trusts no single phrase, which PPO would find and
@@ -127,7 +157,8 @@ def train_reward(settings: Settings, tokenizer, policy: pretrained.Pretrained, t
     """
     score, rng = heads.reward_model(policy.config), np.random.default_rng(settings.seed)
     tokens, mask, targets = (
-        np.concatenate([x] * settings.reward_epochs) for x in (*encode(tokenizer, texts, end=False), np.asarray(scores, np.float32))
+        np.concatenate([x] * settings.reward_epochs)
+        for x in (*encode(tokenizer, texts, end=False), np.asarray(scores, np.float32))
     )
     noise = (rng.random(tokens.shape) < settings.reward_noise) & mask
     tokens = np.where(noise, rng.integers(0, len(tokenizer), tokens.shape, np.int32), tokens)
@@ -135,44 +166,65 @@ def train_reward(settings: Settings, tokenizer, policy: pretrained.Pretrained, t
     def loss_fn(params, tokens, mask, targets):
         return regression_loss(score(params, tokens, mask), targets)
 
-    params = heads.init_scorer(policy.config, jax.random.key(settings.seed + 100), trunk=policy.params)
+    params = heads.init_scorer(
+        policy.config, jax.random.key(settings.seed + 100), trunk=policy.params
+    )
     params = sft.fit(
-        loss_fn, params, (tokens, mask, targets), seed=settings.seed, epochs=1, batch_size=32,
-        learning_rate=6e-4 if settings.model is None else 5e-5, weight_decay=0.1,
+        loss_fn,
+        params,
+        (tokens, mask, targets),
+        seed=settings.seed,
+        epochs=1,
+        batch_size=32,
+        learning_rate=6e-4 if settings.model is None else 5e-5,
+        weight_decay=0.1,
         on_epoch=lambda _, loss, __: print(f"  squared error {loss:.3f}", flush=True),
-    )  # fmt: skip
+    )
     return ModelReward(jax.jit(score), params, tokenizer, LENGTH, tokenizer.eos_token_id), params
 
 
 def distinct2(texts: Sequence[str]) -> float:
     """Share of different pairs of neighbouring words among all such pairs: falls when texts repeat one another."""
-    pairs = Counter(pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False))
+    pairs = Counter(
+        pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)
+    )
     return len(pairs) / max(sum(pairs.values()), 1)
 
 
-def judge(openings: Sequence[str], responses: Sequence[str], reward: ModelReward) -> dict[str, float]:
+def judge(
+    openings: Sequence[str], responses: Sequence[str], reward: ModelReward
+) -> dict[str, float]:
     vader = SentimentIntensityAnalyzer()
     return {
         "judge": float(np.mean([vader.polarity_scores(text)["compound"] for text in responses])),
-        "score": float(np.mean(reward.score_texts([p + r for p, r in zip(openings, responses, strict=True)]))),
+        "score": float(
+            np.mean(reward.score_texts([p + r for p, r in zip(openings, responses, strict=True)]))
+        ),
         "distinct2": distinct2(responses),
         "length": float(np.mean([len(text.split()) for text in responses])),
     }
 
 
-def sequence_kl(agent: iteration.Agent, state: iteration.PPOState, ref_params, prompts: data.Prompts) -> float:
+def sequence_kl(
+    agent: iteration.Agent, state: iteration.PPOState, ref_params, prompts: data.Prompts
+) -> float:
     """Mean over test openings of the summed log-ratio to the reference, nats a response."""
     n = len(prompts) // agent.config.batch_size * agent.config.batch_size
     batch = prompts.take(np.arange(n))
-    rollout = jax.jit(lambda s, t, m: iteration.sample(agent, s, t, m))(state, batch.tokens, batch.mask)
+    rollout = jax.jit(lambda s, t, m: iteration.sample(agent, s, t, m))(
+        state, batch.tokens, batch.mask
+    )
     scores = jax.jit(lambda s, r, ro: iteration.score(agent, s, r, ro))(state, ref_params, rollout)
     return float(jnp.mean(jnp.sum(scores.logprobs - scores.ref_logprobs, axis=1)))
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
-    names = {"objective/scores": "reward-model score", "objective/kl": "KL from the reference (nats)",
-             "policy/entropy": "entropy (nats a token)"}  # fmt: skip
+    names = {
+        "objective/scores": "reward-model score",
+        "objective/kl": "KL from the reference (nats)",
+        "policy/entropy": "entropy (nats a token)",
+    }
     for axis, (name, label) in zip(axes, names.items(), strict=True):
         axis.plot([row[name] for row in rows])
         axis.set(xlabel="update", title=label)
@@ -195,7 +247,9 @@ def main(settings: Settings) -> dict[str, float]:
     tokenizer, model = base_model(settings, texts[:N_TRAIN])
     policy = fine_tune(settings, tokenizer, model, texts[:N_TRAIN])
     print("Training the reward model on the human scores", flush=True)
-    reward, reward_params = train_reward(settings, tokenizer, policy, texts[:N_TRAIN], scores[:N_TRAIN])
+    reward, reward_params = train_reward(
+        settings, tokenizer, policy, texts[:N_TRAIN], scores[:N_TRAIN]
+    )
     test = slice(N_TRAIN + N_PPO, None)
     spearman = float(spearmanr(reward.score_texts(texts[test]), scores[test]).statistic)
 
@@ -203,23 +257,34 @@ def main(settings: Settings) -> dict[str, float]:
         ids = [tokenizer(text).input_ids[: settings.opening] for text in texts]
         rows = [{"prompt": tokenizer.decode(i)} for i in ids if len(i) == settings.opening]
         return data.encode_prompts(
-            rows, tokenizer, positions=policy.config.positions, new_tokens=settings.ppo.max_new_tokens,
+            rows,
+            tokenizer,
+            positions=policy.config.positions,
+            new_tokens=settings.ppo.max_new_tokens,
             pad_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+        )
 
     prompts, test_prompts = openings(texts[N_TRAIN : N_TRAIN + N_PPO]), openings(texts[test])
     model, critic = language_model(policy.config), heads.separate_critic(policy.config)
-    agent = iteration.Agent(model, critic, settings.ppo, (tokenizer.eos_token_id,), tokenizer.eos_token_id)
+    agent = iteration.Agent(
+        model, critic, settings.ppo, (tokenizer.eos_token_id,), tokenizer.eos_token_id
+    )
     loop = LoopConfig(updates=settings.updates, seed=settings.seed)
     params = {"policy": policy.params, "critic": reward_params}
-    trainer = Trainer(agent, params, tokenizer, prompts, reward, out=out / "ppo", loop=loop, settings=settings)
+    trainer = Trainer(
+        agent, params, tokenizer, prompts, reward, out=out / "ppo", loop=loop, settings=settings
+    )
     before = trainer.evaluate(test_prompts)[1]
     history: list[dict[str, float]] = []
     state = trainer.run(on_update=history.append)
     after = trainer.evaluate(test_prompts)[1]
     first, last = (judge(test_prompts.texts, responses, reward) for responses in (before, after))
     pretrained.save_policy(out / "model", policy._replace(params=state.policy), tokenizer)
-    summary = {f"{name}/{when}": row[name] for name in first for when, row in (("before", first), ("after", last))}
+    summary = {
+        f"{name}/{when}": row[name]
+        for name in first
+        for when, row in (("before", first), ("after", last))
+    }
     summary |= {
         "kl": sequence_kl(agent, state, trainer.ref_params, test_prompts),
         "reward_model/spearman": spearman,
@@ -232,14 +297,22 @@ def main(settings: Settings) -> dict[str, float]:
     return summary
 
 
-def report(summary: dict[str, float], openings: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
+def report(
+    summary: dict[str, float], openings: Sequence[str], before: Sequence[str], after: Sequence[str]
+) -> None:
     """Prints the table and some samples side by side."""
     print(f"\n{'':24}{'before':>10}{'after':>10}")
-    for name, label in {"score": "reward-model score", "judge": "VADER compound (judge)", "distinct2": "distinct-2",
-                        "length": "words"}.items():  # fmt: skip
+    for name, label in {
+        "score": "reward-model score",
+        "judge": "VADER compound (judge)",
+        "distinct2": "distinct-2",
+        "length": "words",
+    }.items():
         print(f"{label:24}{summary[name + '/before']:10.3f}{summary[name + '/after']:10.3f}")
     print(f"{'KL (nats a response)':24}{0:10.3f}{summary['kl']:10.3f}")
-    print(f"Spearman of the reward model with human scores, held out: {summary['reward_model/spearman']:.3f}")
+    print(
+        f"Spearman of the reward model with human scores, held out: {summary['reward_model/spearman']:.3f}"
+    )
     print(f"{summary['time/total_s']:.0f} s\n")
     for opening, a, b in list(zip(openings, before, after, strict=True))[:5]:
         print(f"{opening.strip()} ...\n  before: {a.strip()}\n  after:  {b.strip()}")

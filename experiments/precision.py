@@ -22,11 +22,15 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from experiments import assets
 from ppo_jax import data
-from ppo_jax.logprobs import token_logprobs
-from ppo_jax.models import pretrained
+from ppo_jax.models.io import pretrained
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ops.logprobs import token_logprobs
 
-PASSES = {"default": [(0, 0)], "high": [(0, 0), (0, 1), (1, 0)], "highest": [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]}
+PASSES = {
+    "default": [(0, 0)],
+    "high": [(0, 0), (0, 1), (1, 0)],
+    "highest": [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)],
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,14 +56,18 @@ def with_passes(function: Callable, passes: list[tuple[int, int]]) -> Callable:
     """`function` with each float32 matrix product done in bfloat16 passes."""
 
     def run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-        known = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+        known = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(
+            zip(jaxpr.invars, args, strict=True)
+        )
         read = lambda v: v.val if isinstance(v, Literal) else known[v]
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
             inner = next((p for p in eqn.params.values() if isinstance(p, ClosedJaxpr)), None)
             if eqn.primitive.name == "dot_general":
                 a, b = parts(values[0]), parts(values[1])
-                out = [sum(eqn.primitive.bind(a[i], b[j], **eqn.params) for i, j in reversed(passes))]
+                out = [
+                    sum(eqn.primitive.bind(a[i], b[j], **eqn.params) for i, j in reversed(passes))
+                ]
             elif eqn.primitive.name in ("jit", "pjit", "closed_call", "custom_jvp_call"):
                 out = run(inner.jaxpr, inner.consts, values)
             else:
@@ -94,7 +102,9 @@ def main(options: Precision) -> dict[str, dict[str, float]]:
     for name, passes in PASSES.items():
         gap = np.abs(np.asarray(jax.jit(with_passes(logprobs, passes))(*args)) - exact)[real]
         found[name] = {"mean": float(gap.mean()), "max": float(gap.max())}
-        print(f"{name:8} log-probs differ by {gap.mean():.2e} on average, {gap.max():.2e} at most, of {real.sum()} tokens")
+        print(
+            f"{name:8} log-probs differ by {gap.mean():.2e} on average, {gap.max():.2e} at most, of {real.sum()} tokens"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
     return found

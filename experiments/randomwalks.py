@@ -34,12 +34,13 @@ import optax
 import tyro
 from flax.training.train_state import TrainState
 
-from ppo_jax import iteration, sft
-from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.files import claim, lock, plain, write_json
+from ppo_jax.errors import SettingError
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.ppo import iteration, sft
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.run.files import claim, lock, plain, write_json
 from ppo_jax.types import Params
 
 matplotlib.use("Agg")
@@ -48,13 +49,22 @@ import matplotlib.pyplot as plt
 NODES, EDGE_PROBABILITY, GOAL = 21, 0.1, 0
 END, WORDS = NODES, NODES + 1  # a token for each node, and one that fills a text after its end
 LONGEST = 10  # nodes of a walk, the start and the goal included
-CONFIG = TransformerConfig(vocab_size=WORDS, positions=LONGEST, width=64, layers=2, heads=4, mlp_width=256)
+CONFIG = TransformerConfig(
+    vocab_size=WORDS, positions=LONGEST, width=64, layers=2, heads=4, mlp_width=256
+)
 MODEL, CRITIC = language_model(CONFIG), heads.separate_critic(CONFIG)
 SFT_BATCH = 100
 PPO = PPOConfig(
-    batch_size=320, epochs=2, minibatches=4, max_new_tokens=LONGEST - 1, kl_coef=0.0, entropy_coef=0.05, learning_rate=5e-4,
-    vf_coef=0.5, decay_learning_rate=True,
-)  # fmt: skip
+    batch_size=320,
+    epochs=2,
+    minibatches=4,
+    max_new_tokens=LONGEST - 1,
+    kl_coef=0.0,
+    entropy_coef=0.05,
+    learning_rate=5e-4,
+    vf_coef=0.5,
+    decay_learning_rate=True,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +96,13 @@ class Settings:
         if not 0 <= self.seed <= 2**32 - self.seeds:
             raise SettingError(f"seed must lie in 0 .. 2**32 - seeds, not {self.seed}.")
         if self.ppo.max_new_tokens != LONGEST - 1 or not self.ppo.stop_at_end:
-            raise SettingError(f"ppo must keep max_new_tokens={LONGEST - 1} and stop_at_end: a walk has at most {LONGEST} nodes.")
+            raise SettingError(
+                f"ppo must keep max_new_tokens={LONGEST - 1} and stop_at_end: a walk has at most {LONGEST} nodes."
+            )
         if self.ppo.batch_size % (NODES - 1):
-            raise SettingError(f"ppo.batch_size={self.ppo.batch_size} must be a multiple of the {NODES - 1} start nodes.")
+            raise SettingError(
+                f"ppo.batch_size={self.ppo.batch_size} must be a multiple of the {NODES - 1} start nodes."
+            )
 
 
 class Graph(NamedTuple):
@@ -104,7 +118,9 @@ def shortest_walks(edges: jax.Array) -> jax.Array:
     def relax(_, length: jax.Array) -> jax.Array:
         return jnp.minimum(length, 1 + jnp.where(edges, length[None, :], LONGEST).min(axis=1))
 
-    return jax.lax.fori_loop(1, LONGEST, relax, jnp.where(jnp.arange(len(edges)) == GOAL, 1, LONGEST + 1))
+    return jax.lax.fori_loop(
+        1, LONGEST, relax, jnp.where(jnp.arange(len(edges)) == GOAL, 1, LONGEST + 1)
+    )
 
 
 def draw_graph(key: jax.Array) -> Graph:
@@ -129,14 +145,18 @@ def optimality(graph: Graph, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     there = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0] == GOAL
     along_edges = graph.edges[tokens[:, :-1], tokens[:, 1:]] | ~mask[:, 1:]
     shortest = graph.shortest[tokens[:, 0]]
-    return jnp.where(there & along_edges.all(axis=1), (LONGEST - lengths) / (LONGEST - shortest), 0.0)
+    return jnp.where(
+        there & along_edges.all(axis=1), (LONGEST - lengths) / (LONGEST - shortest), 0.0
+    )
 
 
 def random_walks(key: jax.Array, graph: Graph, n: int) -> tuple[jax.Array, jax.Array]:
     """`n` uniform walks from random nodes, to the goal or to their tenth node: tokens and mask, `[n, LONGEST]`."""
     start_key, walk_key = jax.random.split(key)
     starts = jax.random.randint(start_key, (n,), GOAL + 1, NODES)
-    ways = jnp.where(graph.edges.at[jnp.array([GOAL, END]), END].set(True), 0.0, -jnp.inf)  # past the goal, nothing but END
+    ways = jnp.where(
+        graph.edges.at[jnp.array([GOAL, END]), END].set(True), 0.0, -jnp.inf
+    )  # past the goal, nothing but END
 
     def step(node: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         following = jax.random.categorical(key, ways[node])
@@ -147,9 +167,13 @@ def random_walks(key: jax.Array, graph: Graph, n: int) -> tuple[jax.Array, jax.A
     return tokens, tokens != END
 
 
-def fine_tune(key: jax.Array, params: Params, walks: tuple[jax.Array, jax.Array], steps: int) -> Params:
+def fine_tune(
+    key: jax.Array, params: Params, walks: tuple[jax.Array, jax.Array], steps: int
+) -> Params:
     """The model after `steps` steps of Adam on batches of the walks."""
-    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(optax.cosine_decay_schedule(2e-3, steps)))
+    state = TrainState.create(
+        apply_fn=None, params=params, tx=optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+    )
 
     def step(state: TrainState, key: jax.Array) -> tuple[TrainState, None]:
         tokens, mask = (x[jax.random.randint(key, (SFT_BATCH,), 0, len(x))] for x in walks)
@@ -166,7 +190,9 @@ def train(key: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
     walks = random_walks(walk_key, graph, settings.walks)
     reference = fine_tune(sft_key, init_params(CONFIG, init_key), walks, settings.sft_steps)
     agent = iteration.Agent(MODEL, CRITIC, settings.ppo, stop_ids=(GOAL, END), pad_id=END)
-    plainly = agent._replace(config=dataclasses.replace(settings.ppo, temperature=1.0, top_k=None, top_p=None))
+    plainly = agent._replace(
+        config=dataclasses.replace(settings.ppo, temperature=1.0, top_k=None, top_p=None)
+    )
     params = {"policy": reference, "critic": heads.init_scorer(CONFIG, head_key, trunk=reference)}
     state = iteration.init_state(agent, params, ppo_key, updates=settings.updates)
     starts = jnp.arange(1, NODES)
@@ -176,16 +202,26 @@ def train(key: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
         return rollout, optimality(graph, rollout.tokens, rollout.mask)
 
     def evaluate(state: iteration.PPOState) -> jax.Array:
-        return walk(plainly, state.replace(key=test_key), jnp.repeat(starts, settings.samples))[1].mean()
+        return walk(plainly, state.replace(key=test_key), jnp.repeat(starts, settings.samples))[
+            1
+        ].mean()
 
     def update(state: iteration.PPOState, _) -> tuple[iteration.PPOState, dict[str, jax.Array]]:
         rollout, found = walk(agent, state, jnp.resize(starts, settings.ppo.batch_size))
         scores = iteration.score(agent, state, reference, rollout)
         state, metrics = iteration.learn(agent, state, rollout, scores, found)
-        return state, {"optimality": found.mean(), "kl": metrics["objective/kl"], "entropy": metrics["objective/entropy"]}
+        return state, {
+            "optimality": found.mean(),
+            "kl": metrics["objective/kl"],
+            "entropy": metrics["objective/entropy"],
+        }
 
     trained, history = jax.lax.scan(update, state, length=settings.updates)
-    figures = {"before": evaluate(state), "after": evaluate(trained), "training_walks": optimality(graph, *walks).mean()}
+    figures = {
+        "before": evaluate(state),
+        "after": evaluate(trained),
+        "training_walks": optimality(graph, *walks).mean(),
+    }
     return {**figures, **history, "policy": trained.policy}
 
 
@@ -197,7 +233,11 @@ def train_all(keys: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
 
 def plot(results: dict[str, np.ndarray], seeds: range, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    titles = {"optimality": "optimality of the samples", "kl": "KL from the fine-tuned model (nats)", "entropy": "entropy (nats)"}
+    titles = {
+        "optimality": "optimality of the samples",
+        "kl": "KL from the fine-tuned model (nats)",
+        "entropy": "entropy (nats)",
+    }
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.plot(results[name].T, label=[f"seed {seed}" for seed in seeds])
         axis.set(xlabel="update", title=title)
@@ -215,8 +255,13 @@ def main(settings: Settings) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SystemExit(f"out={settings.out} cannot be used: {error}") from error
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    results = jax.device_get(train_all(jnp.stack([jax.random.key(seed) for seed in seeds]), settings=settings))
-    columns = {"seed": seeds, **{name: results[name].tolist() for name in ("training_walks", "before", "after")}}
+    results = jax.device_get(
+        train_all(jnp.stack([jax.random.key(seed) for seed in seeds]), settings=settings)
+    )
+    columns = {
+        "seed": seeds,
+        **{name: results[name].tolist() for name in ("training_walks", "before", "after")},
+    }
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     print(f"{'seed':>4}{'walks':>8}{'before':>8}{'after':>8}")
     for row in rows:

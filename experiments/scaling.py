@@ -2,7 +2,7 @@
 
     python -m experiments.scaling --out DIR
 
-Each row is compiled by the TPU's own compiler at two small depths and taken further along a line (`ppo_jax.plan.extrapolate`); the
+Each row is compiled by the TPU's own compiler at two small depths and taken further along a line (`ppo_jax.plan.compile.extrapolate`); the
 first number of rows a device that fits is taken. What is in DIR already is not compiled again.
 """
 
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ppo_jax import parallel, plan
 from ppo_jax.commands.plan import as_json
-from ppo_jax.config import PPOConfig
+from ppo_jax.distributed import meshes
 from ppo_jax.models.sizes import SIZES
+from ppo_jax.plan import compile as plan
+from ppo_jax.ppo.settings import PPOConfig
 
 PROMPT, RESPONSE = 512, 128
 ROWS = (4, 1)  # of a micro-batch on each device, tried in this order
@@ -57,7 +58,9 @@ def main(options: Scaling) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     options.out.mkdir(parents=True, exist_ok=True)
     summary = options.out / "summary.json"
-    done = {tuple(row[name] for name in ("model", "topology", "mesh")): row for row in _read(summary)}
+    done = {
+        tuple(row[name] for name in ("model", "topology", "mesh")): row for row in _read(summary)
+    }
     for study in STUDIES:
         if study not in done and options.only in study[0]:
             done[study] = run(*study, options.depths)
@@ -75,31 +78,48 @@ def _read(file: Path) -> list[dict]:
 def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
     """The largest of `ROWS` that fits, or the smallest."""
     chip = plan.CHIPS[topology.partition(":")[0]]
-    on = parallel.make_mesh(parallel.parse_mesh(mesh), plan.make_topology(topology))
+    on = meshes.make_mesh(meshes.parse_mesh(mesh), plan.make_topology(topology))
     size = SIZES[model](model)
     config = dataclasses.replace(size, dtype=jnp.bfloat16, remat=size.width >= 2048)
-    if model.startswith("gpt3"):  # 50,257 rows, padded to a TPU's tiles: libtpu 0.0.42.1 fails on some meshes without
+    if model.startswith(
+        "gpt3"
+    ):  # 50,257 rows, padded to a TPU's tiles: libtpu 0.0.42.1 fails on some meshes without
         config = dataclasses.replace(config, vocab_size=-(-size.vocab_size // 128) * 128)
     for rows in ROWS if size.width < 4096 else ROWS[-1:]:  # a compilation takes minutes
-        micro = rows * parallel.devices_of_rows(on)
-        ppo = PPOConfig(batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE)
+        micro = rows * meshes.devices_of_rows(on)
+        ppo = PPOConfig(
+            batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE
+        )
         programs = plan.extrapolate(config, depths, ppo, on, chip, prompt_tokens=PROMPT)
         fits = not plan.advice(programs, chip)
         if fits:
             break
-    return {"model": model, "topology": topology, "mesh": mesh, "rows_a_device": rows, "batch_size": ppo.batch_size, "fits": fits,
-            "memory": chip.memory, "advice": plan.advice(programs, chip),
-            **{name: as_json(program) for name, program in programs.items()}}  # fmt: skip
+    return {
+        "model": model,
+        "topology": topology,
+        "mesh": mesh,
+        "rows_a_device": rows,
+        "batch_size": ppo.batch_size,
+        "fits": fits,
+        "memory": chip.memory,
+        "advice": plan.advice(programs, chip),
+        **{name: as_json(program) for name, program in programs.items()},
+    }
 
 
 def _line(row: dict) -> str:
     phases = [row[name] for name in ("rollout", "scoring", "update")]
     peak = max((p["needed"] / 2**30 for p in phases if "needed" in p), default=float("nan"))
     seconds = " | ".join(f"{p['seconds']:.2f}" if "seconds" in p else "-" for p in phases)
-    sent = ", ".join(f"{kind} {c['bytes'] / 2**30:.0f}" for kind, c in sorted(phases[2].get("collectives", {}).items())
-                     if c["bytes"] >= 2**29)  # fmt: skip
-    return (f"| {row['model']} | {row['topology']} | {row['mesh']} | {row['rows_a_device']} | {'yes' if row['fits'] else 'no'} | "
-            f"{peak:.1f} of {row['memory']} | {seconds} | {sent} |")  # fmt: skip
+    sent = ", ".join(
+        f"{kind} {c['bytes'] / 2**30:.0f}"
+        for kind, c in sorted(phases[2].get("collectives", {}).items())
+        if c["bytes"] >= 2**29
+    )
+    return (
+        f"| {row['model']} | {row['topology']} | {row['mesh']} | {row['rows_a_device']} | {'yes' if row['fits'] else 'no'} | "
+        f"{peak:.1f} of {row['memory']} | {seconds} | {sent} |"
+    )
 
 
 if __name__ == "__main__":

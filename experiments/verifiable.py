@@ -19,22 +19,31 @@ import reasoning_gym
 import tyro
 
 from experiments import assets
-from ppo_jax import data, iteration
-from ppo_jax.chat import end_of_turn
-from ppo_jax.config import PPOConfig
-from ppo_jax.files import claim, lock, write_json
-from ppo_jax.models import heads, lora, pretrained
+from ppo_jax import data
+from ppo_jax.data.chat import end_of_turn
+from ppo_jax.models import heads, lora
+from ppo_jax.models.io import adapter_files, pretrained
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo import iteration
+from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import TextReward
-from ppo_jax.train import LoopConfig, Trainer
+from ppo_jax.run.files import claim, lock, write_json
+from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.trainer import Trainer
 
 N_HELD_OUT, DRAWS = 64, 3  # questions that PPO never sees, and responses to each in an evaluation
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 ADAPTERS = lora.LoRA(rank=16, alpha=32.0, targets=r"(attn/(q|k|v|o)|mlp/(gate|up|down))$")
 PPO = PPOConfig(
-    batch_size=64, epochs=2, minibatches=2, max_new_tokens=3, kl_coef=0.01, learning_rate=7e-4, decay_learning_rate=True,
+    batch_size=64,
+    epochs=2,
+    minibatches=2,
+    max_new_tokens=3,
+    kl_coef=0.01,
+    learning_rate=7e-4,
+    decay_learning_rate=True,
     vf_coef=0.1,
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,12 @@ class Settings:
 def questions(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows to train on, and held-out rows, each question once, of the 200 that there are; 4 + 3 is the same question as 3 + 4."""
     made = reasoning_gym.create_dataset("chain_sum", size=2000, seed=seed, **TASK)
-    rows = list({entry["question"]: {"prompt": entry["question"], "answer": entry["answer"]} for entry in made}.values())
+    rows = list(
+        {
+            entry["question"]: {"prompt": entry["question"], "answer": entry["answer"]}
+            for entry in made
+        }.values()
+    )
     held_out = rows[:N_HELD_OUT]
     known = {_any_order(row["prompt"]) for row in held_out}
     return [row for row in rows[N_HELD_OUT:] if _any_order(row["prompt"]) not in known], held_out
@@ -64,7 +78,9 @@ def questions(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def _any_order(question: str) -> str:
     """The question with the smaller number first, if it is a sum."""
-    return re.sub(r"(\d+) \+ (\d+)", lambda found: " + ".join(sorted(found.groups(), key=int)), question)
+    return re.sub(
+        r"(\d+) \+ (\d+)", lambda found: " + ".join(sorted(found.groups(), key=int)), question
+    )
 
 
 def correct(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
@@ -75,7 +91,10 @@ def correct(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
       [1.0, 0.0]
     """
     found = (re.search(r"-?\d+", response) for response in responses)
-    return [float(number is not None and number.group() == row["answer"]) for number, row in zip(found, rows, strict=True)]
+    return [
+        float(number is not None and number.group() == row["answer"])
+        for number, row in zip(found, rows, strict=True)
+    ]
 
 
 def main(settings: Settings) -> dict[str, float]:
@@ -86,7 +105,9 @@ def main(settings: Settings) -> dict[str, float]:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     train, held_out = questions(settings.seed)
     prompts, test = (
-        data.encode_prompts(rows, tokenizer, positions=64, new_tokens=settings.ppo.max_new_tokens, pad_id=pad)
+        data.encode_prompts(
+            rows, tokenizer, positions=64, new_tokens=settings.ppo.max_new_tokens, pad_id=pad
+        )
         for rows in (train, held_out * DRAWS)
     )
     config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
@@ -94,17 +115,27 @@ def main(settings: Settings) -> dict[str, float]:
     agent = iteration.Agent(language_model(config), heads.shared_critic(), settings.ppo, stops, pad)
     adapters = lora.init_lora(policy.params, jax.random.key(settings.seed), ADAPTERS)
     trainer = Trainer(
-        agent, {"policy": adapters, "critic": {"head": heads.zero_head(config.width)}}, tokenizer, prompts, TextReward(correct),
-        out=out / "ppo", loop=LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0),
-        frozen={"policy": policy.params}, settings=settings,
-    )  # fmt: skip
+        agent,
+        {"policy": adapters, "critic": {"head": heads.zero_head(config.width)}},
+        tokenizer,
+        prompts,
+        TextReward(correct),
+        out=out / "ppo",
+        loop=LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0),
+        frozen={"policy": policy.params},
+        settings=settings,
+    )
     before, first = trainer.evaluate(test)
     print(f"accuracy on held-out questions before: {before['eval/scores']:.3f}", flush=True)
     state = trainer.run(
-        on_update=lambda m: print(f"  accuracy {m['objective/scores']:.3f}, KL {m['objective/kl']:.2f}", flush=True)
+        on_update=lambda m: print(
+            f"  accuracy {m['objective/scores']:.3f}, KL {m['objective/kl']:.2f}", flush=True
+        )
     )
     after, last = trainer.evaluate(test)
-    lora.save_adapter(out / "adapter", state.policy, ADAPTERS, config, policy.hf_config["model_type"], str(file))
+    adapter_files.save_adapter(
+        out / "adapter", state.policy, ADAPTERS, config, policy.hf_config["model_type"], str(file)
+    )
     summary = {
         "accuracy/before": before["eval/scores"],
         "accuracy/after": after["eval/scores"],
@@ -113,10 +144,14 @@ def main(settings: Settings) -> dict[str, float]:
         "time/total_s": time.perf_counter() - start,
     }
     write_json(out / "summary.json", summary)
-    print(f"accuracy on held-out questions after: {after['eval/scores']:.3f}; KL {after['eval/kl']:.2f} nats a response; "
-          f"{summary['time/total_s']:.0f} s\n")  # fmt: skip
+    print(
+        f"accuracy on held-out questions after: {after['eval/scores']:.3f}; KL {after['eval/kl']:.2f} nats a response; "
+        f"{summary['time/total_s']:.0f} s\n"
+    )
     for i in np.arange(5):
-        print(f"{test.texts[i]} {test.rows[i]['answer']}\n  before: {first[i]!r}\n  after:  {last[i]!r}")
+        print(
+            f"{test.texts[i]} {test.rows[i]['answer']}\n  before: {first[i]!r}\n  after:  {last[i]!r}"
+        )
     return summary
 
 

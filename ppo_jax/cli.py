@@ -13,23 +13,35 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from ppo_jax import processes
 from ppo_jax.commands.inference import Evaluate, Generate
 from ppo_jax.commands.models import Convert, Info
 from ppo_jax.commands.plan import Plan
 from ppo_jax.commands.runs import Compare, Replay
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.commands.train import Train
-from ppo_jax.config import PRESETS, PPOConfig, SettingError
+from ppo_jax.distributed import processes
+from ppo_jax.errors import SettingError
+from ppo_jax.ppo.presets import PRESETS
+from ppo_jax.ppo.settings import PPOConfig
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point; every error that a user can mend is one sentence and exit status 2."""
     args = sys.argv[1:] if args is None else args
-    spelled = list(itertools.chain.from_iterable(a.split("=", 1) if a.startswith("--preset=") else [a] for a in args))
+    spelled = list(
+        itertools.chain.from_iterable(
+            a.split("=", 1) if a.startswith("--preset=") else [a] for a in args
+        )
+    )
     chosen = next((b for a, b in itertools.pairwise(spelled) if a == "--preset"), "default")
     missing = tyro.MISSING
-    train = Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=PRESETS.get(chosen, PPOConfig()))
+    train = Train(
+        model=missing,
+        prompts=missing,
+        reward=missing,
+        out=missing,
+        ppo=PRESETS.get(chosen, PPOConfig()),
+    )
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[SFT, tyro.conf.subcommand("sft")]
@@ -43,16 +55,28 @@ def main(args: list[str] | None = None) -> None:
         | Annotated[Plan, tyro.conf.subcommand("plan", default=Plan(model=missing))]
     )
     keep_compiled()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not here, which nothing needs
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # that PyTorch is not here, which nothing needs
     try:
         with _interrupts(), _no_leftovers():
-            tyro.cli(commands, config=(tyro.conf.EnumChoicesFromValues,), prog="ppo-jax", description=__doc__, args=args).run()
+            tyro.cli(
+                commands,
+                config=(tyro.conf.EnumChoicesFromValues,),
+                prog="ppo-jax",
+                description=__doc__,
+                args=args,
+            ).run()
     except KeyboardInterrupt:  # a reward's own
         print("ppo-jax: Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, RuntimeError, OSError, SettingError) as error:
         several = jax.distributed.is_initialized()
-        lost = "Another process is probably gone: " if several and isinstance(error, jax.errors.JaxRuntimeError) else ""
+        lost = (
+            "Another process is probably gone: "
+            if several and isinstance(error, jax.errors.JaxRuntimeError)
+            else ""
+        )
         print(f"ppo-jax: {lost}{error}", file=sys.stderr)
         if several:
             processes.end(2)
@@ -90,7 +114,9 @@ def _interrupts() -> Iterator[None]:
 def _no_leftovers() -> Iterator[None]:
     """Where one array of a checkpoint fails, threads of TensorStore tell an event loop that is gone of all the others."""
     shown = sys.unraisablehook
-    sys.unraisablehook = lambda about: None if str(about.exc_value) == "Event loop is closed" else shown(about)
+    sys.unraisablehook = lambda about: (
+        None if str(about.exc_value) == "Event loop is closed" else shown(about)
+    )
     try:
         yield
     finally:

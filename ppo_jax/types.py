@@ -53,7 +53,12 @@ def overlay(base: Params | None, top: Params) -> Params:
 
 class HiddenFn(Protocol):
     def __call__(
-        self, params: Params, tokens: jax.Array, mask: jax.Array, cache: KVCache | None = None, last: int | None = None
+        self,
+        params: Params,
+        tokens: jax.Array,
+        mask: jax.Array,
+        cache: KVCache | None = None,
+        last: int | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Reads `tokens [B, S]` with their `mask [B, S]`, after what the cache holds; gives `[B, S, D]` and the cache.
 
@@ -81,11 +86,15 @@ class LanguageModel(NamedTuple):
     logits: LogitsFn
     init_cache: CacheFn
     rounded: Callable[[Params], Params] = lambda params: params
-    about: str = ""  # what fixes these functions beside their parameters; a run goes on only with the same
+    about: str = (
+        ""  # what fixes these functions beside their parameters; a run goes on only with the same
+    )
 
 
 class CriticFn(Protocol):
-    def __call__(self, params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self, params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array
+    ) -> jax.Array:
         """Values `[B, R]` float32 of the states at the last R of S positions: from the policy's `hidden [B, R, D]` there if the
         trunk is shared, else from `tokens [B, S]` and `mask [B, S]`."""
 
@@ -152,3 +161,32 @@ class Experience:
     values: jax.Array
     advantages: jax.Array
     returns: jax.Array
+
+
+Metrics = dict[str, jax.Array]
+
+
+class LossMetrics(NamedTuple):
+    """Metrics of a micro-batch: shares of the whole minibatch's means, and maxima."""
+
+    mean: Metrics
+    max: Metrics
+
+
+class Counts(NamedTuple):
+    """What the means of a minibatch divide by, over all its micro-batches and devices; `[]` float32 each."""
+
+    tokens: jax.Array  # of the response mask
+    policy: jax.Array  # of the response mask, as the aggregation counts
+    value: jax.Array  # of the value mask, as the aggregation counts
+
+
+class LossFn(Protocol):
+    def __call__(
+        self, params: Params, batch: Experience, counts: Counts
+    ) -> tuple[jax.Array, LossMetrics]:
+        """The part that `batch`, a micro-batch, has in its minibatch's loss and metrics.
+
+        On a mesh it may run once for each place on `data`, and the parts are added up: it divides by `counts`, not by its own rows.
+        Where it says itself how an array lies, it does so by `models.sharding.constrain`, which knows that.
+        """

@@ -10,7 +10,9 @@ from jax.sharding import AxisType, PartitionSpec
 DEVICES = 8
 
 
-def assert_jit_and_vmap_agree(function: Callable, *arrays, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+def assert_jit_and_vmap_agree(
+    function: Callable, *arrays, rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
     """`function` gives the same plainly, compiled, and mapped over a new leading axis (of the arrays and their rows reversed)."""
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
     arrays = tuple(jnp.asarray(x) for x in arrays)
@@ -18,7 +20,9 @@ def assert_jit_and_vmap_agree(function: Callable, *arrays, rtol: float = 1e-5, a
     compiled = jax.jit(function)
     plain = [function(*arrays), compiled(*reversed_rows)]
     jax.tree.map(close, compiled(*arrays), plain[0])
-    mapped = jax.jit(jax.vmap(function))(*(jnp.stack(pair) for pair in zip(arrays, reversed_rows, strict=True)))
+    mapped = jax.jit(jax.vmap(function))(
+        *(jnp.stack(pair) for pair in zip(arrays, reversed_rows, strict=True))
+    )
     jax.tree.map(close, mapped, jax.tree.map(lambda *xs: jnp.stack(xs), *plain))
 
 

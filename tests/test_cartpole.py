@@ -27,14 +27,22 @@ def test_learns(short_run):
 def test_writes_its_results(short_run):
     settings, summary = short_run
     assert json.loads((settings.out / "summary.json").read_text()) == summary
-    assert summary.keys() == {"return/mean_last_100", "time/total_s", "seed", "episodes", "env_steps"}
+    assert summary.keys() == {
+        "return/mean_last_100",
+        "time/total_s",
+        "seed",
+        "episodes",
+        "env_steps",
+    }
     assert summary["env_steps"] == settings.envs * settings.steps * settings.updates
     assert (settings.out / "returns.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_never_overwrites_a_result(tmp_path, monkeypatch):
     (tmp_path / "summary.json").write_text("{}")
-    monkeypatch.setattr(cartpole, "train", lambda *_: pytest.fail("trained before it looked at the folder"))
+    monkeypatch.setattr(
+        cartpole, "train", lambda *_: pytest.fail("trained before it looked at the folder")
+    )
     with pytest.raises(SystemExit, match="already holds"):
         cartpole.main(cartpole.Settings(out=tmp_path))
 
@@ -47,24 +55,35 @@ def test_settings_that_cannot_run_are_refused(tmp_path, wrong):
 
 def test_a_time_limit_keeps_its_future_and_a_fall_does_not():
     """Two steps in three environments; the first step falls, is cut off, or goes on. `V(s)` is the first number of `s`."""
-    state = TrainState.create(apply_fn=lambda _, obs: (None, obs[..., 0]), params={}, tx=optax.identity())
+    state = TrainState.create(
+        apply_fn=lambda _, obs: (None, obs[..., 0]), params={}, tx=optax.identity()
+    )
     obs = jnp.broadcast_to(jnp.array([[2.0], [3.0]]), (3, 2, 1))
     steps = cartpole.Steps(
-        obs=obs, actions=jnp.zeros((3, 2), int), logprobs=jnp.zeros((3, 2)), values=obs[..., 0], rewards=jnp.ones((3, 2)),
+        obs=obs,
+        actions=jnp.zeros((3, 2), int),
+        logprobs=jnp.zeros((3, 2)),
+        values=obs[..., 0],
+        rewards=jnp.ones((3, 2)),
         terminated=jnp.array([[True, False], [False, False], [False, False]]),
         truncated=jnp.array([[False, False], [True, False], [False, False]]),
-        final_obs=jnp.full((3, 2, 1), 8.0), scores=jnp.ones((3, 2)),
-    )  # fmt: skip
+        final_obs=jnp.full((3, 2, 1), 8.0),
+        scores=jnp.ones((3, 2)),
+    )
     world = cartpole.World(env_state=None, obs=jnp.full((3, 1), 4.0), score=jnp.zeros(3))
 
     returns = cartpole.estimate(state, steps, world, gamma=0.5, lam=1.0).returns
 
     second = 1 + 0.5 * 4  # then the world's own value
-    np.testing.assert_allclose(returns, [[1, second], [1 + 0.5 * 8, second], [1 + 0.5 * second, second]])
+    np.testing.assert_allclose(
+        returns, [[1, second], [1 + 0.5 * 8, second], [1 + 0.5 * second, second]]
+    )
 
 
 def test_episodes_come_in_the_order_in_which_they_ended():
-    done = np.array([[[False, True], [True, False]]])  # [updates, B, R]: the second environment's ends first
+    done = np.array(
+        [[[False, True], [True, False]]]
+    )  # [updates, B, R]: the second environment's ends first
     scores = np.array([[[1.0, 2.0], [7.0, 1.0]]])
     ends, returns = cartpole.finished_episodes({"done": done, "scores": scores})
     np.testing.assert_array_equal(ends, [2, 3])
@@ -72,7 +91,11 @@ def test_episodes_come_in_the_order_in_which_they_ended():
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
-    settings = cartpole.Settings(out=tmp_path, envs=2, steps=250, updates=2, epochs=1, minibatches=1, width=4)
-    first, again, other = (cartpole.train(jax.random.key(seed), settings)[1]["scores"] for seed in (0, 0, 1))
+    settings = cartpole.Settings(
+        out=tmp_path, envs=2, steps=250, updates=2, epochs=1, minibatches=1, width=4
+    )
+    first, again, other = (
+        cartpole.train(jax.random.key(seed), settings)[1]["scores"] for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()

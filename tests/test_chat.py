@@ -8,10 +8,11 @@ import transformers
 from test_train import policy, tokenizer
 from tokenizers import AddedToken, processors
 
-from ppo_jax import chat, data
+from ppo_jax import data
 from ppo_jax.commands.loading import stop_ids
 from ppo_jax.commands.supervised import SFT, Reward
-from ppo_jax.models import pretrained
+from ppo_jax.data import chat
+from ppo_jax.models.io import pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} t {% endfor %}{% if add_generation_prompt %}a {% endif %}"
@@ -31,12 +32,20 @@ def encode(rows, words):
 def test_messages_and_texts_as_messages_go_through_the_template():
     messages = [{"role": "user", "content": "b c"}]
     told = encode([{"prompt": messages, "answer": 1}], chatty())
-    assert told.texts == ["u b c t a "] and told.rows[0]["messages"] == messages and told.rows[0]["answer"] == 1
+    assert (
+        told.texts == ["u b c t a "]
+        and told.rows[0]["messages"] == messages
+        and told.rows[0]["answer"] == 1
+    )
     # "u" is no word of this tokenizer; it stands as the unknown one, "a"
-    assert told.tokens[told.mask].tolist() == chatty().convert_tokens_to_ids(["a", "b", "c", "t", "a"])
+    assert told.tokens[told.mask].tolist() == chatty().convert_tokens_to_ids(
+        ["a", "b", "c", "t", "a"]
+    )
     plain = encode(chat.as_chat([{"prompt": "b c"}, {"prompt": messages}]), chatty())
     assert plain.texts == ["u b c t a "] * 2
-    assert encode([{"prompt": "b c"}], chatty()).texts == ["b c"]  # a text without --chat stays a text
+    assert encode([{"prompt": "b c"}], chatty()).texts == [
+        "b c"
+    ]  # a text without --chat stays a text
 
 
 def test_messages_need_a_template():
@@ -62,16 +71,41 @@ def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
     [
         ("{% for m in messages %}{{ m.role }} {{ m.content }}<turn>\n{% endfor %}", True),
         ("{% for m in messages %}{{ m.content|upper }}<turn>\n{% endfor %}", True),
-        ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE.replace(" t ", "<turn>"), True),
-        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE.replace(" t ", "<turn>"), True),
-        ("{% for m in messages %}{% for part in m.content %}{{ part.text|trim }}{% endfor %}<turn>{% endfor %}", True),
-        ("{% for m in messages %}{{ m.content }}{% if not loop.last %}<turn>{% endif %}{% endfor %}", True),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+            + TEMPLATE.replace(" t ", "<turn>"),
+            True,
+        ),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+            + TEMPLATE.replace(" t ", "<turn>"),
+            True,
+        ),
+        (
+            "{% for m in messages %}{% for part in m.content %}{{ part.text|trim }}{% endfor %}<turn>{% endfor %}",
+            True,
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{% if not loop.last %}<turn>{% endif %}{% endfor %}",
+            True,
+        ),
         ("{% for m in messages %}{{ m.role }}<end>{% endfor %}", False),
         ("{{ raise_exception('never') }}", False),
     ],
-    ids=["plain", "upper case", "demands system", "refuses system", "parts", "between turns", "without content", "raises"],
+    ids=[
+        "plain",
+        "upper case",
+        "demands system",
+        "refuses system",
+        "parts",
+        "between turns",
+        "without content",
+        "raises",
+    ],
 )
-def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(tmp_path, template, found, special):
+def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(
+    tmp_path, template, found, special
+):
     words = tokenizer()
     words.add_tokens([AddedToken("\n", special=False), AddedToken("<turn>", special=special)])
     words.chat_template = template
@@ -85,7 +119,9 @@ def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(tmp_path, templ
 def test_a_template_that_prints_the_date_prints_the_same_every_day():
     words = chatty()
     words.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S') }} " + TEMPLATE
-    assert encode([{"prompt": [{"role": "user", "content": "b c"}]}], words).texts == ["26 Jul 2024 00:00:00 u b c t a "]
+    assert encode([{"prompt": [{"role": "user", "content": "b c"}]}], words).texts == [
+        "26 Jul 2024 00:00:00 u b c t a "
+    ]
 
 
 def test_a_template_that_wants_parts_gets_them():
@@ -104,7 +140,10 @@ def test_a_column_called_messages_makes_no_chat(tmp_path):
     )
     rows = [{"prompt": "b c", "messages": "mine"}, {"prompt": "b c"}]
     told = encode(rows, words)
-    assert told.tokens[0].tolist() == told.tokens[1].tolist() and told.tokens[0][0] == words.bos_token_id
+    assert (
+        told.tokens[0].tolist() == told.tokens[1].tolist()
+        and told.tokens[0][0] == words.bos_token_id
+    )
 
 
 ASKED = [{"role": "user", "content": "b"}]
@@ -113,14 +152,23 @@ ANSWER = [{"role": "assistant", "content": "c d"}]
 
 @pytest.mark.parametrize(
     "prompt, answer",
-    [(ASKED, "c d"), (ASKED, ANSWER), (None, ASKED + ANSWER), ("b", ASKED + ANSWER), (ASKED, ASKED + ANSWER), ("b", ANSWER)],
+    [
+        (ASKED, "c d"),
+        (ASKED, ANSWER),
+        (None, ASKED + ANSWER),
+        ("b", ASKED + ANSWER),
+        (ASKED, ASKED + ANSWER),
+        ("b", ANSWER),
+    ],
 )
 def test_rows_of_messages_are_learned_from_through_the_template(tmp_path, prompt, answer):
     words, row = chatty(), {"prompt": prompt, "response": answer, "score": 1}
     ids = words.convert_tokens_to_ids
     stage = SFT(model="", data=tmp_path, out=tmp_path)
     tokens, mask, learned = stage.encode([row], words, 16)
-    assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"]) and tokens[learned].tolist() == ids(["c", "d", "t"])
+    assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"]) and tokens[
+        learned
+    ].tolist() == ids(["c", "d", "t"])
     stage = Reward(model="", data=tmp_path, out=tmp_path, learn_from="scores")
     tokens, mask, _ = stage.encode([row], words, 16)
     assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"])
@@ -130,12 +178,17 @@ def test_no_message_before_an_answer_is_lost(tmp_path):
     system = [{"role": "system", "content": "e f"}]
     row = {"prompt": system, "response": ASKED + ANSWER}
     tokens, mask, _ = SFT(model="", data=tmp_path, out=tmp_path).encode([row], chatty(), 16)
-    assert tokens[mask].tolist() == chatty().convert_tokens_to_ids(["s", "e", "f", "t", "a", "b", "t", "a", "c", "d", "t"])
+    assert tokens[mask].tolist() == chatty().convert_tokens_to_ids(
+        ["s", "e", "f", "t", "a", "b", "t", "a", "c", "d", "t"]
+    )
     assert chat.conversation(system, ASKED + ANSWER, chatty()) == "s e f t u b t a c d t "
 
 
 def test_a_response_of_parts_is_named(tmp_path):
-    row = {"prompt": ASKED, "response": [{"role": "assistant", "content": [{"type": "text", "text": "c"}]}]}
+    row = {
+        "prompt": ASKED,
+        "response": [{"role": "assistant", "content": [{"type": "text", "text": "c"}]}],
+    }
     with pytest.raises(ValueError, match="last message needs a text as its content"):
         SFT(model="", data=tmp_path, out=tmp_path).encode([row], chatty(), 16)
 
@@ -144,12 +197,22 @@ def test_a_reward_model_reads_a_chat_through_its_own_template():
     own, seen = chatty(), []
     own.chat_template = "e {% for m in messages %}{{ m.role[0] }} f {{ m.content }} {% endfor %}"
     score = lambda params, tokens, mask: (
-        seen.extend(x[m].tolist() for x, m in zip(tokens, mask, strict=True)) or np.zeros(len(tokens))
+        seen.extend(x[m].tolist() for x, m in zip(tokens, mask, strict=True))
+        or np.zeros(len(tokens))
     )
-    prompts = encode([{"prompt": ASKED}, {"prompt": "b", "messages": ASKED}], chatty()).padded(9).take(np.array([1, 0]))
-    reward = lambda: ModelReward(score, None, own, 32, 0)(None, prompts, ["c d", "c"]).response.tolist()
+    prompts = (
+        encode([{"prompt": ASKED}, {"prompt": "b", "messages": ASKED}], chatty())
+        .padded(9)
+        .take(np.array([1, 0]))
+    )
+    reward = lambda: ModelReward(score, None, own, 32, 0)(
+        None, prompts, ["c d", "c"]
+    ).response.tolist()
     ids = own.convert_tokens_to_ids
-    assert reward() == [0, 0] and seen == [ids(["a", "d"]), ids(["e", "a", "f", "b", "a", "f", "c"])]  # "bc" and "u" are no words
+    assert reward() == [0, 0] and seen == [
+        ids(["a", "d"]),
+        ids(["e", "a", "f", "b", "a", "f", "c"]),
+    ]  # "bc" and "u" are no words
     own.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(RewardError, match="own chat template fails: The tokenizer"):
         reward()

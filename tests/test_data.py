@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from ppo_jax import data
 from ppo_jax.commands.loading import stop_ids
 from ppo_jax.commands.supervised import SFT, Reward
-from ppo_jax.models.pretrained import Pretrained
+from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
 from ppo_jax.types import Rollout
 
@@ -35,7 +35,9 @@ def like_bert():
 
 
 def prompt_ids(tokenizer, prompt):
-    told = data.encode_prompts([{"prompt": prompt}], tokenizer, positions=32, new_tokens=2, pad_id=0)
+    told = data.encode_prompts(
+        [{"prompt": prompt}], tokenizer, positions=32, new_tokens=2, pad_id=0
+    )
     return told.tokens[told.mask].tolist()
 
 
@@ -58,9 +60,15 @@ def sft_rows(tmp_path, tokenizer, **row):
 
 
 def test_supervised_rows_open_once_and_close_once(tmp_path):
-    assert sft_rows(tmp_path, opening(), prompt="a b", response="c") == ([START, A, B, C, 0], [False] * 3 + [True] * 2)
+    assert sft_rows(tmp_path, opening(), prompt="a b", response="c") == (
+        [START, A, B, C, 0],
+        [False] * 3 + [True] * 2,
+    )
     assert sft_rows(tmp_path, opening(), response="c") == ([START, C, 0], [True] * 3)
-    assert sft_rows(tmp_path, like_bert(), prompt="a b", response="c") == ([START, A, B, C, SEP], [False] * 3 + [True] * 2)
+    assert sft_rows(tmp_path, like_bert(), prompt="a b", response="c") == (
+        [START, A, B, C, SEP],
+        [False] * 3 + [True] * 2,
+    )
     assert sft_rows(tmp_path, like_bert(), response="c") == ([START, C, SEP], [True] * 3)
 
 
@@ -70,11 +78,15 @@ def test_a_reward_model_reads_a_whole_text_that_opens_once(tmp_path):
     stage = Reward(model="", data=tmp_path, out=tmp_path, learn_from="scores")
     for text in ("a b", "<s> a b"):
         ModelReward(score, None, like_bert(), 16, 0).score_texts([text])
-        tokens, mask, _ = stage.encode([{"prompt": text[:-1], "response": "b", "score": 0}], like_bert(), 16)
+        tokens, mask, _ = stage.encode(
+            [{"prompt": text[:-1], "response": "b", "score": 0}], like_bert(), 16
+        )
         assert seen.pop() == tokens[mask].tolist() == [START, A, B, SEP]
 
 
-@pytest.mark.parametrize("tokenizer, ends", [(like_bert, (SEP,)), (opening, (0,)), (lambda: marking("$A"), ())])
+@pytest.mark.parametrize(
+    "tokenizer, ends", [(like_bert, (SEP,)), (opening, (0,)), (lambda: marking("$A"), ())]
+)
 def test_the_separator_ends_a_response_where_there_is_no_end_token(tokenizer, ends):
     assert stop_ids(tokenizer(), Pretrained(None, None, {})) == ends
 
@@ -82,14 +94,27 @@ def test_the_separator_ends_a_response_where_there_is_no_end_token(tokenizer, en
 def sentencepiece():
     """Metaspace as Llama's: a text's first space is lost in decoding."""
     words = ["<s>", "</s>", *["▁The", "▁film", "▁is", "▁good", "ing", "<0x80>", "<0xE2>"]]
-    made = Tokenizer(models.BPE({word: i for i, word in enumerate([*words, *"▁Thefilmsgood"])}, [], byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    made = Tokenizer(
+        models.BPE(
+            {word: i for i, word in enumerate([*words, *"▁Thefilmsgood"])}, [], byte_fallback=True
+        )
+    )
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(content=" ", left=1),
+    ]
     made.decoder = decoders.Sequence(steps)
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
 def wordpiece():
-    made = Tokenizer(models.WordPiece({w: i for i, w in enumerate(["[UNK]", "[CLS]", "film", "is", "good", "##ing", "."])}))
+    made = Tokenizer(
+        models.WordPiece(
+            {w: i for i, w in enumerate(["[UNK]", "[CLS]", "film", "is", "good", "##ing", "."])}
+        )
+    )
     made.decoder = decoders.WordPiece()
     return PreTrainedTokenizerFast(tokenizer_object=made, cls_token="[CLS]")
 
@@ -117,22 +142,36 @@ def test_a_response_reads_on_from_its_prompt(tokenizer, prompt, response, text):
 def test_bytes_read_the_same_alone_and_after_a_prompt():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    words, chance = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="!"), np.random.default_rng(0)
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    words, chance = (
+        PreTrainedTokenizerFast(tokenizer_object=made, eos_token="!"),
+        np.random.default_rng(0),
+    )
     for prompt in ("a", "The film is ☕", "naïve — café ☕☕☕☕☕☕☕ ", "ends!"):
         ids = words(prompt).input_ids
-        tokens = np.concatenate([np.tile(ids, (50, 1)), chance.integers(0, len(alphabet), (50, 9))], axis=1)
+        tokens = np.concatenate(
+            [np.tile(ids, (50, 1)), chance.integers(0, len(alphabet), (50, 9))], axis=1
+        )
         mask, start = chance.random(tokens.shape) < 0.9, len(ids)
         mask[:, :start] = True
-        assert data.decode(words, tokens, mask, start=start) == data.decode(words, tokens[:, start:], mask[:, start:])
+        assert data.decode(words, tokens, mask, start=start) == data.decode(
+            words, tokens[:, start:], mask[:, start:]
+        )
 
 
 def test_rewards_and_samples_get_the_text_after_the_prompt(tmp_path):
     run, words = trainer(tmp_path / "run"), sentencepiece()
     run.tokenizer = words
-    ids = words.convert_tokens_to_ids(["▁film", "▁film", "<s>", "▁The", "▁film", "▁is", "▁good", "ing", "<s>", "▁is"])
+    ids = words.convert_tokens_to_ids(
+        ["▁film", "▁film", "<s>", "▁The", "▁film", "▁is", "▁good", "ing", "<s>", "▁is"]
+    )
     mask = np.array([[False] * 2 + [True] * 8])
-    rollout = Rollout(np.array([ids]), mask, mask[:, 6:], np.zeros((1, 4), np.float32), np.array([True]))
+    rollout = Rollout(
+        np.array([ids]), mask, mask[:, 6:], np.zeros((1, 4), np.float32), np.array([True])
+    )
     assert run.texts(rollout) == [" gooding"]
 
 
@@ -144,11 +183,18 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path, name, text):
 
 def test_ids_without_a_word_are_named():
     data.check_ids(np.array([[1, 2], [3, 4]]), 5)
-    with pytest.raises(ValueError, match="Text 1 holds the token 4, for which the model, with vocab_size=4, has no word"):
+    with pytest.raises(
+        ValueError,
+        match="Text 1 holds the token 4, for which the model, with vocab_size=4, has no word",
+    ):
         data.check_ids(np.array([[1, 2], [3, 4]]), 4)
 
 
 def test_a_text_with_a_token_that_the_reward_model_does_not_know_is_a_fault():
-    reward = ModelReward(lambda params, tokens, mask: np.zeros(len(tokens)), None, like_bert(), 16, 0, 2)
-    with pytest.raises(RewardError, match="The reward model cannot read it all: Text 0 holds the token"):
+    reward = ModelReward(
+        lambda params, tokens, mask: np.zeros(len(tokens)), None, like_bert(), 16, 0, 2
+    )
+    with pytest.raises(
+        RewardError, match="The reward model cannot read it all: Text 0 holds the token"
+    ):
         reward.score_texts(["a b"])

@@ -9,11 +9,17 @@ import transformers
 from test_train import tokenizer as words
 
 from experiments import assets
-from ppo_jax.commands.loading import load_reward
-from ppo_jax.models import encoder, heads, pretrained, scorers, weights
+from ppo_jax.models import heads
+from ppo_jax.models.io import encoder, pretrained, scorers, weights
 from ppo_jax.models.transformer import language_model
+from ppo_jax.reward_functions.loading import load_reward
 
-TEXTS = ["A warm and funny film.", "the plot makes no sense at all , and the acting is worse", "Yes.", "naïve — café ☕ " * 30]
+TEXTS = [
+    "A warm and funny film.",
+    "the plot makes no sense at all , and the acting is worse",
+    "Yes.",
+    "naïve — café ☕ " * 30,
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +29,9 @@ def minilm():
 
 def test_embeddings_equal_pytorch(minilm):
     folder = assets.minilm()
-    tokenizer, model = (cls.from_pretrained(folder) for cls in (transformers.AutoTokenizer, transformers.AutoModel))
+    tokenizer, model = (
+        cls.from_pretrained(folder) for cls in (transformers.AutoTokenizer, transformers.AutoModel)
+    )
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=64, return_tensors="pt")
     with torch.no_grad():
         states, mask = model.eval()(**batch).last_hidden_state, batch["attention_mask"][..., None]
@@ -33,20 +41,30 @@ def test_embeddings_equal_pytorch(minilm):
 
 def test_likeness_is_highest_to_itself(minilm):
     reward = encoder.LikenessReward(minilm, "I love this movie")
-    scores = reward(["I love", "I really like", "The train"], [" this movie", " this film", " to Leeds is late"])
+    scores = reward(
+        ["I love", "I really like", "The train"], [" this movie", " this film", " to Leeds is late"]
+    )
     assert scores[0] == pytest.approx(1, abs=1e-5) and scores[0] > scores[1] > scores[2]
 
 
 def test_an_encoder_is_no_critic_and_a_decoder_no_encoder(minilm, tmp_path):
     with pytest.raises(ValueError, match="must not see the words to come"):
         heads.separate_critic(scorers.load_trunk(assets.minilm()).config)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(tmp_path)
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a decoder"):
         encoder.load_encoder(tmp_path)
 
 
 def test_an_encoder_needs_its_own_tokenizer(tmp_path):
-    config = transformers.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
     transformers.BertModel(config).save_pretrained(tmp_path)
     words().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="gives ids up to 20, but the model has vocab_size=20"):
@@ -59,7 +77,9 @@ def test_smollm2_equals_transformers(tmp_path):
     loaded, tokenizer = pretrained.load_policy(file), pretrained.load_tokenizer(file)
     pretrained.check_tokenizer(tokenizer, loaded.config)
     pretrained.save_policy(tmp_path, loaded, tokenizer)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name
+    ).eval()
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = tokenizer("The film is a wonderful story of a boy who", return_tensors="pt").input_ids
     with torch.no_grad():
@@ -68,33 +88,57 @@ def test_smollm2_equals_transformers(tmp_path):
     got = model.logits(loaded.params, model.hidden(loaded.params, ids, ids >= 0)[0])
     np.testing.assert_allclose(got, want, atol=1e-3)
     np.testing.assert_allclose(saved, want, atol=1e-3)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template
+        == tokenizer.chat_template
+    )
 
 
 def test_a_trunk_names_what_it_does_not_know_and_leaves_heads_aside(tmp_path):
-    config = transformers.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
     transformers.BertForPreTraining(config).save_pretrained(tmp_path)
     trunk = scorers.load_trunk(tmp_path).params
     stored = dict(weights.StoredTensors(tmp_path))
-    weights.write_safetensors(tmp_path, {name.removeprefix("bert."): x for name, x in stored.items()}.items())
+    weights.write_safetensors(
+        tmp_path, {name.removeprefix("bert."): x for name, x in stored.items()}.items()
+    )
     jax.tree.map(np.testing.assert_array_equal, scorers.load_trunk(tmp_path).params, trunk)
-    for name in ("bert.embeddings.extra.weight", "embeddings.extra.weight", "bert.encoder.layer.1.output.dense.weight"):
+    for name in (
+        "bert.embeddings.extra.weight",
+        "embeddings.extra.weight",
+        "bert.encoder.layer.1.output.dense.weight",
+    ):
         weights.write_safetensors(tmp_path, {**stored, name: np.ones(8, np.float32)}.items())
         with pytest.raises(ValueError, match=f"left over .*{name}"):
             scorers.load_trunk(tmp_path)
 
 
 DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
-BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 
 
 def classifier(kind, folder, **more):
     """A random model of `kind` in a folder, with no bias or norm at its start."""
     torch.manual_seed(0)
     config = getattr(transformers, kind.partition("For")[0] + "Config")(
-        **(DISTILBERT if kind.startswith("Distil") else BERT), vocab_size=50, max_position_embeddings=20, pad_token_id=0,
-        initializer_range=0.2, **more,
-    )  # fmt: skip
+        **(DISTILBERT if kind.startswith("Distil") else BERT),
+        vocab_size=50,
+        max_position_embeddings=20,
+        pad_token_id=0,
+        initializer_range=0.2,
+        **more,
+    )
     model = getattr(transformers, kind)(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -110,20 +154,31 @@ def test_distilbert_equals_transformers_and_comes_back(tmp_path, tied):
     model, ids = language_model(loaded.config), np.array([[2, 3, 4, 5], [6, 7, 8, 0]])
     with torch.no_grad():
         want = peer(torch.tensor(ids), attention_mask=torch.tensor(ids > 0).long()).logits.numpy()
-    got = model.logits(loaded.params, model.hidden(loaded.params, jnp.asarray(ids), jnp.asarray(ids > 0))[0])
+    got = model.logits(
+        loaded.params, model.hidden(loaded.params, jnp.asarray(ids), jnp.asarray(ids > 0))[0]
+    )
     np.testing.assert_allclose(np.asarray(got)[ids > 0], want[ids > 0], atol=1e-5)
     pretrained.save_policy(tmp_path / "b", loaded)
     again = transformers.DistilBertForMaskedLM.from_pretrained(tmp_path / "b").eval()
     with torch.no_grad():
         assert torch.equal(again(torch.tensor(ids)).logits, peer(torch.tensor(ids)).logits)
-    jax.tree.map(np.testing.assert_array_equal, scorers.load_trunk(tmp_path / "a").params["layer_0"], loaded.params["layer_0"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        scorers.load_trunk(tmp_path / "a").params["layer_0"],
+        loaded.params["layer_0"],
+    )
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
 def test_one_label_of_a_classifier_is_a_score(tmp_path, kind):
     """By name or by number, the logit of `transformers`; written back it is a model of that label."""
     names = {0: "BAD", 1: "1", 2: "GOOD"}
-    peer = classifier(f"{kind}ForSequenceClassification", tmp_path / "a", id2label=names, label2id={n: i for i, n in names.items()})
+    peer = classifier(
+        f"{kind}ForSequenceClassification",
+        tmp_path / "a",
+        id2label=names,
+        label2id={n: i for i, n in names.items()},
+    )
     ids = np.array([[2, 3, 4, 5], [6, 7, 8, 0]])
     arguments = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(ids > 0).long()}
     with torch.no_grad():
@@ -131,25 +186,38 @@ def test_one_label_of_a_classifier_is_a_score(tmp_path, kind):
     assert np.ptp(want, axis=1).min() > 0.05
     for label, column in (("GOOD", 2), ("0", 0), ("BAD", 0), ("1", 1)):
         loaded = scorers.load_scorer(tmp_path / "a", label=label)
-        got = heads.reward_model(loaded.config)(loaded.params, jnp.asarray(ids), jnp.asarray(ids > 0))
+        got = heads.reward_model(loaded.config)(
+            loaded.params, jnp.asarray(ids), jnp.asarray(ids > 0)
+        )
         np.testing.assert_allclose(got, want[:, column], atol=1e-5)
         scorers.save_scorer(tmp_path / "b", loaded)
         again = type(peer).from_pretrained(tmp_path / "b").eval()
         with torch.no_grad():
             np.testing.assert_allclose(again(**arguments).logits[:, 0], want[:, column], atol=1e-6)
     for label in (None, "3", "good"):
-        with pytest.raises(ValueError, match=rf"labels \(BAD, 1, GOOD\): reward_label must name one, .* not {label!r}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"labels \(BAD, 1, GOOD\): reward_label must name one, .* not {label!r}",
+        ):
             scorers.load_scorer(tmp_path / "a", label=label)
 
 
-@pytest.mark.parametrize("name, cut", [
-    ("classifier.weight", np.s_[0]), ("classifier.weight", np.s_[:, 1:]), ("classifier.bias", np.s_[1:]),
-    ("pre_classifier.weight", np.s_[1:]), ("pre_classifier.bias", np.s_[:0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, cut",
+    [
+        ("classifier.weight", np.s_[0]),
+        ("classifier.weight", np.s_[:, 1:]),
+        ("classifier.bias", np.s_[1:]),
+        ("pre_classifier.weight", np.s_[1:]),
+        ("pre_classifier.bias", np.s_[:0]),
+    ],
+)
 def test_a_head_of_other_shapes_is_refused(tmp_path, name, cut):
     classifier("DistilBertForSequenceClassification", tmp_path)
     stored = dict(weights.StoredTensors(tmp_path))
-    weights.write_safetensors(tmp_path, {**stored, name: np.ascontiguousarray(stored[name][cut])}.items())
+    weights.write_safetensors(
+        tmp_path, {**stored, name: np.ascontiguousarray(stored[name][cut])}.items()
+    )
     with pytest.raises(ValueError, match=r"holds a head whose .* is .*, not "):
         scorers.load_scorer(tmp_path, label="0")
 
@@ -161,7 +229,9 @@ def test_a_distilbert_learns_to_score(tmp_path):
     assert set(fresh.params["head"]) == {"pre_classifier", "kernel", "bias"}
     peer = classifier("DistilBertForSequenceClassification", tmp_path / "classes", num_labels=4)
     kept = scorers.start_scorer(tmp_path / "classes", jax.random.key(0)).params["head"]
-    np.testing.assert_array_equal(kept["pre_classifier"]["kernel"], peer.pre_classifier.weight.detach().numpy().T)
+    np.testing.assert_array_equal(
+        kept["pre_classifier"]["kernel"], peer.pre_classifier.weight.detach().numpy().T
+    )
     np.testing.assert_array_equal(kept["kernel"], fresh.params["head"]["kernel"])
     scorers.save_scorer(tmp_path / "scorer", fresh)
     loaded = scorers.load_scorer(tmp_path / "scorer")
@@ -170,13 +240,28 @@ def test_a_distilbert_learns_to_score(tmp_path):
 
 def test_a_distilbert_has_its_own_settings(tmp_path):
     """What its config does not know counts for nothing, and what it calls otherwise is named as it calls it."""
-    hf = {"model_type": "distilbert", "dim": 16, "n_heads": 2, "layer_norm_eps": 1.0, "hidden_act": "none", "is_decoder": True}
+    hf = {
+        "model_type": "distilbert",
+        "dim": 16,
+        "n_heads": 2,
+        "layer_norm_eps": 1.0,
+        "hidden_act": "none",
+        "is_decoder": True,
+    }
     config = pretrained.config_of(hf)
-    assert (config.norm_eps, config.activation.value, config.causal, config.layers) == (1e-12, "gelu", False, 6)
+    assert (config.norm_eps, config.activation.value, config.causal, config.layers) == (
+        1e-12,
+        "gelu",
+        False,
+        6,
+    )
     with pytest.raises(ValueError, match="activation 'swish' is not supported"):
         pretrained.config_of({**hf, "activation": "swish"})
 
 
 def test_a_label_of_a_function_is_refused():
-    with pytest.raises(ValueError, match=r"reward_label=GOOD is of a reward model's labels; my.py:score is a function\."):
+    with pytest.raises(
+        ValueError,
+        match=r"reward_label=GOOD is of a reward model's labels; my.py:score is a function\.",
+    ):
         load_reward("my.py:score", label="GOOD")

@@ -10,49 +10,114 @@ import torch
 import transformers
 from test_gpt2 import left_padded
 
-from ppo_jax.models import heads, pretrained, scorers, weights
+from ppo_jax.models import heads
+from ppo_jax.models.io import pretrained, scorers, weights
 from ppo_jax.models.transformer import language_model
-from ppo_jax.rollout import generate
+from ppo_jax.ppo.rollout import generate
 
 SMALL = {
-    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
-    "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 GROUPED = {"num_key_value_heads": 2}
-LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 16}  # fmt: skip
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 GEMMA = {**GROUPED, "head_dim": 6, "query_pre_attn_scalar": 10, "sliding_window": 4}
 CASES = {
-    "neo": ("GPTNeo", {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "local"], 1]], "window_size": 4,
-                       "num_hidden_layers": None, "num_attention_heads": None}),
+    "neo": (
+        "GPTNeo",
+        {
+            "num_layers": 3,
+            "num_heads": 4,
+            "attention_types": [[["global", "local", "local"], 1]],
+            "window_size": 4,
+            "num_hidden_layers": None,
+            "num_attention_heads": None,
+        },
+    ),
     "neox": ("GPTNeoX", {}),
-    "neox, in a row, all turns": ("GPTNeoX", {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new",
-                                              "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 1.0}}),
+    "neox, in a row, all turns": (
+        "GPTNeoX",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_new",
+            "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 1.0},
+        },
+    ),
     "llama": ("Llama", {"num_key_value_heads": 4}),
     "llama 3.1": ("Llama", {**GROUPED, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
-    "llama, linear, biases, wide": ("Llama", {"num_key_value_heads": 1, "head_dim": 12, "attention_bias": True, "mlp_bias": True,
-                                              "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
-    "llama, a share of turns that counts for nothing": ("Llama", {**GROUPED, "rope_parameters": {
-        "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}),
+    "llama, linear, biases, wide": (
+        "Llama",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 12,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        },
+    ),
+    "llama, a share of turns that counts for nothing": (
+        "Llama",
+        {
+            **GROUPED,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
     "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}),
     "mistral, no window": ("Mistral", {**GROUPED, "sliding_window": None}),
     "qwen2": ("Qwen2", {**GROUPED, "tie_word_embeddings": True}),
-    "qwen2, windows": ("Qwen2", {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2, windows": (
+        "Qwen2",
+        {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3", {**GROUPED, "head_dim": 12}),
     "gemma2": ("Gemma2", GEMMA),
-    "gemma3": ("Gemma3", {**GEMMA, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-                          "final_logit_softcapping": 5.0, "attn_logit_softcapping": 1.0}),
+    "gemma3": (
+        "Gemma3",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 1.0,
+        },
+    ),
     "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
     "bert, apart": ("Bert", {"is_decoder": True, "tie_word_embeddings": False}),
     "roberta": ("Roberta", {"is_decoder": True, "pad_token_id": 0}),
-    "xlm-roberta, apart": ("XLMRoberta", {"is_decoder": True, "pad_token_id": 3, "tie_word_embeddings": False}),
-}  # fmt: skip
+    "xlm-roberta, apart": (
+        "XLMRoberta",
+        {"is_decoder": True, "pad_token_id": 3, "tie_word_embeddings": False},
+    ),
+}
 BIASES = {"Bert": "LMHeadModel"}
 
 
 def peer(case, folder):
     name, changes = CASES[case]
-    options = {k: v for k, v in {**SMALL, **changes}.items() if not (k in changes and v is None and k.startswith("num_"))}
+    options = {
+        k: v
+        for k, v in {**SMALL, **changes}.items()
+        if not (k in changes and v is None and k.startswith("num_"))
+    }
     suffix = "TextConfig" if name == "Gemma3" else "Config"
     config = getattr(transformers, name + suffix)(**options)
     torch.manual_seed(0)
@@ -70,23 +135,42 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
     loaded = pretrained.load_policy(tmp_path)
     model = language_model(loaded.config)
     tokens, mask = left_padded()
-    offset = loaded.config.position_offset if "roberta" in loaded.hf_config["model_type"] else 0  # others that have one add it
+    offset = (
+        loaded.config.position_offset if "roberta" in loaded.hf_config["model_type"] else 0
+    )  # others that have one add it
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0) + offset
-    arguments = {"attention_mask": torch.tensor(mask).long(), "position_ids": torch.tensor(positions)}
+    arguments = {
+        "attention_mask": torch.tensor(mask).long(),
+        "position_ids": torch.tensor(positions),
+    }
     with torch.no_grad():
         want = torch_model(torch.tensor(tokens), **arguments).logits.numpy()
-    got = model.logits(loaded.params, model.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(mask))[0])
+    got = model.logits(
+        loaded.params, model.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(mask))[0]
+    )
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
     assert np.ptp(want) > 2
 
     if not offset:
         del arguments["position_ids"]  # `generate` counts for itself, but from 0
     texts = torch_model.generate(
-        torch.tensor(tokens), **arguments, do_sample=False, max_new_tokens=20, pad_token_id=0, eos_token_id=1
+        torch.tensor(tokens),
+        **arguments,
+        do_sample=False,
+        max_new_tokens=20,
+        pad_token_id=0,
+        eos_token_id=1,
     ).numpy()
     out = jax.jit(
         lambda p: generate(
-            model, p, jax.random.key(0), jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=20, stop_ids=(1,), greedy=True
+            model,
+            p,
+            jax.random.key(0),
+            jnp.asarray(tokens),
+            jnp.asarray(mask),
+            max_new_tokens=20,
+            stop_ids=(1,),
+            greedy=True,
         )
     )(loaded.params)
     np.testing.assert_array_equal(np.asarray(out.tokens)[:, : texts.shape[1]], texts)
@@ -101,7 +185,11 @@ def test_there_and_back_is_bit_identical(tmp_path, case):
     tokens = torch.tensor([[2, 3, 4, 5, 6, 7, 8]])
     with torch.no_grad():
         assert torch.equal(torch_model(tokens).logits, again(tokens).logits)
-    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(pretrained.load_policy(tmp_path / "b").params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(loaded.params),
+        jax.tree.leaves(pretrained.load_policy(tmp_path / "b").params),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -109,16 +197,26 @@ def test_there_and_back_is_bit_identical(tmp_path, case):
 def test_scores_equal_transformers_and_come_back(tmp_path, name):
     """A reward model in its `ForSequenceClassification` class; BERT as the encoder that it is."""
     torch.manual_seed(0)
-    options = {**SMALL, "num_key_value_heads": 4, **({"n_embd": 32, "n_layer": 3, "n_head": 4} if name == "GPT2" else {})}
+    options = {
+        **SMALL,
+        "num_key_value_heads": 4,
+        **({"n_embd": 32, "n_layer": 3, "n_head": 4} if name == "GPT2" else {}),
+    }
     model = getattr(transformers, f"{name}ForSequenceClassification")(
         getattr(transformers, f"{name}Config")(**options, num_labels=1)
     )
     model.eval().save_pretrained(tmp_path / "a")
     tokens = np.array([[2, 3, 4, 5], [6, 7, 8, 0], [9, 0, 0, 0]])
     with torch.no_grad():
-        want = model(torch.tensor(tokens), attention_mask=torch.tensor(tokens != 0).long()).logits[:, 0].numpy()
+        want = (
+            model(torch.tensor(tokens), attention_mask=torch.tensor(tokens != 0).long())
+            .logits[:, 0]
+            .numpy()
+        )
     loaded = scorers.load_scorer(tmp_path / "a")
-    got = heads.reward_model(loaded.config)(loaded.params, jnp.asarray(tokens), jnp.asarray(tokens != 0))
+    got = heads.reward_model(loaded.config)(
+        loaded.params, jnp.asarray(tokens), jnp.asarray(tokens != 0)
+    )
     np.testing.assert_allclose(got, want, atol=1e-5)
     if loaded.config.causal:
         del loaded.hf_config["pad_token_id"]  # as GPT-2 has none; the end id, 1, stands in
@@ -126,10 +224,15 @@ def test_scores_equal_transformers_and_come_back(tmp_path, name):
     again = type(model).from_pretrained(tmp_path / "b").eval()
     if loaded.config.causal:
         with torch.no_grad():
-            together = again(torch.tensor(np.where(tokens, tokens, 1)), attention_mask=torch.tensor(tokens != 0).long())
+            together = again(
+                torch.tensor(np.where(tokens, tokens, 1)),
+                attention_mask=torch.tensor(tokens != 0).long(),
+            )
         np.testing.assert_allclose(together.logits[:, 0], want, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(again(torch.tensor(tokens[:1])).logits, model(torch.tensor(tokens[:1])).logits)
+        assert torch.equal(
+            again(torch.tensor(tokens[:1])).logits, model(torch.tensor(tokens[:1])).logits
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -147,20 +250,30 @@ def test_we_write_shards(tmp_path):
     peer("llama", tmp_path / "a")
     loaded = pretrained.load_policy(tmp_path / "a")
     table = pretrained.family_of("llama").rules(loaded.config)
-    weights.write_safetensors(tmp_path / "a", weights.from_params(loaded.params, weights.expand(table, 3)), shard_bytes=20_000)
+    weights.write_safetensors(
+        tmp_path / "a",
+        weights.from_params(loaded.params, weights.expand(table, 3)),
+        shard_bytes=20_000,
+    )
     again = pretrained.load_policy(tmp_path / "a")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, again.params)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"model_type": "mamba"}, "'mamba' is not supported; known are bert, distilbert, gemma2"),
-    ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
-    ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
-    ({"num_key_value_heads": 3}, "must be a multiple of kv_heads=3"),
-    ({"hidden_size": None}, "'hidden_size'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"model_type": "mamba"}, "'mamba' is not supported; known are bert, distilbert, gemma2"),
+        ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_type 'yarn' is not supported",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
+        ({"num_key_value_heads": 3}, "must be a multiple of kv_heads=3"),
+        ({"hidden_size": None}, "'hidden_size'"),
+    ],
+)
 def test_a_config_that_cannot_be_is_refused(changes, says):
     hf = transformers.LlamaConfig(**SMALL).to_dict()
     hf = {k: v for k, v in {**hf, **changes}.items() if not (k in changes and v is None)}
@@ -168,29 +281,60 @@ def test_a_config_that_cannot_be_is_refused(changes, says):
         pretrained.config_of(hf)
 
 
-@pytest.mark.parametrize("name", [
-    "GPT2", "GPTNeo", "GPTNeoX", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Bert", "Roberta", "XLMRoberta",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GPT2",
+        "GPTNeo",
+        "GPTNeoX",
+        "Llama",
+        "Mistral",
+        "Qwen2",
+        "Qwen3",
+        "Gemma2",
+        "Gemma3Text",
+        "Bert",
+        "Roberta",
+        "XLMRoberta",
+    ],
+)
 def test_a_key_that_a_config_lacks_means_what_transformers_takes_for_it(name):
-    sizes = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")}
-    few = {"num_attention_heads": 32, **sizes, "hidden_size": 128} if name[:4] in ("Llam", "Mist", "Qwen", "Gemm") else {}
-    for more in ({}, {"use_sliding_window": True, "max_window_layers": 1}, {"sliding_window": None}):
+    sizes = {
+        key: SMALL[key]
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+    }
+    few = (
+        {"num_attention_heads": 32, **sizes, "hidden_size": 128}
+        if name[:4] in ("Llam", "Mist", "Qwen", "Gemm")
+        else {}
+    )
+    for more in (
+        {},
+        {"use_sliding_window": True, "max_window_layers": 1},
+        {"sliding_window": None},
+    ):
         if more and not few:
             continue
         theirs = getattr(transformers, f"{name}Config")(**few, **more)
-        assert pretrained.config_of({"model_type": theirs.model_type, **few, **more}) == pretrained.config_of(theirs.to_dict())
+        assert pretrained.config_of(
+            {"model_type": theirs.model_type, **few, **more}
+        ) == pretrained.config_of(theirs.to_dict())
 
 
 def test_a_bfloat16_base_is_saved_as_the_float32_that_it_says(tmp_path):
     peer("llama", tmp_path / "full").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     loaded = pretrained.load_policy(tmp_path / "half")
-    tuned = loaded._replace(params=jax.tree.map(lambda x: x + 1e-4, loaded.params))  # less than bfloat16 can see
+    tuned = loaded._replace(
+        params=jax.tree.map(lambda x: x + 1e-4, loaded.params)
+    )  # less than bfloat16 can see
     pretrained.save_policy(tmp_path / "tuned", tuned)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").eval()
     tokens, model = np.arange(2, 12)[None], language_model(loaded.config)
     with torch.no_grad():
         want = again(torch.tensor(tokens)).logits.numpy()
-    got = model.logits(tuned.params, model.hidden(tuned.params, jnp.asarray(tokens), jnp.asarray(tokens) > 0)[0])
+    got = model.logits(
+        tuned.params, model.hidden(tuned.params, jnp.asarray(tokens), jnp.asarray(tokens) > 0)[0]
+    )
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -198,8 +342,12 @@ def test_norms_named_as_in_tensorflow_are_read(tmp_path):
     peer("bert", tmp_path)
     stored = dict(weights.StoredTensors(tmp_path))
     want = pretrained.load_policy(tmp_path).params
-    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
-           for name, x in stored.items()}  # fmt: skip
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): x
+        for name, x in stored.items()
+    }
     assert set(old) != set(stored)
     weights.write_safetensors(tmp_path, old.items())
     jax.tree.map(np.testing.assert_array_equal, pretrained.load_policy(tmp_path).params, want)
@@ -229,17 +377,24 @@ def test_no_more_than_one_stored_tensor_is_held_at_a_time(tmp_path, monkeypatch)
 def test_shards_are_written_one_at_a_time(tmp_path):
     made = {f"x{i}": np.full((4, 4), i, np.float32) for i in range(7)}
     weights.write_safetensors(tmp_path, iter(made.items()), shard_bytes=130)
-    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
+        f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)
+    ]
     stored = weights.StoredTensors(tmp_path)
     assert set(stored) == set(made) and all((stored[name] == x).all() for name, x in made.items())
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
 def test_no_weights_of_an_older_model_stay_in_a_folder(tmp_path):
-    kept = {name: np.full((4, 4), i, np.float32) for i, name in enumerate(("notes.safetensors", "x", "y"))}
+    kept = {
+        name: np.full((4, 4), i, np.float32)
+        for i, name in enumerate(("notes.safetensors", "x", "y"))
+    }
     weights.save_file({"x": kept["x"]}, tmp_path / "notes.safetensors")
     for names, bound, files in ((("x", "y"), 64, 2), (("y",), 128, 1), (("x", "y"), 64, 2)):
-        weights.write_safetensors(tmp_path, [(name, kept[name]) for name in names], shard_bytes=bound)
+        weights.write_safetensors(
+            tmp_path, [(name, kept[name]) for name in names], shard_bytes=bound
+        )
         assert set(weights.StoredTensors(tmp_path)) == set(names)
         assert len(list(tmp_path.glob("model*.safetensors"))) == files
         assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
@@ -254,34 +409,51 @@ def test_no_weights_of_an_older_model_stay_in_a_folder(tmp_path):
 
 
 def test_the_single_file_counts_where_an_index_lies_beside_it_as_in_transformers(tmp_path):
-    weights.write_safetensors(tmp_path, [("old", np.zeros(2, np.float32)), ("x", np.zeros(2, np.float32))], shard_bytes=8)
+    weights.write_safetensors(
+        tmp_path, [("old", np.zeros(2, np.float32)), ("x", np.zeros(2, np.float32))], shard_bytes=8
+    )
     weights.save_file({"new": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     assert set(weights.StoredTensors(tmp_path)) == {"new"}
 
 
-@pytest.mark.parametrize("name, kind, says", [
-    ("model.norm.weight", np.int8, r"tensor model\.norm\.weight is of int8"),
-    ("norm.weight", np.float32, r"stored under two names: (model\.)?norm\.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, kind, says",
+    [
+        ("model.norm.weight", np.int8, r"tensor model\.norm\.weight is of int8"),
+        ("norm.weight", np.float32, r"stored under two names: (model\.)?norm\.weight"),
+    ],
+)
 def test_whole_numbers_are_no_weights_and_a_name_counts_once(tmp_path, name, kind, says):
     peer("llama", tmp_path)
-    weights.write_safetensors(tmp_path, {**dict(weights.StoredTensors(tmp_path)), name: np.ones(32, kind)}.items())
+    weights.write_safetensors(
+        tmp_path, {**dict(weights.StoredTensors(tmp_path)), name: np.ones(32, kind)}.items()
+    )
     with pytest.raises(ValueError, match=says):
         pretrained.load_policy(tmp_path)
 
 
-@pytest.mark.parametrize("case, output", [("llama 3.1", "lm_head.weight"), ("bert", "cls.predictions.decoder.weight")])
-def test_an_output_that_is_not_the_embedding_counts_whatever_the_config_says_as_in_transformers(tmp_path, case, output, caplog):
+@pytest.mark.parametrize(
+    "case, output", [("llama 3.1", "lm_head.weight"), ("bert", "cls.predictions.decoder.weight")]
+)
+def test_an_output_that_is_not_the_embedding_counts_whatever_the_config_says_as_in_transformers(
+    tmp_path, case, output, caplog
+):
     kind = type(peer(case, tmp_path))
     stored = dict(weights.StoredTensors(tmp_path))
     other = np.random.default_rng(0).normal(size=(61, 32)).astype(np.float32)
-    bias = {name.replace("predictions", "predictions.decoder"): x for name, x in stored.items() if name == "cls.predictions.bias"}
+    bias = {
+        name.replace("predictions", "predictions.decoder"): x
+        for name, x in stored.items()
+        if name == "cls.predictions.bias"
+    }
     weights.write_safetensors(tmp_path, {**stored, **bias, output: other}.items())
     loaded = pretrained.load_policy(tmp_path)
     assert not loaded.config.tied and "holds another matrix" in caplog.text
     tokens = np.array([[2, 3, 4, 5]])
     model = language_model(loaded.config)
-    got = model.logits(loaded.params, model.hidden(loaded.params, jnp.asarray(tokens), jnp.ones((1, 4), bool))[0])
+    got = model.logits(
+        loaded.params, model.hidden(loaded.params, jnp.asarray(tokens), jnp.ones((1, 4), bool))[0]
+    )
     pretrained.save_policy(tmp_path / "saved", loaded)
     for folder in (tmp_path, tmp_path / "saved"):
         with torch.no_grad():
@@ -296,5 +468,7 @@ def test_an_output_that_is_not_the_embedding_counts_whatever_the_config_says_as_
 @pytest.mark.parametrize("case", ["llama", "gemma2", "bert", "roberta"])
 def test_no_tokenizer_is_invented(tmp_path, case):
     peer(case, tmp_path)
-    with pytest.raises(ValueError, match=r"holds no tokenizer that can be loaded: none of tokenizer\.json, "):
+    with pytest.raises(
+        ValueError, match=r"holds no tokenizer that can be loaded: none of tokenizer\.json, "
+    ):
         pretrained.load_tokenizer(tmp_path)

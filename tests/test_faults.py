@@ -24,24 +24,31 @@ import tyro
 from everything import PPO, likes_b, trainer
 from tokenizers import normalizers
 
-from ppo_jax import cli, data, faults, iteration
-from ppo_jax.commands.loading import load_reward
+from ppo_jax import cli, data, errors
 from ppo_jax.commands.runs import compare, revive
 from ppo_jax.commands.train import Train
-from ppo_jax.config import SettingError
-from ppo_jax.faults import Faults, NonFiniteError, RewardError, persist
-from ppo_jax.files import lock, plain, read_json, read_lines, write_json
-from ppo_jax.models import heads, pretrained
+from ppo_jax.errors import NonFiniteError, RewardError, SettingError
+from ppo_jax.hashing import digest
+from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.families import gpt2
+from ppo_jax.models.io import pretrained
+from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.transformer import init_params
-from ppo_jax.provenance import code_hash, digest, tokenizer_hash
+from ppo_jax.ppo import iteration
 from ppo_jax.reward_functions import ModelReward, TextReward, TokenReward, check_scores
+from ppo_jax.reward_functions.loading import load_reward
+from ppo_jax.run import faults
+from ppo_jax.run.faults import Faults, persist
+from ppo_jax.run.files import lock, plain, read_json, read_lines, write_json
+from ppo_jax.run.provenance import code_hash, tokenizer_hash
 
 
 def failing(at, times, how):
     """A reward that fails in its calls `at .. at + times - 1`."""
-    calls, window = iter(range(10**6)), [at, at + times, how]  # a list, or a run would not go on with another window
+    calls, window = (
+        iter(range(10**6)),
+        [at, at + times, how],
+    )  # a list, or a run would not go on with another window
 
     def reward(prompts, responses):
         scores = likes_b(prompts, responses)
@@ -58,7 +65,11 @@ def raises(scores):
     raise KeyError("gone")
 
 
-@pytest.mark.parametrize("how", [raises, lambda scores: None, lambda scores: time.sleep(30)], ids=["raises", "none", "hangs"])
+@pytest.mark.parametrize(
+    "how",
+    [raises, lambda scores: None, lambda scores: time.sleep(30)],
+    ids=["raises", "none", "hangs"],
+)
 def test_a_reward_that_fails_is_asked_again(tmp_path, how):
     calm = trainer(tmp_path / "calm", updates=3)
     limits = Faults(reward_retries=2, reward_timeout_s=1.0)
@@ -67,14 +78,30 @@ def test_a_reward_that_fails_is_asked_again(tmp_path, how):
     assert not (tmp_path / "run/faults.jsonl").exists()
 
 
-@pytest.mark.parametrize("how, says, rows", [(with_nan, "nan for response 3", 1), (raises, "KeyError in test_faults.py, line", 16)])
+@pytest.mark.parametrize(
+    "how, says, rows",
+    [(with_nan, "nan for response 3", 1), (raises, "KeyError in test_faults.py, line", 16)],
+)
 def test_a_reward_that_goes_on_failing_stops_the_run_after_a_checkpoint(tmp_path, how, says, rows):
-    run = trainer(tmp_path / "run", updates=5, save_every=0, reward=failing(2, 9, how), faults=Faults(reward_retries=1))
+    run = trainer(
+        tmp_path / "run",
+        updates=5,
+        save_every=0,
+        reward=failing(2, 9, how),
+        faults=Faults(reward_retries=1),
+    )
     with pytest.raises(RewardError, match=says):
         run.run()
     dumped = read_lines(tmp_path / "run/faults.jsonl")
-    assert len(dumped) == rows and dumped[0]["update"] == 2 and dumped[0]["kind"] == "reward" and says[:8] in dumped[0]["message"]
-    resumed = trainer(tmp_path / "run", updates=5, save_every=0, resume="auto", reward=failing(99, 0, raises))
+    assert (
+        len(dumped) == rows
+        and dumped[0]["update"] == 2
+        and dumped[0]["kind"] == "reward"
+        and says[:8] in dumped[0]["message"]
+    )
+    resumed = trainer(
+        tmp_path / "run", updates=5, save_every=0, resume="auto", reward=failing(99, 0, raises)
+    )
     assert int(resumed.state.update) == 2
     again = digest(resumed.run().train.params)
     assert again == digest(trainer(tmp_path / "calm", updates=5).run().train.params)
@@ -86,7 +113,9 @@ def test_a_reward_that_fails_in_an_evaluation_stops_the_run_after_a_checkpoint(t
     with pytest.raises(RewardError, match="KeyError"):
         trainer(tmp_path / "run", reward=failing(1, 1, raises), **again).run()
     dumped = read_lines(tmp_path / "run/faults.jsonl")
-    assert "In the evaluation after update 0: " in dumped[0]["message"] and all(row["prompt"] and row["tokens"] for row in dumped)
+    assert "In the evaluation after update 0: " in dumped[0]["message"] and all(
+        row["prompt"] and row["tokens"] for row in dumped
+    )
     resumed = trainer(tmp_path / "run", resume="yes", reward=failing(99, 0, raises), **again)
     assert int(resumed.state.update) == 1
     calm = trainer(tmp_path / "calm", reward=failing(99, 0, raises), **again)
@@ -96,21 +125,28 @@ def test_a_reward_that_fails_in_an_evaluation_stops_the_run_after_a_checkpoint(t
 
 def test_a_reward_that_hangs_is_left(tmp_path):
     hangs = failing(1, 9, lambda scores: time.sleep(30))
-    run = trainer(tmp_path / "run", updates=3, save_every=0, reward=hangs, faults=Faults(reward_timeout_s=1.0))
+    run = trainer(
+        tmp_path / "run", updates=3, save_every=0, reward=hangs, faults=Faults(reward_timeout_s=1.0)
+    )
     with pytest.raises(RewardError, match="took more than 1 s"):
         run.run()
     assert (tmp_path / "run/checkpoints/1").is_dir()
 
 
 def test_an_update_may_be_skipped_instead(tmp_path, capsys):
-    run = trainer(tmp_path / "run", updates=3, reward=failing(1, 1, with_nan), faults=Faults(reward="skip"))
+    run = trainer(
+        tmp_path / "run", updates=3, reward=failing(1, 1, with_nan), faults=Faults(reward="skip")
+    )
     seen = []
     run.run(on_update=seen.append)
     assert len(seen) == 2 and int(run.state.update) == 3
     rows = read_lines(tmp_path / "run/metrics.jsonl")
     assert [row["update"] for row in rows if "faults/skipped" in row] == [1]
     said = capsys.readouterr().err
-    assert "Update 1: The reward function returned nan for response 3" in said and "1 of 3 updates had faults" in said
+    assert (
+        "Update 1: The reward function returned nan for response 3" in said
+        and "1 of 3 updates had faults" in said
+    )
 
 
 def test_scores_that_would_spoil_the_running_scale_are_a_fault(tmp_path):
@@ -118,7 +154,10 @@ def test_scores_that_would_spoil_the_running_scale_are_a_fault(tmp_path):
     run = trainer(tmp_path / "run", updates=3, reward=huge, faults=Faults(reward="skip"))
     run.run()
     assert np.isfinite(run.state.scale).all() and int(run.state.scale.count) == 2 * PPO.batch_size
-    assert "The score 3e+38 of response 0 is too large" in read_lines(tmp_path / "run/faults.jsonl")[0]["message"]
+    assert (
+        "The score 3e+38 of response 0 is too large"
+        in read_lines(tmp_path / "run/faults.jsonl")[0]["message"]
+    )
 
 
 @pytest.mark.parametrize("call", [1, 2], ids=["evaluation", "reward"])
@@ -127,16 +166,26 @@ def test_a_signal_while_scores_are_made_stops_after_a_checkpoint(tmp_path, call)
         os.kill(os.getpid(), signal.SIGTERM)
         return scores
 
-    run = trainer(tmp_path / "run", updates=4, save_every=0, eval_every=1, reward=failing(call, 1, signals))
+    run = trainer(
+        tmp_path / "run", updates=4, save_every=0, eval_every=1, reward=failing(call, 1, signals)
+    )
     with pytest.raises(SystemExit) as stop:
         run.run()
-    assert stop.value.code == faults.STOPPED and run.checkpoints.steps()[-1] == (call + 1) // 2 + (call == 2)
+    assert stop.value.code == faults.STOPPED and run.checkpoints.steps()[-1] == (call + 1) // 2 + (
+        call == 2
+    )
 
 
 def spoiled(run, leaf=None):
     """The run with a NaN in its critic's head, or in the policy's first adapter."""
     params = run.state.train.params
-    bad = {**params, "critic": {**params["critic"], "head": jax.tree.map(lambda x: x * jnp.nan, params["critic"]["head"])}}
+    bad = {
+        **params,
+        "critic": {
+            **params["critic"],
+            "head": jax.tree.map(lambda x: x * jnp.nan, params["critic"]["head"]),
+        },
+    }
     run.state = run.state.replace(train=run.state.train.replace(params=bad))
     return run
 
@@ -153,27 +202,41 @@ def test_values_that_are_not_finite_are_caught(tmp_path):
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy, capsys):
     huge = lambda prompts, responses: [3e38] * len(responses)  # finite, but its square is not
-    ppo = PPO.__class__(**{**vars(PPO), "scale_scores": False, "whiten_rewards": False, "target_kl": None})
+    ppo = PPO.__class__(
+        **{**vars(PPO), "scale_scores": False, "whiten_rewards": False, "target_kl": None}
+    )
     run = trainer(tmp_path / "run", ppo=ppo, updates=2, reward=huge, faults=Faults(gradient=policy))
     before = digest(run.state.train.params)
     if policy == "stop":
-        with pytest.raises(faults.GradientError, match="not finite; 4 steps"):
+        with pytest.raises(errors.GradientError, match="not finite; 4 steps"):
             run.run()
         assert run.checkpoints.steps() == [1]
     else:
-        with pytest.raises(faults.GradientError, match="No optimizer step of the run was taken"):
+        with pytest.raises(errors.GradientError, match="No optimizer step of the run was taken"):
             run.run()
         assert digest(run.state.train.params) == before
         said = capsys.readouterr().err
-        assert "Update 1: A loss or gradient was not finite; 4 steps" in said and "2 of 2 updates had faults" in said
-    assert {row["update"] for row in read_lines(tmp_path / "run/faults.jsonl")} == ({0} if policy == "stop" else {0, 1})
-    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["optimizer/skipped"] == 4
+        assert (
+            "Update 1: A loss or gradient was not finite; 4 steps" in said
+            and "2 of 2 updates had faults" in said
+        )
+    assert {row["update"] for row in read_lines(tmp_path / "run/faults.jsonl")} == (
+        {0} if policy == "stop" else {0, 1}
+    )
+    assert (
+        json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])[
+            "optimizer/skipped"
+        ]
+        == 4
+    )
 
 
 def test_parameters_that_a_step_spoilt_are_not_saved(tmp_path):
-    spoils = dataclasses.replace(PPO, learning_rate=1e38, weight_decay=1e3, target_kl=None, epochs=1, minibatches=1)
+    spoils = dataclasses.replace(
+        PPO, learning_rate=1e38, weight_decay=1e3, target_kl=None, epochs=1, minibatches=1
+    )
     run = trainer(tmp_path / "run", ppo=spoils, updates=2, faults=Faults(gradient="skip"))
-    with pytest.raises(faults.SpoiltError, match="The new parameters are not finite"):
+    with pytest.raises(errors.SpoiltError, match="The new parameters are not finite"):
         run.run()
     assert run.checkpoints.steps() == [] and len(read_lines(tmp_path / "run/metrics.jsonl")) == 1
     assert {row["kind"] for row in read_lines(tmp_path / "run/faults.jsonl")} == {"gradient"}
@@ -199,21 +262,35 @@ def test_persist_and_its_settings():
 def folder(tmp_path_factory):
     """A run of the command, six updates with a checkpoint after every second."""
     place = tmp_path_factory.mktemp("command")
-    config = TransformerConfig(vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32)
-    model = pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
+    config = TransformerConfig(
+        vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32
+    )
+    model = pretrained.Pretrained(
+        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
+    )
     pretrained.save_policy(place / "model", model, everything.tokenizer())
     (place / "prompts.txt").write_text("a b\nc\nd e f\n")
-    (place / "reward.py").write_text("def score(prompts, responses):\n    return [r.count('b') for r in responses]\n")
+    (place / "reward.py").write_text(
+        "def score(prompts, responses):\n    return [r.count('b') for r in responses]\n"
+    )
     cli.main(train(place, "run"))
     return place
 
 
 def train(place, out, **more):
     options = {
-        "model": place / "model", "prompts": place / "prompts.txt", "reward": f"{place / 'reward.py'}:score", "out": place / out,
-        "loop.updates": 6, "loop.save-every": 2, "loop.keep": 9, "ppo.batch-size": 8, "ppo.max-new-tokens": 4, "lora.rank": 2,
+        "model": place / "model",
+        "prompts": place / "prompts.txt",
+        "reward": f"{place / 'reward.py'}:score",
+        "out": place / out,
+        "loop.updates": 6,
+        "loop.save-every": 2,
+        "loop.keep": 9,
+        "ppo.batch-size": 8,
+        "ppo.max-new-tokens": 4,
+        "lora.rank": 2,
         "ppo.learning-rate": 0.03,
-    } | more  # fmt: skip
+    } | more
     return [
         "train",
         "--loop.no-progress",
@@ -227,14 +304,24 @@ def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
     summary = read_json(folder / "run/summary.json")
     cli.main(train(folder, "half", **{"loop.updates": 3}))
     cli.main(train(folder, "half", resume="yes"))
-    assert capsys.readouterr().out.splitlines()[-1] == f"Digest of the final parameters: {summary['digest']}"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"Digest of the final parameters: {summary['digest']}"
+    )
     strip = lambda s: {k: v for k, v in s.items() if not k.startswith(("time/", "perf/"))}
     assert strip(read_json(folder / "half/summary.json")) == strip(summary)
     assert compare(folder / "run", folder / "half") == []
     config = read_json(folder / "half/config.json")
     assert [p["first_update"] for p in config["processes"]] == [0, 3]
     assert {"versions", "devices", "xla_flags"} <= set(config["processes"][0])
-    assert set(config["hashes"]) == {"model", "model_config", "prompts", "reward", "stop_ids", "tokenizer"}
+    assert set(config["hashes"]) == {
+        "model",
+        "model_config",
+        "prompts",
+        "reward",
+        "stop_ids",
+        "tokenizer",
+    }
     assert all(config["hashes"].values())
     with pytest.raises(SystemExit):
         cli.main(train(folder, "half", resume="yes", **{"ppo.lam": 0.5}))
@@ -243,11 +330,15 @@ def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
 
 @pytest.mark.parametrize("update", [0, 3, 4])
 def test_replay_gives_the_same_bits(folder, tmp_path, update, capsys):
-    cli.main(["replay", str(folder / "run"), "--update", str(update), "--out", str(tmp_path / "again")])
+    cli.main(
+        ["replay", str(folder / "run"), "--update", str(update), "--out", str(tmp_path / "again")]
+    )
     out = capsys.readouterr().out
     assert "All its metrics are those of the run." in out
     original = [row for row in read_lines(folder / "run/samples.jsonl") if row["update"] == update]
-    replayed = [row for row in read_lines(tmp_path / "again/samples.jsonl") if row["update"] == update]
+    replayed = [
+        row for row in read_lines(tmp_path / "again/samples.jsonl") if row["update"] == update
+    ]
     assert len(replayed) == 8 and replayed[:4] == original
 
 
@@ -258,7 +349,10 @@ def test_replay_passes_over_damaged_checkpoints(folder, tmp_path, capsys):
             file.write_bytes(b"")
     cli.main(["replay", str(tmp_path / "run"), "--update", "4", "--out", str(tmp_path / "again")])
     said = capsys.readouterr()
-    assert "All its metrics are those of the run." in said.out and "The one before it is tried." in said.err
+    assert (
+        "All its metrics are those of the run." in said.out
+        and "The one before it is tried." in said.err
+    )
     assert (tmp_path / "run/checkpoints/4").is_dir()  # nothing in the run changes
 
 
@@ -274,28 +368,56 @@ def test_replay_without_an_earlier_checkpoint_begins_at_the_beginning(folder, tm
 
 
 def test_replay_names_what_it_lacks(folder, tmp_path, capsys):
-    for wrong, says in ((folder / "model", "is not the one of a run"), (tmp_path, "cannot be read")):
+    for wrong, says in (
+        (folder / "model", "is not the one of a run"),
+        (tmp_path, "cannot be read"),
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["replay", str(wrong), "--update", "1", "--out", str(tmp_path / "new")])
         assert stop.value.code == 2 and says in capsys.readouterr().err
     for update in (-1, 6):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["replay", str(folder / "run"), "--update", str(update), "--out", str(tmp_path / "new")])
+            cli.main(
+                [
+                    "replay",
+                    str(folder / "run"),
+                    "--update",
+                    str(update),
+                    "--out",
+                    str(tmp_path / "new"),
+                ]
+            )
         assert stop.value.code == 2 and "must lie in 0 .. 5" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("gives, policy", [("[3e38] * len(responses)", "gradient"), ("[float('nan')] * len(responses)", "reward")])
+@pytest.mark.parametrize(
+    "gives, policy",
+    [("[3e38] * len(responses)", "gradient"), ("[float('nan')] * len(responses)", "reward")],
+)
 def test_replay_of_an_update_that_went_wrong_is_the_same(folder, tmp_path, gives, policy, capsys):
     (tmp_path / "reward.py").write_text(f"def score(prompts, responses):\n    return {gives}\n")
     with pytest.raises(SystemExit):
-        cli.main(train(folder, tmp_path / "run", reward=f"{tmp_path / 'reward.py'}:score", **{
-            "loop.updates": 1, f"loop.faults.{policy}": "skip"}))  # fmt: skip
-    assert "No optimizer step of the run was taken" in capsys.readouterr().err and not (tmp_path / "run/model").exists()
-    replay = lambda out: cli.main(["replay", str(tmp_path / "run"), "--update", "0", "--out", str(tmp_path / out)])
+        cli.main(
+            train(
+                folder,
+                tmp_path / "run",
+                reward=f"{tmp_path / 'reward.py'}:score",
+                **{"loop.updates": 1, f"loop.faults.{policy}": "skip"},
+            )
+        )
+    assert (
+        "No optimizer step of the run was taken" in capsys.readouterr().err
+        and not (tmp_path / "run/model").exists()
+    )
+    replay = lambda out: cli.main(
+        ["replay", str(tmp_path / "run"), "--update", "0", "--out", str(tmp_path / out)]
+    )
     replay("same")
     assert "All its metrics are those of the run." in capsys.readouterr().out
-    (tmp_path / "reward.py").write_text("def score(prompts, responses):\n    return [1.0 * len(r) for r in responses]\n")
+    (tmp_path / "reward.py").write_text(
+        "def score(prompts, responses):\n    return [1.0 * len(r) for r in responses]\n"
+    )
     replay("other")
     out = capsys.readouterr().out
     assert "The reward of the run had the hash" in out and "It parts from the run" in out
@@ -312,7 +434,9 @@ def test_compare_says_where_two_runs_part(folder, capsys):
     cut = (folder / "other/samples.jsonl").read_text().splitlines()
     row = json.loads(cut[2])
     row["tokens"][1] += 1
-    (folder / "other/samples.jsonl").write_text("\n".join([*cut[:2], json.dumps(row), *cut[3:]]) + "\n")
+    (folder / "other/samples.jsonl").write_text(
+        "\n".join([*cut[:2], json.dumps(row), *cut[3:]]) + "\n"
+    )
     says = f"token 1 is {row['tokens'][1] - 1} and {row['tokens'][1]}"
     assert any(says in line for line in compare(folder / "run", folder / "other"))
     with pytest.raises(SystemExit) as stop:
@@ -321,10 +445,14 @@ def test_compare_says_where_two_runs_part(folder, capsys):
     (folder / "other/summary.json").unlink()
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(folder / "other"), str(folder / "other")])
-    assert stop.value.code == 0 and "of final parameters nothing is known" in capsys.readouterr().out
+    assert (
+        stop.value.code == 0 and "of final parameters nothing is known" in capsys.readouterr().out
+    )
 
 
-def test_compare_of_runs_that_differ_in_what_they_write_and_of_one_that_was_cut_off(folder, tmp_path):
+def test_compare_of_runs_that_differ_in_what_they_write_and_of_one_that_was_cut_off(
+    folder, tmp_path
+):
     shutil.copytree(folder / "run", tmp_path / "run")
     config = read_json(tmp_path / "run/config.json")
     for part in (config["settings"]["loop"], config["settings"]["command"]["loop"]):
@@ -340,7 +468,9 @@ def test_compare_of_runs_that_differ_in_what_they_write_and_of_one_that_was_cut_
     assert mesh == "mesh is data=1 and data=8." and version.endswith(" and 0.0.1.")
     assert part == "samples.jsonl: 1 is an update of one run only."
     (tmp_path / "run/samples.jsonl").write_text('{"update": 0, "tokens": null}\n')
-    assert compare(folder / "run", tmp_path / "run")[2].startswith("samples.jsonl: first at update 0: ")
+    assert compare(folder / "run", tmp_path / "run")[2].startswith(
+        "samples.jsonl: first at update 0: "
+    )
 
 
 def test_settings_come_back_from_json(folder):
@@ -349,12 +479,15 @@ def test_settings_come_back_from_json(folder):
 
 
 def test_deterministic_sets_the_flag_before_devices_are_used(monkeypatch):
-    from ppo_jax import provenance
+    from ppo_jax.run import provenance
 
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     provenance.make_deterministic()
     provenance.make_deterministic()
-    assert os.environ["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {provenance.DETERMINISTIC_GPU}"
+    assert (
+        os.environ["XLA_FLAGS"]
+        == f"--xla_cpu_enable_fast_math=false {provenance.DETERMINISTIC_GPU}"
+    )
 
 
 def test_no_two_new_parameters_share_a_key_with_an_update():
@@ -369,7 +502,13 @@ def test_no_two_new_parameters_share_a_key_with_an_update():
 def test_scores_may_be_tensors_of_any_float():
     want = np.array([0.5, -2.0], np.float32)
     tensor = torch.tensor([0.5, -2.0], requires_grad=True)
-    for scores in (tensor, tensor.to(torch.bfloat16), jnp.array([0.5, -2.0], jnp.bfloat16), np.array([0.5, -2.0]), [0.5, -2]):
+    for scores in (
+        tensor,
+        tensor.to(torch.bfloat16),
+        jnp.array([0.5, -2.0], jnp.bfloat16),
+        np.array([0.5, -2.0]),
+        [0.5, -2],
+    ):
         np.testing.assert_array_equal(check_scores(scores, (2,)), want)
     for scores in ([tensor[0], "a"], ["a", "b"], None, [[1], [2, 3]]):
         with pytest.raises(RewardError):
@@ -421,28 +560,52 @@ def likes(word, more=0):
 
 def test_the_hash_of_a_reward_sees_which_function_it_is_and_what_it_holds():
     assert code_hash(likes("a")) == code_hash(likes("a"))
-    assert code_hash(Likes("a", [])) == code_hash(Likes("a", [1]))  # what changes as a run goes on does not count
+    assert code_hash(Likes("a", [])) == code_hash(
+        Likes("a", [1])
+    )  # what changes as a run goes on does not count
     size = {"vocab_size": 21, "positions": 16, "width": 8, "layers": 1, "heads": 2, "mlp_width": 8}
     model = lambda **more: heads.reward_model(TransformerConfig(**size, **more))
     assert code_hash(model()) == code_hash(model())
-    held = [likes("a"), likes("b"), likes("a", 1), likes, Likes, Likes("a", []), Likes("b", []), Likes("a", []).score,
-            Likes("a", []).other, TextReward(likes("a")), TextReward(likes("b")), model(), model(causal=False)]  # fmt: skip
-    assert len({code_hash(reward) for reward in held}) == len(held) - 2  # a wrapper counts as what it wraps
+    held = [
+        likes("a"),
+        likes("b"),
+        likes("a", 1),
+        likes,
+        Likes,
+        Likes("a", []),
+        Likes("b", []),
+        Likes("a", []).score,
+        Likes("a", []).other,
+        TextReward(likes("a")),
+        TextReward(likes("b")),
+        model(),
+        model(causal=False),
+    ]
+    assert (
+        len({code_hash(reward) for reward in held}) == len(held) - 2
+    )  # a wrapper counts as what it wraps
 
 
-@pytest.mark.parametrize("name, value, says", [
-    ("loop.seed", "-1", "seed must not be negative"),
-    ("loop.seed", "9" * 30, r"seed must lie within ±2\.1e\+09"),
-    ("ppo.warmup-steps", "9" * 30, "warmup_steps must lie within"),
-    ("ppo.learning-rate", "1e300", r"learning_rate must lie within ±1\.7e\+38"),
-    ("lora.rank", "9" * 30, "lora.rank must lie within"),
-    ("lora.alpha", "nan", "lora.alpha must be a finite number"),
-    ("loop.faults.reward-timeout-s", "1e300", "reward_timeout_s must"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("loop.seed", "-1", "seed must not be negative"),
+        ("loop.seed", "9" * 30, r"seed must lie within ±2\.1e\+09"),
+        ("ppo.warmup-steps", "9" * 30, "warmup_steps must lie within"),
+        ("ppo.learning-rate", "1e300", r"learning_rate must lie within ±1\.7e\+38"),
+        ("lora.rank", "9" * 30, "lora.rank must lie within"),
+        ("lora.alpha", "nan", "lora.alpha must be a finite number"),
+        ("loop.faults.reward-timeout-s", "1e300", "reward_timeout_s must"),
+    ],
+)
 def test_numbers_that_no_array_holds_are_one_sentence(folder, tmp_path, capsys, name, value, says):
     with pytest.raises(SystemExit) as stop:
         cli.main(train(folder, tmp_path / "run", **{name: value}))
-    assert stop.value.code == 2 and re.search(says, capsys.readouterr().err) and not (tmp_path / "run").exists()
+    assert (
+        stop.value.code == 2
+        and re.search(says, capsys.readouterr().err)
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_the_hash_of_a_tokenizer_sees_its_rules_and_no_last_call():
@@ -461,24 +624,43 @@ def test_a_bad_pattern_is_one_sentence(folder, tmp_path, capsys):
     assert "no regular expression" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [
-    {"ppo": {"minibatches": [1, "a"]}}, {"ppo": {"lam": ""}}, {"ppo": {"lam": True}}, {"loop": {"eval_every": None}},
-    {"loop": {"faults": []}}, {"loop": {"faults": {"reward": "maybe"}}}, {"model": None}, {"dtype": 3}, {"stop_tokens": "<end>"},
-    {"lora": None}, {"ppo": {"epochs": 0}}, {"ppo": {"kl_estimator": "k9"}}, 3, [],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ppo": {"minibatches": [1, "a"]}},
+        {"ppo": {"lam": ""}},
+        {"ppo": {"lam": True}},
+        {"loop": {"eval_every": None}},
+        {"loop": {"faults": []}},
+        {"loop": {"faults": {"reward": "maybe"}}},
+        {"model": None},
+        {"dtype": 3},
+        {"stop_tokens": "<end>"},
+        {"lora": None},
+        {"ppo": {"epochs": 0}},
+        {"ppo": {"kl_estimator": "k9"}},
+        3,
+        [],
+    ],
+)
 def test_replay_of_settings_that_are_none_is_one_sentence(folder, tmp_path, capsys, settings):
     shutil.copytree(folder / "run", tmp_path / "run")
     config = read_json(tmp_path / "run/config.json")
     command = config["settings"]["command"]
     says = "is not the one of a run"
     if isinstance(settings, dict):
-        settings = command | {name: {**command[name], **x} if isinstance(x, dict) else x for name, x in settings.items()}
+        settings = command | {
+            name: {**command[name], **x} if isinstance(x, dict) else x
+            for name, x in settings.items()
+        }
         says = "are not those of a run: "
     config["settings"]["command"] = settings
     write_json(tmp_path / "run/config.json", config)
     with pytest.raises(SystemExit) as stop:
         cli.main(["replay", str(tmp_path / "run"), "--update", "1", "--out", str(tmp_path / "new")])
-    assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert (
+        stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "new").exists()
+    )
 
 
 def test_replay_asks_for_deterministic_kernels_as_the_run_did(folder, tmp_path, monkeypatch):
@@ -495,9 +677,14 @@ def test_odd_words_of_a_reward_are_written_as_they_are(tmp_path):
     def odd(scores):
         raise ValueError("half of a pair: \ud800")
 
-    run = trainer(tmp_path / "run", updates=2, reward=failing(0, 1, odd), faults=Faults(reward="skip"))
+    run = trainer(
+        tmp_path / "run", updates=2, reward=failing(0, 1, odd), faults=Faults(reward="skip")
+    )
     run.run()
-    assert all(row["message"].endswith("half of a pair: \ud800") for row in read_lines(tmp_path / "run/faults.jsonl"))
+    assert all(
+        row["message"].endswith("half of a pair: \ud800")
+        for row in read_lines(tmp_path / "run/faults.jsonl")
+    )
     assert len(read_lines(tmp_path / "run/faults.jsonl")) == 16
 
 
@@ -551,7 +738,10 @@ def test_a_mesh_of_pmap_is_for_one_process(folder, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(SystemExit):
         cli.main(train(folder, tmp_path / "run", mesh="pmap"))
-    assert "mesh=pmap runs in one process" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert (
+        "mesh=pmap runs in one process" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def parsed(arguments):
@@ -563,7 +753,9 @@ def leaves(*_):
 
 
 def test_a_reward_on_arrays_that_leaves_the_program_is_a_fault():
-    seen = types.SimpleNamespace(**{name: np.zeros((2, 3), np.int32) for name in ("tokens", "mask", "response_mask")})
+    seen = types.SimpleNamespace(
+        **{name: np.zeros((2, 3), np.int32) for name in ("tokens", "mask", "response_mask")}
+    )
     with pytest.raises(RewardError, match="raised SystemExit"):
         TokenReward(leaves)(seen, None, [])
 
@@ -572,7 +764,9 @@ def test_a_reward_may_change_the_rows_that_it_is_given():
     def reward(prompts, responses, rows):
         return [rows.pop()["words"].pop() for _ in responses]
 
-    prompts = data.Prompts([{"prompt": "a", "words": [1.0]}], np.zeros((1, 1), np.int32), np.ones((1, 1), bool))
+    prompts = data.Prompts(
+        [{"prompt": "a", "words": [1.0]}], np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
+    )
     scores = [TextReward(reward)(None, prompts, ["b"]).response.tolist() for _ in range(2)]
     assert scores == [[1.0], [1.0]] and prompts.rows == [{"prompt": "a", "words": [1.0]}]
 
@@ -592,7 +786,9 @@ def test_a_run_that_goes_on_has_no_summary_until_it_ends(folder, tmp_path, capsy
     out = tmp_path / "run"
     cli.main(train(folder, out, **{"loop.updates": 2, "loop.faults.reward": "skip"}))
     assert (out / "summary.json").exists()
-    command = parsed(train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"}))
+    command = parsed(
+        train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"})
+    )
     trainer, _, _ = command.build(out)
     assert not (out / "summary.json").exists()
     trainer.step()
@@ -601,7 +797,8 @@ def test_a_run_that_goes_on_has_no_summary_until_it_ends(folder, tmp_path, capsy
     assert not any("Final parameters" in line for line in compare(folder / "run", out))
     cli.main(train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"}))
     assert (
-        read_json(out / "summary.json")["updates"] == 4 and f"The run in {out} goes on after 2 updates." in capsys.readouterr().out
+        read_json(out / "summary.json")["updates"] == 4
+        and f"The run in {out} goes on after 2 updates." in capsys.readouterr().out
     )
 
 
@@ -610,18 +807,32 @@ def test_a_summary_is_of_the_last_update_alone(folder, tmp_path):
         "calls = iter(range(9))\ndef score(prompts, responses):\n"
         "    return [float('nan') if next(calls) == 1 else 1.0] + [1.0] * (len(responses) - 1)\n"
     )
-    cli.main(train(folder, tmp_path / "run", reward=f"{tmp_path / 'reward.py'}:score",
-                   **{"loop.updates": 3, "loop.faults.reward": "skip"}))  # fmt: skip
+    cli.main(
+        train(
+            folder,
+            tmp_path / "run",
+            reward=f"{tmp_path / 'reward.py'}:score",
+            **{"loop.updates": 3, "loop.faults.reward": "skip"},
+        )
+    )
     summary = read_json(tmp_path / "run/summary.json")
     assert "faults/skipped" not in summary and "objective/kl" in summary
-    assert [row["update"] for row in read_lines(tmp_path / "run/metrics.jsonl") if "faults/skipped" in row] == [1]
+    assert [
+        row["update"]
+        for row in read_lines(tmp_path / "run/metrics.jsonl")
+        if "faults/skipped" in row
+    ] == [1]
 
 
 def test_the_folder_is_held_until_the_model_is_written(folder, tmp_path, monkeypatch):
     held = []
 
     def write(self, *_):
-        asks = [sys.executable, "-c", f"from pathlib import Path; from ppo_jax.files import lock; lock(Path({str(self.out)!r}))"]
+        asks = [
+            sys.executable,
+            "-c",
+            f"from pathlib import Path; from ppo_jax.run.files import lock; lock(Path({str(self.out)!r}))",
+        ]
         held.append(subprocess.run(asks, capture_output=True, text=True).stderr)
 
     monkeypatch.setattr(Train, "_export", write)

@@ -13,20 +13,39 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
-from ppo_jax import cli, data, iteration
-from ppo_jax.checkpoint import CheckpointError, Checkpoints
+from ppo_jax import cli, data
 from ppo_jax.commands.runs import compare
-from ppo_jax.files import cut_back
-from ppo_jax.kl import fixed_kl
-from ppo_jax.models import pretrained
+from ppo_jax.errors import CheckpointError
+from ppo_jax.hashing import digest
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.families import gpt2
+from ppo_jax.models.io import pretrained
+from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.transformer import init_params
-from ppo_jax.provenance import digest
-from ppo_jax.resume import RunConfig, check_unchanged
-from ppo_jax.rewards import running_scale
+from ppo_jax.ops.kl import fixed_kl
+from ppo_jax.ops.rewards import running_scale
+from ppo_jax.ppo import iteration
+from ppo_jax.run.checkpoints import Checkpoints
+from ppo_jax.run.files import cut_back
+from ppo_jax.run.resume import RunConfig, check_unchanged
 
-JUNK = [None, True, -1, 0, 3, 10**30, 1.5, float("nan"), float("inf"), "", "🙂", "gpt2", [], [1, "a"], {}, {"a": 1}]
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**30,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "🙂",
+    "gpt2",
+    [],
+    [1, "a"],
+    {},
+    {"a": 1},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +66,9 @@ def no_hang():
 def model(tmp_path_factory):
     place = tmp_path_factory.mktemp("fuzz") / "model"
     config = TransformerConfig(vocab_size=21, positions=16, width=8, layers=1, heads=2, mlp_width=8)
-    made = pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
+    made = pretrained.Pretrained(
+        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
+    )
     pretrained.save_policy(place, made, everything.tokenizer())
     return place
 
@@ -80,29 +101,84 @@ def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
     """Every number of the command set to what it may not be, and to what it may: then a run begins, and ends once it is traced."""
 
     def trace(trainer, on_update=None):
-        state, prompts = trainer.state, trainer.prompts.take(np.zeros(trainer.agent.config.batch_size, int))
-        rollout = jax.eval_shape(trainer._steps.sample, state, prompts.tokens, prompts.mask, frozen=trainer.frozen)
-        scores = jax.eval_shape(trainer._steps.score, state, trainer.ref_params, rollout, frozen=trainer.frozen)
+        state, prompts = (
+            trainer.state,
+            trainer.prompts.take(np.zeros(trainer.agent.config.batch_size, int)),
+        )
+        rollout = jax.eval_shape(
+            trainer._steps.sample, state, prompts.tokens, prompts.mask, frozen=trainer.frozen
+        )
+        scores = jax.eval_shape(
+            trainer._steps.score, state, trainer.ref_params, rollout, frozen=trainer.frozen
+        )
         task = jax.ShapeDtypeStruct(rollout.ended.shape, jnp.float32)
         jax.eval_shape(trainer._steps.learn, state, rollout, scores, task, frozen=trainer.frozen)
         raise ValueError("The settings can be traced.")
 
-    monkeypatch.setattr("ppo_jax.train.Trainer.run", trace)
-    (tmp_path / "r.py").write_text("def f(prompts, responses):\n    return [0.0] * len(responses)\n")
+    monkeypatch.setattr("ppo_jax.run.trainer.Trainer.run", trace)
+    (tmp_path / "r.py").write_text(
+        "def f(prompts, responses):\n    return [0.0] * len(responses)\n"
+    )
     (tmp_path / "p.txt").write_text("a b\nc\n")
-    base = ["train", "--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--reward", f"{tmp_path / 'r.py'}:f",
-            "--ppo.max-new-tokens", "8", "--ppo.batch-size", "8", "--loop.no-tensorboard"]  # fmt: skip
+    base = [
+        "train",
+        "--model",
+        str(model),
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--reward",
+        f"{tmp_path / 'r.py'}:f",
+        "--ppo.max-new-tokens",
+        "8",
+        "--ppo.batch-size",
+        "8",
+        "--loop.no-tensorboard",
+    ]
     chance = random.Random(part)
-    fields = [*(f"ppo.{name.replace('_', '-')}" for name in vars(everything.PPO)), "loop.updates", "loop.keep", "loop.save-every",
-              "loop.faults.reward-timeout-s", "lora.rank", "lora.alpha", "dtype", "preset", "resume", "no-such-option"]  # fmt: skip
-    values = ["nan", "inf", "-inf", "-1", "0", "1e999", "", "None", "🙂", "[]", "true", "9" * 30, "0x10", "1e-400", "7", "--"]
+    fields = [
+        *(f"ppo.{name.replace('_', '-')}" for name in vars(everything.PPO)),
+        "loop.updates",
+        "loop.keep",
+        "loop.save-every",
+        "loop.faults.reward-timeout-s",
+        "lora.rank",
+        "lora.alpha",
+        "dtype",
+        "preset",
+        "resume",
+        "no-such-option",
+    ]
+    values = [
+        "nan",
+        "inf",
+        "-inf",
+        "-1",
+        "0",
+        "1e999",
+        "",
+        "None",
+        "🙂",
+        "[]",
+        "true",
+        "9" * 30,
+        "0x10",
+        "1e-400",
+        "7",
+        "--",
+    ]
     for number in range(70):
-        args = [x for _ in range(chance.choice((1, 2))) for x in (f"--{chance.choice(fields)}", chance.choice(values))]
+        args = [
+            x
+            for _ in range(chance.choice((1, 2)))
+            for x in (f"--{chance.choice(fields)}", chance.choice(values))
+        ]
         out = tmp_path / str(number)
         with pytest.raises(SystemExit) as stop:
             cli.main([*base, "--out", str(out), *args])
         said = capsys.readouterr()
-        assert stop.value.code == 2 and len(said.err + said.out) > 15 and "Traceback" not in said.err, (args, said)
+        assert (
+            stop.value.code == 2 and len(said.err + said.out) > 15 and "Traceback" not in said.err
+        ), (args, said)
         assert out.exists() == ("can be traced" in said.err), (args, said)
 
 
@@ -137,15 +213,24 @@ def hostile_header(chance, content):
         case 0:
             header[name][chance.choice(("dtype", "shape", "data_offsets"))] = chance.choice(JUNK)
         case 1:
-            header[name]["data_offsets"] = [chance.choice((-1, 0, 8, 2**63)), chance.choice((0, 4, 2**62))]
+            header[name]["data_offsets"] = [
+                chance.choice((-1, 0, 8, 2**63)),
+                chance.choice((0, 4, 2**62)),
+            ]
         case 2:
-            header[name]["shape"] = [chance.choice((0, -1, 2**40, 3)) for _ in range(chance.randrange(4))]
+            header[name]["shape"] = [
+                chance.choice((0, -1, 2**40, 3)) for _ in range(chance.randrange(4))
+            ]
         case 3:
             header[chance.choice(("x", "", "🙂", "__metadata__"))] = header.pop(name)
         case 4:
-            header[name]["dtype"] = chance.choice(("F64", "I8", "BOOL", "F8_E4M3", "U64", "nothing"))
+            header[name]["dtype"] = chance.choice(
+                ("F64", "I8", "BOOL", "F8_E4M3", "U64", "nothing")
+            )
         case 5:
-            return chance.choice((0, 1, 2**20, 2**63, 2**64 - 1)).to_bytes(8, "little") + content[8:]
+            return (
+                chance.choice((0, 1, 2**20, 2**63, 2**64 - 1)).to_bytes(8, "little") + content[8:]
+            )
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
@@ -153,9 +238,14 @@ def hostile_header(chance, content):
 def test_450_weight_files(model, tmp_path):
     chance, folder = random.Random(2), tmp_path / "model"
     shutil.copytree(model, folder)
-    content, like = (model / "model.safetensors").read_bytes(), jax.tree.structure(pretrained.load_policy(model).params)
+    content, like = (
+        (model / "model.safetensors").read_bytes(),
+        jax.tree.structure(pretrained.load_policy(model).params),
+    )
     for number in range(450):
-        (folder / "model.safetensors").write_bytes((hostile_header, mutated)[number % 2](chance, content))
+        (folder / "model.safetensors").write_bytes(
+            (hostile_header, mutated)[number % 2](chance, content)
+        )
         try:
             loaded = pretrained.load_policy(folder)
         except ValueError as error:
@@ -178,9 +268,16 @@ def test_200_model_configs(model, tmp_path):
 
 
 def state(update):
-    params = {"policy": {"w": jnp.full((40, 30), update, jnp.float32) + jnp.arange(30.0)[None]}, "critic": {"b": jnp.ones(3)}}
-    train = TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1)).replace(step=jnp.int32(update))
-    return iteration.PPOState(train, fixed_kl(0.1).init(), running_scale().init(), jax.random.key(0), jnp.int32(update))
+    params = {
+        "policy": {"w": jnp.full((40, 30), update, jnp.float32) + jnp.arange(30.0)[None]},
+        "critic": {"b": jnp.ones(3)},
+    }
+    train = TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1)).replace(
+        step=jnp.int32(update)
+    )
+    return iteration.PPOState(
+        train, fixed_kl(0.1).init(), running_scale().init(), jax.random.key(0), jnp.int32(update)
+    )
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -206,7 +303,9 @@ def test_250_checkpoints(tmp_path, part):
         back, about = checkpoints.restore(state(0))
         checkpoints.close()
         number = int(back.update)
-        assert digest(back.train) == good[number] and (number == 1 or about["sizes"] == {"metrics.jsonl": 7})
+        assert digest(back.train) == good[number] and (
+            number == 1 or about["sizes"] == {"metrics.jsonl": 7}
+        )
         assert (folder / "2").is_dir() == (number == 2)
         seen.add(number)
     assert seen == {1, 2}
@@ -228,20 +327,34 @@ def test_arrays_of_another_checkpoint_are_found_out(tmp_path):
 def test_150_run_folders(tmp_path):
     """A run's own files, damaged: `config.json`, lines shorter than the checkpoint says, or no good checkpoint at all."""
     chance = random.Random(4)
-    config = {"settings": {"ppo": {"lam": 0.9}, "loop": {"faults": {}}}, "hashes": {"model": "a"}, "processes": [{"xla_flags": ""}]}
+    config = {
+        "settings": {"ppo": {"lam": 0.9}, "loop": {"faults": {}}},
+        "hashes": {"model": "a"},
+        "processes": [{"xla_flags": ""}],
+    }
     for number in range(140):
         odd = json.loads(json.dumps(config))
-        part = chance.choice((odd, odd["settings"], odd["settings"]["ppo"], odd["settings"]["loop"], odd["hashes"]))
+        part = chance.choice(
+            (odd, odd["settings"], odd["settings"]["ppo"], odd["settings"]["loop"], odd["hashes"])
+        )
         part[chance.choice(list(part))] = chance.choice(JUNK)
         content = json.dumps(odd if number % 2 else config).encode()
         (tmp_path / "config.json").write_bytes(content if number % 2 else mutated(chance, content))
         (tmp_path / "metrics.jsonl").write_bytes(((b"x" * 14 + b"\n") * 2)[: chance.randrange(30)])
         before = (tmp_path / "metrics.jsonl").read_bytes()
         now = RunConfig(
-            {name: config["settings"].get(name, {}) for name in ("ppo", "loop", "command", "data", "jax")}, config["hashes"]
+            {
+                name: config["settings"].get(name, {})
+                for name in ("ppo", "loop", "command", "data", "jax")
+            },
+            config["hashes"],
         )
         unchanged = lambda now=now: check_unchanged(tmp_path, now)
-        for attempt in (unchanged, lambda: compare(tmp_path, tmp_path), lambda: cut_back(tmp_path, {"metrics.jsonl": 15})):
+        for attempt in (
+            unchanged,
+            lambda: compare(tmp_path, tmp_path),
+            lambda: cut_back(tmp_path, {"metrics.jsonl": 15}),
+        ):
             try:
                 attempt()
             except ValueError as error:

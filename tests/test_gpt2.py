@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from ppo_jax.logprobs import response_view, token_logprobs
-from ppo_jax.models import pretrained, weights
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.families import gpt2
+from ppo_jax.models.io import pretrained, weights
+from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.rollout import generate
+from ppo_jax.ops.logprobs import response_view, token_logprobs
+from ppo_jax.ppo.rollout import generate
 
 CASES = [
     {},
@@ -25,9 +25,17 @@ CASES = [
 def peer(tmp_path, **changes):
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=61, n_positions=48, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2, bos_token_id=1, eos_token_id=1,
-        pad_token_id=0, **changes,
-    )  # fmt: skip
+        vocab_size=61,
+        n_positions=48,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        **changes,
+    )
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():  # biases start at 0, which would hide a wrong one
         for p in model.parameters():
@@ -51,18 +59,31 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, changes):
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
     with torch.no_grad():
         want = torch_model(
-            torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=torch.tensor(positions)
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask).long(),
+            position_ids=torch.tensor(positions),
         ).logits.numpy()
     hidden, _ = model.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(mask))
     got = model.logits(loaded.params, hidden)
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
 
     texts = torch_model.generate(
-        torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), do_sample=False, max_new_tokens=20, pad_token_id=0
+        torch.tensor(tokens),
+        attention_mask=torch.tensor(mask).long(),
+        do_sample=False,
+        max_new_tokens=20,
+        pad_token_id=0,
     ).numpy()
     out = jax.jit(
         lambda p: generate(
-            model, p, jax.random.key(0), jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=20, stop_ids=(1,), greedy=True
+            model,
+            p,
+            jax.random.key(0),
+            jnp.asarray(tokens),
+            jnp.asarray(mask),
+            max_new_tokens=20,
+            stop_ids=(1,),
+            greedy=True,
         )
     )(loaded.params)
     np.testing.assert_array_equal(np.asarray(out.tokens)[:, : texts.shape[1]], texts)
@@ -75,32 +96,51 @@ def test_saved_model_loads_in_transformers_and_comes_back_bit_identical(tmp_path
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     for (name, a), b in zip(torch_model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
-    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(pretrained.load_policy(tmp_path / "b").params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(loaded.params),
+        jax.tree.leaves(pretrained.load_policy(tmp_path / "b").params),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 def test_our_own_config_loads_in_transformers(tmp_path):
-    config = TransformerConfig(vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12, tied=False)
+    config = TransformerConfig(
+        vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12, tied=False
+    )
     params = init_params(config, jax.random.key(0))
-    pretrained.save_policy(tmp_path, pretrained.Pretrained(config, params, gpt2.config_to_hf(config)))
+    pretrained.save_policy(
+        tmp_path, pretrained.Pretrained(config, params, gpt2.config_to_hf(config))
+    )
     tokens = jnp.array([[1, 2, 3]])
     with torch.no_grad():
-        want = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(torch.tensor(np.asarray(tokens))).logits.numpy()
+        want = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(
+            torch.tensor(np.asarray(tokens))
+        ).logits.numpy()
     model = language_model(config)
-    np.testing.assert_allclose(model.logits(params, model.hidden(params, tokens, tokens > 0)[0]), want, atol=1e-5)
+    np.testing.assert_allclose(
+        model.logits(params, model.hidden(params, tokens, tokens > 0)[0]), want, atol=1e-5
+    )
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     peer(tmp_path)
     tensors = dict(weights.StoredTensors(tmp_path))
     lost = {k: v for k, v in tensors.items() if k != "transformer.h.1.mlp.c_fc.bias"}
-    weights.write_safetensors(tmp_path, [*lost.items(), ("transformer.h.1.extra", np.zeros(1, np.float32))])
+    weights.write_safetensors(
+        tmp_path, [*lost.items(), ("transformer.h.1.extra", np.zeros(1, np.float32))]
+    )
     with pytest.raises(
-        ValueError, match=r"missing tensors \['transformer.h.1.mlp.c_fc.bias'\], left over \['transformer.h.1.extra'"
+        ValueError,
+        match=r"missing tensors \['transformer.h.1.mlp.c_fc.bias'\], left over \['transformer.h.1.extra'",
     ):
         pretrained.load_policy(tmp_path)
-    weights.write_safetensors(tmp_path, {**tensors, "transformer.ln_f.bias": np.zeros(5, np.float32)}.items())
-    with pytest.raises(ValueError, match=r"final_norm/bias is \(5,\) in transformer.ln_f.bias, not \(32,\)"):
+    weights.write_safetensors(
+        tmp_path, {**tensors, "transformer.ln_f.bias": np.zeros(5, np.float32)}.items()
+    )
+    with pytest.raises(
+        ValueError, match=r"final_norm/bias is \(5,\) in transformer.ln_f.bias, not \(32,\)"
+    ):
         pretrained.load_policy(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickle"):
@@ -114,12 +154,21 @@ def test_cached_logprobs_equal_the_full_forward(tmp_path, temperature):
     model = language_model(loaded.config)
     tokens, mask = map(jnp.asarray, left_padded())
     out = generate(
-        model, loaded.params, jax.random.key(3), tokens, mask, max_new_tokens=30, stop_ids=(1, 7), temperature=temperature
+        model,
+        loaded.params,
+        jax.random.key(3),
+        tokens,
+        mask,
+        max_new_tokens=30,
+        stop_ids=(1, 7),
+        temperature=temperature,
     )
     assert int((~out.response_mask).sum()) > 0  # some rows end early
     hidden, _ = model.hidden(loaded.params, out.tokens[:, :-1], out.mask[:, :-1])
     full = token_logprobs(
-        model.logits(loaded.params, response_view(hidden, out.prompt_length)), out.responses, temperature=temperature
+        model.logits(loaded.params, response_view(hidden, out.prompt_length)),
+        out.responses,
+        temperature=temperature,
     )
     np.testing.assert_allclose(out.logprobs, jnp.where(out.response_mask, full, 0), atol=1e-5)
 
@@ -132,14 +181,24 @@ def test_samples_do_not_depend_on_the_batch_or_on_padding(tmp_path):
     key = jax.random.key(3)
     whole = generate(model, loaded.params, key, tokens, mask, max_new_tokens=12)
     wider = [jnp.pad(x, ((0, 0), (4, 0))) for x in (tokens, mask)]
-    part = generate(model, loaded.params, key, wider[0][2:4], wider[1][2:4], max_new_tokens=12, row_ids=jnp.array([2, 3]))
+    part = generate(
+        model,
+        loaded.params,
+        key,
+        wider[0][2:4],
+        wider[1][2:4],
+        max_new_tokens=12,
+        row_ids=jnp.array([2, 3]),
+    )
     np.testing.assert_array_equal(whole.responses[2:4], part.responses)
     other = generate(model, loaded.params, jax.random.key(4), tokens, mask, max_new_tokens=12)
     assert (other.responses != whole.responses).any()
 
 
 def test_causality_by_gradient():
-    config = TransformerConfig(vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12)
+    config = TransformerConfig(
+        vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12
+    )
     params = init_params(config, jax.random.key(0))
     model = language_model(config)
     tokens = jnp.arange(1, 9)[None]
@@ -154,15 +213,21 @@ def test_causality_by_gradient():
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_remat_changes_no_gradient(remat):
-    config = TransformerConfig(vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12, remat=remat)
+    config = TransformerConfig(
+        vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12, remat=remat
+    )
     params = init_params(config, jax.random.key(0))
     tokens = jnp.arange(1, 9)[None]
 
     def loss(params, model):
         return (model.hidden(params, tokens, tokens > 0)[0] ** 3).sum()
 
-    plain = language_model(TransformerConfig(vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12))
+    plain = language_model(
+        TransformerConfig(vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12)
+    )
     want = jax.grad(loss)(params, plain)
     got = jax.grad(loss)(params, language_model(config))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), want, got)
-    assert ("remat" in str(jax.make_jaxpr(lambda p: jax.grad(loss)(p, language_model(config)))(params))) == remat
+    assert (
+        "remat" in str(jax.make_jaxpr(lambda p: jax.grad(loss)(p, language_model(config)))(params))
+    ) == remat

@@ -1,4 +1,4 @@
-"""`ppo_jax.kl`: the estimators against their definitions and their exact expectations, and the controllers."""
+"""`ppo_jax.ops.kl`: the estimators against their definitions and their exact expectations, and the controllers."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import oracles
 import pytest
 from checks import assert_jit_and_vmap_agree
 
-from ppo_jax import kl
+from ppo_jax.ops import kl
 
 ESTIMATORS = {"k1": kl.kl_k1, "k2": kl.kl_k2, "k3": kl.kl_k3, "abs": kl.kl_abs}
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
@@ -42,7 +42,11 @@ def test_k3_keeps_digits_near_zero():
 def test_unbiased(logits, name):
     """Σᵥ π(v) k(v) is the KL, exactly; for k2 and |d| it is not."""
     logp, logq = (jax.nn.log_softmax(x) for x in logits)
-    close(jnp.sum(jnp.exp(logp) * ESTIMATORS[name](logp, logq), axis=-1), kl.kl_full(*logits), atol=1e-5)
+    close(
+        jnp.sum(jnp.exp(logp) * ESTIMATORS[name](logp, logq), axis=-1),
+        kl.kl_full(*logits),
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("name", ["k2", "k3", "abs"])
@@ -51,7 +55,8 @@ def test_never_negative(logits, name):
 
 
 @pytest.mark.parametrize(
-    "name, slope", [("k1", np.ones_like), ("k2", lambda d: d), ("k3", lambda d: 1 - np.exp(-d)), ("abs", np.sign)]
+    "name, slope",
+    [("k1", np.ones_like), ("k2", lambda d: d), ("k3", lambda d: 1 - np.exp(-d)), ("abs", np.sign)],
 )
 def test_gradient(name, slope):
     d = np.linspace(-2, 2, 8, dtype=np.float32)  # 0 is not among them: |d| has no slope there
@@ -62,7 +67,9 @@ def test_gradient(name, slope):
 def test_full(logits, temperature):
     full = partial(kl.kl_full, temperature=temperature)
     close(full(*logits), oracles.kl_full(*logits, temperature=temperature))
-    np.testing.assert_allclose(full(logits[0], logits[0] + 3), 0, atol=1e-6)  # a shift of all logits is no change
+    np.testing.assert_allclose(
+        full(logits[0], logits[0] + 3), 0, atol=1e-6
+    )  # a shift of all logits is no change
     assert (full(*logits) > 0).all()
     assert_jit_and_vmap_agree(full, *logits)
 
@@ -92,17 +99,27 @@ def test_full_is_float32_for_bfloat16_logits(logits):
 # --- controllers ---
 
 
-@pytest.mark.parametrize("observed, error", [(6.0, 0.0), (6.6, 0.1), (5.4, -0.1), (60.0, 0.2), (0.0, -0.2)])
+@pytest.mark.parametrize(
+    "observed, error", [(6.0, 0.0), (6.6, 0.1), (5.4, -0.1), (60.0, 0.2), (0.0, -0.2)]
+)
 def test_adaptive(observed, error):
     controller = kl.adaptive_kl(0.3, target=6.0, horizon=1000)
-    state = jax.jit(controller.update, static_argnums=2)(controller.init(), jnp.float32(observed), 50)
+    state = jax.jit(controller.update, static_argnums=2)(
+        controller.init(), jnp.float32(observed), 50
+    )
     close(state.coef, 0.3 * (1 + error * 50 / 1000))
 
 
 def test_controllers_scan():
     """State in, state out, of one type: ten steps too far up raise the weight each time, and a fixed weight stays."""
-    for controller, grown in ((kl.adaptive_kl(0.1, target=1.0, horizon=100), 1.02), (kl.fixed_kl(0.1), 1.0)):
-        step = lambda state, observed, controller=controller: (controller.update(state, observed, 10), state.coef)
+    for controller, grown in (
+        (kl.adaptive_kl(0.1, target=1.0, horizon=100), 1.02),
+        (kl.fixed_kl(0.1), 1.0),
+    ):
+        step = lambda state, observed, controller=controller: (
+            controller.update(state, observed, 10),
+            state.coef,
+        )
         state, history = jax.lax.scan(step, controller.init(), jnp.full(10, 5.0))
         close(history, 0.1 * grown ** np.arange(10))
         close(state.coef, 0.1 * grown**10)

@@ -7,17 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.flops import matmul_flops, products
 from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
 from ppo_jax.models.layers import product
 from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.scoring import forward_responses
+from ppo_jax.plan.flops import matmul_flops, products
+from ppo_jax.ppo.scoring import forward_responses
 
 CONFIG = TransformerConfig(
-    vocab_size=65, positions=16, width=16, layers=2, heads=2, mlp_width=48, init_std=0.3, gated=True, dtype=jnp.bfloat16
+    vocab_size=65,
+    positions=16,
+    width=16,
+    layers=2,
+    heads=2,
+    mlp_width=48,
+    init_std=0.3,
+    gated=True,
+    dtype=jnp.bfloat16,
 )
 PLAIN = dataclasses.replace(CONFIG, dtype=jnp.float32)
-TOKENS = jax.random.randint(jax.random.key(0), (100, 12), 0, 65)  # rows enough for the padded output matrix
+TOKENS = jax.random.randint(
+    jax.random.key(0), (100, 12), 0, 65
+)  # rows enough for the padded output matrix
 MASK = jnp.arange(12)[None, :] >= jnp.arange(100)[:, None] % 5
 
 
@@ -31,7 +41,9 @@ def logprob(params, config=CONFIG):
 def test_products_of_a_gradient_take_rounded_operands():
     params = init_params(CONFIG, jax.random.key(0))
     found = products(jax.make_jaxpr(jax.grad(logprob))(params).jaxpr)
-    found = [eqn for eqn in found if 1 not in eqn.invars[1].aval.shape]  # a norm's mean on a CPU is one of float32 with a column
+    found = [
+        eqn for eqn in found if 1 not in eqn.invars[1].aval.shape
+    ]  # a norm's mean on a CPU is one of float32 with a column
     per_block = 7 + 2  # q, k, v, o, gate, up, down; attention's two
     assert len(found) == 3 * (per_block * CONFIG.layers + 1)
     for eqn in found:
@@ -50,7 +62,12 @@ def test_gradient_is_that_of_float32_but_for_rounding():
 
 
 @pytest.mark.parametrize(
-    "spec, a, b", [("nd,dv->nv", (5, 3), (3, 4)), ("nd,vd->nv", (5, 3), (4, 3)), ("bkqc,bknc->bkqn", (2, 3, 4, 5), (2, 3, 6, 5))]
+    "spec, a, b",
+    [
+        ("nd,dv->nv", (5, 3), (3, 4)),
+        ("nd,vd->nv", (5, 3), (4, 3)),
+        ("bkqc,bknc->bkqn", (2, 3, 4, 5), (2, 3, 6, 5)),
+    ],
 )
 def test_gradient_of_a_product(spec, a, b):
     a, b = jax.random.normal(jax.random.key(0), a), jax.random.normal(jax.random.key(1), b)
@@ -59,47 +76,84 @@ def test_gradient_of_a_product(spec, a, b):
     out = product(spec, a.astype(jnp.bfloat16), b)
     np.testing.assert_allclose(out, np.einsum(spec, cut(a), cut(b)), rtol=1e-5, atol=1e-6)
     weight = jax.random.normal(jax.random.key(2), out.shape)
-    grad_a, grad_b = jax.grad(lambda a, b: jnp.sum(product(spec, a, b) * weight), argnums=(0, 1))(a.astype(jnp.bfloat16), b)
+    grad_a, grad_b = jax.grad(lambda a, b: jnp.sum(product(spec, a, b) * weight), argnums=(0, 1))(
+        a.astype(jnp.bfloat16), b
+    )
     assert (grad_a.dtype, grad_b.dtype) == (jnp.bfloat16, jnp.float32)
-    np.testing.assert_allclose(grad_b, np.einsum(f"{left},{result}->{right}", cut(a), cut(weight)), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        grad_a.astype(jnp.float32), cut(jnp.asarray(np.einsum(f"{result},{right}->{left}", cut(weight), cut(b)))), rtol=1e-2
+        grad_b, np.einsum(f"{left},{result}->{right}", cut(a), cut(weight)), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        grad_a.astype(jnp.float32),
+        cut(jnp.asarray(np.einsum(f"{result},{right}->{left}", cut(weight), cut(b)))),
+        rtol=1e-2,
     )
 
 
 def test_parameters_rounded_once_say_the_same():
     params, model = init_params(CONFIG, jax.random.key(0)), language_model(CONFIG)
     rounded = model.rounded(params)
-    assert all(x.dtype == (jnp.bfloat16 if x.ndim > 1 else jnp.float32) for x in jax.tree.leaves(rounded))
+    assert all(
+        x.dtype == (jnp.bfloat16 if x.ndim > 1 else jnp.float32) for x in jax.tree.leaves(rounded)
+    )
     run = jax.jit(lambda params: model.logits(params, model.hidden(params, TOKENS, MASK)[0]))
     np.testing.assert_array_equal(run(rounded), run(params))
     plain = language_model(PLAIN)
-    assert all(a is b for a, b in zip(jax.tree.leaves(plain.rounded(params)), jax.tree.leaves(params), strict=True))
+    assert all(
+        a is b
+        for a, b in zip(
+            jax.tree.leaves(plain.rounded(params)), jax.tree.leaves(params), strict=True
+        )
+    )
 
 
 def test_a_gradient_keeps_no_wide_float32_array():
     _, backward = jax.vjp(logprob, init_params(CONFIG, jax.random.key(0)))
-    wide = [x for x in jax.tree.leaves(backward) if x.shape[-1:] == (CONFIG.mlp_width,) and x.shape[0] == len(TOKENS)]
+    wide = [
+        x
+        for x in jax.tree.leaves(backward)
+        if x.shape[-1:] == (CONFIG.mlp_width,) and x.shape[0] == len(TOKENS)
+    ]
     assert wide and all(x.dtype == jnp.bfloat16 for x in wide)
 
 
 def test_positions_are_padded_to_what_a_gpu_multiplies_fast():
-    config = dataclasses.replace(CONFIG, positions=12, learned_positions=True)  # none for the padding
+    config = dataclasses.replace(
+        CONFIG, positions=12, learned_positions=True
+    )  # none for the padding
     params = init_params(config, jax.random.key(0))
-    longer = {**params, "position_embedding": jnp.pad(params["position_embedding"], ((0, 4), (0, 0)), constant_values=7.0)}
+    longer = {
+        **params,
+        "position_embedding": jnp.pad(
+            params["position_embedding"], ((0, 4), (0, 0)), constant_values=7.0
+        ),
+    }
 
     def hidden(params, config, tokens=TOKENS, mask=MASK):
         return language_model(config).hidden(params, tokens, mask)[0]
 
     found = hidden(params, config)
     assert found.shape == (*TOKENS.shape, 16)
-    np.testing.assert_array_equal(found[MASK], hidden(longer, dataclasses.replace(config, positions=16))[MASK])
-    by_hand = hidden(params, config, jnp.pad(TOKENS, ((0, 0), (0, 4)), constant_values=3), jnp.pad(MASK, ((0, 0), (0, 4))))
+    np.testing.assert_array_equal(
+        found[MASK], hidden(longer, dataclasses.replace(config, positions=16))[MASK]
+    )
+    by_hand = hidden(
+        params,
+        config,
+        jnp.pad(TOKENS, ((0, 0), (0, 4)), constant_values=3),
+        jnp.pad(MASK, ((0, 0), (0, 4))),
+    )
     np.testing.assert_array_equal(found[MASK], by_hand[:, :12][MASK])
-    shapes = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, config).jaxpr)]
+    shapes = [
+        eqn.outvars[0].aval.shape
+        for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, config).jaxpr)
+    ]
     assert (100, 2, 16, 16) in shapes  # attention
     plain = dataclasses.replace(config, dtype=jnp.float32)
-    shapes = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, plain).jaxpr)]
+    shapes = [
+        eqn.outvars[0].aval.shape
+        for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, plain).jaxpr)
+    ]
     assert (100, 2, 12, 12) in shapes
 
 
@@ -109,24 +163,33 @@ VARIANTS = {
     "one layer": {"layers": 1},
     "recomputed": {"remat": True},
     "rotary, grouped, windows": {
-        "rotary": Rotary(base=100.0, width=8), "local_rotary": Rotary(base=10.0, width=4), "kv_heads": 1, "windows": (None, 3),
-        "learned_positions": False, "qk_norm": True,
+        "rotary": Rotary(base=100.0, width=8),
+        "local_rotary": Rotary(base=10.0, width=4),
+        "kv_heads": 1,
+        "windows": (None, 3),
+        "learned_positions": False,
+        "qk_norm": True,
     },
     "parallel": {"parallel": True},
     "norm after": {"norm_at": NormAt.AFTER},
     "norm around": {"norm_at": NormAt.AROUND, "scale_attention_by_layer": True},
     "both ways": {"causal": False},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
-    "variant, last", [*((variant, 4) for variant in VARIANTS), ("float32", 1), ("float32", 12), ("bfloat16", 3)]
+    "variant, last",
+    [*((variant, 4) for variant in VARIANTS), ("float32", 1), ("float32", 12), ("bfloat16", 3)],
 )
 def test_states_of_the_last_positions_alone(variant, last):
     """They and their gradient are those of a pass that keeps all, and the last layer multiplies less for them."""
     config = dataclasses.replace(PLAIN, **VARIANTS[variant])
     params, model = init_params(config, jax.random.key(0)), language_model(config)
-    tokens, mask, weight = TOKENS[:4], MASK[:4], jax.random.normal(jax.random.key(2), (4, last, 16)) * MASK[:4, -last:, None]
+    tokens, mask, weight = (
+        TOKENS[:4],
+        MASK[:4],
+        jax.random.normal(jax.random.key(2), (4, last, 16)) * MASK[:4, -last:, None],
+    )
 
     def mean(params, last_alone):
         states = model.hidden(params, tokens, mask, **({"last": last} if last_alone else {}))[0]
@@ -134,19 +197,29 @@ def test_states_of_the_last_positions_alone(variant, last):
         states = states[:, -last:].astype(jnp.float32)
         return jnp.mean(states * weight), states
 
-    (_, got), got_grad = jax.jit(jax.value_and_grad(mean, has_aux=True), static_argnums=1)(params, True)
-    (_, want), want_grad = jax.jit(jax.value_and_grad(mean, has_aux=True), static_argnums=1)(params, False)
+    (_, got), got_grad = jax.jit(jax.value_and_grad(mean, has_aux=True), static_argnums=1)(
+        params, True
+    )
+    (_, want), want_grad = jax.jit(jax.value_and_grad(mean, has_aux=True), static_argnums=1)(
+        params, False
+    )
     tolerance = {"atol": 0.04 if config.dtype == jnp.bfloat16 else 3e-6}
     np.testing.assert_allclose(got, want, **tolerance)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got_grad, want_grad)
-    some, everything = (matmul_flops(lambda params, alone=alone: mean(params, alone), params) for alone in (True, False))
+    some, everything = (
+        matmul_flops(lambda params, alone=alone: mean(params, alone), params)
+        for alone in (True, False)
+    )
     dropped = (12 - last) // 8 * 8 if config.dtype == jnp.bfloat16 else 12 - last
     assert everything - some >= 2 * 3 * 16 * 48 * 4 * dropped  # the MLP's products of four texts
 
 
 def test_states_of_the_last_positions_fill_the_cache_whole():
     params, model = init_params(PLAIN, jax.random.key(0)), language_model(PLAIN)
-    whole, last = (model.hidden(params, TOKENS[:4], MASK[:4], model.init_cache(4, 14), **by) for by in ({}, {"last": 1}))
+    whole, last = (
+        model.hidden(params, TOKENS[:4], MASK[:4], model.init_cache(4, 14), **by)
+        for by in ({}, {"last": 1})
+    )
     np.testing.assert_allclose(last[0], whole[0][:, -1:], atol=2e-6)
     jax.tree.map(np.testing.assert_array_equal, last[1], whole[1])
 
@@ -161,4 +234,12 @@ def test_a_critic_must_give_the_values_of_the_states_it_is_handed():
     model, params = language_model(PLAIN), init_params(PLAIN, jax.random.key(0))
     every_position = lambda params, hidden, tokens, mask: jnp.zeros(tokens.shape)
     with pytest.raises(AssertionError, match="shape"):
-        forward_responses(model, every_position, {"policy": params, "critic": None}, TOKENS, MASK, 5, temperature=1.0)
+        forward_responses(
+            model,
+            every_position,
+            {"policy": params, "critic": None},
+            TOKENS,
+            MASK,
+            5,
+            temperature=1.0,
+        )

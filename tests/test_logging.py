@@ -9,30 +9,38 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from ppo_jax.files import lock, read_lines
-from ppo_jax.logging import RunLog
-from ppo_jax.models import pretrained
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.families import gpt2
+from ppo_jax.models.io import pretrained
+from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.transformer import init_params
+from ppo_jax.run.files import lock, read_lines
+from ppo_jax.run.logging import RunLog
 
 
 @pytest.fixture
 def small_disk():
     """The system refuses to write more than so many bytes to a file, as a full disk does."""
-    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, before = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, before)
 
 
-def test_events_that_the_disk_refuses_end_with_a_warning_and_hang_nothing(tmp_path, small_disk, caplog):
+def test_events_that_the_disk_refuses_end_with_a_warning_and_hang_nothing(
+    tmp_path, small_disk, caplog
+):
     log = RunLog(tmp_path)
     small_disk(3000)
     for update in range(100):  # an event of one number is longer than its line
         log.metrics(update, {"a": 1.0})
     log.close()
-    assert caplog.text.count("TensorBoard's events end here") == 1 and len(read_lines(tmp_path / "metrics.jsonl")) == 100
+    assert (
+        caplog.text.count("TensorBoard's events end here") == 1
+        and len(read_lines(tmp_path / "metrics.jsonl")) == 100
+    )
 
 
 def test_a_line_that_the_disk_refuses_leaves_no_half(tmp_path, small_disk):
@@ -45,8 +53,12 @@ def test_a_line_that_the_disk_refuses_leaves_no_half(tmp_path, small_disk):
 
 
 def test_a_model_that_the_disk_refuses_is_one_sentence(tmp_path, small_disk):
-    config = TransformerConfig(vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32)
-    model = pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
+    config = TransformerConfig(
+        vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32
+    )
+    model = pretrained.Pretrained(
+        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
+    )
     small_disk(4000)
     with pytest.raises(ValueError, match=r"model cannot be written: .*File too large"):
         pretrained.save_policy(tmp_path / "model", model)
@@ -69,10 +81,21 @@ def test_tensorboard_gets_every_number(tmp_path):
     log.close()
     log.close()
     found = list(events(tmp_path / "tensorboard"))
-    values = [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
-    assert values[0] == (3, "a/b", 0.5) and values[2] == (4, "a/b", 0.25) and math.isnan(values[1][2]) and len(values) == 3
+    values = [
+        (event.step, value.tag, value.simple_value)
+        for event in found
+        for value in event.summary.value
+    ]
+    assert (
+        values[0] == (3, "a/b", 0.5)
+        and values[2] == (4, "a/b", 0.25)
+        and math.isnan(values[1][2])
+        and len(values) == 3
+    )
     starts = [event for event in found if event.session_log.status == event.session_log.START]
-    assert [event.step for event in starts] == [3]  # what was there from update 3 on no longer counts
+    assert [event.step for event in starts] == [
+        3
+    ]  # what was there from update 3 on no longer counts
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):

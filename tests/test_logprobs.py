@@ -1,4 +1,4 @@
-"""`ppo_jax.logprobs`: the off-by-one, log-probs and entropies against loops, and the chunked form against the whole."""
+"""`ppo_jax.ops.logprobs`: the off-by-one, log-probs and entropies against loops, and the chunked form against the whole."""
 
 import re
 from functools import partial
@@ -10,8 +10,13 @@ import oracles
 import pytest
 from checks import assert_jit_and_vmap_agree
 
-from ppo_jax.kl import kl_k1
-from ppo_jax.logprobs import chunked_logprobs_and_entropy, entropy, response_view, token_logprobs
+from ppo_jax.ops.kl import kl_k1
+from ppo_jax.ops.logprobs import (
+    chunked_logprobs_and_entropy,
+    entropy,
+    response_view,
+    token_logprobs,
+)
 
 B, R, D, V = 3, 7, 5, 11
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
@@ -39,7 +44,10 @@ def test_response_view(P):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_oracle(logits, tokens, temperature):
-    close(token_logprobs(logits, tokens, temperature=temperature), oracles.token_logprobs(logits, tokens, temperature))
+    close(
+        token_logprobs(logits, tokens, temperature=temperature),
+        oracles.token_logprobs(logits, tokens, temperature),
+    )
     close(entropy(logits, temperature=temperature), oracles.entropy(logits, temperature))
     assert_jit_and_vmap_agree(partial(token_logprobs, temperature=temperature), logits, tokens)
     assert_jit_and_vmap_agree(partial(entropy, temperature=temperature), logits)
@@ -61,7 +69,10 @@ def test_a_policy_has_no_kl_with_itself(logits, tokens):
 def test_bfloat16_logits_are_computed_in_float32(logits, tokens):
     low = jnp.asarray(logits, jnp.bfloat16)
     assert token_logprobs(low, tokens).dtype == entropy(low).dtype == jnp.float32
-    close(token_logprobs(low, tokens, temperature=0.7), oracles.token_logprobs(np.float32(low), tokens, 0.7))
+    close(
+        token_logprobs(low, tokens, temperature=0.7),
+        oracles.token_logprobs(np.float32(low), tokens, 0.7),
+    )
     close(entropy(low, temperature=0.7), oracles.entropy(np.float32(low), 0.7))
 
 
@@ -114,7 +125,9 @@ CHUNKS = [1, 3, 4, R, R + 1]
 @pytest.mark.parametrize("chunk", [None, *CHUNKS])
 def test_chunked_values(model, tokens, chunk):
     weight, hidden = model
-    of = jax.jit(partial(chunked_logprobs_and_entropy, lambda h: h @ weight, temperature=0.7, chunk=chunk))
+    of = jax.jit(
+        partial(chunked_logprobs_and_entropy, lambda h: h @ weight, temperature=0.7, chunk=chunk)
+    )
     logits, (logp, entropies) = hidden @ weight, of(hidden, tokens)
     close(logp, oracles.token_logprobs(logits, tokens, 0.7), atol=1e-5)
     close(entropies, oracles.entropy(logits, 0.7), atol=1e-5)
@@ -122,7 +135,9 @@ def test_chunked_values(model, tokens, chunk):
 
 def test_chunked_jit_and_vmap(model, tokens):
     weight, hidden = model
-    assert_jit_and_vmap_agree(partial(chunked_logprobs_and_entropy, lambda h: h @ weight, chunk=3), hidden, tokens)
+    assert_jit_and_vmap_agree(
+        partial(chunked_logprobs_and_entropy, lambda h: h @ weight, chunk=3), hidden, tokens
+    )
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -131,7 +146,9 @@ def test_chunked_gradients(model, tokens, chunk):
     mix = oracles.normal(np.random.default_rng(4), 2, B, R)
 
     def total(weight, hidden, chunk):
-        logp, entropies = chunked_logprobs_and_entropy(lambda h: h @ weight, hidden, tokens, temperature=0.7, chunk=chunk)
+        logp, entropies = chunked_logprobs_and_entropy(
+            lambda h: h @ weight, hidden, tokens, temperature=0.7, chunk=chunk
+        )
         return jnp.sum(logp * mix[0] + entropies * mix[1])
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1)), static_argnums=2)
@@ -148,14 +165,23 @@ def largest_array(function, *args) -> int:
 def test_the_whole_logits_never_exist(chunk):
     """Neither in the forward pass nor, saved for it, in the gradient."""
     B, R, V = 4, 60, 97  # so large that nothing else has as many entries as the logits
-    weight, hidden, tokens = np.ones((D, V), np.float32), np.ones((B, R, D), np.float32), np.zeros((B, R), np.int32)
+    weight, hidden, tokens = (
+        np.ones((D, V), np.float32),
+        np.ones((B, R, D), np.float32),
+        np.zeros((B, R), np.int32),
+    )
 
     def total(hidden, chunk):
-        return sum(x.sum() for x in chunked_logprobs_and_entropy(lambda h: h @ weight, hidden, tokens, chunk=chunk))
+        return sum(
+            x.sum()
+            for x in chunked_logprobs_and_entropy(lambda h: h @ weight, hidden, tokens, chunk=chunk)
+        )
 
     for function in (total, jax.grad(total)):
         assert largest_array(partial(function, chunk=chunk), hidden) <= B * R * V // 10
-        assert largest_array(partial(function, chunk=None), hidden) >= B * R * V  # the measure sees them where they are
+        assert (
+            largest_array(partial(function, chunk=None), hidden) >= B * R * V
+        )  # the measure sees them where they are
 
 
 @pytest.mark.parametrize("chunk", [None, 3])

@@ -13,10 +13,11 @@ from test_families import peer
 from test_gpt2 import left_padded
 from test_gpt2 import peer as gpt2_peer
 
-from ppo_jax import iteration
-from ppo_jax.config import PPOConfig
-from ppo_jax.models import heads, lora, pretrained
+from ppo_jax.models import heads, lora
+from ppo_jax.models.io import adapter_files, pretrained
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo import iteration
+from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.types import overlay
 
 EVERYTHING = lora.LoRA(rank=3, alpha=7.0, targets=r"(attn|mlp)/")
@@ -36,24 +37,54 @@ def with_scale(loaded, one):
 def noisy(adapters):
     leaves, tree = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(5), len(leaves))
-    return tree.unflatten([0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return tree.unflatten(
+        [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 def logits(model, params, tokens, mask):
     return model.logits(params, model.hidden(params, jnp.asarray(tokens), jnp.asarray(mask))[0])
 
 
-@pytest.mark.parametrize("kind, one", [
-    *((kind, EVERYTHING) for kind in ("gpt2", "neo", "neox", "llama", "mistral", "qwen3", "gemma2", "gemma3", "bert")),
-    *(("qwen2", one) for one in (EVERYTHING, SOME, lora.LoRA(rank=2, targets="attn/o$"), lora.LoRA(rank=2, targets="mlp/"))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, one",
+    [
+        *(
+            (kind, EVERYTHING)
+            for kind in (
+                "gpt2",
+                "neo",
+                "neox",
+                "llama",
+                "mistral",
+                "qwen3",
+                "gemma2",
+                "gemma3",
+                "bert",
+            )
+        ),
+        *(
+            ("qwen2", one)
+            for one in (
+                EVERYTHING,
+                SOME,
+                lora.LoRA(rank=2, targets="attn/o$"),
+                lora.LoRA(rank=2, targets="mlp/"),
+            )
+        ),
+    ],
+)
 def test_fresh_adapters_change_no_bit_and_merged_ones_change_little(tmp_path, kind, one):
     loaded = load(kind, tmp_path)
     _, model = with_scale(loaded, one)
     fresh, batch = lora.init_lora(loaded.params, jax.random.key(0), one), left_padded()
-    np.testing.assert_array_equal(logits(model, overlay(loaded.params, fresh), *batch), logits(model, loaded.params, *batch))
+    np.testing.assert_array_equal(
+        logits(model, overlay(loaded.params, fresh), *batch), logits(model, loaded.params, *batch)
+    )
     compiled = jax.jit(functools.partial(logits, model))
-    np.testing.assert_array_equal(compiled(overlay(loaded.params, fresh), *batch), compiled(loaded.params, *batch))
+    np.testing.assert_array_equal(
+        compiled(overlay(loaded.params, fresh), *batch), compiled(loaded.params, *batch)
+    )
     full = overlay(loaded.params, noisy(fresh))
     want = logits(model, full, *batch)
     assert np.abs(np.asarray(want - logits(model, loaded.params, *batch))).max() > 0.1
@@ -62,34 +93,67 @@ def test_fresh_adapters_change_no_bit_and_merged_ones_change_little(tmp_path, ki
     np.testing.assert_allclose(logits(model, merged, *batch)[batch[1]], want[batch[1]], atol=1e-5)
 
 
-RANKS = lora.LoRA(rank=2, alpha=16.0, targets=r"(attn|mlp)/", stabilised=True)  # scales that round apart
+RANKS = lora.LoRA(
+    rank=2, alpha=16.0, targets=r"(attn|mlp)/", stabilised=True
+)  # scales that round apart
 
 
-@pytest.mark.parametrize("kind, one", [
-    *((kind, one) for kind in ("gpt2", "neox", "qwen2") for one in (EVERYTHING, SOME, RANKS, lora.LoRA(targets="mlp/up"))),
-    *((kind, EVERYTHING) for kind in ("neo", "llama", "mistral", "qwen3", "gemma2", "gemma3", "bert")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, one",
+    [
+        *(
+            (kind, one)
+            for kind in ("gpt2", "neox", "qwen2")
+            for one in (EVERYTHING, SOME, RANKS, lora.LoRA(targets="mlp/up"))
+        ),
+        *(
+            (kind, EVERYTHING)
+            for kind in ("neo", "llama", "mistral", "qwen3", "gemma2", "gemma3", "bert")
+        ),
+    ],
+)
 def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
     loaded = load(kind, tmp_path / "base")
     config, model = with_scale(loaded, one)
     adapters = noisy(lora.init_lora(loaded.params, jax.random.key(0), one))
-    lora.save_adapter(tmp_path / "adapter", adapters, one, config, loaded.hf_config["model_type"], str(tmp_path / "base"))
+    adapter_files.save_adapter(
+        tmp_path / "adapter",
+        adapters,
+        one,
+        config,
+        loaded.hf_config["model_type"],
+        str(tmp_path / "base"),
+    )
     base = (gpt2_peer if kind == "gpt2" else functools.partial(peer, kind))(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     tokens, mask = left_padded()
     positions = torch.tensor(np.maximum(np.cumsum(mask, 1) - 1, 0))
     with torch.no_grad():
-        want = theirs(torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=positions).logits.numpy()
+        want = theirs(
+            torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=positions
+        ).logits.numpy()
     got = logits(model, overlay(loaded.params, adapters), tokens, mask)
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
 
-    own, scale = lora.load_adapter(tmp_path / "adapter", config, loaded.hf_config["model_type"])
+    own, scale = adapter_files.load_adapter(
+        tmp_path / "adapter", config, loaded.hf_config["model_type"]
+    )
     assert scale == pytest.approx(one.scale)
-    np.testing.assert_allclose(logits(model, overlay(loaded.params, own), tokens, mask)[mask], np.asarray(got)[mask], atol=1e-5)
+    np.testing.assert_allclose(
+        logits(model, overlay(loaded.params, own), tokens, mask)[mask],
+        np.asarray(got)[mask],
+        atol=1e-5,
+    )
     theirs.save_pretrained(tmp_path / "again")
-    back, scale = lora.load_adapter(tmp_path / "again", config, loaded.hf_config["model_type"])
+    back, scale = adapter_files.load_adapter(
+        tmp_path / "again", config, loaded.hf_config["model_type"]
+    )
     assert scale == pytest.approx(one.scale)
-    np.testing.assert_allclose(logits(model, overlay(loaded.params, back), tokens, mask)[mask], np.asarray(got)[mask], atol=1e-5)
+    np.testing.assert_allclose(
+        logits(model, overlay(loaded.params, back), tokens, mask)[mask],
+        np.asarray(got)[mask],
+        atol=1e-5,
+    )
 
 
 def test_only_adapters_train_and_the_base_is_the_reference(tmp_path):
@@ -111,14 +175,18 @@ def test_only_adapters_train_and_the_base_is_the_reference(tmp_path):
     def update(state, frozen):
         rollout = iteration.sample(agent, state, tokens, mask, frozen=frozen)
         scores = iteration.score(agent, state, frozen["policy"], rollout, frozen=frozen)
-        return iteration.learn(agent, state, rollout, scores, rollout.responses[:, 0] / 30, frozen=frozen)
+        return iteration.learn(
+            agent, state, rollout, scores, rollout.responses[:, 0] / 30, frozen=frozen
+        )
 
     state, first = update(state, frozen)
     assert first["objective/kl"] == 0 and first["policy/first_ratio_error_max"] < 2e-6
     state, second = update(state, frozen)
     assert second["objective/kl"] != 0
-    assert all((np.asarray(a) != np.asarray(b)).any() for a, b in zip(
-        jax.tree.leaves(state.train.params), jax.tree.leaves(params), strict=True))  # fmt: skip
+    assert all(
+        (np.asarray(a) != np.asarray(b)).any()
+        for a, b in zip(jax.tree.leaves(state.train.params), jax.tree.leaves(params), strict=True)
+    )
 
 
 def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
@@ -129,22 +197,32 @@ def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"alpha={alpha} must be above 0"):
             lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(alpha=alpha))
     with pytest.raises(ValueError, match="holds no adapter"):
-        lora.load_adapter(tmp_path, loaded.config, "llama")
+        adapter_files.load_adapter(tmp_path, loaded.config, "llama")
     adapters = lora.init_lora(loaded.params, jax.random.key(0), EVERYTHING)
-    lora.save_adapter(tmp_path / "adapter", adapters, EVERYTHING, loaded.config, "llama", "base")
+    adapter_files.save_adapter(
+        tmp_path / "adapter", adapters, EVERYTHING, loaded.config, "llama", "base"
+    )
     wider = dataclasses.replace(loaded.config, mlp_width=80)
     with pytest.raises(ValueError, match=r"mlp.gate_proj is \(32, 80\) in the model"):
-        lora.load_adapter(tmp_path / "adapter", wider, "llama")
+        adapter_files.load_adapter(tmp_path / "adapter", wider, "llama")
     with pytest.raises(ValueError, match="left over"):
-        lora.load_adapter(tmp_path / "adapter", load("neox", tmp_path / "other").config, "gpt_neox")
-    file, settings = tmp_path / "adapter/adapter_model.safetensors", tmp_path / "adapter/adapter_config.json"
+        adapter_files.load_adapter(
+            tmp_path / "adapter", load("neox", tmp_path / "other").config, "gpt_neox"
+        )
+    file, settings = (
+        tmp_path / "adapter/adapter_model.safetensors",
+        tmp_path / "adapter/adapter_config.json",
+    )
     whole, said = file.read_bytes(), settings.read_text()
-    for content, text, says in ((whole[:90], said, "holds no adapter"), (whole, "[1]", "no JSON object"),
-                                (whole, said.replace("lora_alpha", "alpha"), "lora_alpha is None")):  # fmt: skip
+    for content, text, says in (
+        (whole[:90], said, "holds no adapter"),
+        (whole, "[1]", "no JSON object"),
+        (whole, said.replace("lora_alpha", "alpha"), "lora_alpha is None"),
+    ):
         file.write_bytes(content)
         settings.write_text(text)
         with pytest.raises(ValueError, match=says):
-            lora.load_adapter(tmp_path / "adapter", loaded.config, "llama")
+            adapter_files.load_adapter(tmp_path / "adapter", loaded.config, "llama")
 
 
 def peft_adapter(folder, **settings):
@@ -160,26 +238,38 @@ def peft_adapter(folder, **settings):
     return pretrained.load_policy(folder / "base"), want
 
 
-@pytest.mark.parametrize("settings", [
-    {"rank_pattern": {"v_proj": 2}}, {"alpha_pattern": {r"layers.1.self_attn.v_proj": 16}}, {"init_lora_weights": "orthogonal"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"v_proj": 2}},
+        {"alpha_pattern": {r"layers.1.self_attn.v_proj": 16}},
+        {"init_lora_weights": "orthogonal"},
+    ],
+)
 def test_each_layer_keeps_its_own_scale(tmp_path, settings):
     loaded, want = peft_adapter(tmp_path, target_modules=["q_proj", "v_proj"], **settings)
-    adapters, scale = lora.load_adapter(tmp_path / "adapter", loaded.config, "llama")
+    adapters, scale = adapter_files.load_adapter(tmp_path / "adapter", loaded.config, "llama")
     assert scale == 2
     model = language_model(dataclasses.replace(loaded.config, lora_scale=scale))
     tokens = np.arange(2, 14)[None]
-    np.testing.assert_allclose(logits(model, overlay(loaded.params, adapters), tokens, tokens > 0), want, atol=1e-4)
+    np.testing.assert_allclose(
+        logits(model, overlay(loaded.params, adapters), tokens, tokens > 0), want, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("settings, says", [
-    ({"init_lora_weights": "olora"}, "base that init_lora_weights 'olora' changed"),
-    ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights 'pissa_niter_2' changed"),
-    ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens is \[5, 6\]"),
-    ({"use_dora": True}, "use_dora is True"),
-    ({"target_modules": ["q_proj", "lm_head"]}, "no output matrix such as lm_head"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"init_lora_weights": "olora"}, "base that init_lora_weights 'olora' changed"),
+        ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights 'pissa_niter_2' changed"),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens is \[5, 6\]"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "no output matrix such as lm_head"),
+    ],
+)
 def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(tmp_path, settings, says):
-    loaded, _ = peft_adapter(tmp_path, **{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **settings})
+    loaded, _ = peft_adapter(
+        tmp_path, **{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **settings}
+    )
     with pytest.raises(ValueError, match=says):
-        lora.load_adapter(tmp_path / "adapter", loaded.config, "llama")
+        adapter_files.load_adapter(tmp_path / "adapter", loaded.config, "llama")

@@ -1,4 +1,4 @@
-"""`ppo_jax.losses`: values and slopes against loops and rlax, where clipping cuts the gradient, and splits that add up."""
+"""`ppo_jax.ops.losses`: values and slopes against loops and rlax, where clipping cuts the gradient, and splits that add up."""
 
 import json
 from functools import partial
@@ -12,8 +12,14 @@ import pytest
 import rlax
 from checks import HOW, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
 
-from ppo_jax.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus, policy_ratio, ppo_loss
-from ppo_jax.masked import BY_SEQUENCE, BY_TOKEN, masked_count, masked_mean, sequence_mean
+from ppo_jax.ops.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    entropy_bonus,
+    policy_ratio,
+    ppo_loss,
+)
+from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, masked_count, masked_mean, sequence_mean
 
 B, R = 16, 6
 GOLDEN = Path(__file__).parent / "golden" / "trl_one_update"
@@ -78,7 +84,9 @@ def test_policy_oracle(policy, clips, aggregate):
 )
 def test_where_the_gradient_is_cut(advantage, ratio, expected):
     one = jnp.ones((1, 1))
-    of = lambda x: clipped_policy_loss(x, 0 * one, advantage * one, one > 0, clip_low=0.2, clip_high=0.2)
+    of = lambda x: clipped_policy_loss(
+        x, 0 * one, advantage * one, one > 0, clip_low=0.2, clip_high=0.2
+    )
     slope = jax.grad(of)(jnp.log(ratio) * one)
     close(slope, [[expected]], atol=0 if expected == 0 else 1e-6)
 
@@ -86,7 +94,9 @@ def test_where_the_gradient_is_cut(advantage, ratio, expected):
 @pytest.mark.parametrize("ratio, slope", [(1.5, 1.5), (2.9, 2.9), (3.1, 0.0)])
 def test_dual_clip_bounds_a_bad_token(ratio, slope):
     one = jnp.ones((1, 1))
-    of = lambda x: clipped_policy_loss(x, 0 * one, -one, one > 0, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    of = lambda x: clipped_policy_loss(
+        x, 0 * one, -one, one > 0, clip_low=0.2, clip_high=0.2, dual_clip=3.0
+    )
     loss, gradient = jax.value_and_grad(of)(jnp.log(ratio) * one)
     close(loss, min(ratio, 3))
     close(gradient, [[slope]])
@@ -113,8 +123,12 @@ def test_wide_clip_is_no_clip(policy):
 @pytest.mark.parametrize("epsilon", [0.1, 0.3])
 def test_policy_equals_rlax(policy, epsilon):
     logprobs, old, advantages, mask = policy
-    theirs = lambda x: rlax.clipped_surrogate_pg_loss(jnp.exp(x - old)[mask], advantages[mask], epsilon)
-    ours = lambda x: clipped_policy_loss(x, old, advantages, mask, clip_low=epsilon, clip_high=epsilon)
+    theirs = lambda x: rlax.clipped_surrogate_pg_loss(
+        jnp.exp(x - old)[mask], advantages[mask], epsilon
+    )
+    ours = lambda x: clipped_policy_loss(
+        x, old, advantages, mask, clip_low=epsilon, clip_high=epsilon
+    )
     jax.tree.map(close, jax.value_and_grad(ours)(logprobs), jax.value_and_grad(theirs)(logprobs))
 
 
@@ -174,7 +188,13 @@ def test_trl_losses():
         clip_low=config["clip"],
         clip_high=config["clip"],
     )
-    value = clipped_value_loss(step["values"], step["values"], step["returns"], ~step["padding_mask_p1"], clip=config["value_clip"])
+    value = clipped_value_loss(
+        step["values"],
+        step["values"],
+        step["returns"],
+        ~step["padding_mask_p1"],
+        clip=config["value_clip"],
+    )
     np.testing.assert_allclose(policy, logged["loss/policy_avg"], atol=1e-6)
     np.testing.assert_allclose(value, logged["loss/value_avg"], rtol=1e-5)
 
@@ -192,9 +212,24 @@ def whole_loss(policy, critic, value_mask, **options):
     """`ppo_loss` as a function of what learns, of a batch whose value mask is not the policy's."""
     logprobs, old_logprobs, advantages, mask = policy
     values, old_values, returns, _ = critic
-    fixed = {"old_logprobs": old_logprobs, "old_values": old_values, "advantages": advantages, "returns": returns}
-    options = {"clip_low": 0.2, "clip_high": 0.3, "value_clip": 0.3, "vf_coef": 0.5, "entropy_coef": 0.01} | options
-    return partial(ppo_loss, **fixed, mask=mask, value_mask=value_mask, **options), (logprobs, values, abs(advantages))
+    fixed = {
+        "old_logprobs": old_logprobs,
+        "old_values": old_values,
+        "advantages": advantages,
+        "returns": returns,
+    }
+    options = {
+        "clip_low": 0.2,
+        "clip_high": 0.3,
+        "value_clip": 0.3,
+        "vf_coef": 0.5,
+        "entropy_coef": 0.01,
+    } | options
+    return partial(ppo_loss, **fixed, mask=mask, value_mask=value_mask, **options), (
+        logprobs,
+        values,
+        abs(advantages),
+    )
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
@@ -211,11 +246,16 @@ def test_ppo_loss_is_the_sum_of_its_terms(policy, critic, aggregate):
     }
     assert terms.keys() == expected.keys()
     jax.tree.map(close, terms, expected)
-    close(loss, expected["loss/policy"] + 0.5 * expected["loss/value"] - 0.01 * expected["policy/entropy"])
+    close(
+        loss,
+        expected["loss/policy"] + 0.5 * expected["loss/value"] - 0.01 * expected["policy/entropy"],
+    )
 
 
 def test_value_aggregate_may_differ(policy, critic):
-    of, learned = whole_loss(policy, critic, policy[-1], aggregate=sequence_mean, value_aggregate=masked_mean)
+    of, learned = whole_loss(
+        policy, critic, policy[-1], aggregate=sequence_mean, value_aggregate=masked_mean
+    )
     _, terms = of(*learned)
     close(terms["loss/value"], oracles.mean(oracles.value_terms(*critic, clip=0.3)[0], critic[-1]))
     close(terms["policy/entropy"], oracles.sequence_mean(learned[2], policy[-1]))
@@ -247,11 +287,21 @@ def test_devices(policy, how):
     mask[:2], mask[2:4] = False, True  # one device without a real token, one full
 
     def loss(shift, logprobs, old, advantages, mask, aggregate=masked_mean):
-        return clipped_policy_loss(logprobs + shift, old, advantages, mask, clip_low=0.2, clip_high=0.2, aggregate=aggregate)
+        return clipped_policy_loss(
+            logprobs + shift,
+            old,
+            advantages,
+            mask,
+            clip_low=0.2,
+            clip_high=0.2,
+            aggregate=aggregate,
+        )
 
     def local(shift, *batch):
         aggregate = partial(masked_mean, count=masked_count(batch[-1], axis_name="devices"))
-        return jax.lax.psum(jax.value_and_grad(partial(loss, aggregate=aggregate))(shift[0], *batch), "devices")
+        return jax.lax.psum(
+            jax.value_and_grad(partial(loss, aggregate=aggregate))(shift[0], *batch), "devices"
+        )
 
     whole = jax.value_and_grad(loss)(0.1, *policy)
     pieces = on_devices(how, local, np.full(8, 0.1, np.float32), *policy)
@@ -260,7 +310,9 @@ def test_devices(policy, how):
 
 OF_POLICY = {
     "policy": partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2),
-    "policy_sequence": partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2, aggregate=sequence_mean),
+    "policy_sequence": partial(
+        clipped_policy_loss, clip_low=0.2, clip_high=0.2, aggregate=sequence_mean
+    ),
     "policy_dual": partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2, dual_clip=1.5),
 }
 OF_VALUES = {

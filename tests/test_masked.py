@@ -1,4 +1,4 @@
-"""`ppo_jax.masked`: against loops over the kept entries, on 8 devices, and with anything under the mask."""
+"""`ppo_jax.ops.masked`: against loops over the kept entries, on 8 devices, and with anything under the mask."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import oracles
 import pytest
 from checks import HOW, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
 
-from ppo_jax import masked
+from ppo_jax.ops import masked
 
 B, R = 16, 7
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
@@ -31,7 +31,9 @@ def test_moments(batch):
     close(masked.masked_mean(x, mask), oracles.mean(x, mask))
     close(masked.sequence_mean(x, mask), oracles.sequence_mean(x, mask))
     for unbiased in (False, True):
-        close(masked.masked_var(x, mask, unbiased=unbiased), oracles.var(x, mask, unbiased=unbiased))
+        close(
+            masked.masked_var(x, mask, unbiased=unbiased), oracles.var(x, mask, unbiased=unbiased)
+        )
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
@@ -64,11 +66,17 @@ def test_few_entries(unbiased):
     one[1, 1] = True
     assert masked.masked_var(x, one, unbiased=unbiased) == 0
     np.testing.assert_array_equal(masked.masked_whiten(x, one, unbiased=unbiased), 0)
-    for result in (masked.masked_mean, masked.sequence_mean, partial(masked.masked_var, unbiased=unbiased)):
+    for result in (
+        masked.masked_mean,
+        masked.sequence_mean,
+        partial(masked.masked_var, unbiased=unbiased),
+    ):
         assert result(x, none) == 0
 
 
-@pytest.mark.parametrize("mean, count", [masked.BY_TOKEN, masked.BY_SEQUENCE], ids=["token", "sequence"])
+@pytest.mark.parametrize(
+    "mean, count", [masked.BY_TOKEN, masked.BY_SEQUENCE], ids=["token", "sequence"]
+)
 def test_parts_add_up(batch, mean, count):
     """With the count of the whole batch, micro-batches of any size sum to its mean; the plain mean of means does not."""
     x, mask = batch
@@ -87,7 +95,9 @@ FUNCTIONS = {
     "whiten": masked.masked_whiten,
     "whiten_keep_mean": partial(masked.masked_whiten, shift_mean=False, unbiased=True),
 }
-GLOBAL = {name: f for name, f in FUNCTIONS.items() if name in ("sum", "mean", "var_unbiased", "whiten")}
+GLOBAL = {
+    name: f for name, f in FUNCTIONS.items() if name in ("sum", "mean", "var_unbiased", "whiten")
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -99,7 +109,9 @@ def test_jit_and_vmap(batch, name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_blind_under_mask(batch, name):
     x, mask = batch
-    weights = np.linspace(-1, 2, R, dtype=np.float32)[None]  # the plain sum of whitened entries has no gradient
+    weights = np.linspace(-1, 2, R, dtype=np.float32)[
+        None
+    ]  # the plain sum of whitened entries has no gradient
     of = lambda x: jnp.sum(FUNCTIONS[name](x, mask) * weights)
     assert_blind_under_mask(of, (x,), mask)
 
@@ -122,7 +134,9 @@ def test_counts_on_devices(how):
     mask = oracles.ragged_mask(np.random.default_rng(5), B, R)
     mask[:2] = False
     for count in (masked.masked_count, masked.sequence_count):
-        np.testing.assert_array_equal(on_devices(how, partial(count, axis_name="devices"), mask), np.full(8, count(mask)))
+        np.testing.assert_array_equal(
+            on_devices(how, partial(count, axis_name="devices"), mask), np.full(8, count(mask))
+        )
 
 
 def test_gradient_of_mean(batch):
@@ -132,7 +146,9 @@ def test_gradient_of_mean(batch):
     close(jax.grad(masked.sequence_mean)(x, mask), per_row)
 
 
-@pytest.mark.parametrize("function", [masked.masked_sum, masked.sequence_mean, masked.masked_whiten])
+@pytest.mark.parametrize(
+    "function", [masked.masked_sum, masked.sequence_mean, masked.masked_whiten]
+)
 def test_shapes_must_match(function):
     with pytest.raises(AssertionError):
         function(jnp.ones((2, 3)), jnp.ones((2, 1), bool))

@@ -11,38 +11,64 @@ from test_train import policy, tokenizer
 
 from ppo_jax import cli
 from ppo_jax.commands import models
-from ppo_jax.config import PPOConfig
-from ppo_jax.models import heads, lora, pretrained, scorers, sizes
+from ppo_jax.models import heads, lora, sizes
+from ppo_jax.models.io import adapter_files, pretrained, scorers
 from ppo_jax.models.transformer import init_params
+from ppo_jax.ppo.settings import PPOConfig
 
-PUBLISHED = {"gpt3-125m": 125e6, "gpt3-350m": 350e6, "gpt3-760m": 760e6, "gpt3-2.7b": 2.7e9, "gpt3-6.7b": 6.7e9, "gpt3-13b": 13e9,
-             "gpt3-175b": 175e9}  # fmt: skip
+PUBLISHED = {
+    "gpt3-125m": 125e6,
+    "gpt3-350m": 350e6,
+    "gpt3-760m": 760e6,
+    "gpt3-2.7b": 2.7e9,
+    "gpt3-6.7b": 6.7e9,
+    "gpt3-13b": 13e9,
+    "gpt3-175b": 175e9,
+}
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_gpt3_has_the_parameters_that_its_name_says(size):
     """But for 1.3b, whose 24 published heads of 128 are wider than its width of 2048: 1.52 billion."""
-    count = pretrained.count_params(jax.eval_shape(lambda: init_params(sizes.gpt3(size), jax.random.key(0))))
+    count = pretrained.count_params(
+        jax.eval_shape(lambda: init_params(sizes.gpt3(size), jax.random.key(0)))
+    )
     assert count == pytest.approx(PUBLISHED[size], rel=0.04)
 
 
 def test_info_counts_what_is_in_the_file(tmp_path, capsys):
     model = policy()
     pretrained.save_policy(tmp_path, model, tokenizer())
-    cli.main(["info", str(tmp_path), "--ppo.batch-size", "8", "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
+    cli.main(
+        [
+            "info",
+            str(tmp_path),
+            "--ppo.batch-size",
+            "8",
+            "--ppo.max-new-tokens",
+            "8",
+            "--prompt-tokens",
+            "8",
+        ]
+    )
     said = capsys.readouterr().out
-    assert f"gpt2, {pretrained.count_params(model.params):,} parameters" in said and "together" in said
+    assert (
+        f"gpt2, {pretrained.count_params(model.params):,} parameters" in said and "together" in said
+    )
     with pytest.raises(SystemExit):
         cli.main(["info", str(tmp_path / "none")])
 
 
-def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(tmp_path, capsys, monkeypatch):
+def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(
+    tmp_path, capsys, monkeypatch
+):
     model = policy()
     pretrained.save_policy(tmp_path, model)
     (tmp_path / "model.safetensors").unlink()
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, allow_patterns, **_: asked.append(allow_patterns) or tmp_path
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns, **_: asked.append(allow_patterns) or tmp_path,
     )
     for name in (str(tmp_path), "an/id"):
         cli.main(["info", name, "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
@@ -71,21 +97,29 @@ def test_memory_falls_with_adapters_remat_and_micro_batches():
         config, ppo, prompt_tokens=64, critic="separate", adapters=adapters
     )
     whole = account()
-    assert whole["gradients"] * 2 == whole["AdamW's moments"] and whole["parameters and reference"] == pytest.approx(
-        1.5 * whole["gradients"], rel=0.01
-    )
+    assert whole["gradients"] * 2 == whole["AdamW's moments"] and whole[
+        "parameters and reference"
+    ] == pytest.approx(1.5 * whole["gradients"], rel=0.01)
     assert account(adapters=lora.LoRA())["AdamW's moments"] < 0.01 * whole["AdamW's moments"]
-    assert account(adapters=lora.LoRA())["parameters and reference"] < 0.4 * whole["parameters and reference"]
+    assert (
+        account(adapters=lora.LoRA())["parameters and reference"]
+        < 0.4 * whole["parameters and reference"]
+    )
     activations = "activations of a micro-batch"
-    assert account(ppo=PPOConfig(batch_size=64, micro_batch=4))[activations] * 4 == whole[activations]
-    assert account(config=models.describe("gpt3-125m", "float32", True)[1])[activations] < 0.3 * whole[activations]
+    assert (
+        account(ppo=PPOConfig(batch_size=64, micro_batch=4))[activations] * 4 == whole[activations]
+    )
+    assert (
+        account(config=models.describe("gpt3-125m", "float32", True)[1])[activations]
+        < 0.3 * whole[activations]
+    )
 
 
 def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
     model, one = policy(), lora.LoRA(rank=2)
     pretrained.save_policy(tmp_path / "base", model, tokenizer())
     adapters = noisy(lora.init_lora(model.params, jax.random.key(0), one))
-    lora.save_adapter(tmp_path / "adapter", adapters, one, model.config, "gpt2", "base")
+    adapter_files.save_adapter(tmp_path / "adapter", adapters, one, model.config, "gpt2", "base")
     arguments = [
         "convert",
         "--model",
@@ -97,21 +131,30 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
     ]
     cli.main(arguments)
     want = lora.merge(models.overlay(model.params, adapters), one.scale)
-    close = functools.partial(np.testing.assert_allclose, atol=1e-6)  # the product is summed in another order
+    close = functools.partial(
+        np.testing.assert_allclose, atol=1e-6
+    )  # the product is summed in another order
     jax.tree.map(close, pretrained.load_policy(tmp_path / "new").params, want)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert (
-        transformers.GenerationConfig.from_pretrained(tmp_path / "new").eos_token_id == model.hf_config["eos_token_id"] is not None
+        transformers.GenerationConfig.from_pretrained(tmp_path / "new").eos_token_id
+        == model.hf_config["eos_token_id"]
+        is not None
     )
     scorer = model._replace(params=heads.init_scorer(model.config, jax.random.key(0), model.params))
     scorers.save_scorer(tmp_path / "scorer", scorer, tokenizer())
-    small = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    small = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
     transformers.BertModel(small).save_pretrained(tmp_path / "encoder")
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert "exists already" in capsys.readouterr().err
-    refused = {"new.gguf": ("base", "no GGUF file"), "other": ("scorer", "is a GPT2ForSequenceClassification, without"),
-               "third": ("encoder", "is a BertModel, without")}  # fmt: skip
+    refused = {
+        "new.gguf": ("base", "no GGUF file"),
+        "other": ("scorer", "is a GPT2ForSequenceClassification, without"),
+        "third": ("encoder", "is a BertModel, without"),
+    }
     for out, (source, says) in refused.items():
         with pytest.raises(SystemExit):
             cli.main(["convert", "--model", str(tmp_path / source), "--out", str(tmp_path / out)])

@@ -14,43 +14,88 @@ import pytest
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec
 
-from ppo_jax import iteration, parallel
-from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.models import heads, lora, pretrained, sharding
+from ppo_jax import sharding
+from ppo_jax.distributed import compilation, meshes, placement, replicas
+from ppo_jax.errors import SettingError
+from ppo_jax.hashing import digest
+from ppo_jax.models import heads, lora
+from ppo_jax.models.io import pretrained
 from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.plan import make_topology
-from ppo_jax.provenance import digest
+from ppo_jax.plan.compile import make_topology
+from ppo_jax.ppo import iteration
+from ppo_jax.ppo.settings import PPOConfig
 
 PPO = PPOConfig(
-    batch_size=32, epochs=2, minibatches=2, max_new_tokens=10, learning_rate=1e-4, kl_coef=0.1, kl_target=0.5, scale_scores=True,
-    vf_coef=0.5, temperature=0.8, adam_eps=1e-5,  # above the rounding of a gradient, which Adam would turn into whole steps
-)  # fmt: skip
+    batch_size=32,
+    epochs=2,
+    minibatches=2,
+    max_new_tokens=10,
+    learning_rate=1e-4,
+    kl_coef=0.1,
+    kl_target=0.5,
+    scale_scores=True,
+    vf_coef=0.5,
+    temperature=0.8,
+    adam_eps=1e-5,  # above the rounding of a gradient, which Adam would turn into whole steps
+)
 MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, "pmap"]
 HF = {
-    "gpt2": {"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 8},
-    "llama": {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 1,
-              "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "head_dim": 4},
-    "qwen3": {"model_type": "qwen3", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 1,
-              "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48, "rms_norm_eps": 1e-6, "head_dim": 8,
-              "tie_word_embeddings": True},
-}  # fmt: skip
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 61,
+        "n_positions": 40,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 8,
+    },
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "max_position_embeddings": 40,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "rms_norm_eps": 1e-5,
+        "head_dim": 4,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "vocab_size": 64,
+        "max_position_embeddings": 40,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 48,
+        "rms_norm_eps": 1e-6,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    },
+}
 LORA = lora.LoRA(rank=2, alpha=4.0, targets="(attn/(q|o)|mlp/up)$")
 
 
 def start(family, optimizer, *, adapters=False, mesh=None, **changes):
     """Agent, state, reference and frozen parameters, placed."""
     ppo = dataclasses.replace(PPO, **changes)
-    config = dataclasses.replace(pretrained.config_of(HF[family]), init_std=0.2, lora_scale=LORA.scale if adapters else 1.0)
+    config = dataclasses.replace(
+        pretrained.config_of(HF[family]), init_std=0.2, lora_scale=LORA.scale if adapters else 1.0
+    )
     agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (3, 4), 0)
     policy = init_params(config, jax.random.key(0))
-    params, frozen = {"policy": policy, "critic": heads.init_scorer(config, jax.random.key(1), trunk=policy)}, None
+    params, frozen = (
+        {"policy": policy, "critic": heads.init_scorer(config, jax.random.key(1), trunk=policy)},
+        None,
+    )
     if adapters:
         params, frozen = lora.adapt(params, jax.random.key(3), LORA)
-    params, frozen, policy = (parallel.place(tree, mesh) for tree in (params, frozen, policy))
-    state = parallel.start_state(agent, params, jax.random.key(2), updates=3, mesh=mesh)
+    params, frozen, policy = (placement.place(tree, mesh) for tree in (params, frozen, policy))
+    state = compilation.start_state(agent, params, jax.random.key(2), updates=3, mesh=mesh)
     if optimizer == "sgd":
         train = TrainState.create(apply_fn=None, params=state.train.params, tx=optax.sgd(0.05))
-        state = parallel.place(state.replace(train=train.replace(step=jnp.int32(0))), mesh)
+        state = placement.place(state.replace(train=train.replace(step=jnp.int32(0))), mesh)
     return agent, state, policy, frozen
 
 
@@ -62,18 +107,20 @@ def batch(number):
 
 def three_updates(family, optimizer, *, adapters=False, on=None, **changes):
     """Samples `[3, B, R]` and parameters after three updates."""
-    mesh = parallel.make_mesh(on) if isinstance(on, dict) else None
+    mesh = meshes.make_mesh(on) if isinstance(on, dict) else None
     agent, state, policy, frozen = start(family, optimizer, adapters=adapters, mesh=mesh, **changes)
-    steps = parallel.pmap_steps(agent) if on == "pmap" else parallel.jit_steps(agent, mesh, state)
+    steps = (
+        replicas.pmap_steps(agent) if on == "pmap" else compilation.jit_steps(agent, mesh, state)
+    )
     samples = []
     for number in range(3):
-        rollout = steps.sample(state, *parallel.to_mesh(batch(number), mesh), frozen=frozen)
+        rollout = steps.sample(state, *placement.to_mesh(batch(number), mesh), frozen=frozen)
         scores = steps.score(state, policy, rollout, frozen=frozen)
-        seen = parallel.to_host(rollout)
+        seen = placement.to_host(rollout)
         task = (seen.responses % 7 == 1).sum(axis=1).astype(np.float32)
-        state, _ = steps.learn(state, rollout, scores, parallel.to_mesh(task, mesh), frozen=frozen)
+        state, _ = steps.learn(state, rollout, scores, placement.to_mesh(task, mesh), frozen=frozen)
         samples.append(np.where(seen.response_mask, seen.responses, -1))
-    return np.stack(samples), parallel.to_host(state.train.params)
+    return np.stack(samples), placement.to_host(state.train.params)
 
 
 @functools.cache
@@ -88,13 +135,17 @@ def is_noise(path):
 
 def assert_same(found, expected, optimizer):
     np.testing.assert_array_equal(found[0], expected[0])
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1]), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1]), strict=True
+    ):
         if optimizer == "sgd" or not is_noise(path):
             np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("on", MESHES, ids=str)
-@pytest.mark.parametrize("family, adapters", [("gpt2", False), ("llama", False), ("qwen3", False), ("llama", True)])
+@pytest.mark.parametrize(
+    "family, adapters", [("gpt2", False), ("llama", False), ("qwen3", False), ("llama", True)]
+)
 def test_every_mesh_gives_the_result_of_one_device(family, adapters, on):
     for optimizer in ("sgd", "adamw"):
         found = three_updates(family, optimizer, adapters=adapters, on=on)
@@ -102,11 +153,19 @@ def test_every_mesh_gives_the_result_of_one_device(family, adapters, on):
 
 
 @pytest.mark.parametrize(
-    "on, adapters", [({"data": 8}, False), ({"data": 2, "fsdp": 4}, False), ({"data": 4, "tensor": 2}, True),
-                     ({"data": 2, "fsdp": 2, "tensor": 2}, False)], ids=str
-)  # fmt: skip
+    "on, adapters",
+    [
+        ({"data": 8}, False),
+        ({"data": 2, "fsdp": 4}, False),
+        ({"data": 4, "tensor": 2}, True),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, False),
+    ],
+    ids=str,
+)
 def test_micro_batches_and_chunks_on_a_mesh(on, adapters):
-    found = three_updates("llama", "sgd", adapters=adapters, on=on, micro_batch=8, rollout_rows=16, logit_chunk=3)
+    found = three_updates(
+        "llama", "sgd", adapters=adapters, on=on, micro_batch=8, rollout_rows=16, logit_chunk=3
+    )
     assert_same(found, on_one_device("llama", "sgd", adapters), "sgd")
 
 
@@ -115,14 +174,16 @@ def test_micro_batches_and_chunks_on_a_mesh(on, adapters):
 
 def compiled_update(on, **changes):
     """HLO of the update of GPT-2's shape, and the state."""
-    mesh = parallel.make_mesh(on)
+    mesh = meshes.make_mesh(on)
     agent, state, policy, _ = start("gpt2", "adamw", mesh=mesh, **changes)
-    steps = parallel.jit_steps(agent, mesh, state)
-    rollout = steps.sample(state, *parallel.to_mesh(batch(0), mesh))
+    steps = compilation.jit_steps(agent, mesh, state)
+    rollout = steps.sample(state, *placement.to_mesh(batch(0), mesh))
     scores = steps.score(state, policy, rollout)
-    task = parallel.to_mesh(np.zeros(32, np.float32), mesh)
+    task = placement.to_mesh(np.zeros(32, np.float32), mesh)
     with jax.set_mesh(mesh):
-        return steps.learn.__wrapped__.lower(state, rollout, scores, task).compile().as_text(), state
+        return steps.learn.__wrapped__.lower(
+            state, rollout, scores, task
+        ).compile().as_text(), state
 
 
 def collectives(hlo, kind):
@@ -133,7 +194,9 @@ def collectives(hlo, kind):
             name = line.split()[0]
         if match := re.search(rf"= (.*) {kind}(?:-start)?\(", line):
             shapes = re.findall(r"(f32|bf16)\[([\d,]*)\]", match[1])
-            found.setdefault(name, []).extend(int(np.prod([int(n) for n in dims.split(",") if n])) for _, dims in shapes)
+            found.setdefault(name, []).extend(
+                int(np.prod([int(n) for n in dims.split(",") if n])) for _, dims in shapes
+            )
     return found
 
 
@@ -166,22 +229,32 @@ def test_a_minibatch_reduces_its_gradient_once(changes):
     assert sum(reduced.values()) < total * 1.05
 
 
-@pytest.mark.parametrize("on", [{"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "on",
+    [{"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=str,
+)
 def test_micro_batches_leave_the_reduction_over_data_to_their_minibatch(on):
     """A loop around the one over micro-batches reduces all that a device holds of the gradient; the loop itself no more than the
     parts that `fsdp` scatters, or the activations of `tensor`."""
     hlo, state = compiled_update(on, micro_batch=8)
     total = sum(sizes(state))
     reduced = {name: sum(part) for name, part in collectives(hlo, "all-reduce").items()}
-    around = [name for name in reduced if set(bodies(hlo).get(name, ())) & set(reduced) and name != "ENTRY"]
+    around = [
+        name
+        for name in reduced
+        if set(bodies(hlo).get(name, ())) & set(reduced) and name != "ENTRY"
+    ]
     minibatch = max(around, key=reduced.get)
     share = total * on["data"] / 8
-    assert share <= reduced[minibatch] < share * 1.25  # norms are whole on every device, positions on those of tensor
+    assert (
+        share <= reduced[minibatch] < share * 1.25
+    )  # norms are whole on every device, positions on those of tensor
     assert sum(reduced.values()) - reduced[minibatch] < total * 1.05
 
 
 def test_parameters_and_moments_are_cut():
-    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = meshes.make_mesh({"fsdp": 4, "tensor": 2})
     _, state, _, _ = start("llama", "adamw", mesh=mesh)
     for path, x in jax.tree_util.tree_leaves_with_path((state.train.params, state.train.opt_state)):
         if x.ndim == 2 and x.shape[-1] > 1:
@@ -192,11 +265,15 @@ def test_parameters_and_moments_are_cut():
 
 
 def test_every_family_has_a_rule_for_every_parameter():
-    mesh = parallel.make_mesh({"fsdp": 8})
+    mesh = meshes.make_mesh({"fsdp": 8})
     for kind in ("gpt2", "llama", "qwen3"):
-        shapes = jax.eval_shape(lambda kind=kind: init_params(pretrained.config_of(HF[kind]), jax.random.key(0)))
+        shapes = jax.eval_shape(
+            lambda kind=kind: init_params(pretrained.config_of(HF[kind]), jax.random.key(0))
+        )
         assert jax.tree.structure(sharding.shardings(shapes, mesh)) == jax.tree.structure(shapes)
-    with pytest.raises(ValueError, match="No sharding rule matches the parameter layer_0/attn/new/kernel"):
+    with pytest.raises(
+        ValueError, match="No sharding rule matches the parameter layer_0/attn/new/kernel"
+    ):
         sharding.shardings({"layer_0": {"attn": {"new": {"kernel": jnp.ones((2, 2))}}}}, mesh)
     with pytest.raises(ValueError, match="has 2 axes; the parameter attn/q/kernel has 1"):
         sharding.shardings({"attn": {"q": {"kernel": jnp.ones(2)}}}, mesh)
@@ -204,26 +281,41 @@ def test_every_family_has_a_rule_for_every_parameter():
 
 @pytest.mark.parametrize(
     "text, says",
-    [("data", "mesh must be like"), ("data=0", "mesh must be like"), ("rows=2", "mesh must be like"),
-     ("fsdp=2,fsdp=2", "each once"), ("fsdp=16", "needs 16 devices; there are 8"), ("data=3,fsdp=4", "needs 12 devices")],
-)  # fmt: skip
+    [
+        ("data", "mesh must be like"),
+        ("data=0", "mesh must be like"),
+        ("rows=2", "mesh must be like"),
+        ("fsdp=2,fsdp=2", "each once"),
+        ("fsdp=16", "needs 16 devices; there are 8"),
+        ("data=3,fsdp=4", "needs 12 devices"),
+    ],
+)
 def test_a_mesh_that_cannot_be_is_refused(text, says):
     with pytest.raises(SettingError, match=says):
-        parallel.make_mesh(parallel.parse_mesh(text))
+        meshes.make_mesh(meshes.parse_mesh(text))
 
 
 def gpus(hosts, each):
     """Devices as JAX shows those of several hosts: each host a slice."""
     numbers = np.random.default_rng(0).permutation(hosts * each).tolist()
-    return [types.SimpleNamespace(id=i, slice_index=i // each, platform="gpu", device_kind="H100") for i in numbers]
+    return [
+        types.SimpleNamespace(id=i, slice_index=i // each, platform="gpu", device_kind="H100")
+        for i in numbers
+    ]
 
 
 @pytest.mark.parametrize(
     "shape, apart",  # by how many devices' numbers neighbours on each axis lie apart
-    [((8, 1, 4), (4, 0, 1)), ((32, 1, 1), (1, 0, 0)), ((1, 4, 8), (0, 8, 1)), ((2, 4, 4), (16, 4, 1)), ((1, 1, 32), (0, 0, 1))],
+    [
+        ((8, 1, 4), (4, 0, 1)),
+        ((32, 1, 1), (1, 0, 0)),
+        ((1, 4, 8), (0, 8, 1)),
+        ((2, 4, 4), (16, 4, 1)),
+        ((1, 1, 32), (0, 0, 1)),
+    ],
 )
 def test_a_mesh_over_hosts_keeps_the_last_axes_within_one(shape, apart):
-    found = np.vectorize(lambda device: device.id)(parallel.lay_out(shape, gpus(4, 8)))
+    found = np.vectorize(lambda device: device.id)(meshes.lay_out(shape, gpus(4, 8)))
     assert found.shape == shape
     for axis, distance in enumerate(apart):
         assert set(np.diff(found, axis=axis).ravel()) <= {distance}
@@ -231,50 +323,78 @@ def test_a_mesh_over_hosts_keeps_the_last_axes_within_one(shape, apart):
 
 def test_hosts_of_several_sizes_are_refused():
     with pytest.raises(ValueError, match="do not divide by the number of slices or hosts, 3"):
-        parallel.lay_out((8, 1, 1), [device for device in gpus(3, 4) if device.id not in (4, 5, 8, 9)])
+        meshes.lay_out(
+            (8, 1, 1), [device for device in gpus(3, 4) if device.id not in (4, 5, 8, 9)]
+        )
 
 
-@pytest.mark.parametrize("sizes, fits", [({"data": 2, "fsdp": 4, "tensor": 8}, True), ({"fsdp": 3}, False)], ids=str)
+@pytest.mark.parametrize(
+    "sizes, fits", [({"data": 2, "fsdp": 4, "tensor": 8}, True), ({"fsdp": 3}, False)], ids=str
+)
 def test_axes_may_share_those_of_a_slice(sizes, fits):
     devices = make_topology("v5p:4x4x4")
     if fits:
-        assert set(parallel.make_mesh(sizes, devices).devices.ravel()) == set(devices)
+        assert set(meshes.make_mesh(sizes, devices).devices.ravel()) == set(devices)
     else:
-        with pytest.raises(SettingError, match="The mesh data=21,fsdp=3 cannot be laid over 63 of 64 devices"):
-            parallel.make_mesh(sizes, devices)
+        with pytest.raises(
+            SettingError, match="The mesh data=21,fsdp=3 cannot be laid over 63 of 64 devices"
+        ):
+            meshes.make_mesh(sizes, devices)
 
 
 def test_rows_that_do_not_spread_are_refused():
-    with pytest.raises(SettingError, match="batch_size=12 rows do not spread evenly over 8 devices"):
-        parallel.check_rows(dataclasses.replace(PPO, batch_size=12), 8)
+    with pytest.raises(
+        SettingError, match="batch_size=12 rows do not spread evenly over 8 devices"
+    ):
+        meshes.check_rows(dataclasses.replace(PPO, batch_size=12), 8)
     with pytest.raises(SettingError, match="batch_size / minibatches=4 rows"):
-        parallel.check_rows(dataclasses.replace(PPO, batch_size=16, minibatches=4), 8)
+        meshes.check_rows(dataclasses.replace(PPO, batch_size=16, minibatches=4), 8)
 
 
 def test_a_model_is_read_into_its_sharding(tmp_path):
     config = pretrained.config_of(HF["gpt2"])
-    pretrained.save_policy(tmp_path, pretrained.Pretrained(config, init_params(config, jax.random.key(0)), HF["gpt2"]))
-    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
-    whole, cut = pretrained.load_policy(tmp_path).params, pretrained.load_policy(tmp_path, mesh=mesh).params
+    pretrained.save_policy(
+        tmp_path, pretrained.Pretrained(config, init_params(config, jax.random.key(0)), HF["gpt2"])
+    )
+    mesh = meshes.make_mesh({"fsdp": 4, "tensor": 2})
+    whole, cut = (
+        pretrained.load_policy(tmp_path).params,
+        pretrained.load_policy(tmp_path, mesh=mesh).params,
+    )
     assert cut["layer_0"]["mlp"]["up"]["kernel"].sharding.shard_shape((32, 128)) == (8, 64)
     assert digest(whole) == digest(cut)
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    ppo = dataclasses.replace(everything.PPO, batch_size=16, minibatches=2, micro_batch=None, rollout_rows=None)
+    ppo = dataclasses.replace(
+        everything.PPO, batch_size=16, minibatches=2, micro_batch=None, rollout_rows=None
+    )
     one = everything.trainer(tmp_path / "one", ppo=ppo)
     one.run()
-    everything.trainer(tmp_path / "many", ppo=ppo, updates=2, mesh=parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})).run()
-    for mesh in (parallel.make_mesh({"fsdp": 8}), None):
-        many = everything.trainer(tmp_path / "many", ppo=ppo, updates=3 if mesh else 4, mesh=mesh, resume="yes")
+    everything.trainer(
+        tmp_path / "many",
+        ppo=ppo,
+        updates=2,
+        mesh=meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}),
+    ).run()
+    for mesh in (meshes.make_mesh({"fsdp": 8}), None):
+        many = everything.trainer(
+            tmp_path / "many", ppo=ppo, updates=3 if mesh else 4, mesh=mesh, resume="yes"
+        )
         many.run()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one.state.train.params, many.state.train.params)
-    assert (tmp_path / "many/samples.jsonl").read_text().count("\n") == (tmp_path / "one/samples.jsonl").read_text().count("\n")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        one.state.train.params,
+        many.state.train.params,
+    )
+    assert (tmp_path / "many/samples.jsonl").read_text().count("\n") == (
+        tmp_path / "one/samples.jsonl"
+    ).read_text().count("\n")
 
 
 def test_one_compilation_in_twenty_updates(tmp_path, caplog):
-    mesh = parallel.make_mesh({"data": 4, "fsdp": 2})
+    mesh = meshes.make_mesh({"data": 4, "fsdp": 2})
     ppo = dataclasses.replace(everything.PPO, minibatches=1, micro_batch=8)
     run = everything.trainer(tmp_path / "run", ppo=ppo, updates=20, eval_every=5, mesh=mesh)
     with jax.log_compiles():
@@ -285,7 +405,7 @@ def test_one_compilation_in_twenty_updates(tmp_path, caplog):
 
 def test_rows_are_mapped_over_data_where_it_is_free():
     """Not again inside a `shard_map` over it, and not where they do not divide."""
-    mesh = parallel.make_mesh({"data": 8})
+    mesh = meshes.make_mesh({"data": 8})
 
     def total(params, rows, axis_name):
         return rows.sum() if axis_name is None else 10 * jax.lax.psum(rows.sum(), axis_name)
@@ -295,7 +415,15 @@ def test_rows_are_mapped_over_data_where_it_is_free():
     own = lambda rows: jax.lax.psum(sharding.map_over_data(total, None, rows, parts=2), "data")
     with jax.set_mesh(mesh):
         assert mapped(rows) == 480
-        inside = jax.shard_map(own, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
+        inside = jax.shard_map(
+            own,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec(),
+            axis_names={"data"},
+            check_vma=False,
+        )
         assert jax.jit(inside)(rows) == 48
-        with pytest.raises(ValueError, match="12 rows does not divide into 2 micro-batches on data=8"):
+        with pytest.raises(
+            ValueError, match="12 rows does not divide into 2 micro-batches on data=8"
+        ):
             mapped(rows[:12])

@@ -16,22 +16,45 @@ import jax.numpy as jnp
 import pytest
 from test_families import peer
 
-from ppo_jax import hlo, plan
-from ppo_jax.commands.models import describe
-from ppo_jax.flops import matmul_flops
 from ppo_jax.models.transformer import init_params
+from ppo_jax.plan import compile as plan
+from ppo_jax.plan import hlo
+from ppo_jax.plan.flops import matmul_flops
+from ppo_jax.plan.memory import describe
 
-HF_LLAMA = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 2,
-            "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5}  # fmt: skip
+HF_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "max_position_embeddings": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-5,
+}
 SMALL = [
-    "--ppo.batch-size", "16", "--ppo.minibatches", "2", "--ppo.epochs", "2", "--ppo.max-new-tokens", "5", "--prompt-tokens", "6",
-]  # fmt: skip
+    "--ppo.batch-size",
+    "16",
+    "--ppo.minibatches",
+    "2",
+    "--ppo.epochs",
+    "2",
+    "--ppo.max-new-tokens",
+    "5",
+    "--prompt-tokens",
+    "6",
+]
 
 
 def command(*args):
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
     return subprocess.run(
-        [sys.executable, "-m", "ppo_jax.cli", "plan", *map(str, args)], capture_output=True, text=True, env=environment, timeout=600
+        [sys.executable, "-m", "ppo_jax.cli", "plan", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
     )
 
 
@@ -51,8 +74,17 @@ def model(tmp_path_factory):
 
 def test_rollout_and_update_compile_for_a_slice_cut_along_every_axis(tmp_path, model):
     """Data x fsdp x tensor on 8 chips of a v5e, and the account of what they send."""
-    found, said = planned(tmp_path, "--model", model, "--topology", "v5e:2x4", "--mesh", "data=2,fsdp=2,tensor=2",
-                          "--ppo.micro-batch", "4")  # fmt: skip
+    found, said = planned(
+        tmp_path,
+        "--model",
+        model,
+        "--topology",
+        "v5e:2x4",
+        "--mesh",
+        "data=2,fsdp=2,tensor=2",
+        "--ppo.micro-batch",
+        "4",
+    )
     assert found["fits"] and said.endswith("It fits.\n")
     for name in ("rollout", "scoring", "update"):
         program = found[name]
@@ -63,7 +95,10 @@ def test_rollout_and_update_compile_for_a_slice_cut_along_every_axis(tmp_path, m
     assert found["update"]["flops"] > 2 * found["scoring"]["flops"]
 
 
-WIDE = HF_LLAMA | {"hidden_size": 1024, "intermediate_size": 2048}  # parameters outweigh activations
+WIDE = HF_LLAMA | {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+}  # parameters outweigh activations
 WIDE_LAYER = 2 * (2 * 1024 * (1024 + 256) + 3 * 1024 * 2048)  # numbers, policy and critic
 
 
@@ -72,7 +107,9 @@ def planned_wide(layers, *args):
     """A plan reads the model's config.json only."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(WIDE | {"num_hidden_layers": layers}))
-        return planned(Path(folder), "--model", folder, "--topology", "v6e:2x2", "--mesh", "fsdp=4", *args)[0]["update"]
+        return planned(
+            Path(folder), "--model", folder, "--topology", "v6e:2x2", "--mesh", "fsdp=4", *args
+        )[0]["update"]
 
 
 def test_adapters_leave_less_on_each_chip():
@@ -88,7 +125,18 @@ def test_fsdp_holds_one_whole_layer_at_a_time():
 
 def test_depths_extrapolate(tmp_path, model):
     full, _ = planned(tmp_path, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4")
-    line, _ = planned(tmp_path, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4", "--depths", "1", "2")
+    line, _ = planned(
+        tmp_path,
+        "--model",
+        model,
+        "--topology",
+        "v6e:2x2",
+        "--mesh",
+        "fsdp=4",
+        "--depths",
+        "1",
+        "2",
+    )
     assert line["update"]["flops"] == pytest.approx(full["update"]["flops"], rel=1e-6)
     assert line["update"]["arguments"] == pytest.approx(full["update"]["arguments"], rel=0.02)
     assert line["update"]["collectives"]["all-gather"]["bytes"] == pytest.approx(
@@ -96,14 +144,20 @@ def test_depths_extrapolate(tmp_path, model):
     )
 
 
-@pytest.mark.parametrize("args, says", [
-    (["--model", "gpt3-13b", "--topology", "v5e:2x2"], "The mesh"),
-    (["--model", "gpt2", "--topology", "v7:2x2"], "topology must be like v5e:4x4"),
-    (["--model", "gpt2", "--topology", "v5e:3x77"], "No compiler for v5e:3x77"),
-    (["--model", "gpt2", "--depths", "4", "2"], "depths must be"),
-    (["--model", "gpt2", "--depths", "2", "13"], "depths must lie within the model's 12 layers"),
-    (["--model", "gpt2", "--prompt-tokens", "0"], "prompt_tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--model", "gpt3-13b", "--topology", "v5e:2x2"], "The mesh"),
+        (["--model", "gpt2", "--topology", "v7:2x2"], "topology must be like v5e:4x4"),
+        (["--model", "gpt2", "--topology", "v5e:3x77"], "No compiler for v5e:3x77"),
+        (["--model", "gpt2", "--depths", "4", "2"], "depths must be"),
+        (
+            ["--model", "gpt2", "--depths", "2", "13"],
+            "depths must lie within the model's 12 layers",
+        ),
+        (["--model", "gpt2", "--prompt-tokens", "0"], "prompt_tokens"),
+    ],
+)
 def test_what_cannot_be_planned_is_one_sentence(args, says):
     more = ["--mesh", "data=3,fsdp=3"] if says == "The mesh" else []
     done = command(*SMALL, *args, *more)
@@ -113,7 +167,9 @@ def test_what_cannot_be_planned_is_one_sentence(args, says):
 def test_what_does_not_fit_says_what_to_change():
     chip = plan.CHIPS["v5e"]
     gib = 2**30
-    program = lambda peak, needed: plan.Program("update", 2 * gib, 0, peak * gib, needed * gib, 1.0, 1, 1.0, {}, 1.0)
+    program = lambda peak, needed: plan.Program(
+        "update", 2 * gib, 0, peak * gib, needed * gib, 1.0, 1, 1.0, {}, 1.0
+    )
     assert plan.advice({"update": program(3, 8)}, chip) == []
     assert "micro-batch" in plan.advice({"update": program(20, 21)}, chip)[0]
     assert "larger fsdp" in plan.advice({"update": program(3, 40)}, chip)[0]
@@ -124,10 +180,16 @@ def test_what_does_not_fit_says_what_to_change():
 def test_a_gradient_is_counted_whole_where_it_is_reduced(tmp_path, model):
     """Data parallelism sends each gradient once, in one operation of many arrays, on a channel that others have too."""
     found, said = planned(tmp_path, "--model", model, "--topology", "v5e:2x2", "--mesh", "data=4")
-    shapes = jax.eval_shape(lambda: init_params(describe(str(model), "bfloat16", False)[1], jax.random.key(0)))
+    shapes = jax.eval_shape(
+        lambda: init_params(describe(str(model), "bfloat16", False)[1], jax.random.key(0))
+    )
     gradient = 2 * sum(4 * x.size for x in jax.tree.leaves(shapes))  # of policy and critic
-    assert 4 * gradient < found["update"]["collectives"]["all-reduce"]["bytes"] < 4.4 * gradient  # 2 epochs of 2 minibatches
-    assert found["update"]["flops"] > 2 * found["scoring"]["flops"] and "does not divide" not in said
+    assert (
+        4 * gradient < found["update"]["collectives"]["all-reduce"]["bytes"] < 4.4 * gradient
+    )  # 2 epochs of 2 minibatches
+    assert (
+        found["update"]["flops"] > 2 * found["scoring"]["flops"] and "does not divide" not in said
+    )
 
 
 def test_collectives_on_one_channel_are_told_apart_and_pieces_of_one_are_not():
@@ -150,23 +212,35 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %g = f32[8]{0} fusion(%p1), kind=kCustom, calls=%fused_b
 }
 """
-    assert hlo.account(text).collectives == {"all-reduce": hlo.Collective(2, 44), "all-gather": hlo.Collective(2, 64 + 32)}
+    assert hlo.account(text).collectives == {
+        "all-reduce": hlo.Collective(2, 44),
+        "all-gather": hlo.Collective(2, 64 + 32),
+    }
 
 
 def test_what_a_mapped_function_does_counts_on_every_device():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     over_rows = (jax.P("data"), jax.P())
-    mapped = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=over_rows, out_specs=jax.P("data"))
+    mapped = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=over_rows, out_specs=jax.P("data")
+    )
     assert matmul_flops(mapped, jnp.ones((16, 4)), jnp.ones((4, 4))) == 2 * 16 * 16
 
 
 def test_loops_count_as_often_as_they_run():
     def step(carry, _):
-        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ c[1]), (0, carry))[1], None
+        return jax.lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ c[1]), (0, carry)
+        )[1], None
 
     function = lambda x: jax.lax.scan(jax.checkpoint(step), x, length=5)[0]
     assert matmul_flops(function, jnp.ones((8, 8)), while_trips=3) == 5 * 3 * 2 * 8**3
-    assert matmul_flops(lambda x: jax.lax.cond(x[0, 0] > 0, function, lambda x: x, x), jnp.ones((8, 8))) == 5 * 2 * 8**3
+    assert (
+        matmul_flops(
+            lambda x: jax.lax.cond(x[0, 0] > 0, function, lambda x: x, x), jnp.ones((8, 8))
+        )
+        == 5 * 2 * 8**3
+    )
     text = """HloModule m
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)

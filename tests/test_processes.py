@@ -14,15 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax import processes
 from ppo_jax.commands.runs import compare
-from ppo_jax.config import SettingError
-from ppo_jax.faults import NonFiniteError, RewardError
-from ppo_jax.files import read_json, read_lines
-from ppo_jax.models import pretrained
+from ppo_jax.distributed import processes
+from ppo_jax.errors import NonFiniteError, RewardError, SettingError
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.families import gpt2
+from ppo_jax.models.io import pretrained
+from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.transformer import init_params
+from ppo_jax.run.files import read_json, read_lines
 
 REWARD = """
 import os, pathlib, time
@@ -40,36 +39,89 @@ QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expens
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("processes")
-    config = TransformerConfig(vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32)
-    model = pretrained.Pretrained(config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0))
+    config = TransformerConfig(
+        vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32
+    )
+    model = pretrained.Pretrained(
+        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
+    )
     pretrained.save_policy(place / "model", model, everything.tokenizer())
     (place / "prompts.txt").write_text("a b\nc\nd e f\ng h\ni\n")
     (place / "reward.py").write_text(REWARD)
     return place
 
 
-def start(folder, out, count, *, mesh, devices=2, updates=4, rows=None, nap=0.0, last=None, last_in=None, **options):
+def start(
+    folder,
+    out,
+    count,
+    *,
+    mesh,
+    devices=2,
+    updates=4,
+    rows=None,
+    nap=0.0,
+    last=None,
+    last_in=None,
+    **options,
+):
     """`count` processes of one run; the last with options of its own, or in another folder."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    given = {"model": "model", "prompts": "prompts.txt", "eval-prompts": "prompts.txt", "reward": "reward.py:score", "out": out,
-             "loop.updates": updates, "loop.save-every": 1, "loop.eval-every": 1, "ppo.batch-size": 16, "ppo.minibatches": 2,
-             "ppo.max-new-tokens": 5, "ppo.learning-rate": 1e-4, "ppo.adam-eps": 1e-5,
-             "mesh": mesh, "processes.lost-after-s": 10, **options}  # fmt: skip
-    command = [sys.executable, "-m", "ppo_jax.cli", "train", "--loop.no-progress", "--loop.no-tensorboard"]
+    given = {
+        "model": "model",
+        "prompts": "prompts.txt",
+        "eval-prompts": "prompts.txt",
+        "reward": "reward.py:score",
+        "out": out,
+        "loop.updates": updates,
+        "loop.save-every": 1,
+        "loop.eval-every": 1,
+        "ppo.batch-size": 16,
+        "ppo.minibatches": 2,
+        "ppo.max-new-tokens": 5,
+        "ppo.learning-rate": 1e-4,
+        "ppo.adam-eps": 1e-5,
+        "mesh": mesh,
+        "processes.lost-after-s": 10,
+        **options,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "ppo_jax.cli",
+        "train",
+        "--loop.no-progress",
+        "--loop.no-tensorboard",
+    ]
     command += [str(x) for name, value in given.items() for x in (f"--{name}", value)]
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NAP": str(nap)}
-    env |= {"ROWS": str(16 // count if rows is None else rows), "PYTHONPATH": str(Path(__file__).parents[1])}
+    env |= {
+        "ROWS": str(16 // count if rows is None else rows),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     started = []
     for index in range(count):
-        named = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        named = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+        }
         env_here = env | (named if count > 1 else {})
         with (folder / f"{out}.{index}.log").open("w") as log:
-            more = [str(x) for name, value in (last or {}).items() for x in (f"--{name}", value)] if index == count - 1 else []
+            more = (
+                [str(x) for name, value in (last or {}).items() for x in (f"--{name}", value)]
+                if index == count - 1
+                else []
+            )
             place = last_in if last_in and index == count - 1 else folder
-            started.append(subprocess.Popen(command + more, cwd=place, env=env_here, stdout=log, stderr=subprocess.STDOUT))
+            started.append(
+                subprocess.Popen(
+                    command + more, cwd=place, env=env_here, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
     return started
 
 
@@ -99,7 +151,10 @@ def parameters(out):
 
 
 def assert_same_run(found, expected):
-    rounding, causes = ("metrics", "Final"), ("mesh is", "xla_flags is")  # the rest is the same: hashes, settings, samples
+    rounding, causes = (
+        ("metrics", "Final"),
+        ("mesh is", "xla_flags is"),
+    )  # the rest is the same: hashes, settings, samples
     assert [x for x in compare(found, expected) if not x.startswith((*rounding, *causes))] == []
     for path, x in jax.tree_util.tree_leaves_with_path(parameters(found)):
         if [part.key for part in path][-2:] != ["k", "bias"]:  # see `test_splits.is_noise`
@@ -107,7 +162,9 @@ def assert_same_run(found, expected):
             for part in path:
                 y = y[part.key]
             np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
-    for a, b in zip(read_lines(found / "metrics.jsonl"), read_lines(expected / "metrics.jsonl"), strict=True):
+    for a, b in zip(
+        read_lines(found / "metrics.jsonl"), read_lines(expected / "metrics.jsonl"), strict=True
+    ):
         for name in set(a) - {"update"}:
             if not name.startswith(("time/", "perf/")):
                 np.testing.assert_allclose(a[name], b[name], atol=1e-4, err_msg=name)
@@ -118,12 +175,21 @@ def test_two_processes_give_the_result_of_one_and_twice_the_same(folder, alone):
     assert_same_run(two, alone)
     assert len(read_json(two / "config.json")["processes"]) == 1
     again = run(folder, "again", 2, mesh="data=2,fsdp=2")
-    assert compare(two, again) == [] and read_json(two / "summary.json")["digest"] == read_json(again / "summary.json")["digest"]
+    assert (
+        compare(two, again) == []
+        and read_json(two / "summary.json")["digest"] == read_json(again / "summary.json")["digest"]
+    )
 
 
 def test_four_processes_and_resume_with_another_number(folder, alone):
-    four, again = (run(folder, out, 4, mesh="data=2,fsdp=4", updates=2) for out in ("four", "four again"))
-    assert compare(four, again) == [] and read_json(four / "summary.json")["digest"] == read_json(again / "summary.json")["digest"]
+    four, again = (
+        run(folder, out, 4, mesh="data=2,fsdp=4", updates=2) for out in ("four", "four again")
+    )
+    assert (
+        compare(four, again) == []
+        and read_json(four / "summary.json")["digest"]
+        == read_json(again / "summary.json")["digest"]
+    )
     run(folder, "four", 2, mesh="data=2,fsdp=2", updates=3, resume="yes")
     run(folder, "four", 1, devices=1, mesh="data=1", resume="auto")
     assert_same_run(four, alone)
@@ -151,20 +217,32 @@ def test_a_fault_in_one_process_stops_all_after_a_checkpoint(folder):
     finish(folder, "fault", start(folder, "fault", 2, mesh="data=4"), expected=2)
     (folder / "fail").unlink()
     for index in range(2):
-        assert "In process 1: The reward function returned nan for response 0" in (folder / f"fault.{index}.log").read_text()
+        assert (
+            "In process 1: The reward function returned nan for response 0"
+            in (folder / f"fault.{index}.log").read_text()
+        )
     dumped = read_lines(folder / "fault/faults.jsonl")
     assert len(dumped) == 8 and dumped[0]["prompt"]
 
 
 def test_processes_with_other_settings_end_with_a_sentence(folder):
-    finish(folder, "parts", start(folder, "parts", 2, mesh="data=4", last={"ppo.epochs": 1}), expected=2)
+    finish(
+        folder,
+        "parts",
+        start(folder, "parts", 2, mesh="data=4", last={"ppo.epochs": 1}),
+        expected=2,
+    )
     for index in (0, 1):
-        assert "ppo.epochs is not the same in process 1 as in process 0" in (folder / f"parts.{index}.log").read_text()
+        assert (
+            "ppo.epochs is not the same in process 1 as in process 0"
+            in (folder / f"parts.{index}.log").read_text()
+        )
     assert not (folder / "parts").exists()
 
 
 @pytest.mark.parametrize(
-    "shared, says", [(True, "prompts is not the same in process 1"), (False, "is not there for all processes")]
+    "shared, says",
+    [(True, "prompts is not the same in process 1"), (False, "is not there for all processes")],
 )
 def test_processes_with_other_files_or_folders_end_with_a_sentence(folder, shared, says):
     out = f"files{shared}"
@@ -240,11 +318,18 @@ def test_one_process_agrees_with_itself():
     processes.first_does(lambda: done.append(1))
     assert done == [1]
     with pytest.raises(ValueError, match="full"):
-        processes.first_does(lambda: json.loads("full is no JSON" if not done else (_ for _ in ()).throw(ValueError("full"))))
+        processes.first_does(
+            lambda: json.loads(
+                "full is no JSON" if not done else (_ for _ in ()).throw(ValueError("full"))
+            )
+        )
     assert NonFiniteError.kind in ("logprobs",)
 
 
-@pytest.mark.parametrize("given, says", [({"count": 2}, "need coordinator, count and index"), ({"index": 0}, "need coordinator")])
+@pytest.mark.parametrize(
+    "given, says",
+    [({"count": 2}, "need coordinator, count and index"), ({"index": 0}, "need coordinator")],
+)
 def test_half_named_processes_are_refused(given, says):
     with pytest.raises(SettingError, match=says):
         processes.Processes(**given).start()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import randomwalks as rw
-from ppo_jax.config import SettingError
+from ppo_jax.errors import SettingError
 
 SMALL = rw.Settings(out=Path("unused"), walks=200, sft_steps=60, updates=24, samples=16)
 
@@ -36,7 +36,9 @@ def breadth_first(edges: np.ndarray) -> list[int]:
     while front:
         for node in front:
             length[node] = n
-        front = sorted({int(i) for node in front for i in np.flatnonzero(edges[:, node]) if not length[i]})
+        front = sorted(
+            {int(i) for node in front for i in np.flatnonzero(edges[:, node]) if not length[i]}
+        )
         n += 1
     return length
 
@@ -61,7 +63,9 @@ def test_graphs_are_tasks(graphs):
         assert nodes[1:].any(axis=1).all()
         assert not nodes[rw.GOAL].any() and not nodes.diagonal().any()
         assert not edges[rw.END].any() and not edges[:, rw.END].any()
-    assert 0.07 < graphs.edges.sum() / (8 * 20 * 20) < 0.16  # of an edge to each other node; connected graphs have more
+    assert (
+        0.07 < graphs.edges.sum() / (8 * 20 * 20) < 0.16
+    )  # of an edge to each other node; connected graphs have more
     assert len({edges.tobytes() for edges in graphs.edges}) == 8
 
 
@@ -76,11 +80,19 @@ def test_optimality_of_walks_made_by_hand():
     edges[[1, 1, 2, 3, 3], [0, 2, 3, 0, 1]] = True
     graph = rw.Graph(jnp.array(edges), rw.shortest_walks(jnp.array(edges)))
     walks = {
-        (1, 0): 1.0, (2, 3, 0): 1.0,  # the shortest
-        (1, 2, 3, 0): 6 / 8, (2, 3, 1, 0): 6 / 7, (1, 2, 3, 1, 2, 3, 1, 2, 3, 0): 0.0,  # longer, up to ten nodes
-        (2, 0): 0.0, (3, 2, 3, 0): 0.0, (20, 0): 0.0,  # along no edge
-        (1, 2, 3): 0.0, (1, 2, 3, 1, 2, 3, 1, 2, 3, 1): 0.0, (1, rw.END): 0.0, (1, 2, rw.END): 0.0,  # elsewhere at the end
-    }  # fmt: skip
+        (1, 0): 1.0,
+        (2, 3, 0): 1.0,  # the shortest
+        (1, 2, 3, 0): 6 / 8,
+        (2, 3, 1, 0): 6 / 7,
+        (1, 2, 3, 1, 2, 3, 1, 2, 3, 0): 0.0,  # longer, up to ten nodes
+        (2, 0): 0.0,
+        (3, 2, 3, 0): 0.0,
+        (20, 0): 0.0,  # along no edge
+        (1, 2, 3): 0.0,
+        (1, 2, 3, 1, 2, 3, 1, 2, 3, 1): 0.0,
+        (1, rw.END): 0.0,
+        (1, 2, rw.END): 0.0,  # elsewhere at the end
+    }
     found = jax.jit(rw.optimality)(graph, *map(jnp.array, padded([list(walk) for walk in walks])))
     np.testing.assert_allclose(found, list(walks.values()), atol=1e-6)
 
@@ -93,7 +105,10 @@ def test_optimality_of_many_walks(graphs):
         tokens, mask = map(np.array, rw.random_walks(jax.random.key(i), graph, 100))
         tokens[::2, 1] = rng.integers(1, rw.NODES, 50)
         found = rw.optimality(graph, jnp.array(tokens), jnp.array(mask))
-        by_hand = [score_by_hand(graphs.edges[i], walk[real].tolist()) for walk, real in zip(tokens, mask, strict=True)]
+        by_hand = [
+            score_by_hand(graphs.edges[i], walk[real].tolist())
+            for walk, real in zip(tokens, mask, strict=True)
+        ]
         np.testing.assert_allclose(found, by_hand, atol=1e-6)
         assert 0 < np.mean(by_hand) < 1
 
@@ -118,9 +133,15 @@ def test_learns(short_run):
 def test_writes_its_results(short_run):
     settings, summary = short_run
     assert json.loads((settings.out / "summary.json").read_text()) == summary
-    assert {path.name for path in settings.out.iterdir()} == {".lock", "summary.json", "learning.png"}
+    assert {path.name for path in settings.out.iterdir()} == {
+        ".lock",
+        "summary.json",
+        "learning.png",
+    }
     assert [row["seed"] for row in summary["by_seed"]] == [0, 1]
-    assert np.mean([row["after"] for row in summary["by_seed"]]) == pytest.approx(summary["optimality/after"])
+    assert np.mean([row["after"] for row in summary["by_seed"]]) == pytest.approx(
+        summary["optimality/after"]
+    )
 
 
 def test_nothing_compiles_twice(short_run, tmp_path):
@@ -131,7 +152,11 @@ def test_nothing_compiles_twice(short_run, tmp_path):
     other = rw.main(dataclasses.replace(settings, out=tmp_path / "other", seed=1))
     assert rw.train_all._cache_size() == programs
     assert again["by_seed"] == summary["by_seed"]
-    for name in ("training_walks", "before", "after"):  # nor does a seed's place among others change it
+    for name in (
+        "training_walks",
+        "before",
+        "after",
+    ):  # nor does a seed's place among others change it
         assert other["by_seed"][0][name] == pytest.approx(summary["by_seed"][1][name], abs=0.02)
 
 
@@ -144,16 +169,28 @@ def test_seeds_side_by_side_are_those_alone():
     for seed, key in enumerate(keys):
         one = jax.tree.map(lambda x, seed=seed: x[seed], together)
         # A probability may be rounded to the other side of a draw, so a few samples of 320 may differ.
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=0.01), one, jax.device_get(train(key)))
-    weights = [next(x for x in jax.tree.leaves(together["policy"]) if x.ndim == 3)[seed] for seed in range(2)]
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=0.01),
+            one,
+            jax.device_get(train(key)),
+        )
+    weights = [
+        next(x for x in jax.tree.leaves(together["policy"]) if x.ndim == 3)[seed]
+        for seed in range(2)
+    ]
     assert np.abs(weights[0] - weights[1]).max() > 0.1
 
 
 def test_never_overwrites_a_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(rw, "train_all", lambda *_, **__: pytest.fail("trained before it looked at the folder"))
+    monkeypatch.setattr(
+        rw, "train_all", lambda *_, **__: pytest.fail("trained before it looked at the folder")
+    )
     (tmp_path / "summary.json").write_text("{}")
-    for out, says in ((tmp_path, "holds another run"), (tmp_path / "summary.json", "is a file"),
-                      (tmp_path / "summary.json" / "run", "cannot be used")):  # fmt: skip
+    for out, says in (
+        (tmp_path, "holds another run"),
+        (tmp_path / "summary.json", "is a file"),
+        (tmp_path / "summary.json" / "run", "cannot be used"),
+    ):
         with pytest.raises(SystemExit, match=says):
             rw.main(rw.Settings(out=out))
 

@@ -18,13 +18,13 @@ import orbax.checkpoint as ocp
 import pytest
 from everything import PPO, trainer
 
-from ppo_jax import faults, provenance
-from ppo_jax.checkpoint import CheckpointError, Checkpoints
 from ppo_jax.commands.runs import compare
-from ppo_jax.config import SettingError
-from ppo_jax.files import read_json, write_json
-from ppo_jax.provenance import digest
-from ppo_jax.train import Trainer
+from ppo_jax.errors import CheckpointError, SettingError
+from ppo_jax.hashing import digest
+from ppo_jax.run import faults, provenance
+from ppo_jax.run.checkpoints import Checkpoints
+from ppo_jax.run.files import read_json, write_json
+from ppo_jax.run.trainer import Trainer
 
 UPDATES = 12
 
@@ -64,7 +64,9 @@ def until(whole, folder, step):
 def test_everything_that_a_checkpoint_holds_is_in_use(whole):
     rows = [row for row in lines(whole[0], "metrics.jsonl") if "objective/kl" in row]
     assert len({row["objective/kl_coef"] for row in rows}) > UPDATES // 2
-    assert any(row["optimizer/stopped"] for row in rows) and any(not row["optimizer/stopped"] for row in rows)
+    assert any(row["optimizer/stopped"] for row in rows) and any(
+        not row["optimizer/stopped"] for row in rows
+    )
     assert sum("eval/scores" in row for row in lines(whole[0], "metrics.jsonl")) == 4
 
 
@@ -115,14 +117,20 @@ def test_the_best_by_evaluation_is_kept(tmp_path):
     """Also where no checkpoint is due at an evaluation."""
     run = trainer(tmp_path / "run", updates=9, keep=1, eval_every=2, save_every=9)
     run.run()
-    evals = {row["update"] + 1: row["eval/scores"] for row in lines(tmp_path / "run", "metrics.jsonl") if "eval/scores" in row}
+    evals = {
+        row["update"] + 1: row["eval/scores"]
+        for row in lines(tmp_path / "run", "metrics.jsonl")
+        if "eval/scores" in row
+    }
     best = max(evals, key=lambda step: (evals[step], -step))
     assert best < 9 and kept(tmp_path / "run") == {best, 9}
 
 
 def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path, monkeypatch):
     scores = {2: 0.0, 4: 2.0, 6: 1.0, 8: 2.0, 9: -1.0}
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, _: ({"eval/scores": scores[int(self.state.update)]}, []))
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self, _: ({"eval/scores": scores[int(self.state.update)]}, [])
+    )
     options = {"updates": 9, "keep": 1, "eval_every": 2, "save_every": 3, "resume": "auto"}
     whole = final(trainer(tmp_path / "whole", **options))
     assert kept(tmp_path / "whole") == {4, 9}
@@ -137,7 +145,10 @@ def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path, monkeypatch
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, damage, caplog):
     folder = until(whole[0], tmp_path / "run", 6)
-    file = max((p for p in (folder / "checkpoints/6/state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    file = max(
+        (p for p in (folder / "checkpoints/6/state").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     match damage:
@@ -165,13 +176,17 @@ def test_where_all_are_damaged_nothing_starts_over_them(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == kept
 
 
-@pytest.mark.parametrize("option, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)])
+@pytest.mark.parametrize(
+    "option, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)]
+)
 def test_other_random_bits_are_refused_by_name_and_damage_nothing(whole, tmp_path, option, value):
     folder = until(whole[0], tmp_path / "run", 6)
     before = getattr(jax.config, option)
     jax.config.update(option, value)
     try:
-        with pytest.raises(ValueError, match=f"jax.{option.removeprefix('jax_')} was {before} in the run"):
+        with pytest.raises(
+            ValueError, match=f"jax.{option.removeprefix('jax_')} was {before} in the run"
+        ):
             trainer(folder, updates=UPDATES, resume="yes")
     finally:
         jax.config.update(option, before)
@@ -185,9 +200,14 @@ def test_a_checkpoint_of_another_shape_is_no_damaged_one(whole, tmp_path):
     folder = until(whole[0], tmp_path / "run", 6)
     run = trainer(tmp_path / "other", adapters=False)
     checkpoints = Checkpoints(folder / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"Checkpoint 6 in .* it has float32\[.*\] for train/.*, and the run now"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"Checkpoint 6 in .* it has float32\[.*\] for train/.*, and the run now",
+    ):
         checkpoints.restore(run.state)
-    assert checkpoints.steps() == list(range(1, 7)) and not list((folder / "checkpoints").glob("*.damaged"))
+    assert checkpoints.steps() == list(range(1, 7)) and not list(
+        (folder / "checkpoints").glob("*.damaged")
+    )
 
 
 def test_other_versions_are_named(whole, tmp_path, caplog):
@@ -220,12 +240,15 @@ def test_longer_held_out_prompts_are_named_as_such(tmp_path):
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
     trainer(tmp_path / "run", updates=1).run()
-    hold = (
-        "import sys, pathlib; from ppo_jax.files import lock; held = lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
-    )
+    hold = "import sys, pathlib; from ppo_jax.run.files import lock; held = lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], env=environment, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "run")],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert other.stdout.readline() == "1\n"
     with pytest.raises(ValueError, match="Another process is writing to"):
         trainer(tmp_path / "run", updates=2, resume="auto")
@@ -234,18 +257,28 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
     assert int(trainer(tmp_path / "run", updates=2, resume="auto").run().update) == 2
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"ppo": PPO.__class__(**{**vars(PPO), "lam": 0.9})}, "ppo.lam was 0.95 in the run in .* and is 0.9 now"),
-    ({"seed": 3}, "loop.seed was 0"),
-    ({"adapters": False}, "The model of the run"),
-    ({"reward": sorted}, "The reward of the run"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (
+            {"ppo": PPO.__class__(**{**vars(PPO), "lam": 0.9})},
+            "ppo.lam was 0.95 in the run in .* and is 0.9 now",
+        ),
+        ({"seed": 3}, "loop.seed was 0"),
+        ({"adapters": False}, "The model of the run"),
+        ({"reward": sorted}, "The reward of the run"),
+    ],
+)
 def test_what_changes_the_result_is_refused(whole, tmp_path, changes, says):
     folder = until(whole[0], tmp_path / "run", 6)
     with pytest.raises(ValueError, match=says):
         trainer(folder, updates=UPDATES, resume="yes", **changes)
-    assert len(lines(whole[0], "samples.jsonl")) == len((folder / "samples.jsonl").read_text().splitlines())
-    free = trainer(folder, updates=7, resume="yes", samples=0, save_every=0, keep=1, tensorboard=True)
+    assert len(lines(whole[0], "samples.jsonl")) == len(
+        (folder / "samples.jsonl").read_text().splitlines()
+    )
+    free = trainer(
+        folder, updates=7, resume="yes", samples=0, save_every=0, keep=1, tensorboard=True
+    )
     assert int(free.state.update) == 6
 
 
@@ -261,8 +294,12 @@ def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
     run.step()
     run.save()
     run.step()
-    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
-    with pytest.raises(CheckpointError, match=r"Checkpoint 2 cannot be written to .* the disk has 1\.0 MB left\."):
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
+    )
+    with pytest.raises(
+        CheckpointError, match=r"Checkpoint 2 cannot be written to .* the disk has 1\.0 MB left\."
+    ):
         run.save()
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["1"]
 
@@ -292,7 +329,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
 def start(folder, updates):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, everything.__file__, str(folder), str(updates)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(condition, process, seconds=120.0):
@@ -307,7 +346,9 @@ def test_a_signal_ends_a_run_after_its_update(whole, tmp_path):
     folder = tmp_path / "run"
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start(folder, 500)
-        seen = len(list((folder / "checkpoints").glob("[0-9]*"))) and max(int(p.name) for p in (folder / "checkpoints").glob("*"))
+        seen = len(list((folder / "checkpoints").glob("[0-9]*"))) and max(
+            int(p.name) for p in (folder / "checkpoints").glob("*")
+        )
         wait_for(lambda seen=seen: (folder / f"checkpoints/{seen + 2}").exists(), process)
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
@@ -319,7 +360,7 @@ def test_a_signal_ends_a_run_after_its_update(whole, tmp_path):
 
 def test_a_second_signal_ends_it_at_once():
     code = (
-        "import os, signal, time\nfrom ppo_jax.faults import StopSignals\n"
+        "import os, signal, time\nfrom ppo_jax.run.faults import StopSignals\n"
         "with StopSignals():\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('on', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
@@ -340,10 +381,15 @@ def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
     while kills < 20:
         process = start(folder, updates)
         aim = kills % 2 == 0
-        newest = max((int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+        newest = max(
+            (int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), default=0
+        )
         if aim:  # at the writing of one of the next two checkpoints
             wanted = newest + chance.choice((1, 2))
-            wait_for(lambda wanted=wanted: list((folder / "checkpoints").glob(f"{wanted}.*tmp*")), process)
+            wait_for(
+                lambda wanted=wanted: list((folder / "checkpoints").glob(f"{wanted}.*tmp*")),
+                process,
+            )
             time.sleep(chance.uniform(0, 0.03))
         else:
             last = folder / "checkpoints" / str(newest + 3)
@@ -363,7 +409,9 @@ def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
 def test_digests_see_a_bit_and_no_sharding():
     x = jax.random.normal(jax.random.key(0), (8, 6, 4))
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b")))
+    spread = jax.device_put(
+        x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    )
     assert digest({"x": x}) == digest({"x": spread}) != digest({"y": x})
     bits = np.asarray(x).view(np.uint32).copy()
     seen = {digest(x), digest(x.reshape(6, 8, 4)), digest(x.swapaxes(0, 1))}
@@ -380,7 +428,11 @@ def test_a_checkpoint_under_the_name_of_another_is_passed_over(whole, tmp_path, 
     (tmp_path / "run/checkpoints/4").rename(tmp_path / "run/checkpoints/9")
     (tmp_path / "aside").rename(tmp_path / "run/checkpoints/3")
     run = everything.trainer(tmp_path / "run", resume="auto", updates=6)
-    assert int(run.state.update) == 3 and "Checkpoint 9 in" in caplog.text and "it is that of update 4" in caplog.text
+    assert (
+        int(run.state.update) == 3
+        and "Checkpoint 9 in" in caplog.text
+        and "it is that of update 4" in caplog.text
+    )
 
 
 def test_a_checkpoint_that_orbax_leaves_out_is_an_error(tmp_path, monkeypatch):

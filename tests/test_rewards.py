@@ -1,4 +1,4 @@
-"""`ppo_jax.rewards`: where the score goes, what it becomes, and the penalty beside it."""
+"""`ppo_jax.ops.rewards`: where the score goes, what it becomes, and the penalty beside it."""
 
 import math
 from functools import partial
@@ -10,7 +10,14 @@ import oracles
 import pytest
 from checks import assert_jit_and_vmap_agree
 
-from ppo_jax.rewards import MissingEOS, ScoreAt, apply_missing_eos, running_scale, score_index, token_rewards
+from ppo_jax.ops.rewards import (
+    MissingEOS,
+    ScoreAt,
+    apply_missing_eos,
+    running_scale,
+    score_index,
+    token_rewards,
+)
 
 B, R = 6, 5
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
@@ -48,7 +55,9 @@ def test_score_index(row, last, after):
 @pytest.mark.parametrize("score_at", ScoreAt)
 def test_score_index_oracle(batch, score_at):
     mask = batch[-1]
-    np.testing.assert_array_equal(score_index(mask, score_at), [oracles.score_index(row, score_at.value) for row in mask])
+    np.testing.assert_array_equal(
+        score_index(mask, score_at), [oracles.score_index(row, score_at.value) for row in mask]
+    )
     assert_jit_and_vmap_agree(partial(score_index, score_at=score_at), mask)
 
 
@@ -61,10 +70,17 @@ def test_token_rewards_oracle(batch, score_at, with_token_scores):
     scores, kl, mask = batch
     options = {"token_scores": kl[::-1].copy() if with_token_scores else None, "score_at": score_at}
     rewards, steps = token_rewards(scores, kl, mask, kl_coef=0.3, **options)
-    close(rewards, oracles.token_rewards(scores, kl, mask, kl_coef=0.3, **options | {"score_at": score_at.value}))
+    close(
+        rewards,
+        oracles.token_rewards(
+            scores, kl, mask, kl_coef=0.3, **options | {"score_at": score_at.value}
+        ),
+    )
     here = [oracles.score_index(row, score_at.value) for row in mask]
     np.testing.assert_array_equal(steps, mask | np.eye(R, dtype=bool)[here])
-    assert_jit_and_vmap_agree(partial(token_rewards, kl_coef=0.3, score_at=score_at), scores, kl, mask)
+    assert_jit_and_vmap_agree(
+        partial(token_rewards, kl_coef=0.3, score_at=score_at), scores, kl, mask
+    )
 
 
 @pytest.mark.parametrize("score_at", ScoreAt)
@@ -120,7 +136,11 @@ def test_shapes_must_match(batch, which, bad):
 # --- missing EOS ---
 
 
-@pytest.mark.parametrize("rule, expected", [("KEEP", [2.5, -3.5]), ("PENALIZE", [2.5, -4.25]), ("REPLACE", [2.5, -0.75])], ids=str)
+@pytest.mark.parametrize(
+    "rule, expected",
+    [("KEEP", [2.5, -3.5]), ("PENALIZE", [2.5, -4.25]), ("REPLACE", [2.5, -0.75])],
+    ids=str,
+)
 def test_missing_eos(rule, expected):
     of = partial(apply_missing_eos, rule=MissingEOS[rule], penalty=0.75)
     scores, ended = np.array([2.5, -3.5], np.float32), np.array([True, False])
@@ -146,7 +166,9 @@ def scaled(batches, **options):
 def test_running_scale_oracle(offset):
     """Batches of several sizes, one of them constant, some scores without a number."""
     rng = np.random.default_rng(0)
-    batches = [3 * oracles.normal(rng, n) + offset for n in (8, 3, 17, 1)] + [np.full(4, offset, np.float32)]
+    batches = [3 * oracles.normal(rng, n) + offset for n in (8, 3, 17, 1)] + [
+        np.full(4, offset, np.float32)
+    ]
     batches[1][1], batches[2][4] = np.nan, np.inf
     state, out = scaled(batches, eps=1e-4)
     for now, expected in zip(out, oracles.running_scale(batches, eps=1e-4), strict=True):

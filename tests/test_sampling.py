@@ -1,4 +1,4 @@
-"""`ppo_jax.sampling`: the filters against `transformers`, and samples against the distribution they claim to be from."""
+"""`ppo_jax.ops.sampling`: the filters against `transformers`, and samples against the distribution they claim to be from."""
 
 from functools import partial
 
@@ -11,8 +11,14 @@ import torch
 from checks import assert_jit_and_vmap_agree
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ppo_jax import sampling
-from ppo_jax.sampling import filter_top_k, filter_top_p, greedy_token, process_logits, sample_token
+from ppo_jax.ops import sampling
+from ppo_jax.ops.sampling import (
+    filter_top_k,
+    filter_top_p,
+    greedy_token,
+    process_logits,
+    sample_token,
+)
 
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 draw = jax.jit(jax.vmap(sample_token, in_axes=(0, None)))
@@ -30,7 +36,9 @@ def test_top_k(k):
     logits = random_logits(16, 300)
     filtered = filter_top_k(logits, k)
     np.testing.assert_array_equal(filtered, TopKLogitsWarper(k)(None, torch.tensor(logits)).numpy())
-    np.testing.assert_array_equal(filtered, [oracles.top_k(row, k).astype(np.float32) for row in logits])
+    np.testing.assert_array_equal(
+        filtered, [oracles.top_k(row, k).astype(np.float32) for row in logits]
+    )
     assert_jit_and_vmap_agree(partial(filter_top_k, k=k), logits)
 
 
@@ -39,7 +47,9 @@ def test_top_p(p):
     logits = random_logits(16, 300)
     filtered = filter_top_p(logits, p)
     np.testing.assert_array_equal(filtered, TopPLogitsWarper(p)(None, torch.tensor(logits)).numpy())
-    np.testing.assert_array_equal(filtered, [oracles.top_p(row, p).astype(np.float32) for row in logits])
+    np.testing.assert_array_equal(
+        filtered, [oracles.top_p(row, p).astype(np.float32) for row in logits]
+    )
     assert_jit_and_vmap_agree(partial(filter_top_p, p=p), logits)
 
 
@@ -57,12 +67,19 @@ def test_filters_keep_ties_and_what_is_out_already():
     np.testing.assert_array_equal(filter_top_p(logits, 1.0), logits)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 20}, {"temperature": 1.5, "top_k": 30, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7}, {"top_k": 20}, {"temperature": 1.5, "top_k": 30, "top_p": 0.8}],
+)
 def test_process_logits(options):
     """In the order of `transformers`: the nucleus is that of the tempered distribution over the k likeliest words."""
     logits = random_logits(16, 300)
     theirs = torch.tensor(logits)
-    for name, warper in (("temperature", TemperatureLogitsWarper), ("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper)):
+    for name, warper in (
+        ("temperature", TemperatureLogitsWarper),
+        ("top_k", TopKLogitsWarper),
+        ("top_p", TopPLogitsWarper),
+    ):
         theirs = warper(options[name])(None, theirs) if name in options else theirs
     ours = process_logits(logits, **options)
     close(ours, theirs.numpy())
@@ -89,8 +106,12 @@ def assert_drawn_from(tokens, probs) -> None:
     counts, expected = np.bincount(tokens, minlength=len(probs)), probs * len(tokens)
     assert len(counts) == len(probs)
     np.testing.assert_array_equal(counts[probs == 0], 0)
-    groups = np.floor(np.cumsum(expected) / 20).astype(int)  # contiguous runs of words of about 20 draws each
-    counts, expected = (np.bincount(np.unique(groups, return_inverse=True)[1], x) for x in (counts, expected))
+    groups = np.floor(np.cumsum(expected) / 20).astype(
+        int
+    )  # contiguous runs of words of about 20 draws each
+    counts, expected = (
+        np.bincount(np.unique(groups, return_inverse=True)[1], x) for x in (counts, expected)
+    )
     counts, expected = counts[expected > 5], expected[expected > 5]
     chi2, freedom = ((counts - expected) ** 2 / expected).sum(), len(expected) - 1
     assert abs(chi2 - freedom) < 5 * np.sqrt(2 * max(freedom, 1)), (chi2, freedom)
@@ -133,10 +154,14 @@ def test_rare_words_at_the_end_do_not_gain():
 NEAR_1 = 1 - 2**-24
 
 
-@pytest.mark.parametrize("u, v, token", [(0, 0, 1), (0, 0.5, 100), (0.5, 0, 256), (0.5, 0.5, 258), (NEAR_1, NEAR_1, 258)])
+@pytest.mark.parametrize(
+    "u, v, token", [(0, 0, 1), (0, 0.5, 100), (0.5, 0, 256), (0.5, 0.5, 258), (NEAR_1, NEAR_1, 258)]
+)
 def test_steps_of_the_uniform(monkeypatch, u, v, token):
     """A block owns `[c, c + p)` of the first number's interval, a word of the second's; the number next to 1 is the last's."""
-    monkeypatch.setattr(jax.random, "uniform", lambda *args, **kwargs: jnp.array([u, v], jnp.float32))
+    monkeypatch.setattr(
+        jax.random, "uniform", lambda *args, **kwargs: jnp.array([u, v], jnp.float32)
+    )
     logits = np.full(600, -np.inf, np.float32)
     logits[[1, 100, 256, 258]] = 0
     assert sample_token(jax.random.key(0), logits)[0] == token
@@ -150,7 +175,12 @@ def test_search_forgives_rounding(target, index):
 
 @pytest.mark.parametrize(
     "logits, allowed",
-    [([1e30, 0, -1e30], {0}), ([-1e30, -1e30, -np.inf], {0, 1}), ([3e38, -3e38, 3e38], {0, 2}), ([-1e4, -1e4 - 200, -2e4], {0})],
+    [
+        ([1e30, 0, -1e30], {0}),
+        ([-1e30, -1e30, -np.inf], {0, 1}),
+        ([3e38, -3e38, 3e38], {0, 2}),
+        ([-1e4, -1e4 - 200, -2e4], {0}),
+    ],
 )
 def test_extreme_logits(logits, allowed):
     logits = np.array(logits, np.float32)
@@ -174,7 +204,9 @@ def test_samples_do_not_depend_on_the_batch():
     parts = [rows(keys[i:j], logits[i:j]) for i, j in ((0, 2), (2, 3), (3, 8))]
     np.testing.assert_array_equal(jnp.concatenate([tokens for tokens, _ in parts]), together)
     close(jnp.concatenate([logp for _, logp in parts]), logprobs)
-    np.testing.assert_array_equal([one(k, x)[0] for k, x in zip(keys, logits, strict=True)], together)
+    np.testing.assert_array_equal(
+        [one(k, x)[0] for k, x in zip(keys, logits, strict=True)], together
+    )
 
 
 def test_greedy():

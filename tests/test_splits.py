@@ -12,17 +12,28 @@ import pytest
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ppo_jax import iteration, parallel
-from ppo_jax.config import PPOConfig
+from ppo_jax.distributed import compilation
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.ppo import iteration
+from ppo_jax.ppo.settings import PPOConfig
 
-CONFIG = TransformerConfig(vocab_size=61, positions=40, width=32, layers=2, heads=4, mlp_width=64, init_std=0.2)
+CONFIG = TransformerConfig(
+    vocab_size=61, positions=40, width=32, layers=2, heads=4, mlp_width=64, init_std=0.2
+)
 PPO = PPOConfig(
-    batch_size=32, epochs=2, minibatches=2, max_new_tokens=10, learning_rate=1e-4, kl_coef=0.1, kl_target=0.5, scale_scores=True,
-    vf_coef=0.5, temperature=0.8,
-)  # fmt: skip
+    batch_size=32,
+    epochs=2,
+    minibatches=2,
+    max_new_tokens=10,
+    learning_rate=1e-4,
+    kl_coef=0.1,
+    kl_target=0.5,
+    scale_scores=True,
+    vf_coef=0.5,
+    temperature=0.8,
+)
 
 
 def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **changes):
@@ -31,18 +42,25 @@ def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **ch
     config = dataclasses.replace(CONFIG, lora_scale=4.0) if adapters else CONFIG
     agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (3, 4), 0)
     policy, frozen = init_params(config, jax.random.key(0)), None
-    params = {"policy": policy, "critic": heads.init_scorer(config, jax.random.key(1), trunk=policy)}
+    params = {
+        "policy": policy,
+        "critic": heads.init_scorer(config, jax.random.key(1), trunk=policy),
+    }
     if adapters:
         params, frozen = lora.adapt(params, jax.random.key(3), lora.LoRA(rank=2, alpha=8.0))
     state = iteration.init_state(agent, params, jax.random.key(2), updates=3)
     tx = optax.sgd(0.05) if optimizer == "sgd" else ppo.optimizer(3)
-    state = state.replace(train=TrainState.create(apply_fn=None, params=params, tx=tx).replace(step=jnp.int32(0)))
+    state = state.replace(
+        train=TrainState.create(apply_fn=None, params=params, tx=tx).replace(step=jnp.int32(0))
+    )
     length = 6 + extra_padding
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     state, policy, frozen = (put(tree, PartitionSpec()) for tree in (state, policy, frozen))
 
-    @functools.partial(jax.jit, compiler_options=parallel.COMPILER_OPTIONS)
+    @functools.partial(jax.jit, compiler_options=compilation.COMPILER_OPTIONS)
     def update(state, policy, frozen, prompts, mask):
         rollout = iteration.sample(agent, state, prompts, mask, frozen=frozen)
         scores = iteration.score(agent, state, policy, rollout, frozen=frozen)
@@ -75,13 +93,22 @@ def is_noise(path):
 
 
 SPLITS = [
-    {"rollout_rows": 8}, {"rollout_rows": 1}, {"micro_batch": 4}, {"micro_batch": 8, "logit_chunk": 3}, {"extra_padding": 7},
-    {"devices": 2}, {"devices": 4}, {"devices": 8}, {"devices": 8, "micro_batch": 8, "rollout_rows": 16, "extra_padding": 2},
-]  # fmt: skip
+    {"rollout_rows": 8},
+    {"rollout_rows": 1},
+    {"micro_batch": 4},
+    {"micro_batch": 8, "logit_chunk": 3},
+    {"extra_padding": 7},
+    {"devices": 2},
+    {"devices": 4},
+    {"devices": 8},
+    {"devices": 8, "micro_batch": 8, "rollout_rows": 16, "extra_padding": 2},
+]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("split", SPLITS, ids=lambda split: ",".join(f"{k}={v}" for k, v in split.items()))
+@pytest.mark.parametrize(
+    "split", SPLITS, ids=lambda split: ",".join(f"{k}={v}" for k, v in split.items())
+)
 def test_no_split_changes_the_result(optimizer, split):
     samples, params, _ = undivided(optimizer)
     samples_now, params_now, _ = three_updates(optimizer, **split)
@@ -93,23 +120,35 @@ def test_no_split_changes_the_result(optimizer, split):
         np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
-ALL_ON = {"adapters": True, "target_kl": 1e-5, "whiten_rewards": True}  # beside a critic of its own, adaptive KL and score scaling
+ALL_ON = {
+    "adapters": True,
+    "target_kl": 1e-5,
+    "whiten_rewards": True,
+}  # beside a critic of its own, adaptive KL and score scaling
 
 
 @pytest.mark.parametrize(
-    "split", [{"rollout_rows": 8, "micro_batch": 4, "extra_padding": 7}, {"devices": 8, "micro_batch": 8}], ids=str
+    "split",
+    [{"rollout_rows": 8, "micro_batch": 4, "extra_padding": 7}, {"devices": 8, "micro_batch": 8}],
+    ids=str,
 )
 def test_no_split_changes_the_result_with_everything_on(split):
     samples, params, steps = undivided("sgd", **ALL_ON)
     samples_now, params_now, steps_now = three_updates("sgd", **ALL_ON, **split)
     np.testing.assert_array_equal(samples_now, samples)
-    assert steps_now == steps and min(steps) < PPO.epochs * PPO.minibatches  # the target KL did stop an update
+    assert (
+        steps_now == steps and min(steps) < PPO.epochs * PPO.minibatches
+    )  # the target KL did stop an update
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params_now, params)
 
 
 def test_the_three_updates_moved_and_sampled_anew():
     samples, params, _ = undivided("sgd")
-    assert (samples[0] != samples[1]).any() and (samples >= 0).any(axis=(1, 2)).all() and (samples == -1).any()
+    assert (
+        (samples[0] != samples[1]).any()
+        and (samples >= 0).any(axis=(1, 2)).all()
+        and (samples == -1).any()
+    )
     start = init_params(CONFIG, jax.random.key(0))
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), start, params["policy"])
     assert max(jax.tree.leaves(moved)) > 1e-4
@@ -121,12 +160,25 @@ def test_no_key_is_used_twice(tmp_path, monkeypatch):
 
     def recorded(draw):
         def function(key, *args, **more):
-            jax.debug.callback(lambda *data: seen.append((draw.__name__, *(int(x) for x in data))), *jax.random.key_data(key))
+            jax.debug.callback(
+                lambda *data: seen.append((draw.__name__, *(int(x) for x in data))),
+                *jax.random.key_data(key),
+            )
             return draw(key, *args, **more)
 
         return function
 
-    for name in ("uniform", "normal", "permutation", "categorical", "gumbel", "bernoulli", "randint", "choice", "truncated_normal"):
+    for name in (
+        "uniform",
+        "normal",
+        "permutation",
+        "categorical",
+        "gumbel",
+        "bernoulli",
+        "randint",
+        "choice",
+        "truncated_normal",
+    ):
         monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
     run = everything.trainer(tmp_path / "run", updates=3, eval_every=0, save_every=0)
     made = len(seen)
@@ -138,7 +190,10 @@ def test_no_key_is_used_twice(tmp_path, monkeypatch):
     drawn = seen[made:]
     c = everything.PPO
     steps = sum(name == "uniform" for name, *_ in drawn)
-    assert steps % c.batch_size == 0 and c.batch_size * 4 < steps <= c.batch_size * 4 * c.max_new_tokens
+    assert (
+        steps % c.batch_size == 0
+        and c.batch_size * 4 < steps <= c.batch_size * 4 * c.max_new_tokens
+    )
     assert sum(name == "permutation" for name, *_ in drawn) == 3 * c.epochs
     assert len(drawn) == steps + 3 * c.epochs
     keys = [key for _, *key in seen]

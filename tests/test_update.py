@@ -9,13 +9,14 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
-from ppo_jax.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.rollout import generate
-from ppo_jax.scoring import make_experience, score_rollout
-from ppo_jax.update import ppo_loss_fn, ppo_update, shuffled_minibatches
+from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
+from ppo_jax.ppo.loss import ppo_loss_fn
+from ppo_jax.ppo.rollout import generate
+from ppo_jax.ppo.scoring import make_experience, score_rollout
+from ppo_jax.ppo.update import ppo_update, shuffled_minibatches
 
 ROWS = 16
 
@@ -23,31 +24,77 @@ ROWS = 16
 @functools.cache
 def world(dtype=jnp.float32):
     """Model, critic, parameters and one scored batch of experience."""
-    config = TransformerConfig(vocab_size=97, positions=32, width=32, layers=2, heads=4, mlp_width=64, init_std=0.2, dtype=dtype)
+    config = TransformerConfig(
+        vocab_size=97,
+        positions=32,
+        width=32,
+        layers=2,
+        heads=4,
+        mlp_width=64,
+        init_std=0.2,
+        dtype=dtype,
+    )
     model, critic = language_model(config), heads.separate_critic(config)
     key = jax.random.key(0)
-    params = {"policy": init_params(config, key), "critic": heads.init_scorer(config, jax.random.key(1))}
+    params = {
+        "policy": init_params(config, key),
+        "critic": heads.init_scorer(config, jax.random.key(1)),
+    }
     prompts = jax.random.randint(key, (ROWS, 6), 0, 97)
     mask = jnp.arange(6)[None, :] >= jax.random.randint(key, (ROWS, 1), 0, 5)
-    rollout = generate(model, params["policy"], key, prompts, mask, max_new_tokens=12, stop_ids=(3, 4, 5), temperature=0.7)
-    assert bool((~rollout.response_mask).any())
-    scores = jax.jit(lambda p, ro: score_rollout(model, critic, p, p["policy"], ro, temperature=0.7, micro_batch=4))(
-        params, rollout
+    rollout = generate(
+        model,
+        params["policy"],
+        key,
+        prompts,
+        mask,
+        max_new_tokens=12,
+        stop_ids=(3, 4, 5),
+        temperature=0.7,
     )
+    assert bool((~rollout.response_mask).any())
+    scores = jax.jit(
+        lambda p, ro: score_rollout(
+            model, critic, p, p["policy"], ro, temperature=0.7, micro_batch=4
+        )
+    )(params, rollout)
     np.testing.assert_array_equal(scores.kl, 0)  # of a model with itself
-    experience, _ = make_experience(rollout, scores, jax.random.normal(key, (ROWS,)), kl_coef=0.1, gamma=1.0, lam=0.95)
+    experience, _ = make_experience(
+        rollout, scores, jax.random.normal(key, (ROWS,)), kl_coef=0.1, gamma=1.0, lam=0.95
+    )
     return model, critic, params, experience
 
 
-def run(dtype=jnp.float32, *, tx=None, experience=None, aggregation=BY_TOKEN, chunk=None, key=2, **options):
+def run(
+    dtype=jnp.float32,
+    *,
+    tx=None,
+    experience=None,
+    aggregation=BY_TOKEN,
+    chunk=None,
+    key=2,
+    **options,
+):
     model, critic, params, made = world(dtype)
     loss_fn = ppo_loss_fn(
-        model, critic, temperature=0.7, clip_low=0.2, clip_high=0.2, value_clip=0.2, vf_coef=0.1, entropy_coef=0.01,
-        aggregation=aggregation, chunk=chunk,
-    )  # fmt: skip
-    state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.05) if tx is None else tx)
+        model,
+        critic,
+        temperature=0.7,
+        clip_low=0.2,
+        clip_high=0.2,
+        value_clip=0.2,
+        vf_coef=0.1,
+        entropy_coef=0.01,
+        aggregation=aggregation,
+        chunk=chunk,
+    )
+    state = TrainState.create(
+        apply_fn=None, params=params, tx=optax.sgd(0.05) if tx is None else tx
+    )
     options = {"epochs": 2, "minibatches": 2, "micro_batches": 2} | options
-    update = jax.jit(functools.partial(ppo_update, loss_fn=loss_fn, aggregation=aggregation, **options))
+    update = jax.jit(
+        functools.partial(ppo_update, loss_fn=loss_fn, aggregation=aggregation, **options)
+    )
     return update(state, made if experience is None else experience, jax.random.key(key))
 
 
@@ -78,7 +125,9 @@ def test_micro_batches_and_chunks_change_nothing(aggregation):
 
 def test_further_padding_changes_nothing():
     experience = world()[3]
-    wider = {name: jnp.pad(getattr(experience, name), ((0, 0), (2, 3))) for name in ("tokens", "mask")}
+    wider = {
+        name: jnp.pad(getattr(experience, name), ((0, 0), (2, 3))) for name in ("tokens", "mask")
+    }
     for name in ("response_mask", "value_mask", "logprobs", "values", "advantages", "returns"):
         wider[name] = jnp.pad(getattr(experience, name), ((0, 0), (0, 3)))
     close(run()[0], run(experience=experience.replace(**wider))[0])
@@ -89,7 +138,9 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
     for epoch in order:
         assert sorted(epoch.tolist()) == list(range(12))
     assert len({tuple(epoch.tolist()) for epoch in order}) == 3
-    assert (shuffled_minibatches(jax.random.key(1), 12, epochs=3, minibatches=4).reshape(3, 12) != order).any()
+    assert (
+        shuffled_minibatches(jax.random.key(1), 12, epochs=3, minibatches=4).reshape(3, 12) != order
+    ).any()
 
 
 def test_target_kl_stops():
@@ -108,22 +159,36 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_counted():
 
 
 def test_parameters_that_are_not_finite_are_told():
-    _, metrics = run(tx=optax.adamw(3e38, weight_decay=1e3), epochs=1, minibatches=1, skip_nonfinite=True)
-    assert metrics["optimizer/finite"] == 0 and metrics["optimizer/skipped"] == 0 and jnp.isfinite(metrics["optimizer/grad_norm"])
+    _, metrics = run(
+        tx=optax.adamw(3e38, weight_decay=1e3), epochs=1, minibatches=1, skip_nonfinite=True
+    )
+    assert (
+        metrics["optimizer/finite"] == 0
+        and metrics["optimizer/skipped"] == 0
+        and jnp.isfinite(metrics["optimizer/grad_norm"])
+    )
     assert run()[1]["optimizer/finite"] == 1
 
 
 def test_eight_devices_by_pmap_equal_one():
     model, critic, params, experience = world()
     loss_fn = ppo_loss_fn(
-        model, critic, temperature=0.7, clip_low=0.2, clip_high=0.2, value_clip=0.2, vf_coef=0.1, entropy_coef=0.01
+        model,
+        critic,
+        temperature=0.7,
+        clip_low=0.2,
+        clip_high=0.2,
+        value_clip=0.2,
+        vf_coef=0.1,
+        entropy_coef=0.01,
     )
     state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.05))
     spread = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), experience)
     update = jax.pmap(
         functools.partial(ppo_update, loss_fn=loss_fn, epochs=2, minibatches=2, axis_name="data"),
-        axis_name="data", in_axes=(None, 0, None),
-    )  # fmt: skip
+        axis_name="data",
+        in_axes=(None, 0, None),
+    )
     many, metrics = update(state, spread, jax.random.key(2))
     one, same = run(micro_batches=1)
     close(one, jax.tree.map(lambda x: x[3], many))

@@ -21,5 +21,13 @@ def test_a_right_answer_is_right_to_the_task_too():
     task = reasoning_gym.create_dataset("chain_sum", size=20, seed=5, **verifiable.TASK)
     for entry in task:
         row = [{"answer": entry["answer"]}]
-        assert verifiable.correct([""], [f" {entry['answer']}."], row) == [1.0] == [task.score_answer(entry["answer"], entry)]
-        assert verifiable.correct([""], [f" {entry['answer']}9"], row) == verifiable.correct([""], [" none"], row) == [0.0]
+        assert (
+            verifiable.correct([""], [f" {entry['answer']}."], row)
+            == [1.0]
+            == [task.score_answer(entry["answer"], entry)]
+        )
+        assert (
+            verifiable.correct([""], [f" {entry['answer']}9"], row)
+            == verifiable.correct([""], [" none"], row)
+            == [0.0]
+        )

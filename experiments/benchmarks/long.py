@@ -16,10 +16,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from experiments.benchmarks.phases import resident
-from ppo_jax import Agent, PPOConfig, TransformerConfig, init_params, language_model, shared_critic, zero_head
-from ppo_jax.data import encode_prompts, read_rows
+from ppo_jax import (
+    Agent,
+    PPOConfig,
+    TransformerConfig,
+    init_params,
+    language_model,
+    shared_critic,
+    zero_head,
+)
+from ppo_jax.data.prompts import encode_prompts
+from ppo_jax.data.rows import read_rows
 from ppo_jax.reward_functions import TextReward
-from ppo_jax.train import LoopConfig, Trainer
+from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +46,15 @@ def main(options: Long) -> dict:
     backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w0")
-    config = TransformerConfig(vocab_size=64, positions=32, width=32, layers=2, heads=4, mlp_width=128)
+    config = TransformerConfig(
+        vocab_size=64, positions=32, width=32, layers=2, heads=4, mlp_width=128
+    )
     ppo = PPOConfig(batch_size=32, max_new_tokens=12, learning_rate=1e-4)
     agent = Agent(language_model(config), shared_critic(), ppo, stop_ids=(0,), pad_id=0)
     params = {"policy": init_params(config, jax.random.key(0)), "critic": {"head": zero_head(32)}}
-    rows = read_rows([" ".join(f"w{1 + (7 * i + j) % 60}" for j in range(1 + i % 8)) for i in range(200)])
+    rows = read_rows(
+        [" ".join(f"w{1 + (7 * i + j) % 60}" for j in range(1 + i % 8)) for i in range(200)]
+    )
     prompts = encode_prompts(rows, tokenizer, positions=32, new_tokens=12, pad_id=0)
     reward = TextReward(lambda prompts, responses: [float(r.count("w7")) for r in responses])
     loop = LoopConfig(updates=options.updates, save_every=50, progress=False)
@@ -55,10 +69,12 @@ def main(options: Long) -> dict:
     seconds, part = [b - a for a, b in itertools.pairwise(marks)], options.updates // 5
     summary = {
         "updates": options.updates,
-        "iteration_s/first_fifth": statistics.median(seconds[1:part]), "iteration_s/last_fifth": statistics.median(seconds[-part:]),
-        "resident_bytes/after_first_fifth": memory[part], "resident_bytes/at_end": memory[-1],
+        "iteration_s/first_fifth": statistics.median(seconds[1:part]),
+        "iteration_s/last_fifth": statistics.median(seconds[-part:]),
+        "resident_bytes/after_first_fifth": memory[part],
+        "resident_bytes/at_end": memory[-1],
         "resident_bytes/by_fifth": [memory[i * part - 1] for i in range(1, 6)],
-    }  # fmt: skip
+    }
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
     return summary

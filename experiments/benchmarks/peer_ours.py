@@ -26,7 +26,9 @@ def main(settings: dict) -> dict:
         rollout = jax.block_until_ready(made.sample(state, tokens, mask))
         sampled = time.perf_counter()
         scores = made.score(state, reference, rollout)
-        state, metrics = made.learn(state, rollout, scores, made.reward(reward, rollout.tokens, rollout.mask))
+        state, metrics = made.learn(
+            state, rollout, scores, made.reward(reward, rollout.tokens, rollout.mask)
+        )
         jax.block_until_ready((state, metrics))
         times["iteration_s"].append(time.perf_counter() - begin)
         times["rollout_s"].append(sampled - begin)

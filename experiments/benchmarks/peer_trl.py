@@ -39,13 +39,24 @@ def main(work: dict) -> dict:
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     sizes = {
-        "vocab_size": work["vocab_size"], "n_positions": work["positions"], "n_embd": work["width"], "n_layer": work["layers"],
-        "n_head": work["heads"], "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
+        "vocab_size": work["vocab_size"],
+        "n_positions": work["positions"],
+        "n_embd": work["width"],
+        "n_layer": work["layers"],
+        "n_head": work["heads"],
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
         "pad_token_id": 0,
-    }  # fmt: skip
+    }
     config = GPT2Config(**sizes)
     prompts = torch.randint(1, work["vocab_size"], (work["prompts"], work["prompt_tokens"]))
-    return {"rollout_s": generate(config, prompts, work), "iteration_s": iterations(config, prompts, work)}
+    return {
+        "rollout_s": generate(config, prompts, work),
+        "iteration_s": iterations(config, prompts, work),
+    }
 
 
 def generate(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[float]:
@@ -54,9 +65,15 @@ def generate(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[floa
         begin = time.perf_counter()
         with torch.no_grad():
             model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=work["new_tokens"],
-                min_new_tokens=work["new_tokens"], eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=work["new_tokens"],
+                min_new_tokens=work["new_tokens"],
+                eos_token_id=None,
+                pad_token_id=0,
+            )
         times.append(time.perf_counter() - begin)
     return times[1:]
 
@@ -65,25 +82,46 @@ def iterations(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[fl
     words = {f"w{i}": i for i in range(work["vocab_size"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w0", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="w0", eos_token="w0", padding_side="left"
+    )
     scorer = GPT2Config(**{**config.to_dict(), "num_labels": 1})
     updates = work["runs"] + 1
     clock = Clock()
     with tempfile.TemporaryDirectory() as out:
         # One device: a minibatch is one forward pass, and there are no samples, logs or checkpoints on the way.
         args = PPOConfig(
-            output_dir=out, per_device_train_batch_size=work["prompts"] // work["minibatches"],
-            gradient_accumulation_steps=work["minibatches"], num_mini_batches=work["minibatches"], num_ppo_epochs=work["epochs"],
-            total_episodes=work["prompts"] * updates, response_length=work["new_tokens"], temperature=1.0, learning_rate=1e-5,
-            local_rollout_forward_batch_size=work["prompts"] // work["minibatches"], num_sample_generations=0, stop_token=None,
-            gradient_checkpointing=False, bf16=False, report_to="none", save_strategy="no", use_cpu=True, logging_strategy="no",
-            disable_tqdm=True, dataloader_drop_last=True,
-        )  # fmt: skip
+            output_dir=out,
+            per_device_train_batch_size=work["prompts"] // work["minibatches"],
+            gradient_accumulation_steps=work["minibatches"],
+            num_mini_batches=work["minibatches"],
+            num_ppo_epochs=work["epochs"],
+            total_episodes=work["prompts"] * updates,
+            response_length=work["new_tokens"],
+            temperature=1.0,
+            learning_rate=1e-5,
+            local_rollout_forward_batch_size=work["prompts"] // work["minibatches"],
+            num_sample_generations=0,
+            stop_token=None,
+            gradient_checkpointing=False,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_drop_last=True,
+        )
         trainer = PPOTrainer(
-            args=args, processing_class=tokenizer, model=GPT2LMHeadModel(config), ref_model=GPT2LMHeadModel(config),
-            reward_model=GPT2ForSequenceClassification(scorer), value_model=GPT2ForSequenceClassification(scorer),
-            train_dataset=Dataset.from_dict({"input_ids": prompts.repeat(updates, 1).tolist()}), callbacks=[clock],
-        )  # fmt: skip
+            args=args,
+            processing_class=tokenizer,
+            model=GPT2LMHeadModel(config),
+            ref_model=GPT2LMHeadModel(config),
+            reward_model=GPT2ForSequenceClassification(scorer),
+            value_model=GPT2ForSequenceClassification(scorer),
+            train_dataset=Dataset.from_dict({"input_ids": prompts.repeat(updates, 1).tolist()}),
+            callbacks=[clock],
+        )
         trainer.train()
     return [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)]
 

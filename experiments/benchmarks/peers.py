@@ -46,7 +46,9 @@ def main(options: Peers) -> dict:
     work = dataclasses.asdict(WORKS[options.work]) | {"runs": options.runs}
     pythons = {name: environment(name) for name in options.peers}
     commands = {"ppo_jax": [sys.executable, "-m", "experiments.benchmarks.peer_ours"]}
-    commands |= {name: [str(python), str(_HERE / f"peer_{name}.py")] for name, python in pythons.items()}
+    commands |= {
+        name: [str(python), str(_HERE / f"peer_{name}.py")] for name, python in pythons.items()
+    }
     times: dict[str, list[float]] = {}
     for _ in range(options.rounds):
         for name, command in commands.items():
@@ -56,8 +58,11 @@ def main(options: Peers) -> dict:
                 of = "hf_generate" if name == "trl" else name
                 times.setdefault(f"rollout_s/{of}", []).extend(found["rollout_s"])
     median = {name: statistics.median(x) for name, x in times.items()}
-    ratios = {f"{name.replace('_s/', '_ratio/')}": x / median[f"{name.partition('/')[0]}/ppo_jax"]
-              for name, x in median.items() if not name.endswith("/ppo_jax")}  # fmt: skip
+    ratios = {
+        f"{name.replace('_s/', '_ratio/')}": x / median[f"{name.partition('/')[0]}/ppo_jax"]
+        for name, x in median.items()
+        if not name.endswith("/ppo_jax")
+    }
     summary = {**median, **ratios, "work": work, "all": times}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -79,7 +84,9 @@ def environment(name: str) -> Path:
 
 
 def run(command: list[str]) -> dict:
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:2])} ended with status {done.returncode}.")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import iteration, parallel
-from ppo_jax.config import PPOConfig
+from ppo_jax.distributed import compilation
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.ppo import iteration
+from ppo_jax.ppo.settings import PPOConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +39,74 @@ class Work:
     @property
     def config(self) -> TransformerConfig:
         return TransformerConfig(
-            vocab_size=self.vocab_size, positions=self.positions, width=self.width, layers=self.layers, heads=self.heads,
-            mlp_width=4 * self.width, dtype=jnp.dtype(self.dtype),
-        )  # fmt: skip
+            vocab_size=self.vocab_size,
+            positions=self.positions,
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            mlp_width=4 * self.width,
+            dtype=jnp.dtype(self.dtype),
+        )
 
     @property
     def ppo(self) -> PPOConfig:
-        return PPOConfig(batch_size=self.prompts, epochs=self.epochs, minibatches=self.minibatches, micro_batch=self.micro_batch,
-                         max_new_tokens=self.new_tokens, logit_chunk=self.logit_chunk)  # fmt: skip
+        return PPOConfig(
+            batch_size=self.prompts,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            micro_batch=self.micro_batch,
+            max_new_tokens=self.new_tokens,
+            logit_chunk=self.logit_chunk,
+        )
 
 
 WORKS = {
-    "tiny": Work(layers=1, width=16, heads=2, vocab_size=32, positions=16, prompts=8, prompt_tokens=4, new_tokens=6, minibatches=2),
-    "small": Work(layers=4, width=256, heads=8, vocab_size=8192, positions=64, prompts=64, prompt_tokens=16, new_tokens=48),
-    "gpt2": Work(layers=12, width=768, heads=12, vocab_size=50257, positions=1024, prompts=8, prompt_tokens=32, new_tokens=32),
+    "tiny": Work(
+        layers=1,
+        width=16,
+        heads=2,
+        vocab_size=32,
+        positions=16,
+        prompts=8,
+        prompt_tokens=4,
+        new_tokens=6,
+        minibatches=2,
+    ),
+    "small": Work(
+        layers=4,
+        width=256,
+        heads=8,
+        vocab_size=8192,
+        positions=64,
+        prompts=64,
+        prompt_tokens=16,
+        new_tokens=48,
+    ),
+    "gpt2": Work(
+        layers=12,
+        width=768,
+        heads=12,
+        vocab_size=50257,
+        positions=1024,
+        prompts=8,
+        prompt_tokens=32,
+        new_tokens=32,
+    ),
     # OpenAI 2019: 64 + 24 tokens, batches of 512, 4 epochs of one minibatch, a shared trunk
-    "oai2019": Work(layers=12, width=768, heads=12, vocab_size=50257, positions=1024, prompts=512, prompt_tokens=64, new_tokens=24,
-                    minibatches=1, dtype="bfloat16", critic="shared"),
-}  # fmt: skip
+    "oai2019": Work(
+        layers=12,
+        width=768,
+        heads=12,
+        vocab_size=50257,
+        positions=1024,
+        prompts=512,
+        prompt_tokens=64,
+        new_tokens=24,
+        minibatches=1,
+        dtype="bfloat16",
+        critic="shared",
+    ),
+}
 
 
 class Programs(NamedTuple):
@@ -69,20 +120,25 @@ class Programs(NamedTuple):
 
 @functools.cache
 def agent(work: Work) -> iteration.Agent:
-    critic = heads.shared_critic() if work.critic == "shared" else heads.separate_critic(work.config)
+    critic = (
+        heads.shared_critic() if work.critic == "shared" else heads.separate_critic(work.config)
+    )
     return iteration.Agent(language_model(work.config), critic, work.ppo, (), 0)
 
 
 @functools.cache
 def programs(work: Work) -> Programs:
     """Compiled."""
-    steps = parallel.jit_steps(agent(work))
+    steps = compilation.jit_steps(agent(work))
     return Programs(steps.sample, steps.score, jax.jit(functions(work).reward), steps.learn)
 
 
 def functions(work: Work) -> Programs:
     """Not compiled, to be traced."""
-    sample, score, learn = (functools.partial(f, agent(work)) for f in (iteration.sample, iteration.score, iteration.learn))
+    sample, score, learn = (
+        functools.partial(f, agent(work))
+        for f in (iteration.sample, iteration.score, iteration.learn)
+    )
     return Programs(sample, score, heads.reward_model(work.config), learn)
 
 
@@ -90,14 +146,20 @@ def start(work: Work) -> tuple[iteration.PPOState, Any, Any]:
     """State, reference and reward model."""
     config, (policy, critic, reward) = work.config, jax.random.split(jax.random.key(0), 3)
     own = init_params(config, policy)
-    head = {"head": heads.zero_head(config.width)} if work.critic == "shared" else heads.init_scorer(config, critic)
+    head = (
+        {"head": heads.zero_head(config.width)}
+        if work.critic == "shared"
+        else heads.init_scorer(config, critic)
+    )
     params = {"policy": jax.tree.map(jnp.copy, own), "critic": head}
     state = iteration.init_state(agent(work), params, jax.random.key(1), updates=10**6)
     return state, own, heads.init_scorer(config, reward)
 
 
 def prompts(work: Work) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.random.default_rng(0).integers(1, work.vocab_size, (work.prompts, work.prompt_tokens), np.int32)
+    tokens = np.random.default_rng(0).integers(
+        1, work.vocab_size, (work.prompts, work.prompt_tokens), np.int32
+    )
     return tokens, np.ones(tokens.shape, bool)
 
 

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ppo_jax import data, rollout
-from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
-from ppo_jax.config import SettingError, check_numbers
+from ppo_jax import data
+from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, pad_id, stop_ids
+from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo import rollout
+from ppo_jax.reward_functions.loading import load_reward
 from ppo_jax.types import Rollout
 
 
@@ -46,24 +48,39 @@ class Sampling:
         if self.batch_size < 1:
             raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
 
-    def sample(self, rows: list[dict[str, Any]]) -> Iterator[tuple[Rollout, data.Prompts, list[str]]]:
+    def sample(
+        self, rows: list[dict[str, Any]]
+    ) -> Iterator[tuple[Rollout, data.Prompts, list[str]]]:
         """Responses to prompts, a batch at a time."""
         policy, tokenizer = load_model(self.model)
         check_top_k(self.top_k, policy.config)
         prompts = load_prompts(rows, tokenizer, policy, self.max_new_tokens, self.chat)
         generate = functools.partial(
-            rollout.generate, language_model(policy.config), max_new_tokens=self.max_new_tokens,
-            stop_ids=stop_ids(tokenizer, policy, self.stop_tokens), pad_id=pad_id(tokenizer), temperature=self.temperature,
-            top_k=self.top_k, top_p=self.top_p, greedy=self.greedy,
-        )  # fmt: skip
+            rollout.generate,
+            language_model(policy.config),
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=stop_ids(tokenizer, policy, self.stop_tokens),
+            pad_id=pad_id(tokenizer),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            greedy=self.greedy,
+        )
         generate = jax.jit(generate)
         size = min(self.batch_size, len(prompts))
         for first in range(0, len(prompts), size):
-            ids = np.arange(first, first + size)  # past the end the first prompts come again, so one shape is compiled
+            ids = np.arange(
+                first, first + size
+            )  # past the end the first prompts come again, so one shape is compiled
             batch = prompts.take(ids % len(prompts))
-            out = generate(policy.params, jax.random.key(self.seed), batch.tokens, batch.mask, row_ids=ids)
+            out = generate(
+                policy.params, jax.random.key(self.seed), batch.tokens, batch.mask, row_ids=ids
+            )
             keep = min(size, len(prompts) - first)
-            out, batch = jax.tree.map(lambda x, keep=keep: x[:keep], out), batch.take(np.arange(keep))
+            out, batch = (
+                jax.tree.map(lambda x, keep=keep: x[:keep], out),
+                batch.take(np.arange(keep)),
+            )
             mask = np.concatenate([batch.mask, out.response_mask], axis=1)
             yield out, batch, data.decode(tokenizer, out.tokens, mask, start=out.prompt_length)
 
@@ -95,8 +112,16 @@ class Evaluate(Sampling):
     """As for train."""
 
     def run(self) -> None:
-        rows, reward = data.read_rows(self.prompts), load_reward(self.reward, self.reward_given, self.reward_label)
-        scores = np.concatenate(
-            [reward(out, batch, responses).total(out.response_mask) for out, batch, responses in self.sample(rows)]
+        rows, reward = (
+            data.read_rows(self.prompts),
+            load_reward(self.reward, self.reward_given, self.reward_label),
         )
-        print(f"mean score {scores.mean():.4f}, standard error {scores.std() / len(scores) ** 0.5:.4f}, {len(scores)} responses")
+        scores = np.concatenate(
+            [
+                reward(out, batch, responses).total(out.response_mask)
+                for out, batch, responses in self.sample(rows)
+            ]
+        )
+        print(
+            f"mean score {scores.mean():.4f}, standard error {scores.std() / len(scores) ** 0.5:.4f}, {len(scores)} responses"
+        )

@@ -6,11 +6,13 @@ from typing import Literal
 
 import jax
 
-from ppo_jax import parallel, plan
-from ppo_jax.commands.models import check_prompt, describe
 from ppo_jax.commands.train import Adapters
-from ppo_jax.config import PPOConfig, SettingError
-from ppo_jax.files import write_json
+from ppo_jax.distributed import meshes
+from ppo_jax.errors import SettingError
+from ppo_jax.plan import compile as plan
+from ppo_jax.plan.memory import check_prompt, describe
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.run.files import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,34 +46,54 @@ class Plan:
 
     def __post_init__(self):
         if self.depths is not None and not 0 < self.depths[0] < self.depths[1]:
-            raise SettingError(f"depths must be two numbers of layers, the smaller first, not {self.depths}.")
+            raise SettingError(
+                f"depths must be two numbers of layers, the smaller first, not {self.depths}."
+            )
 
     def run(self) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
-        jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for another machine cannot be kept
+        jax.config.update(
+            "jax_enable_compilation_cache", False
+        )  # what is compiled for another machine cannot be kept
         kind, config = describe(self.model, self.dtype, self.remat)
         check_prompt(self.prompt_tokens, self.ppo, config)
         if self.depths is not None and self.depths[1] > config.layers:
-            raise SettingError(f"depths must lie within the model's {config.layers} layers, not be {self.depths}.")
-        sizes = parallel.parse_mesh(self.mesh)
+            raise SettingError(
+                f"depths must lie within the model's {config.layers} layers, not be {self.depths}."
+            )
+        sizes = meshes.parse_mesh(self.mesh)
         devices = plan.make_topology(self.topology)
-        mesh, chip = parallel.make_mesh(sizes, devices), plan.CHIPS[self.topology.partition(":")[0]]
-        more = {"prompt_tokens": self.prompt_tokens, "critic": self.critic, "adapters": self.lora.settings()}
+        mesh, chip = meshes.make_mesh(sizes, devices), plan.CHIPS[self.topology.partition(":")[0]]
+        more = {
+            "prompt_tokens": self.prompt_tokens,
+            "critic": self.critic,
+            "adapters": self.lora.settings(),
+        }
         if self.depths is None:
             programs = plan.compile_iteration(config, self.ppo, mesh, chip, **more)
         else:
             programs = plan.extrapolate(config, self.depths, self.ppo, mesh, chip, **more)
-        print(f"{self.model} ({kind}) on {self.topology}, {mesh.size} of {len(devices)} devices as "
-              f"{','.join(f'{axis}={size}' for axis, size in mesh.shape.items())}; per device, of {chip.memory} GiB:")  # fmt: skip
+        print(
+            f"{self.model} ({kind}) on {self.topology}, {mesh.size} of {len(devices)} devices as "
+            f"{','.join(f'{axis}={size}' for axis, size in mesh.shape.items())}; per device, of {chip.memory} GiB:"
+        )
         for name, program in programs.items():
             print("\n".join(_lines(name, program, chip)))
         if whole := plan.undivided(config, mesh):
-            print(f"tensor={mesh.shape['tensor']} does not divide {', '.join(whole)}; every chip computes these, beyond its share.")
+            print(
+                f"tensor={mesh.shape['tensor']} does not divide {', '.join(whole)}; every chip computes these, beyond its share."
+            )
         problems = plan.advice(programs, chip)
         print("It fits." if not problems else "It does not fit:\n  " + "\n  ".join(problems))
         if self.out is not None:
-            write_json(self.out, {"fits": not problems, **{name: as_json(program) for name, program in programs.items()}})
+            write_json(
+                self.out,
+                {
+                    "fits": not problems,
+                    **{name: as_json(program) for name, program in programs.items()},
+                },
+            )
 
 
 def _lines(name: str, program: plan.Program | plan.TooLarge, chip: plan.Chip) -> list[str]:
@@ -85,11 +107,17 @@ def _lines(name: str, program: plan.Program | plan.TooLarge, chip: plan.Chip) ->
         f"with all else on the chip {gib(program.needed)}",
         f"  {program.flops / 1e12:.3f} TFLOP, at most {gib(program.moved)} moved; the compiler's estimate {program.seconds:.3f} s "
         f"({share:.0%} of the chip's bfloat16 peak)",
-        *(f"  {kind}: {c.count} of {gib(c.bytes)} together" for kind, c in sorted(program.collectives.items())),
+        *(
+            f"  {kind}: {c.count} of {gib(c.bytes)} together"
+            for kind, c in sorted(program.collectives.items())
+        ),
     ]
 
 
 def as_json(program: plan.Program | plan.TooLarge) -> dict:
     if isinstance(program, plan.TooLarge):
         return {"too_large": str(program)}
-    return {**program._asdict(), "collectives": {kind: c._asdict() for kind, c in program.collectives.items()}}
+    return {
+        **program._asdict(),
+        "collectives": {kind: c._asdict() for kind, c in program.collectives.items()},
+    }

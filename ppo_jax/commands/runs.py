@@ -13,14 +13,15 @@ from typing import Any
 
 import tyro
 
-from ppo_jax import provenance
-from ppo_jax.checkpoint import CheckpointError, Checkpoints
+from ppo_jax import hashing
 from ppo_jax.commands.train import Train
-from ppo_jax.config import SettingError
-from ppo_jax.files import check_free, read_json, read_lines
-from ppo_jax.logging import SKIPPED, finite
-from ppo_jax.resume import place_differences, read_config, setting_differences
-from ppo_jax.train import Trainer
+from ppo_jax.errors import CheckpointError, SettingError
+from ppo_jax.run import provenance
+from ppo_jax.run.checkpoints import Checkpoints
+from ppo_jax.run.files import check_free, read_json, read_lines
+from ppo_jax.run.logging import SKIPPED, finite
+from ppo_jax.run.resume import place_differences, read_config, setting_differences
+from ppo_jax.run.trainer import Trainer
 
 Row = Mapping[str, Any]
 
@@ -37,8 +38,15 @@ class Compare:
     def run(self) -> None:
         found = compare(self.run_a, self.run_b)
         ended = all((run / "summary.json").exists() for run in (self.run_a, self.run_b))
-        parameters = ", final parameters." if ended else "; of final parameters nothing is known, as no run has a summary.json."
-        print("\n".join(found) or f"The runs are the same: settings, metrics (timings apart), samples{parameters}")
+        parameters = (
+            ", final parameters."
+            if ended
+            else "; of final parameters nothing is known, as no run has a summary.json."
+        )
+        print(
+            "\n".join(found)
+            or f"The runs are the same: settings, metrics (timings apart), samples{parameters}"
+        )
         raise SystemExit(1 if found else 0)
 
 
@@ -61,11 +69,22 @@ class Replay:
         try:
             command = dataclasses.replace(revive(Train, stored), out=self.out, resume="no")
         except (SettingError, TypeError, ValueError) as error:
-            raise ValueError(f"The settings in {self.run_folder / 'config.json'} are not those of a run: {error}") from error
+            raise ValueError(
+                f"The settings in {self.run_folder / 'config.json'} are not those of a run: {error}"
+            ) from error
         updates = command.loop.updates
         if not 0 <= self.update < updates:
-            raise ValueError(f"update={self.update} must lie in 0 .. {updates - 1}, the updates of {self.run_folder}.")
-        before = next((row for row in read_lines(self.run_folder / "metrics.jsonl") if row["update"] == self.update), None)
+            raise ValueError(
+                f"update={self.update} must lie in 0 .. {updates - 1}, the updates of {self.run_folder}."
+            )
+        before = next(
+            (
+                row
+                for row in read_lines(self.run_folder / "metrics.jsonl")
+                if row["update"] == self.update
+            ),
+            None,
+        )
         if command.deterministic:
             provenance.make_deterministic()
         trainer = start_at(command, self.run_folder, self.update)
@@ -76,11 +95,17 @@ class Replay:
         hashes = (read_config(folder)["hashes"] for folder in (self.run_folder, self.out))
         for name, was, now in provenance.differences(*hashes):
             print(f"The {name} of the run had the hash {was}, and has {now} here.")
-        print(f"Update {self.update} is in {self.out}; digest of the parameters after it: "
-              f"{provenance.digest(trainer.state.train.params)}.")  # fmt: skip
+        print(
+            f"Update {self.update} is in {self.out}; digest of the parameters after it: "
+            f"{hashing.digest(trainer.state.train.params)}."
+        )
         if before is not None:
             part = next(iter(_metric_differences(before, {"update": self.update, **numbers})), None)
-            print("All its metrics are those of the run." if part is None else f"It parts from the run: {part}.")
+            print(
+                "All its metrics are those of the run."
+                if part is None
+                else f"It parts from the run: {part}."
+            )
 
 
 def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
@@ -94,8 +119,13 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
     checkpoints = Checkpoints(run_folder / "checkpoints", read_only=True)
     earlier = [step for step in checkpoints.steps() if step <= update]
     if not earlier and update > 0:
-        print(f"{run_folder} has no checkpoint at or before update {update}: all before it is done again.", file=sys.stderr)
-    loop = dataclasses.replace(command.loop, samples=command.ppo.batch_size, tensorboard=False, wandb_project=None)
+        print(
+            f"{run_folder} has no checkpoint at or before update {update}: all before it is done again.",
+            file=sys.stderr,
+        )
+    loop = dataclasses.replace(
+        command.loop, samples=command.ppo.batch_size, tensorboard=False, wandb_project=None
+    )
     trainer = command.build(command.out, loop)[0]
     for step in reversed(earlier):
         try:
@@ -114,10 +144,17 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
 def compare(a: Path, b: Path) -> list[str]:
     """A sentence for each way in which two runs differ, the first of its kind; none, if they are the same."""
     config_a, config_b = read_config(a), read_config(b)
-    found = [f"{name} is {x} and {y}." for name, x, y in setting_differences(config_a["settings"], config_b["settings"])]
+    found = [
+        f"{name} is {x} and {y}."
+        for name, x, y in setting_differences(config_a["settings"], config_b["settings"])
+    ]
     pairs = provenance.differences(config_a["hashes"], config_b["hashes"])
     found += [f"The hash of the {name} is {x} and {y}." for name, x, y in pairs]
-    kinds = (("metrics.jsonl", _metric_differences), ("samples.jsonl", _sample_differences), ("faults.jsonl", _sample_differences))
+    kinds = (
+        ("metrics.jsonl", _metric_differences),
+        ("samples.jsonl", _sample_differences),
+        ("faults.jsonl", _sample_differences),
+    )
     for name, parts in kinds:
         for row_a, row_b in zip_longest(read_lines(a / name), read_lines(b / name)):
             if row_a is None or row_b is None:
@@ -127,7 +164,10 @@ def compare(a: Path, b: Path) -> list[str]:
             if first is not None:
                 found.append(f"{name}: first at update {row_a['update']}: {first}.")
                 break
-    digests = [_digest(read_json(file)) if (file := folder / "summary.json").exists() else None for folder in (a, b)]
+    digests = [
+        _digest(read_json(file)) if (file := folder / "summary.json").exists() else None
+        for folder in (a, b)
+    ]
     if None not in digests and digests[0] != digests[1]:  # a run that has not ended has none
         found.append(f"Final parameters: digest {digests[0]} and {digests[1]}.")
     return _causes(config_a, config_b) + found if found else []
@@ -135,8 +175,13 @@ def compare(a: Path, b: Path) -> list[str]:
 
 def _causes(a: Row, b: Row) -> list[str]:
     """What may part two runs in their last bits, though no setting that shapes the result does."""
-    meshes = provenance.differences(*({"mesh": (run["settings"].get("command") or {}).get("mesh")} for run in (a, b)))
-    return [f"{name} is {x} and {y}." for name, x, y in (*meshes, *place_differences(a["processes"], b["processes"]))]
+    meshes = provenance.differences(
+        *({"mesh": (run["settings"].get("command") or {}).get("mesh")} for run in (a, b))
+    )
+    return [
+        f"{name} is {x} and {y}."
+        for name, x, y in (*meshes, *place_differences(a["processes"], b["processes"]))
+    ]
 
 
 def _digest(summary: Any) -> Any:
@@ -145,7 +190,9 @@ def _digest(summary: Any) -> Any:
 
 def _metric_differences(a: Row, b: Row) -> list[str]:
     names = [name for name in dict.fromkeys([*a, *b]) if not name.startswith(("time/", "perf/"))]
-    return [f"{name} is {a.get(name)} and {b.get(name)}" for name in names if a.get(name) != b.get(name)]
+    return [
+        f"{name} is {a.get(name)} and {b.get(name)}" for name in names if a.get(name) != b.get(name)
+    ]
 
 
 def _sample_differences(a: Row, b: Row) -> list[str]:
@@ -153,7 +200,11 @@ def _sample_differences(a: Row, b: Row) -> list[str]:
     first = next(((t, x, y) for t, (x, y) in enumerate(tokens) if x != y), None)
     if first is not None and a.get("prompt") == b.get("prompt"):
         return [f"after {a['prompt']!r} token {first[0]} is {first[1]} and {first[2]}"]
-    return [f"{name} is {a.get(name)!r} and {b.get(name)!r}" for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
+    return [
+        f"{name} is {a.get(name)!r} and {b.get(name)!r}"
+        for name in dict.fromkeys([*a, *b])
+        if a.get(name) != b.get(name)
+    ]
 
 
 def revive(kind: Any, stored: Any) -> Any:
@@ -163,7 +214,7 @@ def revive(kind: Any, stored: Any) -> Any:
       SettingError: if it is of another type, or out of range.
 
     Example:
-      >>> from ppo_jax.train import LoopConfig
+      >>> from ppo_jax.run.trainer import LoopConfig
       >>> revive(LoopConfig, {"updates": 3, "wandb_project": None}).updates
       3
     """
@@ -183,7 +234,11 @@ def revive(kind: Any, stored: Any) -> Any:
     if typing.get_origin(kind) is typing.Literal and stored in typing.get_args(kind):
         return stored
     plain = {float: (int, float)}.get(kind, kind)
-    if kind in (bool, int, float, str) and isinstance(stored, plain) and (kind is bool or not isinstance(stored, bool)):
+    if (
+        kind in (bool, int, float, str)
+        and isinstance(stored, plain)
+        and (kind is bool or not isinstance(stored, bool))
+    ):
         return stored
     if isinstance(kind, type) and issubclass(kind, enum.Enum | Path) and isinstance(stored, str):
         return kind(stored)

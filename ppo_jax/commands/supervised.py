@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import data, reward_model, sft
-from ppo_jax.chat import conversation, end_of_turn, is_chat, joined, through_template
+from ppo_jax import data
 from ppo_jax.commands.loading import load_model
-from ppo_jax.config import SettingError, check_numbers
-from ppo_jax.files import check_free, claim, plain, write_json
-from ppo_jax.models import heads, pretrained, scorers
+from ppo_jax.data.chat import conversation, end_of_turn, is_chat, joined, through_template
+from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.models import heads
+from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo import reward_model, sft
+from ppo_jax.run.files import check_free, claim, plain, write_json
 
 Rows = list[dict[str, Any]]
 
@@ -45,7 +47,9 @@ class Fit:
     seed: int = 0
     """Of the shuffles and of new parameters."""
 
-    weight: ClassVar[Callable[..., float]] = staticmethod(sft.len_of_first)  # of a batch in the held-out loss
+    weight: ClassVar[Callable[..., float]] = staticmethod(
+        sft.len_of_first
+    )  # of a batch in the held-out loss
 
     def __post_init__(self):
         check_numbers(self)
@@ -59,7 +63,9 @@ class Fit:
         if self.eval_data is not None:
             return rows, self.read(self.eval_data, columns)
         if len(rows) < 2:
-            raise ValueError(f"{self.data} holds one row; one more is needed to be held out, or --eval-data.")
+            raise ValueError(
+                f"{self.data} holds one row; one more is needed to be held out, or --eval-data."
+            )
         order = np.random.default_rng(self.seed).permutation(len(rows))
         held = max(len(rows) // 10, 1)
         return [rows[i] for i in order[held:]], [rows[i] for i in order[:held]]
@@ -78,16 +84,32 @@ class Fit:
         shown: list[tuple[float, float]] = []
 
         def show(epoch: int, loss: float, params) -> None:
-            shown.append(sft.evaluate_loss(loss_fn, params, held, batch_size=self.batch_size, weight=self.weight))
+            shown.append(
+                sft.evaluate_loss(
+                    loss_fn, params, held, batch_size=self.batch_size, weight=self.weight
+                )
+            )
             held_loss, accuracy = shown[-1]
-            print(f"epoch {epoch + 1}: loss {loss:.4f}, held out: loss {held_loss:.4f}, accuracy {accuracy:.3f}", flush=True)
+            print(
+                f"epoch {epoch + 1}: loss {loss:.4f}, held out: loss {held_loss:.4f}, accuracy {accuracy:.3f}",
+                flush=True,
+            )
 
         params = sft.fit(
-            loss_fn, params, train, seed=self.seed, epochs=self.epochs, batch_size=self.batch_size,
-            learning_rate=self.learning_rate, weight_decay=self.weight_decay, on_epoch=show,
-        )  # fmt: skip
+            loss_fn,
+            params,
+            train,
+            seed=self.seed,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            on_epoch=show,
+        )
         claim(self.out)
-        write_json(self.out / "summary.json", {"eval/loss": shown[-1][0], "eval/accuracy": shown[-1][1]})
+        write_json(
+            self.out / "summary.json", {"eval/loss": shown[-1][0], "eval/accuracy": shown[-1][1]}
+        )
         write_json(self.out / "run.json", plain(self))
         return params
 
@@ -107,7 +129,9 @@ class SFT(Fit):
         train, held = (self.encode(rows, tokenizer, length) for rows in self.split(("response",)))
         data.check_ids(np.concatenate([train[0], held[0]]), policy.config.vocab_size)
         model = language_model(policy.config)
-        params = self.fit(lambda p, *batch: sft.sft_loss(model, p, *batch), policy.params, train, held)
+        params = self.fit(
+            lambda p, *batch: sft.sft_loss(model, p, *batch), policy.params, train, held
+        )
         pretrained.save_policy(self.out, policy._replace(params=params), tokenizer)
 
     def encode(self, rows: Rows, tokenizer: Any, length: int) -> tuple[np.ndarray, ...]:
@@ -121,10 +145,16 @@ class SFT(Fit):
             told = is_chat(prompt)
             prompt = through_template({"prompt": prompt}, tokenizer)["prompt"] if told else prompt
             prompts.append(part(prompt, add_special_tokens=not told) if prompt else [])
-            responses.append([*part(response, add_special_tokens=not prompts[-1]), *(turn if told else end)])
+            responses.append(
+                [*part(response, add_special_tokens=not prompts[-1]), *(turn if told else end)]
+            )
         ids = [(p + r)[:length] for p, r in zip(prompts, responses, strict=True)]
         tokens, mask = data.pad(ids, length=length, pad_id=0, left=False)
-        return tokens, mask, mask & (np.arange(length)[None] >= np.array([[len(p)] for p in prompts]))
+        return (
+            tokens,
+            mask,
+            mask & (np.arange(length)[None] >= np.array([[len(p)] for p in prompts])),
+        )
 
 
 def _last_turn(row: dict[str, Any]) -> tuple[Any, str]:
@@ -134,7 +164,9 @@ def _last_turn(row: dict[str, Any]) -> tuple[Any, str]:
         return row.get("prompt"), row["response"]
     prompt, response = said[:-1] or row.get("prompt"), said[-1]["content"]
     if not isinstance(response, str):
-        raise ValueError(f"A response's last message needs a text as its content, not {response!r:.60}.")
+        raise ValueError(
+            f"A response's last message needs a text as its content, not {response!r:.60}."
+        )
     return prompt, response
 
 
@@ -147,32 +179,51 @@ class Reward(Fit):
     learn_from: Literal["pairs", "scores", "classes"] = "pairs"
     """pairs: rows {"chosen": ..., "rejected": ...}, Bradley-Terry loss; scores: rows {"response": ..., "score": number}, squared
     error; classes: rows {"response": ..., "score": 0, 1, 2, ...} in order, ordinal loss."""
-    columns: ClassVar = {"pairs": ("chosen", "rejected"), "scores": ("response",), "classes": ("response",)}
+    columns: ClassVar = {
+        "pairs": ("chosen", "rejected"),
+        "scores": ("response",),
+        "classes": ("response",),
+    }
 
     def run(self) -> None:
         check_free(self.out)
-        start, tokenizer = scorers.start_scorer(self.model, jax.random.key(self.seed)), pretrained.load_tokenizer(self.model)
+        start, tokenizer = (
+            scorers.start_scorer(self.model, jax.random.key(self.seed)),
+            pretrained.load_tokenizer(self.model),
+        )
         pretrained.check_tokenizer(tokenizer, start.config)
         rows, held_rows = self.split(self.columns[self.learn_from])
         length = min(self.length, start.config.positions)
         train, held = (self.encode(part, tokenizer, length) for part in (rows, held_rows))
-        for tokens in (x for part in (train, held) for x in part if x.dtype == np.int32 and x.ndim == 2):
+        for tokens in (
+            x for part in (train, held) for x in part if x.dtype == np.int32 and x.ndim == 2
+        ):
             data.check_ids(tokens, start.config.vocab_size)
         params = dict(start.params)
         if self.learn_from == "classes":
             params["thresholds"] = _first_thresholds(np.concatenate([train[-1], held[-1]]))
         params = self.fit(self.loss(heads.reward_model(start.config)), params, train, held)
-        scorers.save_scorer(self.out, start._replace(params={"trunk": params["trunk"], "head": params["head"]}), tokenizer)
+        scorers.save_scorer(
+            self.out,
+            start._replace(params={"trunk": params["trunk"], "head": params["head"]}),
+            tokenizer,
+        )
 
     def loss(self, score: Callable) -> Callable:
         """The loss of a batch as `encode` gives it, and its accuracy."""
         match self.learn_from:
             case "pairs":
-                return lambda p, a, a_mask, b, b_mask: reward_model.bradley_terry_loss(score(p, a, a_mask), score(p, b, b_mask))
+                return lambda p, a, a_mask, b, b_mask: reward_model.bradley_terry_loss(
+                    score(p, a, a_mask), score(p, b, b_mask)
+                )
             case "scores":
-                return lambda p, tokens, mask, target: reward_model.regression_loss(score(p, tokens, mask), target)
+                return lambda p, tokens, mask, target: reward_model.regression_loss(
+                    score(p, tokens, mask), target
+                )
             case "classes":
-                return lambda p, tokens, mask, label: reward_model.ordinal_loss(score(p, tokens, mask), label, p["thresholds"])
+                return lambda p, tokens, mask, label: reward_model.ordinal_loss(
+                    score(p, tokens, mask), label, p["thresholds"]
+                )
 
     def encode(self, rows: Rows, tokenizer: Any, length: int) -> tuple[np.ndarray, ...]:
         """Tokens and mask of each text column, `[n, length]`, and the scores, `[n]`, unless the rows are pairs."""
@@ -182,18 +233,30 @@ class Reward(Fit):
             for row in rows:
                 told = conversation(row.get("prompt"), row[column], tokenizer)
                 text = (row.get("prompt") or "") + row[column] if told is None else told
-                ids.append(data.encode_text(tokenizer, text, closed=True, add_special_tokens=told is None)[:length])
+                ids.append(
+                    data.encode_text(tokenizer, text, closed=True, add_special_tokens=told is None)[
+                        :length
+                    ]
+                )
             if not all(ids):
-                raise ValueError(f"Row {[bool(i) for i in ids].index(False)} has no text in {column!r}.")
+                raise ValueError(
+                    f"Row {[bool(i) for i in ids].index(False)} has no text in {column!r}."
+                )
             arrays += data.pad(ids, length=length, pad_id=0, left=False)
         if self.learn_from == "pairs":
             return tuple(arrays)
         whole = self.learn_from == "classes"
         scores = [row.get("score") for row in rows]
         for i, score in enumerate(scores):
-            ok = isinstance(score, int | float) and np.isfinite(score) and (not whole or (score >= 0 and score == int(score)))
+            ok = (
+                isinstance(score, int | float)
+                and np.isfinite(score)
+                and (not whole or (score >= 0 and score == int(score)))
+            )
             if not ok:
-                raise ValueError(f"Row {i} needs a {'class 0, 1, 2, ...' if whole else 'number'} in 'score', not {score!r}.")
+                raise ValueError(
+                    f"Row {i} needs a {'class 0, 1, 2, ...' if whole else 'number'} in 'score', not {score!r}."
+                )
         return (*arrays, np.asarray(scores, np.int32 if whole else np.float32))
 
 

@@ -10,15 +10,22 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from ppo_jax import iteration, parallel, processes, provenance
-from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, load_reward, pad_id, stop_ids
-from ppo_jax.config import PPOConfig, SettingError, check_numbers
-from ppo_jax.files import check_free, lock, plain, read_lines, write_json
-from ppo_jax.models import heads, pretrained, scorers
+from ppo_jax import hashing
+from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, pad_id, stop_ids
+from ppo_jax.distributed import meshes, placement, processes
+from ppo_jax.distributed.processes import Processes
+from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.models import heads
 from ppo_jax.models import lora as low_rank
+from ppo_jax.models.io import adapter_files, pretrained, scorers
 from ppo_jax.models.transformer import language_model
-from ppo_jax.processes import Processes
-from ppo_jax.train import LoopConfig, Resume, Trainer
+from ppo_jax.ppo import iteration
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.reward_functions.loading import load_reward
+from ppo_jax.run import provenance
+from ppo_jax.run.files import check_free, lock, plain, read_lines, write_json
+from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.trainer import Resume, Trainer
 from ppo_jax.types import Params, overlay
 
 
@@ -42,10 +49,16 @@ class Adapters:
         try:
             re.compile(self.targets)
         except re.error as error:
-            raise SettingError(f"lora.targets {self.targets!r} is no regular expression: {error}.") from error
+            raise SettingError(
+                f"lora.targets {self.targets!r} is no regular expression: {error}."
+            ) from error
 
     def settings(self) -> low_rank.LoRA | None:
-        return low_rank.LoRA(self.rank, self.alpha, self.targets, self.stabilised) if self.rank else None
+        return (
+            low_rank.LoRA(self.rank, self.alpha, self.targets, self.stabilised)
+            if self.rank
+            else None
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,75 +114,143 @@ class Train:
             provenance.make_deterministic()
         self.processes.start()
         if self.mesh == "pmap" and jax.process_count() > 1:
-            raise SettingError(f"mesh=pmap runs in one process; for {jax.process_count()} take data={jax.device_count()}.")
+            raise SettingError(
+                f"mesh=pmap runs in one process; for {jax.process_count()} take data={jax.device_count()}."
+            )
         settings = flatten_dict(plain(self), sep=".")
-        processes.check_same({name: x for name, x in settings.items() if name != "out" and not name.startswith("processes.")})
+        processes.check_same(
+            {
+                name: x
+                for name, x in settings.items()
+                if name != "out" and not name.startswith("processes.")
+            }
+        )
         check_free(self.out, resume=self.resume != "no")
         trainer, policy, adapters = self.build(self.out)
         with contextlib.ExitStack() as stack:
             if processes.is_first():
-                stack.callback(lock(self.out).release)  # the trainer's own ends before the model is written
+                stack.callback(
+                    lock(self.out).release
+                )  # the trainer's own ends before the model is written
             self._run(trainer, policy, adapters)
 
-    def _run(self, trainer: Trainer, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None) -> None:
+    def _run(
+        self, trainer: Trainer, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None
+    ) -> None:
         done = int(trainer.state.update)
-        processes.say(f"The run in {self.out} goes on after {done} updates." if done else
-                      f"A run starts in {self.out}; its first update takes longer, for it is compiled.")  # fmt: skip
+        processes.say(
+            f"The run in {self.out} goes on after {done} updates."
+            if done
+            else f"A run starts in {self.out}; its first update takes longer, for it is compiled."
+        )
         state = trainer.run()
-        digest, base = provenance.digest(state.train.params), policy.params
-        tuned = parallel.to_host(state.policy, everywhere=False)
+        digest, base = hashing.digest(state.train.params), policy.params
+        tuned = placement.to_host(state.policy, everywhere=False)
         if adapters is not None:
-            base = parallel.to_host(base, everywhere=False)
-        processes.first_does(lambda: self._export(tuned, policy._replace(params=base), adapters, trainer.tokenizer))
+            base = placement.to_host(base, everywhere=False)
+        processes.first_does(
+            lambda: self._export(tuned, policy._replace(params=base), adapters, trainer.tokenizer)
+        )
         processes.first_does(lambda: self._sum_up(int(state.update), digest))
-        processes.say(f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
-                      f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}")  # fmt: skip
+        processes.say(
+            f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
+            f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}"
+        )
 
-    def _export(self, tuned: Params, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None, tokenizer: Any) -> None:
+    def _export(
+        self,
+        tuned: Params,
+        policy: pretrained.Pretrained,
+        adapters: low_rank.LoRA | None,
+        tokenizer: Any,
+    ) -> None:
         try:
             self._write(tuned, policy, adapters, tokenizer)
         except ValueError as error:
-            raise ValueError(f"{error} The last checkpoint holds the result; with room for it, --resume yes writes it.") from error
+            raise ValueError(
+                f"{error} The last checkpoint holds the result; with room for it, --resume yes writes it."
+            ) from error
 
-    def _write(self, tuned: Params, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None, tokenizer: Any) -> None:
+    def _write(
+        self,
+        tuned: Params,
+        policy: pretrained.Pretrained,
+        adapters: low_rank.LoRA | None,
+        tokenizer: Any,
+    ) -> None:
         if adapters is not None:
             kind = policy.hf_config["model_type"]
-            low_rank.save_adapter(self.out / "adapter", tuned, adapters, policy.config, kind, self.model)
+            adapter_files.save_adapter(
+                self.out / "adapter", tuned, adapters, policy.config, kind, self.model
+            )
             tuned = low_rank.merge(overlay(policy.params, tuned), adapters.scale)
         pretrained.save_policy(self.out / "model", policy._replace(params=tuned), tokenizer)
 
     def _sum_up(self, updates: int, digest: str) -> None:
-        lines = read_lines(self.out / "metrics.jsonl")  # of the last update there may be two: an evaluation has its own
-        metrics = {k: v for row in lines if row["update"] == lines[-1]["update"] for k, v in row.items() if k != "update"}
+        lines = read_lines(
+            self.out / "metrics.jsonl"
+        )  # of the last update there may be two: an evaluation has its own
+        metrics = {
+            k: v
+            for row in lines
+            if row["update"] == lines[-1]["update"]
+            for k, v in row.items()
+            if k != "update"
+        }
         write_json(self.out / "summary.json", {"updates": updates, "digest": digest, **metrics})
 
-    def build(self, out: Path, loop: LoopConfig | None = None) -> tuple[Trainer, pretrained.Pretrained, low_rank.LoRA | None]:
+    def build(
+        self, out: Path, loop: LoopConfig | None = None
+    ) -> tuple[Trainer, pretrained.Pretrained, low_rank.LoRA | None]:
         """Reads everything, and makes a trainer that writes to `out`; beside it the policy as it came, and the adapters."""
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
-        mesh = None if self.mesh == "pmap" else parallel.make_mesh(parallel.parse_mesh(self.mesh))
+        mesh = None if self.mesh == "pmap" else meshes.make_mesh(meshes.parse_mesh(self.mesh))
         mesh = None if mesh is None or mesh.size == 1 else mesh
-        parallel.check_rows(self.ppo, jax.local_device_count() if self.mesh == "pmap" else parallel.devices_of_rows(mesh))
+        meshes.check_rows(
+            self.ppo,
+            jax.local_device_count() if self.mesh == "pmap" else meshes.devices_of_rows(mesh),
+        )
         policy, tokenizer = load_model(self.model, self.dtype, self.remat, mesh)
         check_top_k(self.ppo.top_k, policy.config)
         reward = load_reward(self.reward, self.reward_given, self.reward_label)
         prompts, held_out = (
-            None if path is None else load_prompts(path, tokenizer, policy, self.ppo.max_new_tokens, self.chat)
+            None
+            if path is None
+            else load_prompts(path, tokenizer, policy, self.ppo.max_new_tokens, self.chat)
             for path in (self.prompts, self.eval_prompts)
         )
         adapters = self.lora.settings()
         if adapters is not None:
-            policy = policy._replace(config=dataclasses.replace(policy.config, lora_scale=adapters.scale))
-        longest = max(p.tokens.shape[1] for p in (prompts, held_out) if p is not None) + self.ppo.max_new_tokens
+            policy = policy._replace(
+                config=dataclasses.replace(policy.config, lora_scale=adapters.scale)
+            )
+        longest = (
+            max(p.tokens.shape[1] for p in (prompts, held_out) if p is not None)
+            + self.ppo.max_new_tokens
+        )
         critic, critic_params = self.make_critic(policy, longest, mesh)
         stops = stop_ids(tokenizer, policy, self.stop_tokens)
-        agent = iteration.Agent(language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer))
+        agent = iteration.Agent(
+            language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer)
+        )
         params, frozen = {"policy": policy.params, "critic": critic_params}, None
         if adapters is not None:
             params, frozen = low_rank.adapt(params, iteration.init_key(self.loop.seed, 1), adapters)
         trainer = Trainer(
-            agent, params, tokenizer, prompts, reward, out=out, loop=loop or self.loop, eval_prompts=held_out, frozen=frozen,
-            settings=self, resume=self.resume, mesh=mesh, pmap=self.mesh == "pmap",
-        )  # fmt: skip
+            agent,
+            params,
+            tokenizer,
+            prompts,
+            reward,
+            out=out,
+            loop=loop or self.loop,
+            eval_prompts=held_out,
+            frozen=frozen,
+            settings=self,
+            resume=self.resume,
+            mesh=mesh,
+            pmap=self.mesh == "pmap",
+        )
         return trainer, policy, adapters
 
     def make_critic(self, policy: pretrained.Pretrained, longest: int, mesh: Mesh | None = None):
@@ -178,11 +259,17 @@ class Train:
             return heads.shared_critic(), {"head": heads.zero_head(policy.config.width)}
         if self.critic == "separate":
             key = iteration.init_key(self.loop.seed, 0)
-            return heads.separate_critic(policy.config), heads.init_scorer(policy.config, key, trunk=policy.params)
+            return heads.separate_critic(policy.config), heads.init_scorer(
+                policy.config, key, trunk=policy.params
+            )
         try:
-            scorer = scorers.load_scorer(self.critic, dtype=policy.config.dtype, remat=self.remat, mesh=mesh)
+            scorer = scorers.load_scorer(
+                self.critic, dtype=policy.config.dtype, remat=self.remat, mesh=mesh
+            )
         except ValueError as error:
-            raise ValueError(f"The critic must start from a reward model of one label: {error}") from error
+            raise ValueError(
+                f"The critic must start from a reward model of one label: {error}"
+            ) from error
         if scorer.config.vocab_size != policy.config.vocab_size:
             raise ValueError(
                 f"The critic {self.critic} has vocab_size={scorer.config.vocab_size}, the policy {policy.config.vocab_size}: it "

@@ -101,7 +101,9 @@ class TransformerConfig:
     position_offset: int = 0  # the row of the first position in the table
     rotary: Rotary | None = None
     local_rotary: Rotary | None = None  # that of layers with a window, if it is another
-    windows: tuple[int | None, ...] | None = None  # positions that each layer sees, its own included; None: all
+    windows: tuple[int | None, ...] | None = (
+        None  # positions that each layer sees, its own included; None: all
+    )
     causal: bool = True
     tied: bool = True  # the output matrix is the embedding
     scale_embedding: bool = False  # embeddings times √D

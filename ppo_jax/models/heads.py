@@ -15,7 +15,10 @@ def init_head(width: int, key: jax.Array) -> Params:
     return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
 
 
-_POOLED = {"pooler": jnp.tanh, "pre_classifier": jax.nn.relu}  # the layer below an encoder's head: BERT's, DistilBERT's
+_POOLED = {
+    "pooler": jnp.tanh,
+    "pre_classifier": jax.nn.relu,
+}  # the layer below an encoder's head: BERT's, DistilBERT's
 
 
 def pooled(head: Params) -> str | None:
@@ -29,7 +32,10 @@ def init_pooled_head(width: int, key: jax.Array, layer: str = "pooler") -> Param
     DistilBERT's `layer` is its `pre_classifier`, with ReLU.
     """
     layer_key, key = jax.random.split(key)
-    below = {"kernel": 0.02 * jax.random.normal(layer_key, (width, width)), "bias": jnp.zeros(width)}
+    below = {
+        "kernel": 0.02 * jax.random.normal(layer_key, (width, width)),
+        "bias": jnp.zeros(width),
+    }
     return {layer: below, **init_head(width, key), "bias": jnp.zeros(1)}
 
 
@@ -50,7 +56,9 @@ def apply_head(params: Params, hidden: jax.Array) -> jax.Array:
     over = (1,) * (hidden.ndim - 1) + (-1,)
     hidden = hidden.astype(jnp.float32)
     if layer := pooled(params):
-        hidden = _POOLED[layer](hidden @ params[layer]["kernel"] + params[layer]["bias"].reshape(over))
+        hidden = _POOLED[layer](
+            hidden @ params[layer]["kernel"] + params[layer]["bias"].reshape(over)
+        )
     out = jnp.sum(hidden * params["kernel"][:, 0].reshape(over), axis=-1)
     return out + params["bias"][0] if "bias" in params else out
 
@@ -72,11 +80,15 @@ def separate_critic(config: TransformerConfig) -> CriticFn:
       ValueError: if the trunk is an encoder, whose states know the words to come.
     """
     if not config.causal:
-        raise ValueError("A critic must not see the words to come; this trunk is an encoder, not a decoder.")
+        raise ValueError(
+            "A critic must not see the words to come; this trunk is an encoder, not a decoder."
+        )
     model = language_model(config)
 
     def critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return apply_head(params["head"], model.hidden(params["trunk"], tokens, mask, last=hidden.shape[1])[0])
+        return apply_head(
+            params["head"], model.hidden(params["trunk"], tokens, mask, last=hidden.shape[1])[0]
+        )
 
     return critic
 
@@ -97,8 +109,14 @@ def reward_model(config: TransformerConfig) -> Callable[[Params, jax.Array, jax.
 
     def score(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         hidden, _ = model.hidden(params["trunk"], tokens, mask)
-        at = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1) if config.causal else jnp.argmax(mask, axis=1)
-        return apply_head(params["head"], jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0])
+        at = (
+            mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+            if config.causal
+            else jnp.argmax(mask, axis=1)
+        )
+        return apply_head(
+            params["head"], jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+        )
 
     return score
 
@@ -106,4 +124,7 @@ def reward_model(config: TransformerConfig) -> Callable[[Params, jax.Array, jax.
 def init_scorer(config: TransformerConfig, key: jax.Array, trunk: Params | None = None) -> Params:
     """Parameters of a separate critic or a reward model, with a given trunk or a fresh one."""
     trunk_key, head_key = jax.random.split(key)
-    return {"trunk": init_params(config, trunk_key) if trunk is None else trunk, "head": init_head(config.width, head_key)}
+    return {
+        "trunk": init_params(config, trunk_key) if trunk is None else trunk,
+        "head": init_head(config.width, head_key),
+    }

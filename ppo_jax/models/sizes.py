@@ -52,19 +52,47 @@ def gpt3(size: str, *, band: int = 256) -> TransformerConfig:
 
 def gpt2(size: str) -> TransformerConfig:
     """One of GPT-2's sizes: Radford et al. 2019, table 2, as released."""
-    layers, width, heads = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20),
-                            "gpt2-xl": (48, 1600, 25)}[size]  # fmt: skip
-    return TransformerConfig(vocab_size=50257, positions=1024, width=width, layers=layers, heads=heads, mlp_width=4 * width)
+    layers, width, heads = {
+        "gpt2": (12, 768, 12),
+        "gpt2-medium": (24, 1024, 16),
+        "gpt2-large": (36, 1280, 20),
+        "gpt2-xl": (48, 1600, 25),
+    }[size]
+    return TransformerConfig(
+        vocab_size=50257,
+        positions=1024,
+        width=width,
+        layers=layers,
+        heads=heads,
+        mlp_width=4 * width,
+    )
 
 
 def llama3(size: str) -> TransformerConfig:
     """One of Llama 3's sizes: Grattafiori et al. 2024 (https://arxiv.org/abs/2407.21783), table 3, with 8,192 positions."""
-    layers, width, heads, mlp_width = {"llama3-8b": (32, 4096, 32, 14336), "llama3-70b": (80, 8192, 64, 28672)}[size]
+    layers, width, heads, mlp_width = {
+        "llama3-8b": (32, 4096, 32, 14336),
+        "llama3-70b": (80, 8192, 64, 28672),
+    }[size]
     return TransformerConfig(
-        vocab_size=128256, positions=8192, width=width, layers=layers, heads=heads, kv_heads=8, mlp_width=mlp_width,
-        activation=Activation.SILU, gated=True, norm=NormKind.RMS, norm_eps=1e-5, qkv_bias=False, out_bias=False, mlp_bias=False,
-        learned_positions=False, rotary=Rotary(base=500000.0, width=width // heads), tied=False,
-    )  # fmt: skip
+        vocab_size=128256,
+        positions=8192,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=8,
+        mlp_width=mlp_width,
+        activation=Activation.SILU,
+        gated=True,
+        norm=NormKind.RMS,
+        norm_eps=1e-5,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        learned_positions=False,
+        rotary=Rotary(base=500000.0, width=width // heads),
+        tied=False,
+    )
 
 
 SIZES = {

@@ -5,8 +5,17 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.models.config import NormAt, TransformerConfig
-from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, product, round_to, soft_cap
-from ppo_jax.models.sharding import BATCH, constrain
+from ppo_jax.models.layers import (
+    MLP,
+    Attention,
+    Linear,
+    Norm,
+    last_positions,
+    product,
+    round_to,
+    soft_cap,
+)
+from ppo_jax.sharding import BATCH, constrain
 from ppo_jax.types import KVCache, LanguageModel, Params
 
 _ALIGNED = 8  # positions: tensor cores are slow at lengths that no power of two divides
@@ -19,7 +28,13 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, allowed_BSN: jax.Array, angles: jax.Array | None, cache: KVCache | None):
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        allowed_BSN: jax.Array,
+        angles: jax.Array | None,
+        cache: KVCache | None,
+    ):
         c = self.config
 
         def before(x: jax.Array, name: str) -> jax.Array:
@@ -28,7 +43,9 @@ class Block(nn.Module):
         def add(x: jax.Array, *ys: jax.Array, name: str) -> jax.Array:
             if c.norm_at is NormAt.AROUND:
                 ys = tuple(Norm(c, name=f"{name}_post_norm")(y) for y in ys)
-            total = round_to(sum((y.astype(jnp.float32) for y in ys), start=x.astype(jnp.float32)), c.dtype)
+            total = round_to(
+                sum((y.astype(jnp.float32) for y in ys), start=x.astype(jnp.float32)), c.dtype
+            )
             total = Norm(c, name=f"{name}_norm")(total) if c.norm_at is NormAt.AFTER else total
             return constrain(total, BATCH)
 
@@ -52,7 +69,9 @@ class Decoder(nn.Module):
         block = nn.remat(Block) if c.remat else Block
         self.embedding = self.param("embedding", init, (c.vocab_size, c.width))
         if c.learned_positions:
-            self.position_embedding = self.param("position_embedding", init, (c.positions + c.position_offset, c.width))
+            self.position_embedding = self.param(
+                "position_embedding", init, (c.positions + c.position_offset, c.width)
+            )
         if c.token_types:
             self.type_embedding = self.param("type_embedding", init, (c.token_types, c.width))
         if c.embedding_norm:
@@ -66,16 +85,26 @@ class Decoder(nn.Module):
             self.lm_dense, self.lm_norm = Linear(c.width, c), Norm(c)
             self.lm_bias = self.param("lm_bias", nn.initializers.zeros, (c.vocab_size,))
 
-    def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array, cache: KVCache | None = None, last: int | None = None):
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        mask_BS: jax.Array,
+        cache: KVCache | None = None,
+        last: int | None = None,
+    ):
         """`[B, S]` tokens and mask, after what the cache holds, to `[B, S, D]` hidden states, or the last, and the new cache."""
         c = self.config
         S, aligned = tokens_BS.shape[1], 1 if jnp.dtype(c.dtype) == jnp.float32 else _ALIGNED
         first = 0 if last is None else S - last
         if not 0 <= first < S:
             raise ValueError(f"last={last} must lie in 1 .. {S}, the positions of tokens.")
-        begin = first // aligned * aligned  # where the last layer begins; nothing reads its states before
+        begin = (
+            first // aligned * aligned
+        )  # where the last layer begins; nothing reads its states before
         if cache is None:
-            tokens_BS, mask_BS = (jnp.pad(x, ((0, 0), (0, -S % aligned))) for x in (tokens_BS, mask_BS))
+            tokens_BS, mask_BS = (
+                jnp.pad(x, ((0, 0), (0, -S % aligned))) for x in (tokens_BS, mask_BS)
+            )
         start, mask_BN = 0, mask_BS
         if cache is not None:
             start = cache.length
@@ -84,12 +113,17 @@ class Decoder(nn.Module):
         ago_SN = slots_S[:, None] - jnp.arange(mask_BN.shape[1])[None, :]
         # A token's position is the number of real tokens before it, so padding shifts nothing.
         position_BS = jnp.sum((ago_SN > 0)[None] & mask_BN[:, None], axis=-1)
-        reach = {window: mask_BN[:, None] & _reach(ago_SN, window, c.causal)[None] for window in dict.fromkeys(c.layer_windows)}
+        reach = {
+            window: mask_BN[:, None] & _reach(ago_SN, window, c.causal)[None]
+            for window in dict.fromkeys(c.layer_windows)
+        }
         turn = {rotary: _angles(rotary, position_BS) for rotary in (c.rotary, c.local_rotary)}
         x_BSD, keys, values = constrain(self._embed(tokens_BS, position_BS), BATCH), [], []
         for block, window in zip(self.blocks, c.layer_windows, strict=True):
             rotary = c.rotary if window is None or c.local_rotary is None else c.local_rotary
-            allowed_BSN = reach[window][:, begin:] if block is self.blocks[-1] and begin else reach[window]
+            allowed_BSN = (
+                reach[window][:, begin:] if block is self.blocks[-1] and begin else reach[window]
+            )
             x_BSD, k, v = block(x_BSD, allowed_BSN, turn[rotary], cache)
             keys.append(k)
             values.append(v)
@@ -108,7 +142,9 @@ class Decoder(nn.Module):
         if c.scale_embedding:
             x_BSD = x_BSD * jnp.sqrt(jnp.float32(c.width)).astype(c.dtype).astype(jnp.float32)
         if c.learned_positions:
-            x_BSD = x_BSD + rows(constrain(self.position_embedding, None), position_BS + c.position_offset)
+            x_BSD = x_BSD + rows(
+                constrain(self.position_embedding, None), position_BS + c.position_offset
+            )
         if c.token_types:
             x_BSD = x_BSD + rows(self.type_embedding, jnp.zeros((1, 1), jnp.int32))
         return self.embedding_norm(x_BSD) if c.embedding_norm else round_to(x_BSD, c.dtype)
@@ -118,9 +154,13 @@ class Decoder(nn.Module):
         c = self.config
         rows = hidden.reshape(-1, hidden.shape[-1])
         if c.lm_transform:
-            rows = self.lm_norm(round_to(c.activation(self.lm_dense(rows).astype(jnp.float32)), c.dtype))
+            rows = self.lm_norm(
+                round_to(c.activation(self.lm_dense(rows).astype(jnp.float32)), c.dtype)
+            )
         matrix_VD = self.embedding if c.tied else self.unembedding
-        if jnp.dtype(c.dtype) != jnp.float32 and len(rows) > 1024:  # tensor cores are fast where all lengths are multiples of 64
+        if (
+            jnp.dtype(c.dtype) != jnp.float32 and len(rows) > 1024
+        ):  # tensor cores are fast where all lengths are multiples of 64
             matrix_VD = jnp.pad(matrix_VD, ((0, -c.vocab_size % 64), (0, 0)))
         out = soft_cap(product("nd,vd->nv", rows, matrix_VD)[:, : c.vocab_size], c.logit_cap)
         out = out + self.lm_bias[None, :] if c.lm_transform else out
@@ -139,7 +179,11 @@ def _reach(ago_SN: jax.Array, window: int | None, causal: bool) -> jax.Array:
 
 def _angles(rotary, position_BS: jax.Array) -> jax.Array | None:
     """`[B, S, W/2]` float32 radians."""
-    return None if rotary is None else position_BS[..., None].astype(jnp.float32) * rotary.frequencies()[None, None, :]
+    return (
+        None
+        if rotary is None
+        else position_BS[..., None].astype(jnp.float32) * rotary.frequencies()[None, None, :]
+    )
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
@@ -166,7 +210,13 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     """
     decoder = Decoder(config)
 
-    def hidden(params: Params, tokens: jax.Array, mask: jax.Array, cache: KVCache | None = None, last: int | None = None):
+    def hidden(
+        params: Params,
+        tokens: jax.Array,
+        mask: jax.Array,
+        cache: KVCache | None = None,
+        last: int | None = None,
+    ):
         return decoder.apply({"params": params}, tokens, mask, cache, last)
 
     def logits(params: Params, hidden: jax.Array) -> jax.Array:
@@ -177,7 +227,9 @@ def language_model(config: TransformerConfig) -> LanguageModel:
 
     def init_cache(batch_size: int, slots: int) -> KVCache:
         shape = (batch_size, config.key_heads, slots, config.head_width)
-        empty = lambda: tuple(constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor") for _ in range(config.layers))
+        empty = lambda: tuple(
+            constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor") for _ in range(config.layers)
+        )
         return KVCache(empty(), empty(), jnp.zeros((batch_size, slots), bool), jnp.int32(0))
 
     return LanguageModel(hidden, logits, init_cache, rounded, about=repr(config))
