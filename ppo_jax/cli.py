@@ -1,4 +1,4 @@
-"""The command `ppo-jax`: every stage on one's own model, data and reward."""
+"""The command `ppo-jax`: PPO and the stages before and after it, on your own model and data."""
 
 import contextlib
 import itertools
@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import jax
@@ -26,23 +27,53 @@ from ppo_jax.ppo.settings import PPOConfig
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point; every error that a user can mend is one sentence and exit status 2."""
+    """Runs the command.
+
+    An error that the user can correct is printed as one sentence, with exit status 2.
+
+    Args:
+      args: the command line without the program's name; None takes it from `sys.argv`.
+    """
     args = sys.argv[1:] if args is None else args
-    spelled = list(
-        itertools.chain.from_iterable(
-            a.split("=", 1) if a.startswith("--preset=") else [a] for a in args
-        )
+    keep_compiled_programs()
+    # transformers would warn that PyTorch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        with _exit_on_interrupt(), _quiet_event_loops():
+            tyro.cli(
+                _commands(_preset(args)),
+                config=(tyro.conf.EnumChoicesFromValues,),
+                prog="ppo-jax",
+                description=__doc__,
+                args=args,
+            ).run()
+    except KeyboardInterrupt:  # raised by a reward itself
+        print("ppo-jax: Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, RuntimeError, OSError, SettingError) as error:
+        several = jax.distributed.is_initialized()
+        lost = several and isinstance(error, jax.errors.JaxRuntimeError)
+        prefix = "Another process is probably gone: " if lost else ""
+        print(f"ppo-jax: {prefix}{error}", file=sys.stderr)
+        if several:
+            processes.end(2)
+        raise SystemExit(2) from error
+
+
+def _preset(args: list[str]) -> PPOConfig:
+    """The settings of the preset that is named on the command line; an unknown one is tyro's error."""
+    words = itertools.chain.from_iterable(
+        a.split("=", 1) if a.startswith("--preset=") else [a] for a in args
     )
-    chosen = next((b for a, b in itertools.pairwise(spelled) if a == "--preset"), "default")
+    chosen = next((b for a, b in itertools.pairwise(words) if a == "--preset"), "default")
+    return PRESETS.get(chosen, PPOConfig())
+
+
+def _commands(ppo: PPOConfig) -> Any:
+    """The union of all subcommands, as tyro takes it."""
     missing = tyro.MISSING
-    train = Train(
-        model=missing,
-        prompts=missing,
-        reward=missing,
-        out=missing,
-        ppo=PRESETS.get(chosen, PPOConfig()),
-    )
-    commands = (
+    train = Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
+    return (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[SFT, tyro.conf.subcommand("sft")]
         | Annotated[Reward, tyro.conf.subcommand("reward")]
@@ -54,38 +85,11 @@ def main(args: list[str] | None = None) -> None:
         | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing))]
         | Annotated[Plan, tyro.conf.subcommand("plan", default=Plan(model=missing))]
     )
-    keep_compiled()
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # that PyTorch is not here, which nothing needs
-    try:
-        with _interrupts(), _no_leftovers():
-            tyro.cli(
-                commands,
-                config=(tyro.conf.EnumChoicesFromValues,),
-                prog="ppo-jax",
-                description=__doc__,
-                args=args,
-            ).run()
-    except KeyboardInterrupt:  # a reward's own
-        print("ppo-jax: Interrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, RuntimeError, OSError, SettingError) as error:
-        several = jax.distributed.is_initialized()
-        lost = (
-            "Another process is probably gone: "
-            if several and isinstance(error, jax.errors.JaxRuntimeError)
-            else ""
-        )
-        print(f"ppo-jax: {lost}{error}", file=sys.stderr)
-        if several:
-            processes.end(2)
-        raise SystemExit(2) from error
 
 
-def keep_compiled() -> None:
-    """Compiled programs are kept for the next start, unless JAX's own settings say where or whether."""
-    if jax.config.jax_compilation_cache_dir is None:
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs for the next start, unless JAX's own settings say where or whether."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -93,13 +97,17 @@ def keep_compiled() -> None:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Ctrl-C ends the program at once: as an exception it is lost where it meets a callback of JAX's. A run has its own way."""
+def _exit_on_interrupt() -> Iterator[None]:
+    """Ends the program at once on Ctrl-C.
+
+    As an exception, the interrupt would be lost inside a callback of JAX. A run handles it in its
+    own way.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def end(number: int, _: Any) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         os.write(2, b"ppo-jax: Interrupted.\n")
         os._exit(128 + number)
 
@@ -111,16 +119,22 @@ def _interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_leftovers() -> Iterator[None]:
-    """Where one array of a checkpoint fails, threads of TensorStore tell an event loop that is gone of all the others."""
-    shown = sys.unraisablehook
-    sys.unraisablehook = lambda about: (
-        None if str(about.exc_value) == "Event loop is closed" else shown(about)
-    )
+def _quiet_event_loops() -> Iterator[None]:
+    """Hides the errors of TensorStore's threads that report to an event loop after it is closed.
+
+    They appear for all arrays of a checkpoint when one of them cannot be read.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
     try:
         yield
     finally:
-        sys.unraisablehook = shown
+        sys.unraisablehook = show
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every exception that the package raises on purpose, and the check of settings that several of them share."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -23,20 +24,33 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
 
 
 class Fault(ValueError):
-    """What makes an update useless.
+    """Something that makes an update useless, such as a reward that fails.
 
     Attributes:
-      kind: "reward" or "logprobs" or "gradient".
-      rows: numbers of the offending rows; empty if all may be.
-      dump: those rows, as they are written to `faults.jsonl`, once they are known.
+      kind: "reward", "logprobs" or "gradient"; the settings say for each kind what a run does.
+      rows: numbers of the offending rows of the batch; empty if all rows may be at fault.
+      dump: the offending rows as they are written to `faults.jsonl`, if they are known.
     """
 
     kind = "reward"
 
-    def __init__(self, message: str, rows: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        message: str,
+        rows: tuple[int, ...] = (),
+        dump: Sequence[Mapping[str, Any]] = (),
+    ):
         super().__init__(message)
         self.rows = rows
-        self.dump: list[dict[str, Any]] = []
+        self.dump = dump
+
+    def with_rows(self, rows: tuple[int, ...]) -> "Fault":
+        """The same fault with other row numbers."""
+        return type(self)(str(self), rows, self.dump)
+
+    def select(self, rows: list[Any]) -> list[Any]:
+        """The offending ones of `rows`, or all of them if any may be at fault."""
+        return [rows[i] for i in self.rows] or rows
 
 
 class RewardError(Fault):

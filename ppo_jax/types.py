@@ -190,3 +190,46 @@ class LossFn(Protocol):
         On a mesh it may run once for each place on `data`, and the parts are added up: it divides by `counts`, not by its own rows.
         Where it says itself how an array lies, it does so by `models.sharding.constrain`, which knows that.
         """
+
+
+class KLEstimatorFn(Protocol):
+    """A per-token estimate of the KL divergence from the reference."""
+
+    def __call__(self, policy: jax.Array, reference: jax.Array, /) -> jax.Array:
+        """Returns `[B, R]` float32 from the log-probs `[B, R]`, or from the logits `[B, R, V]`, of policy and reference."""
+
+
+class AdvantageFn(Protocol):
+    """An advantage estimator."""
+
+    def __call__(
+        self,
+        rewards: jax.Array,
+        values: jax.Array,
+        mask: jax.Array,
+        *,
+        rollout: Rollout,
+        scores: Scores,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns advantages and returns, `[B, R]` float32 each, of `[B, R]` rewards, values and their mask."""
+
+
+class ResponseLossFn(Protocol):
+    """A loss of `[B, R]` arrays."""
+
+    def __call__(
+        self,
+        logprobs: jax.Array,
+        values: jax.Array,
+        entropies: jax.Array,
+        *,
+        old_logprobs: jax.Array,
+        old_values: jax.Array,
+        advantages: jax.Array,
+        returns: jax.Array,
+        mask: jax.Array,
+        value_mask: jax.Array,
+        aggregate: Callable[[jax.Array, jax.Array], jax.Array],
+        value_aggregate: Callable[[jax.Array, jax.Array], jax.Array],
+    ) -> tuple[jax.Array, Metrics]:
+        """Returns the loss, `[]` float32, and its terms by name."""

@@ -1,19 +1,27 @@
-"""A strict house: 8 virtual devices, silent broadcasting raises, nothing asks a model hub.
+"""Settings of JAX for all tests: 8 virtual CPU devices, no implicit broadcasting between ranks, no access to a model hub.
 
-What one test compiled, later ones of the same session take from a cache; so do the processes that tests start.
+The settings are environment variables where possible, so that the processes that tests start have them too. Compiled programs are
+kept in a cache folder that all processes of one session share.
 """
 
 import os
 import tempfile
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ppo_jax_tests_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Runs in tests are short: their programs should compile quickly rather than run fast.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-import everything  # noqa: E402, F401  (its compiler options, for all tests alike)
+pytest.register_assert_rewrite("helpers")

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import rlax
-from checks import assert_jit_and_vmap_agree
+from helpers import assert_jit_and_vmap_agree
 
 from ppo_jax.ops import kl, rewards
 from ppo_jax.ops.advantages import generalized_advantage_estimation

@@ -5,21 +5,21 @@ import json
 import numpy as np
 import pytest
 import transformers
-from test_train import policy, tokenizer
+from helpers import tiny_policy, word_tokenizer
 from tokenizers import AddedToken, processors
 
 from ppo_jax import data
-from ppo_jax.commands.loading import stop_ids
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.data import chat
 from ppo_jax.models.io import pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
+from ppo_jax.run.assembly import stop_ids
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} t {% endfor %}{% if add_generation_prompt %}a {% endif %}"
 
 
 def chatty():
-    words = tokenizer()
+    words = word_tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["t"]})  # the end of a turn
     words.chat_template = TEMPLATE
     return words
@@ -50,13 +50,13 @@ def test_messages_and_texts_as_messages_go_through_the_template():
 
 def test_messages_need_a_template():
     with pytest.raises(ValueError, match="chat template; this one has none"):
-        encode([{"prompt": [{"role": "user", "content": "b"}]}], tokenizer())
+        encode([{"prompt": [{"role": "user", "content": "b"}]}], word_tokenizer())
 
 
 def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
-    words, model = chatty(), policy()._replace(generation={"eos_token_id": [3, 0]})
+    words, model = chatty(), tiny_policy()._replace(generation={"eos_token_id": [3, 0]})
     turn = words.convert_tokens_to_ids("t")
-    assert chat.end_of_turn(words) == (turn,) and chat.end_of_turn(tokenizer()) == ()
+    assert chat.end_of_turn(words) == (turn,) and chat.end_of_turn(word_tokenizer()) == ()
     assert stop_ids(words, model, ("b",)) == (0, 3, turn, words.convert_tokens_to_ids("b"))
     pretrained.save_policy(tmp_path, model, words)
     assert pretrained.load_policy(tmp_path).end_ids == model.end_ids == (3, 0)
@@ -106,7 +106,7 @@ def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
 def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(
     tmp_path, template, found, special
 ):
-    words = tokenizer()
+    words = word_tokenizer()
     words.add_tokens([AddedToken("\n", special=False), AddedToken("<turn>", special=special)])
     words.chat_template = template
     turn = words.convert_tokens_to_ids("<turn>")

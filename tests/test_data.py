@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-from test_train import trainer
+from helpers import simple_trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import data
-from ppo_jax.commands.loading import stop_ids
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
+from ppo_jax.run.assembly import stop_ids
 from ppo_jax.types import Rollout
 
 WORDS = ["?", "<s>", "a", "b", "c", "[SEP]"]
@@ -163,8 +163,8 @@ def test_bytes_read_the_same_alone_and_after_a_prompt():
 
 
 def test_rewards_and_samples_get_the_text_after_the_prompt(tmp_path):
-    run, words = trainer(tmp_path / "run"), sentencepiece()
-    run.tokenizer = words
+    run, words = simple_trainer(tmp_path / "run"), sentencepiece()
+    run.learner = run.learner._replace(tokenizer=words)
     ids = words.convert_tokens_to_ids(
         ["▁film", "▁film", "<s>", "▁The", "▁film", "▁is", "▁good", "ing", "<s>", "▁is"]
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_train import tokenizer as words
+from helpers import word_tokenizer
 
 from experiments import assets
 from ppo_jax.models import heads
@@ -66,7 +66,7 @@ def test_an_encoder_needs_its_own_tokenizer(tmp_path):
         intermediate_size=8,
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
-    words().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="gives ids up to 20, but the model has vocab_size=20"):
         encoder.load_encoder(tmp_path)
 

@@ -8,130 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_gpt2 import left_padded
+from helpers import FAMILIES, FAMILY_SIZE, family_peer, left_padded
 
 from ppo_jax.models import heads
 from ppo_jax.models.io import pretrained, scorers, weights
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.rollout import generate
 
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-GROUPED = {"num_key_value_heads": 2}
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-GEMMA = {**GROUPED, "head_dim": 6, "query_pre_attn_scalar": 10, "sliding_window": 4}
-CASES = {
-    "neo": (
-        "GPTNeo",
-        {
-            "num_layers": 3,
-            "num_heads": 4,
-            "attention_types": [[["global", "local", "local"], 1]],
-            "window_size": 4,
-            "num_hidden_layers": None,
-            "num_attention_heads": None,
-        },
-    ),
-    "neox": ("GPTNeoX", {}),
-    "neox, in a row, all turns": (
-        "GPTNeoX",
-        {
-            "use_parallel_residual": False,
-            "attention_bias": False,
-            "hidden_act": "gelu_new",
-            "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 1.0},
-        },
-    ),
-    "llama": ("Llama", {"num_key_value_heads": 4}),
-    "llama 3.1": ("Llama", {**GROUPED, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
-    "llama, linear, biases, wide": (
-        "Llama",
-        {
-            "num_key_value_heads": 1,
-            "head_dim": 12,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
-        },
-    ),
-    "llama, a share of turns that counts for nothing": (
-        "Llama",
-        {
-            **GROUPED,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 100.0,
-                "partial_rotary_factor": 0.5,
-            },
-        },
-    ),
-    "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}),
-    "mistral, no window": ("Mistral", {**GROUPED, "sliding_window": None}),
-    "qwen2": ("Qwen2", {**GROUPED, "tie_word_embeddings": True}),
-    "qwen2, windows": (
-        "Qwen2",
-        {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    ),
-    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 12}),
-    "gemma2": ("Gemma2", GEMMA),
-    "gemma3": (
-        "Gemma3",
-        {
-            **GEMMA,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-            "final_logit_softcapping": 5.0,
-            "attn_logit_softcapping": 1.0,
-        },
-    ),
-    "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
-    "bert, apart": ("Bert", {"is_decoder": True, "tie_word_embeddings": False}),
-    "roberta": ("Roberta", {"is_decoder": True, "pad_token_id": 0}),
-    "xlm-roberta, apart": (
-        "XLMRoberta",
-        {"is_decoder": True, "pad_token_id": 3, "tie_word_embeddings": False},
-    ),
-}
-BIASES = {"Bert": "LMHeadModel"}
 
-
-def peer(case, folder):
-    name, changes = CASES[case]
-    options = {
-        k: v
-        for k, v in {**SMALL, **changes}.items()
-        if not (k in changes and v is None and k.startswith("num_"))
-    }
-    suffix = "TextConfig" if name == "Gemma3" else "Config"
-    config = getattr(transformers, name + suffix)(**options)
-    torch.manual_seed(0)
-    model = getattr(transformers, name + BIASES.get(name, "ForCausalLM"))(config).eval()
-    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a wrong one
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
-    torch_model = peer(case, tmp_path)
+    torch_model = family_peer(case, tmp_path)
     loaded = pretrained.load_policy(tmp_path)
     model = language_model(loaded.config)
     tokens, mask = left_padded()
@@ -176,9 +63,9 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
     np.testing.assert_array_equal(np.asarray(out.tokens)[:, : texts.shape[1]], texts)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_there_and_back_is_bit_identical(tmp_path, case):
-    torch_model = peer(case, tmp_path / "a")
+    torch_model = family_peer(case, tmp_path / "a")
     loaded = pretrained.load_policy(tmp_path / "a")
     pretrained.save_policy(tmp_path / "b", loaded)
     again = type(torch_model).from_pretrained(tmp_path / "b")
@@ -198,7 +85,7 @@ def test_scores_equal_transformers_and_come_back(tmp_path, name):
     """A reward model in its `ForSequenceClassification` class; BERT as the encoder that it is."""
     torch.manual_seed(0)
     options = {
-        **SMALL,
+        **FAMILY_SIZE,
         "num_key_value_heads": 4,
         **({"n_embd": 32, "n_layer": 3, "n_head": 4} if name == "GPT2" else {}),
     }
@@ -238,7 +125,7 @@ def test_scores_equal_transformers_and_come_back(tmp_path, name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_shards_load(tmp_path, dtype):
     """A sharded file of 16-bit tensors, as `transformers` writes it; ours are its numbers in float32."""
-    model = peer("llama", tmp_path / "a").to(getattr(torch, dtype))
+    model = family_peer("llama", tmp_path / "a").to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "b", max_shard_size="20KB")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
     loaded = pretrained.load_policy(tmp_path / "b")
@@ -247,7 +134,7 @@ def test_half_precision_shards_load(tmp_path, dtype):
 
 
 def test_we_write_shards(tmp_path):
-    peer("llama", tmp_path / "a")
+    family_peer("llama", tmp_path / "a")
     loaded = pretrained.load_policy(tmp_path / "a")
     table = pretrained.family_of("llama").rules(loaded.config)
     weights.write_safetensors(
@@ -275,7 +162,7 @@ def test_we_write_shards(tmp_path):
     ],
 )
 def test_a_config_that_cannot_be_is_refused(changes, says):
-    hf = transformers.LlamaConfig(**SMALL).to_dict()
+    hf = transformers.LlamaConfig(**FAMILY_SIZE).to_dict()
     hf = {k: v for k, v in {**hf, **changes}.items() if not (k in changes and v is None)}
     with pytest.raises(ValueError, match=says):
         pretrained.config_of(hf)
@@ -300,7 +187,7 @@ def test_a_config_that_cannot_be_is_refused(changes, says):
 )
 def test_a_key_that_a_config_lacks_means_what_transformers_takes_for_it(name):
     sizes = {
-        key: SMALL[key]
+        key: FAMILY_SIZE[key]
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     }
     few = (
@@ -322,7 +209,7 @@ def test_a_key_that_a_config_lacks_means_what_transformers_takes_for_it(name):
 
 
 def test_a_bfloat16_base_is_saved_as_the_float32_that_it_says(tmp_path):
-    peer("llama", tmp_path / "full").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    family_peer("llama", tmp_path / "full").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     loaded = pretrained.load_policy(tmp_path / "half")
     tuned = loaded._replace(
         params=jax.tree.map(lambda x: x + 1e-4, loaded.params)
@@ -339,7 +226,7 @@ def test_a_bfloat16_base_is_saved_as_the_float32_that_it_says(tmp_path):
 
 
 def test_norms_named_as_in_tensorflow_are_read(tmp_path):
-    peer("bert", tmp_path)
+    family_peer("bert", tmp_path)
     stored = dict(weights.StoredTensors(tmp_path))
     want = pretrained.load_policy(tmp_path).params
     old = {
@@ -354,7 +241,7 @@ def test_norms_named_as_in_tensorflow_are_read(tmp_path):
 
 
 def test_no_more_than_one_stored_tensor_is_held_at_a_time(tmp_path, monkeypatch):
-    peer("llama", tmp_path)
+    family_peer("llama", tmp_path)
     alive, most, read = weakref.WeakSet(), 0, weights.StoredTensors.__getitem__
 
     class Tensor(np.ndarray):
@@ -424,7 +311,7 @@ def test_the_single_file_counts_where_an_index_lies_beside_it_as_in_transformers
     ],
 )
 def test_whole_numbers_are_no_weights_and_a_name_counts_once(tmp_path, name, kind, says):
-    peer("llama", tmp_path)
+    family_peer("llama", tmp_path)
     weights.write_safetensors(
         tmp_path, {**dict(weights.StoredTensors(tmp_path)), name: np.ones(32, kind)}.items()
     )
@@ -438,7 +325,7 @@ def test_whole_numbers_are_no_weights_and_a_name_counts_once(tmp_path, name, kin
 def test_an_output_that_is_not_the_embedding_counts_whatever_the_config_says_as_in_transformers(
     tmp_path, case, output, caplog
 ):
-    kind = type(peer(case, tmp_path))
+    kind = type(family_peer(case, tmp_path))
     stored = dict(weights.StoredTensors(tmp_path))
     other = np.random.default_rng(0).normal(size=(61, 32)).astype(np.float32)
     bias = {
@@ -467,7 +354,7 @@ def test_an_output_that_is_not_the_embedding_counts_whatever_the_config_says_as_
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "bert", "roberta"])
 def test_no_tokenizer_is_invented(tmp_path, case):
-    peer(case, tmp_path)
+    family_peer(case, tmp_path)
     with pytest.raises(
         ValueError, match=r"holds no tokenizer that can be loaded: none of tokenizer\.json, "
     ):

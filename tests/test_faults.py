@@ -14,14 +14,13 @@ import sys
 import time
 import types
 
-import everything
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import tyro
-from everything import PPO, likes_b, trainer
+from helpers import FULL_PPO, full_trainer, likes_b, tiny_policy, word_tokenizer
 from tokenizers import normalizers
 
 from ppo_jax import cli, data, errors
@@ -32,8 +31,6 @@ from ppo_jax.hashing import digest
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained
-from ppo_jax.models.io.families import gpt2
-from ppo_jax.models.transformer import init_params
 from ppo_jax.ppo import iteration
 from ppo_jax.reward_functions import ModelReward, TextReward, TokenReward, check_scores
 from ppo_jax.reward_functions.loading import load_reward
@@ -71,9 +68,9 @@ def raises(scores):
     ids=["raises", "none", "hangs"],
 )
 def test_a_reward_that_fails_is_asked_again(tmp_path, how):
-    calm = trainer(tmp_path / "calm", updates=3)
+    calm = full_trainer(tmp_path / "calm", updates=3)
     limits = Faults(reward_retries=2, reward_timeout_s=1.0)
-    run = trainer(tmp_path / "run", updates=3, reward=failing(1, 2, how), faults=limits)
+    run = full_trainer(tmp_path / "run", updates=3, reward=failing(1, 2, how), faults=limits)
     assert digest(calm.run().train.params) == digest(run.run().train.params)
     assert not (tmp_path / "run/faults.jsonl").exists()
 
@@ -83,7 +80,7 @@ def test_a_reward_that_fails_is_asked_again(tmp_path, how):
     [(with_nan, "nan for response 3", 1), (raises, "KeyError in test_faults.py, line", 16)],
 )
 def test_a_reward_that_goes_on_failing_stops_the_run_after_a_checkpoint(tmp_path, how, says, rows):
-    run = trainer(
+    run = full_trainer(
         tmp_path / "run",
         updates=5,
         save_every=0,
@@ -99,33 +96,33 @@ def test_a_reward_that_goes_on_failing_stops_the_run_after_a_checkpoint(tmp_path
         and dumped[0]["kind"] == "reward"
         and says[:8] in dumped[0]["message"]
     )
-    resumed = trainer(
+    resumed = full_trainer(
         tmp_path / "run", updates=5, save_every=0, resume="auto", reward=failing(99, 0, raises)
     )
     assert int(resumed.state.update) == 2
     again = digest(resumed.run().train.params)
-    assert again == digest(trainer(tmp_path / "calm", updates=5).run().train.params)
+    assert again == digest(full_trainer(tmp_path / "calm", updates=5).run().train.params)
     assert not (tmp_path / "run/faults.jsonl").exists()  # of an update that was done again
 
 
 def test_a_reward_that_fails_in_an_evaluation_stops_the_run_after_a_checkpoint(tmp_path):
     again = {"updates": 3, "save_every": 0, "eval_every": 1}
     with pytest.raises(RewardError, match="KeyError"):
-        trainer(tmp_path / "run", reward=failing(1, 1, raises), **again).run()
+        full_trainer(tmp_path / "run", reward=failing(1, 1, raises), **again).run()
     dumped = read_lines(tmp_path / "run/faults.jsonl")
     assert "In the evaluation after update 0: " in dumped[0]["message"] and all(
         row["prompt"] and row["tokens"] for row in dumped
     )
-    resumed = trainer(tmp_path / "run", resume="yes", reward=failing(99, 0, raises), **again)
+    resumed = full_trainer(tmp_path / "run", resume="yes", reward=failing(99, 0, raises), **again)
     assert int(resumed.state.update) == 1
-    calm = trainer(tmp_path / "calm", reward=failing(99, 0, raises), **again)
+    calm = full_trainer(tmp_path / "calm", reward=failing(99, 0, raises), **again)
     assert digest(resumed.run().train.params) == digest(calm.run().train.params)
     assert compare(tmp_path / "run", tmp_path / "calm") == []
 
 
 def test_a_reward_that_hangs_is_left(tmp_path):
     hangs = failing(1, 9, lambda scores: time.sleep(30))
-    run = trainer(
+    run = full_trainer(
         tmp_path / "run", updates=3, save_every=0, reward=hangs, faults=Faults(reward_timeout_s=1.0)
     )
     with pytest.raises(RewardError, match="took more than 1 s"):
@@ -134,7 +131,7 @@ def test_a_reward_that_hangs_is_left(tmp_path):
 
 
 def test_an_update_may_be_skipped_instead(tmp_path, capsys):
-    run = trainer(
+    run = full_trainer(
         tmp_path / "run", updates=3, reward=failing(1, 1, with_nan), faults=Faults(reward="skip")
     )
     seen = []
@@ -151,9 +148,11 @@ def test_an_update_may_be_skipped_instead(tmp_path, capsys):
 
 def test_scores_that_would_spoil_the_running_scale_are_a_fault(tmp_path):
     huge = failing(1, 1, lambda scores: [3e38, *scores[1:]])
-    run = trainer(tmp_path / "run", updates=3, reward=huge, faults=Faults(reward="skip"))
+    run = full_trainer(tmp_path / "run", updates=3, reward=huge, faults=Faults(reward="skip"))
     run.run()
-    assert np.isfinite(run.state.scale).all() and int(run.state.scale.count) == 2 * PPO.batch_size
+    assert (
+        np.isfinite(run.state.scale).all() and int(run.state.scale.count) == 2 * FULL_PPO.batch_size
+    )
     assert (
         "The score 3e+38 of response 0 is too large"
         in read_lines(tmp_path / "run/faults.jsonl")[0]["message"]
@@ -166,7 +165,7 @@ def test_a_signal_while_scores_are_made_stops_after_a_checkpoint(tmp_path, call)
         os.kill(os.getpid(), signal.SIGTERM)
         return scores
 
-    run = trainer(
+    run = full_trainer(
         tmp_path / "run", updates=4, save_every=0, eval_every=1, reward=failing(call, 1, signals)
     )
     with pytest.raises(SystemExit) as stop:
@@ -191,7 +190,7 @@ def spoiled(run, leaf=None):
 
 
 def test_values_that_are_not_finite_are_caught(tmp_path):
-    run = spoiled(trainer(tmp_path / "run", updates=3))
+    run = spoiled(full_trainer(tmp_path / "run", updates=3))
     with pytest.raises(NonFiniteError, match="A value is not finite in 16 of 16 responses"):
         run.run()
     assert len(read_lines(tmp_path / "run/faults.jsonl")) == 16
@@ -202,10 +201,12 @@ def test_values_that_are_not_finite_are_caught(tmp_path):
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy, capsys):
     huge = lambda prompts, responses: [3e38] * len(responses)  # finite, but its square is not
-    ppo = PPO.__class__(
-        **{**vars(PPO), "scale_scores": False, "whiten_rewards": False, "target_kl": None}
+    ppo = FULL_PPO.__class__(
+        **{**vars(FULL_PPO), "scale_scores": False, "whiten_rewards": False, "target_kl": None}
     )
-    run = trainer(tmp_path / "run", ppo=ppo, updates=2, reward=huge, faults=Faults(gradient=policy))
+    run = full_trainer(
+        tmp_path / "run", ppo=ppo, updates=2, reward=huge, faults=Faults(gradient=policy)
+    )
     before = digest(run.state.train.params)
     if policy == "stop":
         with pytest.raises(errors.GradientError, match="not finite; 4 steps"):
@@ -233,9 +234,9 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy,
 
 def test_parameters_that_a_step_spoilt_are_not_saved(tmp_path):
     spoils = dataclasses.replace(
-        PPO, learning_rate=1e38, weight_decay=1e3, target_kl=None, epochs=1, minibatches=1
+        FULL_PPO, learning_rate=1e38, weight_decay=1e3, target_kl=None, epochs=1, minibatches=1
     )
-    run = trainer(tmp_path / "run", ppo=spoils, updates=2, faults=Faults(gradient="skip"))
+    run = full_trainer(tmp_path / "run", ppo=spoils, updates=2, faults=Faults(gradient="skip"))
     with pytest.raises(errors.SpoiltError, match="The new parameters are not finite"):
         run.run()
     assert run.checkpoints.steps() == [] and len(read_lines(tmp_path / "run/metrics.jsonl")) == 1
@@ -262,13 +263,7 @@ def test_persist_and_its_settings():
 def folder(tmp_path_factory):
     """A run of the command, six updates with a checkpoint after every second."""
     place = tmp_path_factory.mktemp("command")
-    config = TransformerConfig(
-        vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32
-    )
-    model = pretrained.Pretrained(
-        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
-    )
-    pretrained.save_policy(place / "model", model, everything.tokenizer())
+    pretrained.save_policy(place / "model", tiny_policy(layers=1), word_tokenizer())
     (place / "prompts.txt").write_text("a b\nc\nd e f\n")
     (place / "reward.py").write_text(
         "def score(prompts, responses):\n    return [r.count('b') for r in responses]\n"
@@ -520,7 +515,7 @@ def cancelled(scores):
 
 
 def test_a_cancelled_task_is_a_reward_that_failed(tmp_path):
-    run = trainer(tmp_path / "run", updates=3, save_every=0, reward=failing(1, 9, cancelled))
+    run = full_trainer(tmp_path / "run", updates=3, save_every=0, reward=failing(1, 9, cancelled))
     with pytest.raises(RewardError, match="CancelledError"):
         run.run()
     assert run.checkpoints.steps() == [1]
@@ -609,13 +604,13 @@ def test_numbers_that_no_array_holds_are_one_sentence(folder, tmp_path, capsys, 
 
 
 def test_the_hash_of_a_tokenizer_sees_its_rules_and_no_last_call():
-    one, other = everything.tokenizer(), everything.tokenizer()
+    one, other = word_tokenizer(), word_tokenizer()
     other.backend_tokenizer.normalizer = normalizers.Lowercase()
     before = tokenizer_hash(one)
     one(["a b c"], truncation=True, max_length=2)
     assert tokenizer_hash(one) == before != tokenizer_hash(other)
     reward = lambda words: code_hash(ModelReward(len, {}, words, 8, 0))
-    assert reward(one) == reward(everything.tokenizer()) != reward(other)
+    assert reward(one) == reward(word_tokenizer()) != reward(other)
 
 
 def test_a_bad_pattern_is_one_sentence(folder, tmp_path, capsys):
@@ -677,7 +672,7 @@ def test_odd_words_of_a_reward_are_written_as_they_are(tmp_path):
     def odd(scores):
         raise ValueError("half of a pair: \ud800")
 
-    run = trainer(
+    run = full_trainer(
         tmp_path / "run", updates=2, reward=failing(0, 1, odd), faults=Faults(reward="skip")
     )
     run.run()
@@ -709,9 +704,9 @@ def clears(prompts, responses):
 
 
 def test_a_reward_may_be_as_odd_as_it_likes(tmp_path):
-    run = trainer(tmp_path / "run", updates=1, samples=0)
+    run = full_trainer(tmp_path / "run", updates=1, samples=0)
     batch = run.prompts.take(np.arange(16) % 6)
-    seen = run._sample(run.state, batch)[1]
+    seen = run.collector.collect(run.state, batch).host_rollout
     ask = lambda function: TextReward(function)(seen, batch, ["a"] * 16)
     for function, says in (
         (lambda p, r: Unreadable(), "must return 16 numbers"),
@@ -726,7 +721,7 @@ def test_a_reward_may_be_as_odd_as_it_likes(tmp_path):
 
 
 def test_the_cause_of_what_is_not_finite_is_named_first(tmp_path):
-    run = trainer(tmp_path / "run", updates=1, adapters=False)
+    run = full_trainer(tmp_path / "run", updates=1, adapters=False)
     params = run.state.train.params
     params = {**params, "policy": jax.tree.map(lambda x: x * jnp.nan, params["policy"])}
     run.state = run.state.replace(train=run.state.train.replace(params=params))
@@ -789,7 +784,7 @@ def test_a_run_that_goes_on_has_no_summary_until_it_ends(folder, tmp_path, capsy
     command = parsed(
         train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"})
     )
-    trainer, _, _ = command.build(out)
+    trainer = command.build(out)
     assert not (out / "summary.json").exists()
     trainer.step()
     trainer.checkpoints.close()
@@ -798,7 +793,7 @@ def test_a_run_that_goes_on_has_no_summary_until_it_ends(folder, tmp_path, capsy
     cli.main(train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"}))
     assert (
         read_json(out / "summary.json")["updates"] == 4
-        and f"The run in {out} goes on after 2 updates." in capsys.readouterr().out
+        and f"The run in {out} continues after 2 updates." in capsys.readouterr().out
     )
 
 
@@ -842,6 +837,6 @@ def test_the_folder_is_held_until_the_model_is_written(folder, tmp_path, monkeyp
 
 
 def test_the_hash_of_a_tokenizer_sees_that_spaces_are_cleaned_up():
-    one, other = everything.tokenizer(), everything.tokenizer()
+    one, other = word_tokenizer(), word_tokenizer()
     other.clean_up_tokenization_spaces = True
     assert tokenizer_hash(one) != tokenizer_hash(other)

@@ -5,22 +5,19 @@ import random
 import shutil
 import signal
 
-import everything
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from helpers import FULL_PPO, tiny_policy, word_tokenizer
 
 from ppo_jax import cli, data
 from ppo_jax.commands.runs import compare
 from ppo_jax.errors import CheckpointError
 from ppo_jax.hashing import digest
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained
-from ppo_jax.models.io.families import gpt2
-from ppo_jax.models.transformer import init_params
 from ppo_jax.ops.kl import fixed_kl
 from ppo_jax.ops.rewards import running_scale
 from ppo_jax.ppo import iteration
@@ -65,11 +62,8 @@ def no_hang():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     place = tmp_path_factory.mktemp("fuzz") / "model"
-    config = TransformerConfig(vocab_size=21, positions=16, width=8, layers=1, heads=2, mlp_width=8)
-    made = pretrained.Pretrained(
-        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
-    )
-    pretrained.save_policy(place, made, everything.tokenizer())
+    small = tiny_policy(width=8, layers=1, mlp_width=8)
+    pretrained.save_policy(place, small, word_tokenizer())
     return place
 
 
@@ -103,16 +97,14 @@ def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
     def trace(trainer, on_update=None):
         state, prompts = (
             trainer.state,
-            trainer.prompts.take(np.zeros(trainer.agent.config.batch_size, int)),
+            trainer.prompts.take(np.zeros(trainer.learner.agent.config.batch_size, int)),
         )
-        rollout = jax.eval_shape(
-            trainer._steps.sample, state, prompts.tokens, prompts.mask, frozen=trainer.frozen
-        )
-        scores = jax.eval_shape(
-            trainer._steps.score, state, trainer.ref_params, rollout, frozen=trainer.frozen
-        )
+        collector = trainer.collector
+        steps, frozen, ref_params = collector.steps, collector.frozen, collector.ref_params
+        rollout = jax.eval_shape(steps.sample, state, prompts.tokens, prompts.mask, frozen=frozen)
+        scores = jax.eval_shape(steps.score, state, ref_params, rollout, frozen=frozen)
         task = jax.ShapeDtypeStruct(rollout.ended.shape, jnp.float32)
-        jax.eval_shape(trainer._steps.learn, state, rollout, scores, task, frozen=trainer.frozen)
+        jax.eval_shape(steps.learn, state, rollout, scores, task, frozen=frozen)
         raise ValueError("The settings can be traced.")
 
     monkeypatch.setattr("ppo_jax.run.trainer.Trainer.run", trace)
@@ -136,7 +128,7 @@ def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
     ]
     chance = random.Random(part)
     fields = [
-        *(f"ppo.{name.replace('_', '-')}" for name in vars(everything.PPO)),
+        *(f"ppo.{name.replace('_', '-')}" for name in vars(FULL_PPO)),
         "loop.updates",
         "loop.keep",
         "loop.save-every",
@@ -183,7 +175,7 @@ def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
 
 
 def test_600_prompt_files(tmp_path):
-    chance, words = random.Random(1), everything.tokenizer()
+    chance, words = random.Random(1), word_tokenizer()
     # fmt: off
     odd = [
         "", " ", "a", "\u202e", "\ud7ff", "\U0001f642" * 9, "a\x00b", "e\u0301" * 30, "a " * 5000, "\ufeffa", "\u2028", "\r",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import gpt2_peer, left_padded
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained, weights
@@ -22,37 +23,9 @@ CASES = [
 ]
 
 
-def peer(tmp_path, **changes):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=61,
-        n_positions=48,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=1,
-        pad_token_id=0,
-        **changes,
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():  # biases start at 0, which would hide a wrong one
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    model.save_pretrained(tmp_path)
-    return model
-
-
-def left_padded(rows=5, length=10, vocab=61):
-    rng = np.random.default_rng(1)
-    mask = np.arange(length)[None] >= rng.integers(0, length - 2, (rows, 1))
-    return np.where(mask, rng.integers(2, vocab, (rows, length)), 0), mask
-
-
 @pytest.mark.parametrize("changes", CASES)
 def test_logits_and_greedy_generation_equal_transformers(tmp_path, changes):
-    torch_model = peer(tmp_path, **changes)
+    torch_model = gpt2_peer(tmp_path, **changes)
     loaded = pretrained.load_policy(tmp_path)
     model = language_model(loaded.config)
     tokens, mask = left_padded()
@@ -90,7 +63,7 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, changes):
 
 
 def test_saved_model_loads_in_transformers_and_comes_back_bit_identical(tmp_path):
-    torch_model = peer(tmp_path / "a")
+    torch_model = gpt2_peer(tmp_path / "a")
     loaded = pretrained.load_policy(tmp_path / "a")
     pretrained.save_policy(tmp_path / "b", loaded)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
@@ -124,7 +97,7 @@ def test_our_own_config_loads_in_transformers(tmp_path):
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
-    peer(tmp_path)
+    gpt2_peer(tmp_path)
     tensors = dict(weights.StoredTensors(tmp_path))
     lost = {k: v for k, v in tensors.items() if k != "transformer.h.1.mlp.c_fc.bias"}
     weights.write_safetensors(
@@ -149,7 +122,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_cached_logprobs_equal_the_full_forward(tmp_path, temperature):
-    peer(tmp_path)
+    gpt2_peer(tmp_path)
     loaded = pretrained.load_policy(tmp_path)
     model = language_model(loaded.config)
     tokens, mask = map(jnp.asarray, left_padded())
@@ -174,7 +147,7 @@ def test_cached_logprobs_equal_the_full_forward(tmp_path, temperature):
 
 
 def test_samples_do_not_depend_on_the_batch_or_on_padding(tmp_path):
-    peer(tmp_path)
+    gpt2_peer(tmp_path)
     loaded = pretrained.load_policy(tmp_path)
     model = language_model(loaded.config)
     tokens, mask = map(jnp.asarray, left_padded())

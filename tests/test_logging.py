@@ -5,14 +5,11 @@ import resource
 import signal
 import struct
 
-import jax
 import pytest
+from helpers import tiny_policy
 from tensorboardX.proto.event_pb2 import Event
 
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained
-from ppo_jax.models.io.families import gpt2
-from ppo_jax.models.transformer import init_params
 from ppo_jax.run.files import lock, read_lines
 from ppo_jax.run.logging import RunLog
 
@@ -53,12 +50,7 @@ def test_a_line_that_the_disk_refuses_leaves_no_half(tmp_path, small_disk):
 
 
 def test_a_model_that_the_disk_refuses_is_one_sentence(tmp_path, small_disk):
-    config = TransformerConfig(
-        vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32
-    )
-    model = pretrained.Pretrained(
-        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
-    )
+    model = tiny_policy(layers=1)
     small_disk(4000)
     with pytest.raises(ValueError, match=r"model cannot be written: .*File too large"):
         pretrained.save_policy(tmp_path / "model", model)

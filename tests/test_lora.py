@@ -9,9 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_families import peer
-from test_gpt2 import left_padded
-from test_gpt2 import peer as gpt2_peer
+from helpers import family_peer, gpt2_peer, left_padded, logits_of, noisy_adapters
 
 from ppo_jax.models import heads, lora
 from ppo_jax.models.io import adapter_files, pretrained
@@ -25,25 +23,13 @@ SOME = lora.LoRA(rank=4, alpha=4.0, targets=r"layer_[02]/attn/(q|v)$", stabilise
 
 
 def load(kind, folder):
-    (gpt2_peer if kind == "gpt2" else functools.partial(peer, kind))(folder)
+    (gpt2_peer if kind == "gpt2" else functools.partial(family_peer, kind))(folder)
     return pretrained.load_policy(folder)
 
 
 def with_scale(loaded, one):
     config = dataclasses.replace(loaded.config, lora_scale=one.scale)
     return config, language_model(config)
-
-
-def noisy(adapters):
-    leaves, tree = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    return tree.unflatten(
-        [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
-
-
-def logits(model, params, tokens, mask):
-    return model.logits(params, model.hidden(params, jnp.asarray(tokens), jnp.asarray(mask))[0])
 
 
 @pytest.mark.parametrize(
@@ -79,18 +65,21 @@ def test_fresh_adapters_change_no_bit_and_merged_ones_change_little(tmp_path, ki
     _, model = with_scale(loaded, one)
     fresh, batch = lora.init_lora(loaded.params, jax.random.key(0), one), left_padded()
     np.testing.assert_array_equal(
-        logits(model, overlay(loaded.params, fresh), *batch), logits(model, loaded.params, *batch)
+        logits_of(model, overlay(loaded.params, fresh), *batch),
+        logits_of(model, loaded.params, *batch),
     )
-    compiled = jax.jit(functools.partial(logits, model))
+    compiled = jax.jit(functools.partial(logits_of, model))
     np.testing.assert_array_equal(
         compiled(overlay(loaded.params, fresh), *batch), compiled(loaded.params, *batch)
     )
-    full = overlay(loaded.params, noisy(fresh))
-    want = logits(model, full, *batch)
-    assert np.abs(np.asarray(want - logits(model, loaded.params, *batch))).max() > 0.1
+    full = overlay(loaded.params, noisy_adapters(fresh))
+    want = logits_of(model, full, *batch)
+    assert np.abs(np.asarray(want - logits_of(model, loaded.params, *batch))).max() > 0.1
     merged = lora.merge(full, one.scale)
     assert jax.tree.structure(merged) == jax.tree.structure(loaded.params)
-    np.testing.assert_allclose(logits(model, merged, *batch)[batch[1]], want[batch[1]], atol=1e-5)
+    np.testing.assert_allclose(
+        logits_of(model, merged, *batch)[batch[1]], want[batch[1]], atol=1e-5
+    )
 
 
 RANKS = lora.LoRA(
@@ -115,7 +104,7 @@ RANKS = lora.LoRA(
 def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
     loaded = load(kind, tmp_path / "base")
     config, model = with_scale(loaded, one)
-    adapters = noisy(lora.init_lora(loaded.params, jax.random.key(0), one))
+    adapters = noisy_adapters(lora.init_lora(loaded.params, jax.random.key(0), one))
     adapter_files.save_adapter(
         tmp_path / "adapter",
         adapters,
@@ -124,7 +113,9 @@ def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
         loaded.hf_config["model_type"],
         str(tmp_path / "base"),
     )
-    base = (gpt2_peer if kind == "gpt2" else functools.partial(peer, kind))(tmp_path / "base")
+    base = (gpt2_peer if kind == "gpt2" else functools.partial(family_peer, kind))(
+        tmp_path / "base"
+    )
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     tokens, mask = left_padded()
     positions = torch.tensor(np.maximum(np.cumsum(mask, 1) - 1, 0))
@@ -132,7 +123,7 @@ def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
         want = theirs(
             torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=positions
         ).logits.numpy()
-    got = logits(model, overlay(loaded.params, adapters), tokens, mask)
+    got = logits_of(model, overlay(loaded.params, adapters), tokens, mask)
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
 
     own, scale = adapter_files.load_adapter(
@@ -140,7 +131,7 @@ def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
     )
     assert scale == pytest.approx(one.scale)
     np.testing.assert_allclose(
-        logits(model, overlay(loaded.params, own), tokens, mask)[mask],
+        logits_of(model, overlay(loaded.params, own), tokens, mask)[mask],
         np.asarray(got)[mask],
         atol=1e-5,
     )
@@ -150,7 +141,7 @@ def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
     )
     assert scale == pytest.approx(one.scale)
     np.testing.assert_allclose(
-        logits(model, overlay(loaded.params, back), tokens, mask)[mask],
+        logits_of(model, overlay(loaded.params, back), tokens, mask)[mask],
         np.asarray(got)[mask],
         atol=1e-5,
     )
@@ -227,7 +218,7 @@ def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
 
 def peft_adapter(folder, **settings):
     """An adapter that peft made over a Llama, noise in it, and the Llama loaded here; and their logits."""
-    base = peer("llama", folder / "base")
+    base = family_peer("llama", folder / "base")
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **settings)).eval()
     with torch.no_grad():
         for name, x in theirs.named_parameters():
@@ -253,7 +244,7 @@ def test_each_layer_keeps_its_own_scale(tmp_path, settings):
     model = language_model(dataclasses.replace(loaded.config, lora_scale=scale))
     tokens = np.arange(2, 14)[None]
     np.testing.assert_allclose(
-        logits(model, overlay(loaded.params, adapters), tokens, tokens > 0), want, atol=1e-4
+        logits_of(model, overlay(loaded.params, adapters), tokens, tokens > 0), want, atol=1e-4
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import rlax
-from checks import HOW, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
+from helpers import MAPPINGS, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
 
 from ppo_jax.ops.losses import (
     clipped_policy_loss,
@@ -280,7 +280,7 @@ def test_micro_batches_add_up(policy, critic, aggregate, count):
     jax.tree.map(close, jax.tree.map(lambda *xs: jnp.concatenate(xs), *gradients), gradient)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", MAPPINGS)
 def test_devices(policy, how):
     """Local sum over the global count, then a sum over devices, for the loss and the gradient of a shared parameter."""
     mask = policy[-1]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from checks import HOW, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
+from helpers import MAPPINGS, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
 
 from ppo_jax.ops import masked
 
@@ -116,7 +116,7 @@ def test_blind_under_mask(batch, name):
     assert_blind_under_mask(of, (x,), mask)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", MAPPINGS)
 @pytest.mark.parametrize("name", GLOBAL)
 def test_devices(how, name):
     """Global moments, though the devices hold 0 to 14 real tokens each; per-device moments would differ."""
@@ -129,7 +129,7 @@ def test_devices(how, name):
     close(pieces, np.broadcast_to(whole, pieces.shape))
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", MAPPINGS)
 def test_counts_on_devices(how):
     mask = oracles.ragged_mask(np.random.default_rng(5), B, R)
     mask[:2] = False

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from test_lora import noisy
-from test_train import policy, tokenizer
+from helpers import noisy_adapters, tiny_policy, word_tokenizer
 
 from ppo_jax import cli
 from ppo_jax.commands import models
@@ -37,8 +36,8 @@ def test_gpt3_has_the_parameters_that_its_name_says(size):
 
 
 def test_info_counts_what_is_in_the_file(tmp_path, capsys):
-    model = policy()
-    pretrained.save_policy(tmp_path, model, tokenizer())
+    model = tiny_policy()
+    pretrained.save_policy(tmp_path, model, word_tokenizer())
     cli.main(
         [
             "info",
@@ -62,7 +61,7 @@ def test_info_counts_what_is_in_the_file(tmp_path, capsys):
 def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(
     tmp_path, capsys, monkeypatch
 ):
-    model = policy()
+    model = tiny_policy()
     pretrained.save_policy(tmp_path, model)
     (tmp_path / "model.safetensors").unlink()
     asked = []
@@ -116,9 +115,9 @@ def test_memory_falls_with_adapters_remat_and_micro_batches():
 
 
 def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
-    model, one = policy(), lora.LoRA(rank=2)
-    pretrained.save_policy(tmp_path / "base", model, tokenizer())
-    adapters = noisy(lora.init_lora(model.params, jax.random.key(0), one))
+    model, one = tiny_policy(), lora.LoRA(rank=2)
+    pretrained.save_policy(tmp_path / "base", model, word_tokenizer())
+    adapters = noisy_adapters(lora.init_lora(model.params, jax.random.key(0), one))
     adapter_files.save_adapter(tmp_path / "adapter", adapters, one, model.config, "gpt2", "base")
     arguments = [
         "convert",
@@ -142,7 +141,7 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
         is not None
     )
     scorer = model._replace(params=heads.init_scorer(model.config, jax.random.key(0), model.params))
-    scorers.save_scorer(tmp_path / "scorer", scorer, tokenizer())
+    scorers.save_scorer(tmp_path / "scorer", scorer, word_tokenizer())
     small = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )

@@ -5,13 +5,13 @@ import functools
 import re
 import types
 
-import everything
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from helpers import FULL_PPO, full_trainer
 from jax.sharding import PartitionSpec
 
 from ppo_jax import sharding
@@ -368,18 +368,18 @@ def test_a_model_is_read_into_its_sharding(tmp_path):
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     ppo = dataclasses.replace(
-        everything.PPO, batch_size=16, minibatches=2, micro_batch=None, rollout_rows=None
+        FULL_PPO, batch_size=16, minibatches=2, micro_batch=None, rollout_rows=None
     )
-    one = everything.trainer(tmp_path / "one", ppo=ppo)
+    one = full_trainer(tmp_path / "one", ppo=ppo)
     one.run()
-    everything.trainer(
+    full_trainer(
         tmp_path / "many",
         ppo=ppo,
         updates=2,
         mesh=meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}),
     ).run()
     for mesh in (meshes.make_mesh({"fsdp": 8}), None):
-        many = everything.trainer(
+        many = full_trainer(
             tmp_path / "many", ppo=ppo, updates=3 if mesh else 4, mesh=mesh, resume="yes"
         )
         many.run()
@@ -395,8 +395,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
 def test_one_compilation_in_twenty_updates(tmp_path, caplog):
     mesh = meshes.make_mesh({"data": 4, "fsdp": 2})
-    ppo = dataclasses.replace(everything.PPO, minibatches=1, micro_batch=8)
-    run = everything.trainer(tmp_path / "run", ppo=ppo, updates=20, eval_every=5, mesh=mesh)
+    ppo = dataclasses.replace(FULL_PPO, minibatches=1, micro_batch=8)
+    run = full_trainer(tmp_path / "run", ppo=ppo, updates=20, eval_every=5, mesh=mesh)
     with jax.log_compiles():
         run.run()
     for name in ("sample", "score", "learn"):

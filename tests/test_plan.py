@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from test_families import peer
+from helpers import family_peer
 
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan import compile as plan
@@ -68,7 +68,7 @@ def planned(tmp_path, *args):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    peer("llama 3.1", folder)
+    family_peer("llama 3.1", folder)
     return folder
 
 

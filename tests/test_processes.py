@@ -9,18 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import everything
 import jax
 import numpy as np
 import pytest
+from helpers import tiny_policy, word_tokenizer
 
 from ppo_jax.commands.runs import compare
 from ppo_jax.distributed import processes
 from ppo_jax.errors import NonFiniteError, RewardError, SettingError
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained
-from ppo_jax.models.io.families import gpt2
-from ppo_jax.models.transformer import init_params
 from ppo_jax.run.files import read_json, read_lines
 
 REWARD = """
@@ -39,13 +36,7 @@ QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expens
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("processes")
-    config = TransformerConfig(
-        vocab_size=21, positions=16, width=16, layers=1, heads=2, mlp_width=32
-    )
-    model = pretrained.Pretrained(
-        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
-    )
-    pretrained.save_policy(place / "model", model, everything.tokenizer())
+    pretrained.save_policy(place / "model", tiny_policy(layers=1), word_tokenizer())
     (place / "prompts.txt").write_text("a b\nc\nd e f\ng h\ni\n")
     (place / "reward.py").write_text(REWARD)
     return place

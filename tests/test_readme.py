@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from test_train import policy, tokenizer
+from helpers import tiny_policy, word_tokenizer
 
 from ppo_jax.models.io import pretrained
 from ppo_jax.ppo.presets import PRESETS
@@ -18,7 +18,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_python_blocks_run(tmp_path, monkeypatch):
     """A tiny checkpoint answers to the name `gpt2`, since no hub may be in reach."""
-    pretrained.save_policy(tmp_path / "gpt2", policy(positions=64), tokenizer())
+    pretrained.save_policy(tmp_path / "gpt2", tiny_policy(positions=64), word_tokenizer())
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     load = transformers.AutoTokenizer.from_pretrained

@@ -11,12 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import everything
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from everything import PPO, trainer
+from helpers import FULL_PPO, full_trainer
 
 from ppo_jax.commands.runs import compare
 from ppo_jax.errors import CheckpointError, SettingError
@@ -37,7 +36,7 @@ def final(run):
 def whole(tmp_path_factory):
     """A run that was never stopped, with all its checkpoints, and its digest."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, final(trainer(folder, updates=UPDATES, keep=UPDATES))
+    return folder, final(full_trainer(folder, updates=UPDATES, keep=UPDATES))
 
 
 def lines(folder, name):
@@ -71,7 +70,7 @@ def test_everything_that_a_checkpoint_holds_is_in_use(whole):
 
 
 def test_a_second_run_is_the_same(whole, tmp_path):
-    assert final(trainer(tmp_path / "run", updates=UPDATES, keep=UPDATES)) == whole[1]
+    assert final(full_trainer(tmp_path / "run", updates=UPDATES, keep=UPDATES)) == whole[1]
     assert compare(whole[0], tmp_path / "run") == []
     assert same_files(whole[0], tmp_path / "run")
 
@@ -79,34 +78,34 @@ def test_a_second_run_is_the_same(whole, tmp_path):
 @pytest.mark.parametrize("step", range(1, UPDATES))
 def test_resume_from_every_checkpoint(whole, tmp_path, step):
     folder = until(whole[0], tmp_path / "run", step)
-    run = trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)
+    run = full_trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)
     assert int(run.state.update) == step
     assert final(run) == whole[1]
     assert same_files(whole[0], folder)
 
 
 def test_a_run_is_extended(whole, tmp_path):
-    first = trainer(tmp_path / "run", updates=5)
+    first = full_trainer(tmp_path / "run", updates=5)
     first.run()
-    assert final(trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
+    assert final(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
 
 
 def test_a_fresh_run_does_not_start_over_checkpoints_that_were_left(whole, tmp_path):
     shutil.copytree(whole[0] / "checkpoints", tmp_path / "run/checkpoints")
     with pytest.raises(ValueError, match="holds another run"):
-        trainer(tmp_path / "run", updates=UPDATES)
+        full_trainer(tmp_path / "run", updates=UPDATES)
 
 
 def test_auto_starts_afresh_where_there_is_nothing(whole, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
     (tmp_path / "run/config.json").write_text("{")
-    assert final(trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
+    assert final(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
     assert same_files(whole[0], tmp_path / "run")
     with pytest.raises(ValueError, match="no checkpoint"):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty/config.json").write_bytes((tmp_path / "run/config.json").read_bytes())
-        trainer(tmp_path / "empty", updates=UPDATES, resume="yes")
+        full_trainer(tmp_path / "empty", updates=UPDATES, resume="yes")
 
 
 def kept(folder):
@@ -115,7 +114,7 @@ def kept(folder):
 
 def test_the_best_by_evaluation_is_kept(tmp_path):
     """Also where no checkpoint is due at an evaluation."""
-    run = trainer(tmp_path / "run", updates=9, keep=1, eval_every=2, save_every=9)
+    run = full_trainer(tmp_path / "run", updates=9, keep=1, eval_every=2, save_every=9)
     run.run()
     evals = {
         row["update"] + 1: row["eval/scores"]
@@ -132,13 +131,15 @@ def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path, monkeypatch
         Trainer, "evaluate", lambda self, _: ({"eval/scores": scores[int(self.state.update)]}, [])
     )
     options = {"updates": 9, "keep": 1, "eval_every": 2, "save_every": 3, "resume": "auto"}
-    whole = final(trainer(tmp_path / "whole", **options))
+    whole = final(full_trainer(tmp_path / "whole", **options))
     assert kept(tmp_path / "whole") == {4, 9}
     for _ in range(2):
         steps = iter(range(3))
         with pytest.raises(StopIteration):  # dies in the fourth update, with no time to save
-            trainer(tmp_path / "run", **options).run(on_update=lambda _, steps=steps: next(steps))
-    assert final(trainer(tmp_path / "run", **options)) == whole
+            full_trainer(tmp_path / "run", **options).run(
+                on_update=lambda _, steps=steps: next(steps)
+            )
+    assert final(full_trainer(tmp_path / "run", **options)) == whole
     assert kept(tmp_path / "run") == {4, 9} and same_files(tmp_path / "whole", tmp_path / "run")
 
 
@@ -158,21 +159,21 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, damage, 
             file.write_bytes(content[: len(content) // 2])
         case "delete":
             file.unlink()
-    run = trainer(folder, updates=UPDATES, resume="auto", keep=UPDATES)
+    run = full_trainer(folder, updates=UPDATES, resume="auto", keep=UPDATES)
     assert int(run.state.update) == 5 and "Checkpoint 6 in" in caplog.text
     assert final(run) == whole[1] and same_files(whole[0], folder)
     assert (folder / "checkpoints/6.damaged").is_dir()
 
 
 def test_where_all_are_damaged_nothing_starts_over_them(tmp_path):
-    trainer(tmp_path / "run", updates=2, keep=1).run()
+    full_trainer(tmp_path / "run", updates=2, keep=1).run()
     kept = (tmp_path / "run/metrics.jsonl").read_bytes()
     for file in (tmp_path / "run/checkpoints").rglob("*"):
         if file.is_file() and "state" in file.parts:
             file.write_bytes(b"")
     for says in ("cannot be used", "holds no checkpoint but 2.damaged, set aside"):
         with pytest.raises(ValueError, match=says):
-            trainer(tmp_path / "run", updates=2, resume="auto")
+            full_trainer(tmp_path / "run", updates=2, resume="auto")
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == kept
 
 
@@ -187,18 +188,18 @@ def test_other_random_bits_are_refused_by_name_and_damage_nothing(whole, tmp_pat
         with pytest.raises(
             ValueError, match=f"jax.{option.removeprefix('jax_')} was {before} in the run"
         ):
-            trainer(folder, updates=UPDATES, resume="yes")
+            full_trainer(folder, updates=UPDATES, resume="yes")
     finally:
         jax.config.update(option, before)
     assert (
         not list((folder / "checkpoints").glob("*.damaged"))
-        and final(trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)) == whole[1]
+        and final(full_trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)) == whole[1]
     )
 
 
 def test_a_checkpoint_of_another_shape_is_no_damaged_one(whole, tmp_path):
     folder = until(whole[0], tmp_path / "run", 6)
-    run = trainer(tmp_path / "other", adapters=False)
+    run = full_trainer(tmp_path / "other", adapters=False)
     checkpoints = Checkpoints(folder / "checkpoints")
     with pytest.raises(
         CheckpointError,
@@ -215,7 +216,7 @@ def test_other_versions_are_named(whole, tmp_path, caplog):
     config = read_json(folder / "config.json")
     config["processes"][-1]["versions"]["jaxlib"] = "0.0.1"
     write_json(folder / "config.json", config)
-    trainer(folder, updates=UPDATES, resume="yes")
+    full_trainer(folder, updates=UPDATES, resume="yes")
     assert "versions.jaxlib was 0.0.1 when the run in" in caplog.text
 
 
@@ -223,23 +224,23 @@ def test_a_run_folder_without_hashes_is_refused(whole, tmp_path):
     folder = until(whole[0], tmp_path / "run", 6)
     write_json(folder / "config.json", read_json(folder / "config.json") | {"hashes": {}})
     with pytest.raises(ValueError, match="had the hash None"):
-        trainer(folder, updates=UPDATES, resume="yes")
+        full_trainer(folder, updates=UPDATES, resume="yes")
 
 
 def test_fewer_updates_than_were_done_are_refused(whole, tmp_path):
     folder = until(whole[0], tmp_path / "run", 6)
     with pytest.raises(SettingError, match="has 6 updates behind it already; updates=5 is fewer"):
-        trainer(folder, updates=5, resume="yes")
+        full_trainer(folder, updates=5, resume="yes")
 
 
 def test_longer_held_out_prompts_are_named_as_such(tmp_path):
-    trainer(tmp_path / "run", updates=1).run()
+    full_trainer(tmp_path / "run", updates=1).run()
     with pytest.raises(ValueError, match=r"data\.longest_prompt was 3 in the run"):
-        trainer(tmp_path / "run", updates=2, resume="yes", held_out=["a b c d e"])
+        full_trainer(tmp_path / "run", updates=2, resume="yes", held_out=["a b c d e"])
 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
-    trainer(tmp_path / "run", updates=1).run()
+    full_trainer(tmp_path / "run", updates=1).run()
     hold = "import sys, pathlib; from ppo_jax.run.files import lock; held = lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     other = subprocess.Popen(
@@ -251,17 +252,17 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
     )
     assert other.stdout.readline() == "1\n"
     with pytest.raises(ValueError, match="Another process is writing to"):
-        trainer(tmp_path / "run", updates=2, resume="auto")
+        full_trainer(tmp_path / "run", updates=2, resume="auto")
     other.kill()
     other.communicate()
-    assert int(trainer(tmp_path / "run", updates=2, resume="auto").run().update) == 2
+    assert int(full_trainer(tmp_path / "run", updates=2, resume="auto").run().update) == 2
 
 
 @pytest.mark.parametrize(
     "changes, says",
     [
         (
-            {"ppo": PPO.__class__(**{**vars(PPO), "lam": 0.9})},
+            {"ppo": FULL_PPO.__class__(**{**vars(FULL_PPO), "lam": 0.9})},
             "ppo.lam was 0.95 in the run in .* and is 0.9 now",
         ),
         ({"seed": 3}, "loop.seed was 0"),
@@ -272,25 +273,25 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
 def test_what_changes_the_result_is_refused(whole, tmp_path, changes, says):
     folder = until(whole[0], tmp_path / "run", 6)
     with pytest.raises(ValueError, match=says):
-        trainer(folder, updates=UPDATES, resume="yes", **changes)
+        full_trainer(folder, updates=UPDATES, resume="yes", **changes)
     assert len(lines(whole[0], "samples.jsonl")) == len(
         (folder / "samples.jsonl").read_text().splitlines()
     )
-    free = trainer(
+    free = full_trainer(
         folder, updates=7, resume="yes", samples=0, save_every=0, keep=1, tensorboard=True
     )
     assert int(free.state.update) == 6
 
 
 def test_updates_cannot_change_where_the_learning_rate_decays_over_them(tmp_path):
-    ppo = PPO.__class__(**{**vars(PPO), "decay_learning_rate": True})
-    trainer(tmp_path / "run", ppo=ppo, updates=2).run()
+    ppo = FULL_PPO.__class__(**{**vars(FULL_PPO), "decay_learning_rate": True})
+    full_trainer(tmp_path / "run", ppo=ppo, updates=2).run()
     with pytest.raises(ValueError, match=r"loop\.updates was 2"):
-        trainer(tmp_path / "run", ppo=ppo, updates=3, resume="auto")
+        full_trainer(tmp_path / "run", ppo=ppo, updates=3, resume="auto")
 
 
 def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
-    run = trainer(tmp_path / "run", updates=3)
+    run = full_trainer(tmp_path / "run", updates=3)
     run.step()
     run.save()
     run.step()
@@ -306,7 +307,7 @@ def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
     """The system refuses to write more than a few bytes to a file, as a full disk does."""
-    run = trainer(tmp_path / "run", updates=2)
+    run = full_trainer(tmp_path / "run", updates=2)
     run.step()
     run.save()
     run.step()
@@ -320,15 +321,22 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     run.checkpoints.close()
-    assert int(trainer(tmp_path / "run", updates=2, resume="yes").state.update) == 1
+    assert int(full_trainer(tmp_path / "run", updates=2, resume="yes").state.update) == 1
 
 
 # Signals and kills, in processes of their own.
 
 
 def start(folder, updates):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, everything.__file__, str(folder), str(updates)]
+    """Start a process that runs `full_trainer` and prints the digest of the final parameters."""
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    program = (
+        "import sys\nfrom helpers import full_trainer\nfrom ppo_jax.hashing import digest\n"
+        "run = full_trainer(sys.argv[1], updates=int(sys.argv[2]), resume='auto')\n"
+        "print(digest(run.run().train.params), flush=True)"
+    )
+    command = [sys.executable, "-c", program, str(folder), str(updates)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -427,7 +435,7 @@ def test_a_checkpoint_under_the_name_of_another_is_passed_over(whole, tmp_path, 
     (tmp_path / "run/checkpoints/3").rename(tmp_path / "aside")
     (tmp_path / "run/checkpoints/4").rename(tmp_path / "run/checkpoints/9")
     (tmp_path / "aside").rename(tmp_path / "run/checkpoints/3")
-    run = everything.trainer(tmp_path / "run", resume="auto", updates=6)
+    run = full_trainer(tmp_path / "run", resume="auto", updates=6)
     assert (
         int(run.state.update) == 3
         and "Checkpoint 9 in" in caplog.text
@@ -436,7 +444,7 @@ def test_a_checkpoint_under_the_name_of_another_is_passed_over(whole, tmp_path, 
 
 
 def test_a_checkpoint_that_orbax_leaves_out_is_an_error(tmp_path, monkeypatch):
-    run = everything.trainer(tmp_path / "run", updates=1)
+    run = full_trainer(tmp_path / "run", updates=1)
     monkeypatch.setattr(ocp.CheckpointManager, "save", lambda self, step, args: False)
     with pytest.raises(CheckpointError, match="Checkpoint 1 cannot be written"):
         run.run()
@@ -448,7 +456,7 @@ def test_lines_that_were_changed_before_the_checkpoint_are_refused(whole, tmp_pa
     file.write_bytes(b" " + file.read_bytes())
     before = file.read_bytes()
     with pytest.raises(ValueError, match="is not as it was at the checkpoint, where a line ended"):
-        everything.trainer(tmp_path / "run", resume="auto", updates=6)
+        full_trainer(tmp_path / "run", resume="auto", updates=6)
     assert file.read_bytes() == before
 
 
@@ -457,14 +465,14 @@ def test_a_file_in_the_place_of_checkpoints_is_refused(tmp_path):
     (tmp_path / "run/checkpoints").touch()
     (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
     with pytest.raises(ValueError, match="checkpoints is a file; the results need a folder"):
-        everything.trainer(tmp_path / "run", resume="auto")
+        full_trainer(tmp_path / "run", resume="auto")
     assert (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_another_number_of_cores_is_named(whole, tmp_path, caplog, monkeypatch):
     until(whole[0], tmp_path / "run", 3)
     monkeypatch.setattr(provenance, "_cores", lambda: 99)
-    everything.trainer(tmp_path / "run", resume="yes", updates=6)
+    full_trainer(tmp_path / "run", resume="yes", updates=6)
     assert "cpu_cores was" in caplog.text and "is 99 now: the last bits may differ" in caplog.text
 
 
@@ -477,8 +485,8 @@ def test_a_signal_while_models_are_read_ends_the_program_at_once(tmp_path, numbe
         "gc.collect()\nopen(__file__ + '.read', 'w')\ndef score(prompts, responses): ...\n"
     )
     program = (
-        "import ppo_jax.commands.loading as l; from ppo_jax.commands import inference; from ppo_jax import cli\n"
-        f"inference.data.read_rows = lambda _: l.load_reward({str(tmp_path / 'reward.py') + ':score'!r})\n"
+        "from ppo_jax import cli, data\nfrom ppo_jax.reward_functions import load_reward\n"
+        f"data.read_rows = lambda _: load_reward({str(tmp_path / 'reward.py') + ':score'!r})\n"
         "cli.main(['generate', '--model', 'm', '--prompts', 'p'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

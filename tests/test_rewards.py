@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from checks import assert_jit_and_vmap_agree
+from helpers import assert_jit_and_vmap_agree
 
 from ppo_jax.ops.rewards import (
     MissingEOS,

@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from checks import assert_jit_and_vmap_agree
+from helpers import assert_jit_and_vmap_agree
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ppo_jax.ops import sampling

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 
-import everything
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from helpers import FULL_PPO, full_trainer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ppo_jax.distributed import compilation
@@ -180,7 +180,7 @@ def test_no_key_is_used_twice(tmp_path, monkeypatch):
         "truncated_normal",
     ):
         monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
-    run = everything.trainer(tmp_path / "run", updates=3, eval_every=0, save_every=0)
+    run = full_trainer(tmp_path / "run", updates=3, eval_every=0, save_every=0)
     made = len(seen)
     assert made  # the new parameters' keys count too
     for _ in range(3):
@@ -188,7 +188,7 @@ def test_no_key_is_used_twice(tmp_path, monkeypatch):
     run.evaluate(run.prompts)  # of one batch
     jax.effects_barrier()
     drawn = seen[made:]
-    c = everything.PPO
+    c = FULL_PPO
     steps = sum(name == "uniform" for name, *_ in drawn)
     assert (
         steps % c.batch_size == 0

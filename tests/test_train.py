@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import everything
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +16,20 @@ import optax
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers import (
+    SIMPLE_PPO,
+    WORDS,
+    full_trainer,
+    simple_trainer,
+    tiny_policy,
+    word_tokenizer,
+)
 
 from ppo_jax import cli, data
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads, lora
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import adapter_files, pretrained, scorers
-from ppo_jax.models.io.families import gpt2
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.metrics import explained_variance
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.loss import ppo_loss_fn
@@ -34,77 +37,12 @@ from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import RewardError, TextReward, TokenReward, check_scores
 from ppo_jax.reward_functions.loading import load_reward
 from ppo_jax.run.files import read_lines
-from ppo_jax.run.settings import LoopConfig
-from ppo_jax.run.trainer import Trainer
 from ppo_jax.types import Rollout, overlay
-
-WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
-PPO = PPOConfig(
-    batch_size=32,
-    epochs=2,
-    minibatches=2,
-    max_new_tokens=6,
-    learning_rate=3e-3,
-    kl_coef=0.01,
-    vf_coef=0.5,
-)
-
-
-def tokenizer():
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
-
-
-def policy(**changes):
-    config = TransformerConfig(
-        **{
-            "vocab_size": len(WORDS),
-            "positions": 16,
-            "width": 16,
-            "layers": 2,
-            "heads": 2,
-            "mlp_width": 32,
-        }
-        | changes
-    )
-    return pretrained.Pretrained(
-        config, init_params(config, jax.random.key(0)), gpt2.config_to_hf(config, end_id=0)
-    )
-
-
-def likes_b(prompts, responses):
-    return [response.split().count("b") / 2 for response in responses]
-
-
-def trainer(
-    out,
-    *,
-    ppo=PPO,
-    shared=False,
-    reward=likes_b,
-    wrap=TextReward,
-    resume="no",
-    loss_fn=None,
-    **loop,
-):
-    model, words = policy(), tokenizer()
-    rows = data.read_rows(["a b", "c", "d e f", "g"])
-    prompts = data.encode_prompts(
-        rows, words, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0
-    )
-    critic = heads.shared_critic() if shared else heads.separate_critic(model.config)
-    fresh = heads.init_scorer(model.config, jax.random.key(1))
-    params = {"policy": model.params, "critic": {"head": fresh["head"]} if shared else fresh}
-    agent = iteration.Agent(language_model(model.config), critic, ppo, (0,), 0)
-    config = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, **loop})
-    more = {"eval_prompts": prompts, "resume": resume, "loss_fn": loss_fn}
-    return Trainer(agent, params, words, prompts, wrap(reward), out=out, loop=config, **more)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_learns_and_writes_its_folder(tmp_path, shared):
-    run = trainer(tmp_path / "run", shared=shared, updates=40)
+    run = simple_trainer(tmp_path / "run", shared=shared, updates=40)
     seen = []
     run.run(on_update=seen.append)
     assert seen[-1]["objective/scores"] > seen[0]["objective/scores"] + 0.3
@@ -118,17 +56,17 @@ def test_learns_and_writes_its_folder(tmp_path, shared):
         == "last_token"
     )
     with pytest.raises(ValueError, match="holds another run"):
-        trainer(tmp_path / "run")
+        simple_trainer(tmp_path / "run")
 
 
 def test_resume_is_no_break(tmp_path):
-    ppo = PPOConfig(**{**vars(PPO), "kl_target": 0.5, "scale_scores": True})
-    whole = trainer(tmp_path / "whole", ppo=ppo).run()
-    half = trainer(tmp_path / "half", ppo=ppo, save_every=2)
+    ppo = PPOConfig(**{**vars(SIMPLE_PPO), "kl_target": 0.5, "scale_scores": True})
+    whole = simple_trainer(tmp_path / "whole", ppo=ppo).run()
+    half = simple_trainer(tmp_path / "half", ppo=ppo, save_every=2)
     half.step(), half.step()
     half.save()
     half.checkpoints.close()
-    again = trainer(tmp_path / "half", ppo=ppo, resume="yes")
+    again = simple_trainer(tmp_path / "half", ppo=ppo, resume="yes")
     assert int(again.state.update) == 2
     resumed = again.run()
     for a, b in zip(
@@ -140,7 +78,7 @@ def test_resume_is_no_break(tmp_path):
 
 
 def test_a_second_update_compiles_nothing(tmp_path):
-    run = trainer(tmp_path / "run")
+    run = simple_trainer(tmp_path / "run")
     run.step()
     traced = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: traced.append(name))
@@ -205,7 +143,9 @@ def test_scores_of_tokens_stand_beside_those_of_responses():
 
 def test_a_reward_of_tokens_teaches(tmp_path):
     """Token 2 pays wherever it stands: the loop hands each token's score to its step."""
-    run = trainer(tmp_path / "run", reward=None, updates=25, wrap=lambda _: TokenReward(pays_for_b))
+    run = simple_trainer(
+        tmp_path / "run", reward=None, updates=25, wrap=lambda _: TokenReward(pays_for_b)
+    )
     seen = []
     run.run(on_update=seen.append)
     assert seen[-1]["objective/scores"] > seen[0]["objective/scores"] + 0.5
@@ -217,7 +157,7 @@ def pays_for_b(tokens, mask, response_mask):
 
 def test_a_reward_that_raises_is_named(tmp_path):
     with pytest.raises(RewardError, match="ZeroDivisionError"):
-        trainer(tmp_path / "run", reward=lambda prompts, responses: 1 / 0).step()
+        simple_trainer(tmp_path / "run", reward=lambda prompts, responses: 1 / 0).step()
 
 
 def test_reward_gets_the_rows_if_it_wants_them():
@@ -229,7 +169,7 @@ def test_reward_gets_the_rows_if_it_wants_them():
 
 @pytest.fixture
 def folder(tmp_path):
-    pretrained.save_policy(tmp_path / "model", policy(), tokenizer())
+    pretrained.save_policy(tmp_path / "model", tiny_policy(), word_tokenizer())
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
     (tmp_path / "long.txt").write_text("a " * 40)
     (tmp_path / "empty.txt").write_text("\n")
@@ -381,9 +321,11 @@ def test_a_reward_model_reads_the_end_of_a_text_that_is_too_long(folder):
 
 
 def save_scorer(place, **changes):
-    base = policy(**changes)
+    base = tiny_policy(**changes)
     scorers.save_scorer(
-        place, base._replace(params=heads.init_scorer(base.config, jax.random.key(3))), tokenizer()
+        place,
+        base._replace(params=heads.init_scorer(base.config, jax.random.key(3))),
+        word_tokenizer(),
     )
 
 
@@ -403,7 +345,7 @@ def test_a_classifiers_label_is_the_reward(folder, capsys):
     )
     classes = transformers.DistilBertForSequenceClassification(config).eval()
     classes.save_pretrained(folder / "classes")
-    tokenizer().save_pretrained(folder / "classes")
+    word_tokenizer().save_pretrained(folder / "classes")
     with pytest.raises(SystemExit):
         cli.main(command(folder, reward=folder / "classes"))
     assert "scores by labels (BAD, GOOD): reward_label must name one" in capsys.readouterr().err
@@ -414,7 +356,7 @@ def test_a_classifiers_label_is_the_reward(folder, capsys):
     rows = read_lines(folder / "out/samples.jsonl")
     assert rows
     for row in rows:
-        ids = tokenizer()(row["prompt"] + row["response"], return_tensors="pt").input_ids
+        ids = word_tokenizer()(row["prompt"] + row["response"], return_tensors="pt").input_ids
         with torch.no_grad():
             assert row["score"] == pytest.approx(float(classes(ids).logits[0, 1]), abs=1e-5)
     with pytest.raises(SystemExit):
@@ -457,7 +399,7 @@ def test_weights_and_biases_hears_of_every_update(tmp_path, monkeypatch):
         "log",
         lambda self, data, **more: (heard.append((more["step"], data)), log(self, data, **more)),
     )
-    trainer(tmp_path / "run", updates=2, wandb_project="ppo_jax").run()
+    simple_trainer(tmp_path / "run", updates=2, wandb_project="ppo_jax").run()
     assert [step for step, data in heard if "objective/kl" in data] == [0, 1]
     assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
 
@@ -526,7 +468,7 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(folder, capsys, changes,
 
 
 def test_a_tokenizer_too_large_for_its_model_is_refused(folder, capsys):
-    pretrained.save_policy(folder / "model", policy(vocab_size=7), tokenizer())
+    pretrained.save_policy(folder / "model", tiny_policy(vocab_size=7), word_tokenizer())
     with pytest.raises(SystemExit):
         cli.main(command(folder))
     assert "vocab_size=7" in capsys.readouterr().err
@@ -627,9 +569,14 @@ def test_the_learning_rate_decays_by_updates_whatever_steps_are_taken(tmp_path):
         )
 
     ppo = PPOConfig(
-        **{**vars(PPO), "decay_learning_rate": True, "target_kl": 1e-9, "learning_rate": 0.05}
+        **{
+            **vars(SIMPLE_PPO),
+            "decay_learning_rate": True,
+            "target_kl": 1e-9,
+            "learning_rate": 0.05,
+        }
     )
-    run = trainer(tmp_path / "run", ppo=ppo, updates=4)
+    run = simple_trainer(tmp_path / "run", ppo=ppo, updates=4)
     run.run()
     due = 3 * ppo.epochs * ppo.minibatches
     assert due <= count(run.state) < due + 2
@@ -637,9 +584,9 @@ def test_the_learning_rate_decays_by_updates_whatever_steps_are_taken(tmp_path):
 
 def test_scores_of_tokens_are_not_clipped_or_scaled_unseen(tmp_path):
     reward = lambda tokens, mask, response_mask: response_mask.astype(np.float32)
-    run = trainer(
+    run = simple_trainer(
         tmp_path / "run",
-        ppo=PPOConfig(**{**vars(PPO), "scale_scores": True}),
+        ppo=PPOConfig(**{**vars(SIMPLE_PPO), "scale_scores": True}),
         reward=reward,
         wrap=TokenReward,
     )
@@ -699,12 +646,12 @@ def test_rows_are_cut_to_the_models_positions(folder):
 def test_held_out_prompts_of_another_length_are_sampled_by_the_same_program(
     tmp_path, caplog, held_out
 ):
-    run = everything.trainer(tmp_path / "run", updates=2, eval_every=1, held_out=[held_out])
+    run = full_trainer(tmp_path / "run", updates=2, eval_every=1, held_out=[held_out])
     with jax.log_compiles():
         run.run()
     for name in ("sample", "score", "learn"):
         assert caplog.text.count(f"Compiling jit({name})") == 1
-    alone = everything.trainer(tmp_path / "alone", updates=2, eval_every=1)
+    alone = full_trainer(tmp_path / "alone", updates=2, eval_every=1)
     alone.run()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
@@ -728,7 +675,7 @@ def test_everything_that_is_compiled_is_kept_wherever_it_is(given, cache, least)
     """In a process of its own, as JAX reads the variables once."""
     code = """import jax
 from ppo_jax import cli
-cli.keep_compiled()
+cli.keep_compiled_programs()
 print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)"""
     outside = {
         name: x
@@ -747,7 +694,7 @@ print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_
 def test_added_tokens_that_the_model_has_no_word_for_are_refused_where_a_text_holds_one(
     folder, capsys
 ):
-    words = tokenizer()
+    words = word_tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as Gemma 3's
     words.save_pretrained(folder / "model")
     cli.main(command(folder))
@@ -792,7 +739,7 @@ def test_bert_learns_to_score_as_an_encoder_and_transformers_agrees(folder, kind
     )
     model = getattr(transformers, kind)(config)
     model.save_pretrained(folder / "bert")
-    tokenizer().save_pretrained(folder / "bert")
+    word_tokenizer().save_pretrained(folder / "bert")
     (folder / "pairs.jsonl").write_text('{"chosen": "a b", "rejected": "c d e"}\n' * 20)
     cli.main(
         [
@@ -838,14 +785,14 @@ def test_a_decoder_that_scores_by_its_first_token_is_refused(tmp_path):
         num_labels=1,
     )
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="sees no other"):
         load_reward(str(tmp_path))
 
 
 def test_a_loss_of_ones_own_goes_through_the_loop_and_is_known_on_resume(tmp_path):
     def only(params, batch, counts):
-        model = policy().config
+        model = tiny_policy().config
         loss, metrics = ppo_loss_fn(
             language_model(model),
             heads.separate_critic(model),
@@ -857,16 +804,16 @@ def test_a_loss_of_ones_own_goes_through_the_loop_and_is_known_on_resume(tmp_pat
         )(params, batch, counts)
         return 0.0 * loss, metrics
 
-    before = trainer(tmp_path / "run", updates=1, loss_fn=only)
+    before = simple_trainer(tmp_path / "run", updates=1, loss_fn=only)
     start = jax.tree.map(np.asarray, before.state.train.params)
     end = before.run().train.params
     jax.tree.map(np.testing.assert_array_equal, start, end)
     with pytest.raises(ValueError, match="The loss of the run in"):
-        trainer(tmp_path / "run", updates=2, resume="yes")
+        simple_trainer(tmp_path / "run", updates=2, resume="yes")
 
 
 def test_without_a_terminal_each_update_is_a_line(tmp_path, capsys):
-    trainer(tmp_path / "run", updates=2, progress=True).run()
+    simple_trainer(tmp_path / "run", updates=2, progress=True).run()
     lines = capsys.readouterr().err.splitlines()
     assert [line[: line.index(":")] for line in lines] == [
         "update 1 of 2",

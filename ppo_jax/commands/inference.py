@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from ppo_jax import data
-from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, pad_id, stop_ids
+from ppo_jax.data.chat import as_chat
+from ppo_jax.data.text import pad_id
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import rollout
 from ppo_jax.reward_functions.loading import load_reward
+from ppo_jax.run.assembly import check_top_k, encode_for, load_model, stop_ids
 from ppo_jax.types import Rollout
 
 
@@ -54,7 +56,9 @@ class Sampling:
         """Responses to prompts, a batch at a time."""
         policy, tokenizer = load_model(self.model)
         check_top_k(self.top_k, policy.config)
-        prompts = load_prompts(rows, tokenizer, policy, self.max_new_tokens, self.chat)
+        prompts = encode_for(
+            as_chat(rows) if self.chat else rows, tokenizer, policy.config, self.max_new_tokens
+        )
         generate = functools.partial(
             rollout.generate,
             language_model(policy.config),

@@ -7,13 +7,13 @@ from typing import Literal
 import jax
 import tyro
 
-from ppo_jax.commands.loading import load_model
 from ppo_jax.commands.train import Adapters
 from ppo_jax.models import lora
 from ppo_jax.models.io import adapter_files, gguf_format, pretrained, stored
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import check_prompt, describe, memory
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.run.assembly import load_model
 from ppo_jax.types import overlay
 
 

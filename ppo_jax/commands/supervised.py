@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import data
-from ppo_jax.commands.loading import load_model
 from ppo_jax.data.chat import conversation, end_of_turn, is_chat, joined, through_template
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models import heads
 from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import reward_model, sft
-from ppo_jax.run.files import check_free, claim, plain, write_json
+from ppo_jax.run.assembly import load_model
+from ppo_jax.run.files import check_free, claim, write_json
+from ppo_jax.run.serialize import plain
 
 Rows = list[dict[str, Any]]
 

@@ -8,41 +8,40 @@ from typing import Any, Literal
 
 import jax
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
 
-from ppo_jax import hashing
-from ppo_jax.commands.loading import check_top_k, load_model, load_prompts, pad_id, stop_ids
-from ppo_jax.distributed import meshes, placement, processes
+from ppo_jax import data, hashing
+from ppo_jax.data.chat import as_chat
+from ppo_jax.distributed import meshes, processes
 from ppo_jax.distributed.processes import Processes
 from ppo_jax.errors import SettingError, check_numbers
-from ppo_jax.models import heads
-from ppo_jax.models import lora as low_rank
-from ppo_jax.models.io import adapter_files, pretrained, scorers
-from ppo_jax.models.transformer import language_model
-from ppo_jax.ppo import iteration
+from ppo_jax.models.lora import LoRA
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.reward_functions.loading import load_reward
+from ppo_jax.reward_functions import load_reward
 from ppo_jax.run import provenance
-from ppo_jax.run.files import check_free, lock, plain, read_lines, write_json
+from ppo_jax.run.assembly import assemble, check_top_k, load_model
+from ppo_jax.run.export import export_result, write_summary
+from ppo_jax.run.files import check_free, lock
+from ppo_jax.run.opening import Resume
+from ppo_jax.run.serialize import plain
 from ppo_jax.run.settings import LoopConfig
-from ppo_jax.run.trainer import Resume, Trainer
-from ppo_jax.types import Params, overlay
+from ppo_jax.run.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """Low-rank adapters over the frozen model, which is then the reference too."""
+    """Low-rank adapters (LoRA) over the frozen model, which is then the reference policy too."""
 
     rank: int = 0
-    """Of each; 0: no adapters, everything trains."""
+    """Rank of each adapter; 0 trains the whole model without adapters."""
     alpha: float = 16.0
-    """The low-rank part counts alpha / rank."""
+    """The low-rank product is scaled by alpha / rank."""
     targets: str = r"attn/(q|v)$"
-    """A pattern found in the paths of the layers that are adapted: layer_0/attn/q, layer_0/mlp/up, ..."""
+    """Regular expression that is searched for in the paths of the linear layers, such as
+    layer_0/attn/q or layer_0/mlp/up; the matching layers are adapted."""
     stabilised: bool = False
-    """Count it alpha / sqrt(rank) instead."""
+    """Scale the low-rank product by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_numbers(self, "lora.")
         if self.rank < 0:
             raise SettingError(f"lora.rank must not be negative, but is {self.rank}.")
@@ -53,232 +52,144 @@ class Adapters:
                 f"lora.targets {self.targets!r} is no regular expression: {error}."
             ) from error
 
-    def settings(self) -> low_rank.LoRA | None:
-        return (
-            low_rank.LoRA(self.rank, self.alpha, self.targets, self.stabilised)
-            if self.rank
-            else None
-        )
+    def settings(self) -> LoRA | None:
+        """The adapters' settings, or None without adapters."""
+        if not self.rank:
+            return None
+        return LoRA(self.rank, self.alpha, self.targets, self.stabilised)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """PPO: sample responses to prompts, score them with a reward, improve the policy, repeat."""
+    """Fine-tune a language model by PPO on your prompts and reward."""
 
     model: str
-    """The policy: a folder or a Hugging Face id in safetensors, or a .gguf file."""
+    """The policy: a folder or a Hugging Face id with safetensors, or a .gguf file."""
     prompts: Path
-    """A text file (one prompt a line) or .jsonl (one object a line, with a column "prompt")."""
+    """The prompts: a text file with one prompt per line, or a .jsonl file with one object per line
+    that has a column "prompt"."""
     reward: str
-    """my_file.py:function; or a reward model, as a folder or a Hugging Face id; of a text longer than its positions it reads the
-    end."""
+    """The reward: my_file.py:function, or the folder or Hugging Face id of a reward model. A reward
+    model reads the end of a text that is longer than its positions."""
     reward_given: Literal["text", "tokens"] = "text"
-    """What the function is called with: (prompts, responses), lists of texts, and the prompts' rows if it takes a third; or
-    (tokens, mask, response_mask), jax arrays, under jit."""
+    """What the reward function receives. text: the lists of texts (prompts, responses), and the
+    rows of the prompts if it takes a third argument. tokens: the JAX arrays (tokens, mask,
+    response_mask), under jit."""
     reward_label: str | None = None
-    """Of a reward model with several labels, such as a classifier of sentiment, that whose logit is the score: name or number."""
+    """Name or number of the label whose logit is the score, for a reward model that has several
+    labels, such as a sentiment classifier."""
     out: Path
-    """Folder for metrics, samples, checkpoints and the final model."""
+    """Folder for the metrics, samples, checkpoints and final model."""
     eval_prompts: Path | None = None
     """Held-out prompts for evaluation, in the same formats."""
     critic: str = "separate"
-    """shared: a value head on the policy's trunk; separate: a critic of its own that starts from the policy; or the reward model
-    (a folder or a Hugging Face id, of one label) that a critic of its own starts from."""
+    """The critic. shared: a value head on the policy's trunk. separate: a critic with its own trunk
+    that starts from the policy. Otherwise the folder or Hugging Face id of a reward model with one
+    label that a separate critic starts from."""
     chat: bool = False
-    """Put each prompt as a user's message through the tokenizer's chat template; prompts that are lists of messages always are."""
+    """Treat each prompt as a user's message and apply the tokenizer's chat template. Prompts that
+    are lists of messages always go through it."""
     stop_tokens: tuple[str, ...] = ()
-    """Further tokens that end a response, each one token of the tokenizer; its own end token always does."""
+    """Tokens that end a response besides the tokenizer's own end token; each must be a single
+    token."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; parameters are float32 always."""
+    """Compute type. Parameters are always float32."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
-    """Of float32 matrix products: on a TPU default is one bfloat16 pass, high three, highest six, which is float32; on a GPU
-    default may be TF32; a CPU always computes float32."""
+    """Precision of float32 matrix products. On a TPU, default is one bfloat16 pass, high is three,
+    and highest is six, which is float32. On a GPU, default may be TF32. A CPU always computes in
+    float32."""
     remat: bool = False
     """Recompute activations in the backward pass to save memory."""
     preset: Literal["default", "oai2019", "nplus", "trl"] = "default"
-    """Settings to start from; options given beside it win."""
+    """Published settings to start from. Options that are given as well take precedence."""
     resume: Resume = "no"
-    """yes: go on from out's newest good checkpoint, with the same settings; auto: the same, or a fresh start if none is there."""
+    """yes: resume from the newest good checkpoint in out, with the same settings. auto: the same if
+    there is one, otherwise start a new run. no: start a new run."""
     deterministic: bool = False
-    """Make XLA use GPU kernels that give the same bits every time (1.5 times as slow, see the README)."""
+    """Make XLA use GPU kernels that give the same bits every time. An iteration then takes about
+    1.5 times as long."""
     mesh: str = ""
-    """How devices share the work, such as data=2,fsdp=4: data and fsdp spread rows, fsdp and tensor cut parameters. Axes left out
-    are 1, but data takes what is left. pmap: a replica on each device of one process."""
+    """How devices share the work, such as data=2,fsdp=4. The axes data and fsdp shard the rows of a
+    batch; fsdp and tensor shard the parameters. An axis that is left out is 1, except that data
+    takes the remaining devices. pmap runs a replica on each device of one process."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     lora: Adapters = dataclasses.field(default_factory=Adapters)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def run(self) -> None:
+        """Trains, and writes the model and the summary."""
         if self.deterministic:
             provenance.make_deterministic()
         self.processes.start()
         if self.mesh == "pmap" and jax.process_count() > 1:
             raise SettingError(
-                f"mesh=pmap runs in one process; for {jax.process_count()} take data={jax.device_count()}."
+                f"mesh=pmap runs in one process; for {jax.process_count()} processes use "
+                f"mesh=data={jax.device_count()}."
             )
         settings = flatten_dict(plain(self), sep=".")
-        processes.check_same(
-            {
-                name: x
-                for name, x in settings.items()
-                if name != "out" and not name.startswith("processes.")
-            }
-        )
+        own = ("out", "processes.")  # what may differ between processes
+        processes.check_same({name: x for name, x in settings.items() if not name.startswith(own)})
         check_free(self.out, resume=self.resume != "no")
-        trainer, policy, adapters = self.build(self.out)
+        trainer = self.build(self.out)
         with contextlib.ExitStack() as stack:
             if processes.is_first():
-                stack.callback(
-                    lock(self.out).release
-                )  # the trainer's own ends before the model is written
-            self._run(trainer, policy, adapters)
+                # Held beyond the trainer's own lock, until the model is written.
+                stack.callback(lock(self.out).release)
+            self._train(trainer)
 
-    def _run(
-        self, trainer: Trainer, policy: pretrained.Pretrained, adapters: low_rank.LoRA | None
-    ) -> None:
-        done = int(trainer.state.update)
-        processes.say(
-            f"The run in {self.out} goes on after {done} updates."
-            if done
-            else f"A run starts in {self.out}; its first update takes longer, for it is compiled."
-        )
-        state = trainer.run()
-        digest, base = hashing.digest(state.train.params), policy.params
-        tuned = placement.to_host(state.policy, everywhere=False)
-        if adapters is not None:
-            base = placement.to_host(base, everywhere=False)
-        processes.first_does(
-            lambda: self._export(tuned, policy._replace(params=base), adapters, trainer.tokenizer)
-        )
-        processes.first_does(lambda: self._sum_up(int(state.update), digest))
-        processes.say(
-            f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
-            f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}"
-        )
-
-    def _export(
-        self,
-        tuned: Params,
-        policy: pretrained.Pretrained,
-        adapters: low_rank.LoRA | None,
-        tokenizer: Any,
-    ) -> None:
-        try:
-            self._write(tuned, policy, adapters, tokenizer)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} The last checkpoint holds the result; with room for it, --resume yes writes it."
-            ) from error
-
-    def _write(
-        self,
-        tuned: Params,
-        policy: pretrained.Pretrained,
-        adapters: low_rank.LoRA | None,
-        tokenizer: Any,
-    ) -> None:
-        if adapters is not None:
-            kind = policy.hf_config["model_type"]
-            adapter_files.save_adapter(
-                self.out / "adapter", tuned, adapters, policy.config, kind, self.model
-            )
-            tuned = low_rank.merge(overlay(policy.params, tuned), adapters.scale)
-        pretrained.save_policy(self.out / "model", policy._replace(params=tuned), tokenizer)
-
-    def _sum_up(self, updates: int, digest: str) -> None:
-        lines = read_lines(
-            self.out / "metrics.jsonl"
-        )  # of the last update there may be two: an evaluation has its own
-        metrics = {
-            k: v
-            for row in lines
-            if row["update"] == lines[-1]["update"]
-            for k, v in row.items()
-            if k != "update"
-        }
-        write_json(self.out / "summary.json", {"updates": updates, "digest": digest, **metrics})
-
-    def build(
-        self, out: Path, loop: LoopConfig | None = None
-    ) -> tuple[Trainer, pretrained.Pretrained, low_rank.LoRA | None]:
-        """Reads everything, and makes a trainer that writes to `out`; beside it the policy as it came, and the adapters."""
+    def build(self, out: Path, loop: LoopConfig | None = None) -> Trainer:
+        """Reads everything, and makes a trainer that writes to `out`."""
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
-        mesh = None if self.mesh == "pmap" else meshes.make_mesh(meshes.parse_mesh(self.mesh))
+        pmap = self.mesh == "pmap"
+        mesh = None if pmap else meshes.make_mesh(meshes.parse_mesh(self.mesh))
         mesh = None if mesh is None or mesh.size == 1 else mesh
-        meshes.check_rows(
-            self.ppo,
-            jax.local_device_count() if self.mesh == "pmap" else meshes.devices_of_rows(mesh),
-        )
-        policy, tokenizer = load_model(self.model, self.dtype, self.remat, mesh)
+        devices = jax.local_device_count() if pmap else meshes.devices_of_rows(mesh)
+        meshes.check_rows(self.ppo, devices)
+        policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
         check_top_k(self.ppo.top_k, policy.config)
         reward = load_reward(self.reward, self.reward_given, self.reward_label)
-        prompts, held_out = (
-            None
-            if path is None
-            else load_prompts(path, tokenizer, policy, self.ppo.max_new_tokens, self.chat)
-            for path in (self.prompts, self.eval_prompts)
-        )
-        adapters = self.lora.settings()
-        if adapters is not None:
-            policy = policy._replace(
-                config=dataclasses.replace(policy.config, lora_scale=adapters.scale)
-            )
-        longest = (
-            max(p.tokens.shape[1] for p in (prompts, held_out) if p is not None)
-            + self.ppo.max_new_tokens
-        )
-        critic, critic_params = self.make_critic(policy, longest, mesh)
-        stops = stop_ids(tokenizer, policy, self.stop_tokens)
-        agent = iteration.Agent(
-            language_model(policy.config), critic, self.ppo, stops, pad_id(tokenizer)
-        )
-        params, frozen = {"policy": policy.params, "critic": critic_params}, None
-        if adapters is not None:
-            params, frozen = low_rank.adapt(params, iteration.init_key(self.loop.seed, 1), adapters)
-        trainer = Trainer(
-            agent,
-            params,
+        learner = assemble(
+            policy,
             tokenizer,
-            prompts,
+            self.ppo,
+            critic=self.critic,
+            lora=self.lora.settings(),
+            mesh=mesh,
+            pmap=pmap,
+            seed=self.loop.seed,
+            stop_tokens=self.stop_tokens,
+        )
+        held_out = None
+        if self.eval_prompts is not None:
+            held_out = learner.encode(self._rows(self.eval_prompts))
+        return Trainer(
+            learner,
+            learner.encode(self._rows(self.prompts)),
             reward,
             out=out,
             loop=loop or self.loop,
             eval_prompts=held_out,
-            frozen=frozen,
             settings=self,
             resume=self.resume,
-            mesh=mesh,
-            pmap=self.mesh == "pmap",
         )
-        return trainer, policy, adapters
 
-    def make_critic(self, policy: pretrained.Pretrained, longest: int, mesh: Mesh | None = None):
-        """The critic's function and its first parameters; it reads up to `longest` tokens."""
-        if self.critic == "shared":
-            return heads.shared_critic(), {"head": heads.zero_head(policy.config.width)}
-        if self.critic == "separate":
-            key = iteration.init_key(self.loop.seed, 0)
-            return heads.separate_critic(policy.config), heads.init_scorer(
-                policy.config, key, trunk=policy.params
-            )
-        try:
-            scorer = scorers.load_scorer(
-                self.critic, dtype=policy.config.dtype, remat=self.remat, mesh=mesh
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"The critic must start from a reward model of one label: {error}"
-            ) from error
-        if scorer.config.vocab_size != policy.config.vocab_size:
-            raise ValueError(
-                f"The critic {self.critic} has vocab_size={scorer.config.vocab_size}, the policy {policy.config.vocab_size}: it "
-                "must read the policy's tokens."
-            )
-        if scorer.config.positions < longest:
-            raise ValueError(
-                f"The critic {self.critic} has {scorer.config.positions} positions; the longest prompt and "
-                f"max_new_tokens={self.ppo.max_new_tokens} need {longest}."
-            )
-        scorer_config = dataclasses.replace(scorer.config, lora_scale=policy.config.lora_scale)
-        return heads.separate_critic(scorer_config), scorer.params
+    def _rows(self, path: Path) -> list[dict[str, Any]]:
+        rows = data.read_rows(path)
+        return as_chat(rows) if self.chat else rows
+
+    def _train(self, trainer: Trainer) -> None:
+        done = int(trainer.state.update)
+        processes.say(
+            f"The run in {self.out} continues after {done} updates."
+            if done
+            else f"A run starts in {self.out}; its first update takes longer because it is compiled."
+        )
+        state = trainer.run()
+        digest = hashing.digest(state.train.params)
+        export_result(self.out, trainer, state, base_name=self.model)
+        processes.first_does(lambda: write_summary(self.out, int(state.update), digest))
+        processes.say(
+            f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
+            f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}"
+        )

@@ -12,7 +12,7 @@ from ppo_jax.distributed.placement import place
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.iteration import Agent, PPOState
 from ppo_jax.sharding import rows_sharding, shardings
-from ppo_jax.types import LossFn, Params
+from ppo_jax.types import AdvantageFn, LossFn, Params
 
 
 def start_state(
@@ -40,13 +40,14 @@ def jit_steps(
     mesh: Mesh | None = None,
     state: PPOState | None = None,
     *,
+    advantage_fn: AdvantageFn | None = None,
     loss_fn: LossFn | None = None,
 ) -> Steps:
     """By `jit`; on a mesh, with the rows spread and `learn`'s new state lying as `state` does."""
     sample, score, learn = (
         functools.partial(f, agent) for f in (iteration.sample, iteration.score, iteration.learn)
     )
-    learn = functools.partial(learn, loss_fn=loss_fn)
+    learn = functools.partial(learn, advantage_fn=advantage_fn, loss_fn=loss_fn)
     jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     if mesh is None:
         return Steps(jit(sample), jit(score), jit(learn, donate_argnums=0))

@@ -11,11 +11,15 @@ import numpy as np
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.iteration import Agent, PPOState
-from ppo_jax.types import LossFn, Params
+from ppo_jax.types import AdvantageFn, LossFn, Params
 
 
 def pmap_steps(
-    agent: Agent, devices: Sequence[Any] | None = None, *, loss_fn: LossFn | None = None
+    agent: Agent,
+    devices: Sequence[Any] | None = None,
+    *,
+    advantage_fn: AdvantageFn | None = None,
+    loss_fn: LossFn | None = None,
 ) -> Steps:
     """By `pmap`: a replica of everything on each device, rows spread, gradients and averages summed over the devices.
 
@@ -37,7 +41,12 @@ def pmap_steps(
         return iteration.score(agent, state, ref_params, rollout, frozen=frozen)
 
     def own_learn(state, frozen, rollout, scores, task_scores, token_scores):
-        more = {"frozen": frozen, "loss_fn": loss_fn, "axis_name": axis}
+        more = {
+            "frozen": frozen,
+            "advantage_fn": advantage_fn,
+            "loss_fn": loss_fn,
+            "axis_name": axis,
+        }
         return iteration.learn(agent, state, rollout, scores, task_scores, token_scores, **more)
 
     all_sample = mapped(own_sample, in_axes=(None, None, 0, 0, 0))

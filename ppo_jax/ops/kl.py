@@ -4,8 +4,9 @@ With actions sampled from π and `d = log π(a|s) - log π_ref(a|s)`, the estima
 (Schulman 2020, http://joschu.net/blog/kl-approx.html); `kl_full` needs both distributions and has no sampling noise.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -82,6 +83,13 @@ def kl_full(logits: jax.Array, ref_logits: jax.Array, *, temperature: float = 1.
     p = jnp.exp(logp)
     said = p > 0  # 0 · log 0 is 0, in the gradient too
     return jnp.sum(p * (jnp.where(said, logp, 0) - jnp.where(said, logq, 0)), axis=-1)
+
+
+def reads_logits(estimator: Any) -> bool:
+    """Whether a KL estimator reads the logits of both models instead of their log-probs."""
+    while isinstance(estimator, functools.partial):
+        estimator = estimator.func
+    return estimator is kl_full
 
 
 class KLState(NamedTuple):

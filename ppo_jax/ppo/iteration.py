@@ -20,7 +20,17 @@ from ppo_jax.ppo.loss import ppo_loss_fn
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import join_rows, make_experience, score_rollout, split_rows
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.types import CriticFn, LanguageModel, LossFn, Metrics, Params, Rollout, Scores, overlay
+from ppo_jax.types import (
+    AdvantageFn,
+    CriticFn,
+    LanguageModel,
+    LossFn,
+    Metrics,
+    Params,
+    Rollout,
+    Scores,
+    overlay,
+)
 
 _SAMPLE, _SHUFFLE = 0, 1  # one key a purpose
 _INIT = 2**32 - 1  # no update has this number
@@ -158,6 +168,7 @@ def learn(
     token_scores: jax.Array | None = None,
     *,
     frozen: Params | None = None,
+    advantage_fn: AdvantageFn | None = None,
     loss_fn: LossFn | None = None,
     axis_name: str | None = None,
 ) -> tuple[PPOState, Metrics]:

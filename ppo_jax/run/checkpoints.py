@@ -1,4 +1,4 @@
-"""Checkpoints of a run through Orbax: one pytree of all that changes, whole or not at all, and checked bit by bit when read."""
+"""Checkpoints of a run, written by Orbax and checked bit by bit when they are read."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as kept
+from orbax.checkpoint import checkpoint_managers
 
 from ppo_jax.distributed import processes
 from ppo_jax.errors import CheckpointError
@@ -22,25 +22,26 @@ from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.run.provenance import differences
 
 _LOG = logging.getLogger(__name__)
-_SPARE_BYTES = 2**20  # what Orbax writes beside the arrays
-_LEFTOVERS = (
+_SPARE_BYTES = 2**20  # room for what Orbax writes besides the arrays
+# If one array fails, Orbax also logs the failures of all others and of its threads.
+_CONSEQUENCES = (
     "exception was never retrieved",
     "_SignalingThread.run() raised an exception",
     "CheckpointManagerOptions.read_only",
 )
 
 
-def _is_no_leftover(record: logging.LogRecord) -> bool:
-    return not any(leftover in record.getMessage() for leftover in _LEFTOVERS)
+def _is_cause(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _CONSEQUENCES)
 
 
-class _UnfitError(CheckpointError):
-    """A checkpoint that is whole, but not of the program that reads it."""
+class _MismatchError(CheckpointError):
+    """A complete checkpoint whose arrays are not those of the program that reads it."""
 
 
 @dataclasses.dataclass
-class _One:
-    """A policy of Orbax: the checkpoint of `step` stays."""
+class _KeepOne:
+    """A preservation policy of Orbax that keeps the checkpoint of `step`."""
 
     step: int | None = None
 
@@ -49,133 +50,150 @@ class _One:
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a run's folder and the one that is called the best."""
+    """The newest checkpoints of a run, and the one with the best evaluation."""
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
-        self._best = _One()
+        """Opens a folder of checkpoints.
+
+        Args:
+          folder: the folder; it is created unless `read_only`.
+          keep: the number of newest checkpoints to keep besides the best.
+          read_only: change nothing in the folder.
+        """
+        self._best = _KeepOne()
+        latest = checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept.AnyPreservationPolicy([kept.LatestN(keep), self._best]),
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, self._best]),
             enable_async_checkpointing=False,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
         )
-        # Where one array fails, Orbax logs the failures of all others too, and those of its threads.
         for name in ("asyncio", "absl"):
-            logging.getLogger(name).addFilter(_is_no_leftover)
+            logging.getLogger(name).addFilter(_is_cause)
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(
-        self, state: PPOState, about: dict[str, Any] | None = None, *, best: int | None = None
+        self, state: PPOState, notes: dict[str, Any] | None = None, *, best: int | None = None
     ) -> None:
-        """Writes a checkpoint named by the updates done, unless it is there.
+        """Writes a checkpoint, named by the number of updates, unless it exists.
 
         Args:
           state: all that changes in the iteration.
-          about: what else the run must know to go on, as JSON.
-          best: number of updates of the checkpoint that stays whatever comes after it.
+          notes: what else the run needs to be resumed, in the types of JSON.
+          best: the number of updates of the checkpoint that is kept whatever comes after it.
 
         Raises:
-          CheckpointError: if it cannot be written, as on a full disk; the earlier ones stay as they are.
+          CheckpointError: if it cannot be written, for example because the disk is full; the
+            earlier checkpoints are untouched.
         """
         step, arrays = int(state.update), _arrays(state)
         if step in self._manager.all_steps():
             return
         self._best.step = best
-        about = json.dumps(about or {}, sort_keys=True)
-        run = {"digest": digest(arrays), "about": about, "structure": _structure(arrays)}
-        run["run_digest"] = text_hash(run["about"], sorted(run["structure"].items()))
+        # `about` and the other names are those of the files that exist.
+        about = json.dumps(notes or {}, sort_keys=True)
+        structure = _structure(arrays)
+        run = {
+            "digest": digest(arrays),
+            "about": about,
+            "structure": structure,
+            "run_digest": text_hash(about, sorted(structure.items())),
+        }
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
         try:
             processes.first_does(lambda: self._check_room(arrays))
             if not self._manager.save(step, args=items):
-                raise OSError(f"Orbax leaves it out beside {self.steps()}.")
+                raise OSError(f"Orbax refuses to write it beside {self.steps()}.")
         except (
             Exception
-        ) as error:  # Orbax and TensorStore raise many kinds for a disk that is full or gone
+        ) as error:  # Orbax and TensorStore raise many kinds of error for a full disk
             raise CheckpointError(
-                f"Checkpoint {step} cannot be written to {self.folder}: {_first_line(error)} The earlier ones are untouched."
+                f"Checkpoint {step} cannot be written to {self.folder}: {_first_line(error)} "
+                "The earlier ones are untouched."
             ) from error
 
     def _check_room(self, arrays: Any) -> None:
-        needed, free = (
-            sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SPARE_BYTES,
-            shutil.disk_usage(self.folder).free,
-        )
+        needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
                 f"it may take {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB left"
             )
 
     def steps(self) -> list[int]:
-        """Numbers of updates of those there are, newest last."""
+        """The numbers of updates of all checkpoints, newest last."""
         return sorted(self._manager.all_steps())
 
     def were_any(self) -> bool:
-        """Whether there are checkpoints, be they damaged."""
+        """Whether there are checkpoints, damaged ones included."""
         return bool(self.steps()) or any(self.folder.glob("*.damaged*"))
 
     def restore(self, like: PPOState, step: int | None = None) -> tuple[PPOState, dict[str, Any]]:
-        """The newest good checkpoint, or that of `step`, as a state of the structure and sharding of `like`, and its `about`.
+        """Reads the newest good checkpoint, or the checkpoint of `step`.
 
-        A damaged one is named in a warning, set aside as `N.damaged`, and the one before it is tried.
+        A damaged checkpoint is named in a warning and renamed to `N.damaged`, and the checkpoint
+        before it is tried.
+
+        Args:
+          like: a state with the structure and sharding of the result.
+          step: the number of updates of the checkpoint to read; None for the newest good one.
+
+        Returns:
+          The state and the notes that were saved with it.
 
         Raises:
-          CheckpointError: if there is no good one, or the newest good one has arrays of other shapes than `like`.
+          CheckpointError: if there is no good checkpoint, or if the newest good one has arrays of
+            other shapes than `like`.
         """
-        damaged = []
+        reasons = []
         for number in reversed(self.steps()) if step is None else [step]:
-            found, unfit, reason = None, "", ""
+            found, mismatch, reason = None, "", ""
             try:
                 found = self._read(number, like)
-            except Exception as error:  # a damaged file may raise anything
+            except Exception as error:  # a damaged file may raise any kind of error
                 reason = (
                     f"Checkpoint {number} in {self.folder} cannot be used: {_first_line(error)}"
                 )
-                unfit = reason if _is_no_damage(error) else ""
-            unfit, reason = (
-                next(filter(None, processes.told(text)), "") for text in (unfit, reason)
+                mismatch = "" if _is_damage(error) else reason
+            mismatch, reason = (
+                next(filter(None, processes.told(text)), "") for text in (mismatch, reason)
             )
-            if unfit:
-                raise CheckpointError(unfit)
+            if mismatch:
+                raise CheckpointError(mismatch)
             if found is not None and not reason:
                 return found
-            damaged.append(reason)
+            reasons.append(reason)
             if step is None:
-                _LOG.warning("%s It is set aside as %d.damaged.", reason, number)
+                _LOG.warning("%s It is renamed to %d.damaged.", reason, number)
                 processes.first_does(functools.partial(self._set_aside, number))
                 self._manager.reload()
-        spoilt = sorted(path.name for path in self.folder.glob("*.damaged*"))
-        aside = (
-            f" but {', '.join(spoilt)}, set aside; delete the run's folder to start afresh"
-            if spoilt
-            else ""
-        )
-        raise CheckpointError(" ".join(damaged) or f"{self.folder} holds no checkpoint{aside}.")
+        damaged = sorted(path.name for path in self.folder.glob("*.damaged*"))
+        but = f" but {', '.join(damaged)}; delete the run's folder to start afresh"
+        none = f"{self.folder} holds no checkpoint{but if damaged else ''}."
+        raise CheckpointError(" ".join(reasons) or none)
 
     def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
-        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
-            "run"
-        ]
+        run_args = ocp.args.Composite(run=ocp.args.JsonRestore())
+        run = self._manager.restore(step, args=run_args)["run"]
         if text_hash(run["about"], sorted(run["structure"].items())) != run["run_digest"]:
             raise ValueError("it does not hold what was written.")
         arrays = _arrays(like)
-        for name, was, now in differences(run["structure"], _structure(arrays)):
-            raise _UnfitError(f"it has {was} for {name}, and the run now {now}.")
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays))
-        )["state"]
-        if digest(stored) != run["digest"]:
+        for name, stored, expected in differences(run["structure"], _structure(arrays)):
+            raise _MismatchError(f"it has {stored} for {name}, and the run now has {expected}.")
+        state_args = ocp.args.Composite(state=ocp.args.StandardRestore(arrays))
+        state = self._manager.restore(step, args=state_args)["state"]
+        if digest(state) != run["digest"]:
             raise ValueError("it does not hold what was written.")
-        if int(stored["update"]) != step:
-            raise ValueError(f"it is that of update {int(stored['update'])} under another name.")
-        train = like.train.replace(**stored["train"])
-        return like.replace(
-            **{**stored, "train": train, "key": jax.random.wrap_key_data(stored["key"])}
-        ), json.loads(run["about"])
+        if int(state["update"]) != step:
+            raise ValueError(f"it holds update {int(state['update'])} under another name.")
+        train = like.train.replace(**state["train"])
+        key = jax.random.wrap_key_data(state["key"])
+        return like.replace(**{**state, "train": train, "key": key}), json.loads(run["about"])
 
     def _set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint."""
         place, number = self.folder / f"{step}.damaged", 1
         while place.exists():
             place, number = self.folder / f"{step}.damaged.{number}", number + 1
@@ -183,50 +201,45 @@ class Checkpoints:
             (self.folder / str(step)).rename(place)
         except OSError as error:
             raise CheckpointError(
-                f"Checkpoint {step} in {self.folder} cannot be set aside: {error.strerror}."
+                f"Checkpoint {step} in {self.folder} cannot be renamed: {error.strerror}."
             ) from error
 
     def close(self) -> None:
+        """Releases what Orbax holds."""
         self._manager.close()
 
 
-def _is_no_damage(error: Exception) -> bool:
-    outside = isinstance(
-        error, _UnfitError | PermissionError | MemoryError | jax.errors.JaxRuntimeError
-    )
-    return outside or "PERMISSION_DENIED" in str(error)  # TensorStore's own words
+def _is_damage(error: Exception) -> bool:
+    """Whether an error means that the files are damaged, and not that they cannot be used here."""
+    other = (_MismatchError, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
+    return not isinstance(error, other) and "PERMISSION_DENIED" not in str(error)
 
 
 def _first_line(error: Exception) -> str:
-    """With both ends of a long one: the cause stands last."""
-    line = (
-        f"it lacks {error}"
-        if isinstance(error, KeyError)
-        else (str(error).strip() or type(error).__name__).splitlines()[0]
-    )
-    line = re.sub(r" \[[a-z_]+(\[\d+\])?='.*", "", line)  # TensorStore's own notes behind it
-    line = line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
+    """The first line of an error's message, as a sentence of at most about 400 characters."""
+    text = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip()
+    line = (text or type(error).__name__).splitlines()[0]
+    line = re.sub(r" \[[a-z_]+(\[\d+\])?='.*", "", line)  # TensorStore appends notes of its own
+    if len(line) > 400:  # the cause comes last
+        line = f"{line[:150]} ... {line[-250:]}"
     return line if line.endswith(".") else line + "."
 
 
 def _structure(arrays: Any) -> dict[str, str]:
-    """Shape and type of each array."""
-    named = (
-        (jax.tree_util.keystr(at, simple=True, separator="/"), x)
-        for at, x in jax.tree_util.tree_leaves_with_path(arrays)
-    )
-    return {name: f"{jnp.result_type(x)}{list(jnp.shape(x))}" for name, x in named}
+    """Shape and dtype of each array by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+        )
+        for path, x in jax.tree_util.tree_leaves_with_path(arrays)
+    }
 
 
 def _arrays(state: PPOState) -> dict[str, Any]:
-    """The state without what Orbax does not store: functions and typed keys."""
-    train = {
-        "step": state.train.step,
-        "params": state.train.params,
-        "opt_state": state.train.opt_state,
-    }
+    """The arrays of a state, without its functions and with the data of its typed key."""
+    train = state.train
     return {
-        "train": train,
+        "train": {"step": train.step, "params": train.params, "opt_state": train.opt_state},
         "kl": state.kl,
         "scale": state.scale,
         "key": jax.random.key_data(state.key),

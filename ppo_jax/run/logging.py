@@ -1,11 +1,11 @@
-"""What a run says while it goes on: lines of metrics, samples and faults, TensorBoard, Weights & Biases."""
+"""Logs of a run: JSON lines of metrics, samples and faults; TensorBoard; Weights & Biases."""
 
 import contextlib
 import logging
 import math
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,42 @@ from tensorboardX.record_writer import RecordWriter
 from ppo_jax.hashing import text_hash
 from ppo_jax.run.files import LINES, append_lines, synced_size
 
-SKIPPED = {"faults/skipped": 1.0}  # the metrics of an update that a fault made the run skip
+# The metrics of an update that a fault made the run skip.
+SKIPPED = {"faults/skipped": 1.0}
+Rows = Iterable[Mapping[str, Any]]
 _LOG = logging.getLogger(__name__)
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """With None for what is not finite: JSON knows no NaN."""
+    """Replaces numbers that are not finite by None, because JSON has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 class NoLog:
-    """A `RunLog` that writes nothing, for the processes beside the first."""
+    """A `RunLog` that writes nothing, for all processes but the first."""
 
-    def metrics(self, update: int, metrics: Mapping[str, float]) -> None: ...
+    def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
+        """Writes nothing."""
 
-    def samples(self, update: int, rows: Iterable[Mapping[str, Any]]) -> None: ...
+    def samples(self, update: int, rows: Rows) -> None:
+        """Writes nothing."""
 
-    def fault(
-        self, update: int, kind: str, message: str, rows: Iterable[Mapping[str, Any]]
-    ) -> None: ...
+    def fault(self, update: int, kind: str, message: str, rows: Rows) -> None:
+        """Writes nothing."""
 
     def sizes(self) -> dict[str, int]:
+        """Returns no sizes."""
         return {}
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes nothing."""
 
 
 class RunLog:
-    """Appends to a run's files; `sizes` says how far they are, and `files.cut_back` takes back what came after."""
+    """Appends to the files of a run.
+
+    `sizes` says how long they are at a checkpoint, and `files.cut_back` removes what came after.
+    """
 
     def __init__(
         self,
@@ -53,84 +61,93 @@ class RunLog:
         wandb_project: str | None = None,
         first_update: int = 0,
     ):
+        """Opens the logs.
+
+        Args:
+          folder: the run's folder.
+          tensorboard: write TensorBoard events.
+          wandb_project: the Weights & Biases project, or None.
+          first_update: the update that the run starts with or is resumed from.
+
+        Raises:
+          ValueError: if Weights & Biases is not installed or does not start.
+        """
         self._folder = folder
         self._board = _Board(folder / "tensorboard", first_update) if tensorboard else None
-        self._wandb = None
-        if wandb_project is not None:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ValueError(
-                    "Weights & Biases is not installed; pip install 'ppo-jax[wandb]'."
-                ) from error
-            try:
-                self._wandb = wandb.init(
-                    project=wandb_project,
-                    dir=folder,
-                    id=text_hash(str(folder.resolve())),
-                    resume="allow",
-                )
-            except wandb.errors.Error as error:
-                raise ValueError(
-                    f"Weights & Biases does not start: {str(error).splitlines()[0]}"
-                ) from error
+        self._wandb = None if wandb_project is None else _start_wandb(folder, wandb_project)
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of an update."""
         append_lines(self._folder / "metrics.jsonl", [{"update": update, **finite(metrics)}])
         if self._board is not None:
             self._board.scalars(update, metrics)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=update)
 
-    def samples(self, update: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    def samples(self, update: int, rows: Rows) -> None:
+        """Writes sampled texts of an update."""
         append_lines(self._folder / "samples.jsonl", [{"update": update, **row} for row in rows])
 
-    def fault(
-        self, update: int, kind: str, message: str, rows: Iterable[Mapping[str, Any]]
-    ) -> None:
-        about = {"update": update, "kind": kind, "message": message}
-        append_lines(self._folder / "faults.jsonl", [{**about, **row} for row in rows])
+    def fault(self, update: int, kind: str, message: str, rows: Rows) -> None:
+        """Writes the rows that a fault concerns, with its kind and message."""
+        fault = {"update": update, "kind": kind, "message": message}
+        append_lines(self._folder / "faults.jsonl", [{**fault, **row} for row in rows])
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file of lines, all of which are on the disk then."""
+        """Flushes the files of lines to the disk and returns their sizes in bytes."""
         return {name: synced_size(self._folder / name) for name in LINES}
 
     def close(self) -> None:
+        """Closes TensorBoard and Weights & Biases."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
+def _start_wandb(folder: Path, project: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "Weights & Biases is not installed; pip install 'ppo-jax[wandb]'."
+        ) from error
+    run_id = text_hash(str(folder.resolve()))
+    try:
+        return wandb.init(project=project, dir=folder, id=run_id, resume="allow")
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"Weights & Biases does not start: {str(error).splitlines()[0]}"
+        ) from error
+
+
 class _Board:
-    """TensorBoard's events, written in the caller's thread: one that the disk refuses ends them with a warning, never the run."""
+    """TensorBoard events, written in the caller's thread.
+
+    If the disk refuses an event, the events end with a warning and the run continues.
+    """
 
     flush_s = 10.0
 
     def __init__(self, folder: Path, first_update: int):
-        """Events from `first_update` on that were in the folder before no longer count."""
+        """Starts a file; events from `first_update` on that were there before become invalid."""
         self._file: RecordWriter | None = None
         self._flushed = time.monotonic()
-        with self._or_warning():
+        with self._warning_on_error():
             folder.mkdir(exist_ok=True)
-            self._file = RecordWriter(
-                str(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
-            )
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+            self._file = RecordWriter(str(folder / name))
         self._write(step=first_update, file_version="brain.Event:2")
         self._write(step=first_update, session_log=SessionLog(status=SessionLog.START))
 
-    def scalars(self, update: int, numbers: Mapping[str, float]) -> None:
-        self._write(
-            step=update,
-            summary=Summary(
-                value=[Summary.Value(tag=n, simple_value=x) for n, x in numbers.items()]
-            ),
-        )
+    def scalars(self, update: int, metrics: Mapping[str, float]) -> None:
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
+        self._write(step=update, summary=Summary(value=values))
 
     def _write(self, **event: Any) -> None:
         if self._file is None:
             return
-        with self._or_warning():
+        with self._warning_on_error():
             self._file.write(Event(wall_time=time.time(), **event).SerializeToString())
             if time.monotonic() > self._flushed + self.flush_s:
                 self._file.flush()
@@ -139,18 +156,18 @@ class _Board:
     def close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            with self._or_warning():
+            with self._warning_on_error():
                 file.close()
 
     __del__ = close
 
     @contextlib.contextmanager
-    def _or_warning(self):
+    def _warning_on_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             file, self._file = self._file, None
-            with contextlib.suppress(OSError):  # the bytes that it still holds
+            with contextlib.suppress(OSError):  # closing writes the buffered bytes, which fails too
                 if file is not None:
                     file.close()
             _LOG.warning(

@@ -1,4 +1,4 @@
-"""Where a result comes from: digests of parameters, data and code, what a run was made with, and where two of them differ."""
+"""Where a result comes from: hashes of code and tokenizers, the environment, and differences."""
 
 import dataclasses
 import enum
@@ -28,35 +28,42 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
 )
+# Settings of JAX that change numbers: its random bits, the width of its types, its precision.
+_NUMERICS = (
+    "default_prng_impl",
+    "threefry_partitionable",
+    "enable_x64",
+    "default_matmul_precision",
+    "numpy_dtype_promotion",
+)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of all that a fast tokenizer does, cleaned-up spaces among it; of another, the vocabulary."""
+    """Hash of all rules of a fast tokenizer; of the vocabulary for any other tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return text_hash(
-            sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None
-        )
+        has_vocabulary = hasattr(tokenizer, "get_vocab")
+        return text_hash(sorted(tokenizer.get_vocab().items()) if has_vocabulary else None)
     rules = json.loads(backend.to_str())
-    rules = {
-        name: rule for name, rule in rules.items() if name not in ("truncation", "padding")
-    }  # those are the last call's
+    for name in ("truncation", "padding"):  # these are left over from the last call
+        rules.pop(name, None)
     return text_hash(rules, bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)))
 
 
-def code_hash(thing: Any) -> str | None:
-    """Of a function, or of an object that is called: the file it is written in, its name, and the values that it holds.
+def code_hash(thing: Any) -> str:
+    """Hash of a function or a callable object: its file, its name and the values that it holds.
 
-    Values are those of a closure, of defaults, of a partial function's arguments, and the fields of named tuples, data classes and
-    objects that are called: strings, numbers and tuples of them, arrays, and again functions. Lists and other things that change
-    while a run goes on do not count; what is written without a file counts by its name alone.
+    The values are those of closures, defaults and arguments of partial functions, and the fields of
+    named tuples, dataclasses and callable objects: strings, numbers, arrays, tuples of these, and
+    functions again. Lists and other mutable values do not count, because they may change during a
+    run. Code without a file counts by its name only.
     """
-    return text_hash(*_held(thing, ()))
+    return text_hash(*_identity(thing, ()))
 
 
-def _held(thing: Any, within: tuple[int, ...]) -> Iterator[str]:
-    """What tells `thing` from others; one that holds itself counts once."""
-    if id(thing) in within:
+def _identity(thing: Any, parents: tuple[int, ...]) -> Iterator[str]:
+    """Yields texts that tell `thing` from others; `parents` are the ids of what holds it."""
+    if id(thing) in parents:  # it holds itself
         return
     if isinstance(thing, str | int | float | None | enum.Enum | np.dtype):
         yield repr(thing)
@@ -70,23 +77,27 @@ def _held(thing: Any, within: tuple[int, ...]) -> Iterator[str]:
             code = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
             yield f"{_file_hash(code)} {getattr(code, '__qualname__', None)}"
         for part in _parts(thing):
-            yield from _held(part, (*within, id(thing)))
+            yield from _identity(part, (*parents, id(thing)))
 
 
 def _parts(thing: Any) -> Iterator[Any]:
-    """The values that a function or an object holds."""
-    items = lambda named: (x for item in sorted(named.items()) for x in item)
+    """Yields the values that a function or an object holds."""
     if isinstance(thing, tuple):
         yield from thing
     elif isinstance(thing, functools.partial):
-        yield from (thing.func, *thing.args, *items(thing.keywords))
+        yield from (thing.func, *thing.args, *_flat(thing.keywords))
     elif inspect.ismethod(thing):
         yield from (thing.__self__, thing.__func__)
     elif inspect.isfunction(thing):
-        yield from items(inspect.getclosurevars(thing).nonlocals)
-        yield from (*(thing.__defaults__ or ()), *items(thing.__kwdefaults__ or {}))
+        yield from _flat(inspect.getclosurevars(thing).nonlocals)
+        yield from (*(thing.__defaults__ or ()), *_flat(thing.__kwdefaults__ or {}))
     elif not inspect.isroutine(thing) and not inspect.isclass(thing):
-        yield from items(getattr(thing, "__dict__", {}))
+        yield from _flat(getattr(thing, "__dict__", {}))
+
+
+def _flat(named: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields names and values in the order of the names."""
+    return (x for item in sorted(named.items()) for x in item)
 
 
 def _file_hash(code: Any) -> str | None:
@@ -98,19 +109,18 @@ def _file_hash(code: Any) -> str | None:
 
 
 def _is_tree(x: Any) -> bool:
-    return isinstance(x, Mapping) and all(
-        isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(x)
-    )
+    leaves = jax.tree.leaves(x) if isinstance(x, Mapping) else [None]
+    return all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and flags."""
-    versions = {}
+    """Versions, devices and flags of this process."""
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+            continue
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -124,31 +134,27 @@ def environment() -> dict[str, Any]:
 
 
 def _cores() -> int | None:
-    """Those that this process may use: sums are split among them."""
+    """The number of CPU cores that this process may use; XLA splits sums among them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def numerics() -> dict[str, Any]:
-    """JAX's own settings that change numbers: its random bits, the width of its types, the precision of its products."""
-    names = (
-        "jax_default_prng_impl",
-        "jax_threefry_partitionable",
-        "jax_enable_x64",
-        "jax_default_matmul_precision",
-        "jax_numpy_dtype_promotion",
-    )
-    return {name.removeprefix("jax_"): getattr(jax.config, name) for name in names}
+    """The settings of JAX that change numbers."""
+    return {name: getattr(jax.config, f"jax_{name}") for name in _NUMERICS}
 
 
 def make_deterministic() -> None:
-    """Asks XLA for GPU kernels that give the same bits every time; before the first use of a device."""
+    """Asks XLA for GPU kernels that give the same bits every time.
+
+    It has no effect once a device has been used.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC_GPU not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC_GPU}".strip()
 
 
-def differences(a: Any, b: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two nested mappings part: dotted name and both values.
+def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields where two nested mappings differ: the dotted name and both values.
 
     Example:
       >>> list(differences({"ppo": {"lam": 1, "gamma": 1}}, {"ppo": {"lam": 0.9, "gamma": 1}}))
@@ -156,6 +162,6 @@ def differences(a: Any, b: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
     """
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for name in dict.fromkeys([*a, *b]):
-            yield from differences(a.get(name), b.get(name), f"{at}.{name}" if at else name)
+            yield from differences(a.get(name), b.get(name), f"{path}.{name}" if path else name)
     elif a != b:
-        yield at, a, b
+        yield path, a, b

@@ -1,175 +1,224 @@
-"""A run's `config.json`, and what of it must be the same for a run to go on."""
+"""A run's `config.json`, and what must be unchanged for a run to be resumed."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_jax import data, hashing
+from ppo_jax import data
 from ppo_jax.distributed import processes
-from ppo_jax.ppo.iteration import Agent
+from ppo_jax.hashing import digest, text_hash
 from ppo_jax.run import provenance
-from ppo_jax.run.files import plain, read_json, write_json
+from ppo_jax.run.assembly import Learner
+from ppo_jax.run.files import read_json, write_json
+from ppo_jax.run.serialize import plain
+from ppo_jax.run.settings import LoopConfig
 
 _LOG = logging.getLogger(__name__)
 
-# Settings that shape no result, or only name what `hashes` covers.
+# Settings that do not shape the result, or that only name what the hashes cover.
 _FREE = {
-    "loop": {
-        "updates",
-        "eval_every",
-        "save_every",
-        "keep",
-        "samples",
-        "tensorboard",
-        "wandb_project",
-        "progress",
-        "faults",
-    },
-    "command": {
-        "out",
-        "resume",
-        "preset",
-        "updates",
-        "model",
-        "prompts",
-        "eval_prompts",
-        "reward",
-        "loop",
-        "ppo",
-        "mesh",
-        "processes",
-    },
+    "loop": set(
+        [
+            "updates",
+            "eval_every",
+            "save_every",
+            "keep",
+            "samples",
+            "tensorboard",
+            "wandb_project",
+            "progress",
+            "faults",
+        ]
+    ),
+    "command": set(
+        [
+            "out",
+            "resume",
+            "preset",
+            "updates",
+            "model",
+            "prompts",
+            "eval_prompts",
+            "reward",
+            "loop",
+            "ppo",
+            "mesh",
+            "processes",
+        ]
+    ),
     "ppo": set(),
     "data": set(),
     "jax": set(),
 }
-_MAY_COME = {"eval_prompts"}  # what a run may get when it goes on
+# What a resumed run may have although the run before had none.
+_MAY_BE_ADDED = {"eval_prompts"}
+# What decides over the last bits of a result.
+_PLACE = ("versions", "xla_flags", "device_kinds", "cpu_cores")
+
+Difference = tuple[str, Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Settings, and hashes of what they name: as JSON knows them."""
+    """The settings of a run, and hashes of what they name, in the types that JSON has."""
 
     settings: dict[str, Any]
     hashes: dict[str, Any]
 
     def write(self, folder: Path, *, first_update: int) -> None:
-        """Writes `config.json`, with the environment of each process that worked on the run."""
-        file = folder / "config.json"
-        before = read_config(folder)["processes"] if first_update else []
-        all_processes = [*before, {"first_update": first_update, **provenance.environment()}]
+        """Writes `config.json` with the environment of each process that worked on the run."""
+        earlier = read_config(folder)["processes"] if first_update else []
+        here = {"first_update": first_update, **provenance.environment()}
         write_json(
-            file, {"settings": self.settings, "hashes": self.hashes, "processes": all_processes}
+            folder / "config.json",
+            {"settings": self.settings, "hashes": self.hashes, "processes": [*earlier, here]},
         )
 
 
 def start_config(
-    agent: Agent,
-    loop: Any,
-    command: Any,
-    models: Any,
-    tokenizer: Any,
+    learner: Learner,
+    parameters: Any,
     prompts: data.Prompts,
     eval_prompts: data.Prompts | None,
     reward: Any,
-    loss_fn: Any = None,
+    *,
+    loop: LoopConfig,
+    command: Any = None,
+    functions: Mapping[str, Callable | None] | None = None,
 ) -> RunConfig:
-    """Of a run about to start; `models` are all parameters that it starts from."""
-    longest = max(
-        p.tokens.shape[1] for p in (prompts, eval_prompts) if p is not None
-    )  # padding shapes the last bits
+    """Makes the `config.json` of a run that is about to start.
+
+    Args:
+      learner: what is trained.
+      parameters: all parameters that the run starts from.
+      prompts: the prompts to train on.
+      eval_prompts: held-out prompts, or None.
+      reward: the reward.
+      loop: the settings of the loop.
+      command: the settings of the command, or None if the run was started from Python.
+      functions: the user's own functions by their purpose; None stands for the default.
+
+    Returns:
+      The settings and hashes.
+    """
+    agent = learner.agent
+    both = [p for p in (prompts, eval_prompts) if p is not None]
     settings = {
         "ppo": plain(agent.config),
         "loop": plain(loop),
         "command": plain(command),
-        "data": {"longest_prompt": longest},
+        # The amount of padding decides over the last bits.
+        "data": {"longest_prompt": max(p.tokens.shape[1] for p in both)},
         "jax": provenance.numerics(),
     }
     hashes = {
-        "model": hashing.digest(models),
-        "model_config": hashing.text_hash(agent.model.about),
-        "stop_ids": hashing.text_hash(agent.stop_ids, agent.pad_id),
-        "tokenizer": provenance.tokenizer_hash(tokenizer),
-        "prompts": _data_hash(prompts),
+        "model": digest(parameters),
+        "model_config": text_hash(agent.model.about),
+        "stop_ids": text_hash(agent.stop_ids, agent.pad_id),
+        "tokenizer": provenance.tokenizer_hash(learner.tokenizer),
+        "prompts": _prompts_hash(prompts),
         "reward": provenance.code_hash(reward),
     }
-    if loss_fn is not None:
-        hashes["loss"] = provenance.code_hash(loss_fn)
+    for name, function in (functions or {}).items():
+        if function is not None:
+            hashes[name] = provenance.code_hash(function)
     if eval_prompts is not None:
-        hashes["eval_prompts"] = _data_hash(eval_prompts)
+        hashes["eval_prompts"] = _prompts_hash(eval_prompts)
     return RunConfig(json.loads(json.dumps(settings)), hashes)
 
 
-def _data_hash(prompts: data.Prompts) -> str:
-    """Of no padding: longer prompts elsewhere are no change of these."""
-    return hashing.text_hash(
-        prompts.tokens[prompts.mask], prompts.mask.sum(axis=1), list(prompts.rows)
-    )
+def _prompts_hash(prompts: data.Prompts) -> str:
+    """Hash of the unpadded tokens and the rows, so that padding does not change it."""
+    tokens, mask = prompts.tokens, prompts.mask
+    return text_hash(tokens[mask], mask.sum(axis=1), list(prompts.rows))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a run; ValueError, if `folder` holds none."""
+    """Reads the `config.json` of a run; raises ValueError if `folder` holds none."""
     config = read_json(folder / "config.json")
     kinds = {"settings": dict, "hashes": dict, "processes": list}
-    is_one = isinstance(config, dict) and all(
+    valid = isinstance(config, dict) and all(
         isinstance(config.get(name), kind) for name, kind in kinds.items()
     )
-    if not is_one or not all(
+    if not valid or not all(
         isinstance(config["settings"].get(part), dict | None) for part in _FREE
     ):
-        raise ValueError(f"{folder / 'config.json'} is not the one of a run.")
+        raise ValueError(f"{folder / 'config.json'} is not the configuration of a run.")
     return config
 
 
-def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of each setting of a run that shapes the result and differs from another's.
+def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Difference]:
+    """Yields the settings that shape the result and differ between two runs.
+
+    Args:
+      old: the settings of one run.
+      new: the settings of the other.
+
+    Yields:
+      The name of each such setting, and its two values.
 
     Example:
-      >>> runs = ({"ppo": {"lam": lam}, "loop": {"save_every": every}} for lam, every in ((0.9, 1), (1.0, 2)))
+      >>> runs = [{"ppo": {"lam": lam}, "loop": {"save_every": n}} for lam, n in ((0.9, 1), (1.0, 2))]
       >>> list(setting_differences(*runs))
       [('ppo.lam', 0.9, 1.0)]
     """
-    decays = [
-        (run.get("ppo") or {}).get("decay_learning_rate") for run in (old, new)
-    ]  # over all updates: so they count too
+    # The number of updates shapes the result only where the learning rate decays over them.
+    decays = any((run.get("ppo") or {}).get("decay_learning_rate") for run in (old, new))
     for part, free in _FREE.items():
         for name, a, b in provenance.differences(old.get(part) or {}, new.get(part) or {}):
             first = name.split(".")[0]
-            if first not in free or (any(decays) and (part, first) == ("loop", "updates")):
+            if first not in free or (decays and (part, first) == ("loop", "updates")):
                 yield f"{part}.{name}" if part != "command" else name, a, b
 
 
-def place_differences(old: list[Any], new: list[Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of what differs between where two runs, `processes` of their configs, were last at work: versions,
-    devices and flags, which decide over last bits."""
+def place_differences(old: Sequence[Any], new: Sequence[Any]) -> Iterator[Difference]:
+    """Yields the versions, devices and flags that differ between the last processes of two runs.
+
+    These decide over the last bits of a result.
+
+    Args:
+      old: the entry `processes` of one run's `config.json`.
+      new: the entry of the other.
+
+    Yields:
+      The name of each difference, and its two values.
+    """
     for name, a, b in provenance.differences(old[-1] if old else None, new[-1] if new else None):
-        if name.split(".")[0] in ("versions", "xla_flags", "device_kinds", "cpu_cores"):
+        if name.split(".")[0] in _PLACE:
             yield name, a, b
 
 
 def check_unchanged(folder: Path, now: RunConfig) -> None:
-    """Raises ValueError, naming it, if anything that shapes the result is not as it was when the run in `folder` began; warns of
-    other versions, devices or flags, with which it may agree to rounding only."""
+    """Checks that the run in `folder` can be resumed with the configuration `now`.
+
+    Other versions, devices or flags are named in a warning, because with them the result may agree
+    to rounding only.
+
+    Raises:
+      ValueError: naming the first setting, model, data or function that shapes the result and is
+        not the same as when the run began.
+    """
     before = read_config(folder)
     for name, old, new in setting_differences(before["settings"], now.settings):
         raise ValueError(
-            f"{name} was {old} in the run in {folder} and is {new} now; to resume, set it as it was."
+            f"{name} was {old} in the run in {folder} and is {new} now; to resume, set it to {old}."
         )
     for name, old, new in place_differences(before["processes"], [provenance.environment()]):
         if processes.is_first():
             _LOG.warning(
-                "%s was %s when the run in %s was last at work and is %s now: the last bits may differ.",
+                "%s was %s when the run in %s last ran and is %s now: the last bits may differ.",
                 name,
                 old,
                 folder,
                 new,
             )
-    for name in dict.fromkeys([*before["hashes"], *(now.hashes.keys() - _MAY_COME)]):
+    for name in dict.fromkeys([*before["hashes"], *(now.hashes.keys() - _MAY_BE_ADDED)]):
         old, new = before["hashes"].get(name), now.hashes.get(name)
         if old != new:
             raise ValueError(
-                f"The {name} of the run in {folder} had the hash {old} and has {new} now; to resume, give the same."
+                f"The {name} of the run in {folder} had the hash {old} and has {new} now; to "
+                f"resume, use the same {name}."
             )

@@ -1,36 +1,79 @@
 """The settings of the train loop."""
 
 import dataclasses
+import threading
+from typing import Literal
 
 from ppo_jax.errors import SettingError, check_numbers
-from ppo_jax.run.faults import Faults
+
+OnFault = Literal["stop", "skip"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What the run does when something goes wrong.
+
+    "stop" writes what is needed to find the cause and ends the run after a checkpoint. "skip"
+    writes the same and continues without the update (for a gradient, without the optimizer step).
+    """
+
+    reward: OnFault = "stop"
+    """What to do if the reward raises an error, hangs, or returns a score that is not finite."""
+    logprobs: OnFault = "stop"
+    """What to do if a log-prob or a value is not finite."""
+    gradient: OnFault = "skip"
+    """What to do if a loss or gradient is not finite; skip leaves out that optimizer step only."""
+    reward_retries: int = 0
+    """Number of further calls if the reward fails."""
+    reward_timeout_s: float | None = None
+    """Seconds after which a call of the reward counts as failed; none waits for ever."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.reward_retries < 0:
+            raise SettingError(
+                f"reward_retries must not be negative, but is {self.reward_retries}."
+            )
+        timeout, most = self.reward_timeout_s, threading.TIMEOUT_MAX
+        if timeout is not None and not 0 < timeout <= most:
+            raise SettingError(
+                f"reward_timeout_s must be positive and at most {most:.0f}, or none, not {timeout}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long to run and what to write. Only the seed shapes the result, and `updates` where the learning rate decays."""
+    """How long a run trains and what it writes.
+
+    Only `seed` shapes the result, and `updates` if the learning rate decays.
+
+    Example:
+      >>> LoopConfig(updates=50).save_every
+      50
+    """
 
     updates: int = 100
-    """PPO updates."""
+    """Number of PPO updates."""
     seed: int = 0
-    """Of sampling, shuffling and new parameters."""
+    """Seed of sampling, shuffling and new parameters."""
     eval_every: int = 0
-    """Updates between evaluations on held-out prompts; 0: only at the end."""
+    """Number of updates between evaluations on held-out prompts; 0 evaluates at the end only."""
     save_every: int = 50
-    """Updates between checkpoints; 0: only at the end."""
+    """Number of updates between checkpoints; 0 saves at the end only."""
     keep: int = 2
-    """Newest checkpoints kept, beside the one that evaluated best, which is saved whether due or not."""
+    """Number of newest checkpoints to keep, besides the one with the best evaluation."""
     samples: int = 4
-    """Sampled texts written an update."""
+    """Number of sampled texts to write in each update."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb_project: str | None = None
-    """Also log to this Weights & Biases project."""
+    """Weights & Biases project to log to as well."""
     progress: bool = True
-    """Show a progress bar on stderr, or a line an update where that is no terminal."""
+    """Show a progress bar on standard error, or print a line per update if it is no terminal."""
     faults: Faults = dataclasses.field(default_factory=Faults)
+    """What the run does when something goes wrong."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_numbers(self)
         for name in ("updates", "keep"):
             if getattr(self, name) < 1:

@@ -1,0 +1,283 @@
+"""Assembles what a run learns: a model, a critic, adapters, settings and a mesh become a `Learner`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ppo_jax import data
+from ppo_jax.data.chat import end_of_turn
+from ppo_jax.data.text import pad_id
+from ppo_jax.distributed import meshes
+from ppo_jax.models import heads
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.io import pretrained, scorers
+from ppo_jax.models.io.pretrained import Pretrained
+from ppo_jax.models.lora import LoRA, adapt
+from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo.iteration import Agent, init_key
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.types import CriticFn, Params
+
+_CRITIC, _ADAPTERS = 0, 1  # each part of the new parameters has a key of its own
+
+
+class Learner(NamedTuple):
+    """An agent with its parameters, its tokenizer and the devices that it runs on.
+
+    `assemble` makes one from a pretrained model. For a model of your own, the first three fields
+    are enough: `Learner(agent, params, tokenizer)`.
+
+    Attributes:
+      agent: the policy and critic as pure functions, and their settings.
+      params: `{"policy": ..., "critic": ...}`, the parameters that are trained.
+      tokenizer: a `transformers` tokenizer.
+      frozen: parameters of the same structure that are not trained; `params` are laid over them.
+      ref_params: the reference policy's parameters; None uses the frozen policy if there is one
+        (the model below the adapters), and the initial policy otherwise.
+      mesh: the devices, or None for a single device.
+      pmap: run a replica on each local device with `jax.pmap` instead of using a mesh.
+      policy: the pretrained policy as it was read, from which a result is exported.
+      lora: the adapters' settings, or None.
+      critic_positions: the longest sequence that a critic with its own trunk can read, or None.
+
+    Example:
+      >>> from ppo_jax import Agent, Learner, PPOConfig, TransformerConfig, init_params
+      >>> from ppo_jax import language_model, shared_critic, zero_head
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), stop_ids=(0,), pad_id=0)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(config.width)}}
+      >>> Learner(agent, params, tokenizer=None).frozen is None
+      True
+    """
+
+    agent: Agent
+    params: Params
+    tokenizer: Any
+    frozen: Params | None = None
+    ref_params: Params | None = None
+    mesh: Mesh | None = None
+    pmap: bool = False
+    policy: Pretrained | None = None
+    lora: LoRA | None = None
+    critic_positions: int | None = None
+
+    @property
+    def row_devices(self) -> int:
+        """Number of devices over which the rows of a batch are sharded."""
+        return jax.local_device_count() if self.pmap else meshes.devices_of_rows(self.mesh)
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> data.Prompts:
+        """Tokenizes prompts for this learner's policy.
+
+        Args:
+          rows: rows with a column `prompt`, as `read_rows` returns them.
+
+        Returns:
+          The left-padded prompts.
+
+        Raises:
+          ValueError: if the learner was not made by `assemble`, if a prompt is empty or holds a
+            token that the policy does not have, or if a prompt and its response together are longer
+            than the policy or the critic can read.
+        """
+        if self.policy is None:
+            raise ValueError(
+                "Learner.encode needs a learner made by assemble; use encode_prompts otherwise."
+            )
+        new_tokens = self.agent.config.max_new_tokens
+        prompts = encode_for(rows, self.tokenizer, self.policy.config, new_tokens)
+        longest = prompts.tokens.shape[1] + new_tokens
+        if self.critic_positions is not None and self.critic_positions < longest:
+            raise ValueError(
+                f"The critic has {self.critic_positions} positions; the longest prompt and "
+                f"max_new_tokens={new_tokens} need {longest}."
+            )
+        return prompts
+
+
+def assemble(
+    policy: Pretrained,
+    tokenizer: Any,
+    ppo: PPOConfig,
+    *,
+    critic: str | Path = "separate",
+    lora: LoRA | None = None,
+    mesh: Mesh | None = None,
+    pmap: bool = False,
+    seed: int = 0,
+    stop_tokens: Sequence[str] = (),
+) -> Learner:
+    """Assembles a learner from a pretrained policy.
+
+    Args:
+      policy: the policy, as `load_model` returns it.
+      tokenizer: its tokenizer.
+      ppo: the settings of the PPO iteration.
+      critic: "shared" for a value head on the policy's trunk, "separate" for a critic with its own
+        trunk that starts from the policy, or the folder or Hugging Face id of a reward model with
+        one label that the critic starts from.
+      lora: low-rank adapters to train instead of the whole model; the model itself is then frozen
+        and serves as the reference policy.
+      mesh: the devices, as `make_mesh` returns them; None for a single device.
+      pmap: run a replica on each local device with `jax.pmap` instead.
+      seed: seed of the new parameters, those of the value head and the adapters.
+      stop_tokens: texts that end a response besides the tokenizer's own end token; each must be a
+        single token.
+
+    Returns:
+      The learner.
+
+    Raises:
+      SettingError: if a number of rows in `ppo` does not divide evenly over the devices.
+      ValueError: if the critic cannot read the policy's tokens, if a stop token is not a single
+        token, or if `top_k` exceeds the vocabulary.
+
+    Example:
+      >>> from ppo_jax import TransformerConfig, init_params
+      >>> from ppo_jax.models.io.pretrained import Pretrained
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> policy = Pretrained(config, init_params(config, jax.random.key(0)), {"eos_token_id": 2})
+      >>> class Tokenizer:
+      ...     eos_token_id, sep_token_id, pad_token_id = 0, None, None
+      >>> learner = assemble(policy, Tokenizer(), PPOConfig(), critic="shared")
+      >>> learner.agent.stop_ids
+      (0, 2)
+    """
+    check_top_k(ppo.top_k, policy.config)
+    stops = stop_ids(tokenizer, policy, stop_tokens)
+    if lora is not None:
+        policy = policy._replace(config=dataclasses.replace(policy.config, lora_scale=lora.scale))
+    critic_fn, critic_params, critic_positions = _make_critic(critic, policy, seed, mesh)
+    agent = Agent(language_model(policy.config), critic_fn, ppo, stops, pad_id(tokenizer))
+    params, frozen = {"policy": policy.params, "critic": critic_params}, None
+    if lora is not None:
+        params, frozen = adapt(params, init_key(seed, _ADAPTERS), lora)
+    learner = Learner(
+        agent,
+        params,
+        tokenizer,
+        frozen,
+        mesh=mesh,
+        pmap=pmap,
+        policy=policy,
+        lora=lora,
+        critic_positions=critic_positions,
+    )
+    meshes.check_rows(ppo, learner.row_devices)
+    return learner
+
+
+def _make_critic(
+    critic: str | Path, policy: Pretrained, seed: int, mesh: Mesh | None
+) -> tuple[CriticFn, Params, int | None]:
+    """The critic's function, its initial parameters and its number of positions if it has any."""
+    config = policy.config
+    if critic == "shared":
+        return heads.shared_critic(), {"head": heads.zero_head(config.width)}, None
+    if critic == "separate":
+        params = heads.init_scorer(config, init_key(seed, _CRITIC), trunk=policy.params)
+        return heads.separate_critic(config), params, config.positions
+    try:
+        scorer = scorers.load_scorer(critic, dtype=config.dtype, remat=config.remat, mesh=mesh)
+    except ValueError as error:
+        raise ValueError(
+            f"The critic must start from a reward model with one label: {error}"
+        ) from error
+    if scorer.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"The critic {critic} has vocab_size={scorer.config.vocab_size} and the policy has "
+            f"{config.vocab_size}; choose a critic that reads the policy's tokens."
+        )
+    scorer_config = dataclasses.replace(scorer.config, lora_scale=config.lora_scale)
+    return heads.separate_critic(scorer_config), scorer.params, scorer.config.positions
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    remat: bool = False,
+    mesh: Mesh | None = None,
+    causal: bool = True,
+) -> tuple[Pretrained, Any]:
+    """Reads a language model and its tokenizer, and checks that they fit each other.
+
+    Args:
+      model: a folder, a Hugging Face id or a .gguf file.
+      dtype: the compute type, "float32" or "bfloat16"; parameters are float32 either way.
+      remat: recompute activations in the backward pass to save memory.
+      mesh: the devices on which the parameters are placed; None for the default device.
+      causal: refuse an encoder, which cannot be a policy.
+
+    Returns:
+      The model and its tokenizer.
+
+    Raises:
+      ValueError: if the model or its tokenizer cannot be read, or if they do not fit each other.
+
+    Example::
+
+        policy, tokenizer = load_model("gpt2")
+    """
+    policy = pretrained.load_policy(model, dtype=jnp.dtype(dtype), remat=remat, mesh=mesh)
+    if causal and not policy.config.causal:
+        raise ValueError(
+            f"{model} is an encoder, which sees later tokens; a policy must be a decoder "
+            "(is_decoder in its config.json)."
+        )
+    tokenizer = pretrained.load_tokenizer(model)
+    pretrained.check_tokenizer(tokenizer, policy.config)
+    return policy, tokenizer
+
+
+def encode_for(
+    rows: Sequence[dict[str, Any]], tokenizer: Any, config: TransformerConfig, new_tokens: int
+) -> data.Prompts:
+    """Tokenizes prompts for a model, and checks that it has all their tokens and room to respond."""
+    prompts = data.encode_prompts(
+        rows,
+        tokenizer,
+        positions=config.positions,
+        new_tokens=new_tokens,
+        pad_id=pad_id(tokenizer),
+    )
+    data.check_ids(prompts.tokens, config.vocab_size)
+    return prompts
+
+
+def stop_ids(
+    tokenizer: Any, policy: Pretrained, stop_tokens: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Token ids that end a response.
+
+    These are the tokenizer's end token (or its separator if it has none), the end tokens that the
+    model's files name, the token that ends a turn in the chat template, and `stop_tokens`.
+
+    Raises:
+      ValueError: if one of `stop_tokens` is not a single token of the tokenizer.
+    """
+    ids = [data.end_id(tokenizer), *policy.end_ids, *end_of_turn(tokenizer)]
+    for text in stop_tokens:
+        token_ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(token_ids) != 1:
+            raise ValueError(
+                f"stop_tokens: {text!r} is {len(token_ids)} tokens of this tokenizer, not one."
+            )
+        ids += token_ids
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def check_top_k(top_k: int | None, config: TransformerConfig) -> None:
+    """Raises ValueError if `top_k` is larger than the vocabulary."""
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(
+            f"top_k={top_k} must lie in 1 .. {config.vocab_size}, the size of the vocabulary."
+        )

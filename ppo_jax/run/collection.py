@@ -1,0 +1,186 @@
+"""Collects a batch on the devices and on the host: responses, log-probs, texts and task scores."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax import data
+from ppo_jax.distributed import placement, processes
+from ppo_jax.distributed.compilation import Steps
+from ppo_jax.errors import Fault
+from ppo_jax.ops.rewards import ScaleState
+from ppo_jax.ppo.iteration import Agent, PPOState
+from ppo_jax.reward_functions import RewardFn, TaskScores
+from ppo_jax.run import faults
+from ppo_jax.run.assembly import Learner
+from ppo_jax.run.settings import Faults
+from ppo_jax.types import Params, Rollout, Scores
+
+
+class Collection(NamedTuple):
+    """A batch of `B` responses.
+
+    Attributes:
+      prompts: the prompts.
+      rollout: the responses on the devices.
+      scores: their log-probs, KL and values on the devices, which may still be being computed.
+      host_rollout: the responses on the host.
+      texts: the responses as texts, each cut after its first end token.
+      rollout_s: seconds that sampling took.
+    """
+
+    prompts: data.Prompts
+    rollout: Rollout
+    scores: Scores
+    host_rollout: Rollout
+    texts: list[str]
+    rollout_s: float
+
+    def rows(self, count: int | None = None) -> list[dict[str, Any]]:
+        """Prompt, response and response tokens of the first `count` responses, as in the files."""
+        rollout = self.host_rollout
+        columns = (self.prompts.texts, self.texts, rollout.responses, rollout.response_mask)
+        return [
+            {"prompt": prompt, "response": text, "tokens": tokens[real].tolist()}
+            for prompt, text, tokens, real in zip(*(x[:count] for x in columns), strict=True)
+        ]
+
+
+class Collector(NamedTuple):
+    """What collecting a batch needs besides the state.
+
+    Attributes:
+      learner: the agent, the tokenizer and the devices.
+      steps: the compiled steps.
+      ref_params: the reference policy's parameters.
+      frozen: the parameters that are not trained, or None.
+      reward: the reward.
+      limits: the number of retries and the time limit of a call of the reward.
+    """
+
+    learner: Learner
+    steps: Steps
+    ref_params: Params
+    frozen: Params | None
+    reward: RewardFn
+    limits: Faults
+
+    def collect(self, state: PPOState, prompts: data.Prompts) -> Collection:
+        """Samples a response to each prompt, and starts to compute log-probs and values."""
+        start = time.perf_counter()
+        arrays = placement.to_mesh((prompts.tokens, prompts.mask), self.learner.mesh)
+        rollout = self.steps.sample(state, *arrays, frozen=self.frozen)
+        host_rollout = placement.to_host(rollout)
+        rollout_s = time.perf_counter() - start
+        scores = self.steps.score(state, self.ref_params, rollout, frozen=self.frozen)
+        texts = response_texts(self.learner.agent, self.learner.tokenizer, host_rollout)
+        return Collection(prompts, rollout, scores, host_rollout, texts, rollout_s)
+
+    def task_scores(self, batch: Collection, scale: ScaleState | None = None) -> TaskScores:
+        """Asks the reward for the scores of a batch, and checks all numbers.
+
+        Each process asks for the rows that lie on its own devices, and all processes receive the
+        scores of the whole batch. A fault in one process is raised in all of them.
+
+        Args:
+          batch: `B` responses.
+          scale: the running moments that the scores will be scaled by, or None.
+
+        Returns:
+          The scores of the `B` responses.
+
+        Raises:
+          Fault: if the reward fails or returns values that are not scores, or if a log-prob or
+            value is not finite; its `dump` holds the offending rows.
+        """
+        try:
+            scores = self._ask(batch)
+            if scale is not None:
+                faults.check_scale(scale, scores.response)
+            faults.check_finite(batch.host_rollout, placement.to_host(batch.scores))
+        except Fault as fault:
+            rows = batch.rows()
+            offending = [rows[i] for i in fault.rows] or rows
+            raise type(fault)(str(fault), fault.rows, offending) from fault
+        return scores
+
+    def _ask(self, batch: Collection) -> TaskScores:
+        mesh, total = self.learner.mesh, len(batch.texts)
+        own = placement.rows_here(mesh, total)
+        rollout = jax.tree.map(lambda x: x[own], batch.host_rollout)
+        prompts, texts = batch.prompts.take(own), [batch.texts[i] for i in own]
+        fault, scores = None, None
+        try:
+            scores = faults.persist(
+                lambda: self.reward(rollout, prompts, texts),
+                retries=self.limits.reward_retries,
+                timeout_s=self.limits.reward_timeout_s,
+            )
+        except Fault as error:
+            rows = tuple(int(own[i]) for i in error.rows)
+            fault = type(error)(str(error), rows)
+        processes.agree(fault)
+        return placement.join_rows_here(scores, mesh, total)
+
+
+def response_texts(agent: Agent, tokenizer: Any, rollout: Rollout) -> list[str]:
+    """Decodes responses, each cut after its first end token, as it reads behind its prompt.
+
+    Args:
+      agent: its stop tokens and `truncate_after` say where a text ends.
+      tokenizer: decodes the tokens.
+      rollout: `B` responses on the host.
+
+    Returns:
+      `B` texts.
+    """
+    tokens, mask = np.asarray(rollout.responses), np.asarray(rollout.response_mask)
+    prompt_length = rollout.prompt_length
+    may_end = np.arange(tokens.shape[1]) >= agent.config.truncate_after
+    ends = np.isin(tokens, agent.stop_ids) & mask & may_end[None, :]
+    before_end = mask & (np.cumsum(ends, axis=1) - ends == 0)
+    kept = np.concatenate([np.asarray(rollout.mask)[:, :prompt_length], before_end], axis=1)
+    return data.decode(tokenizer, np.asarray(rollout.tokens), kept, start=prompt_length)
+
+
+def evaluate(
+    collector: Collector, state: PPOState, prompts: data.Prompts, *, seed: int
+) -> tuple[dict[str, float], list[str]]:
+    """Samples one response to each held-out prompt, with the same keys at every evaluation.
+
+    The last batch is filled up with the first prompts, so that only one shape is compiled; their
+    second responses are dropped.
+
+    Args:
+      collector: samples and scores a batch.
+      state: its policy is evaluated.
+      prompts: `n` held-out prompts.
+      seed: seed of the run.
+
+    Returns:
+      Means over the prompts of `eval/scores`, `eval/length_mean` (tokens) and `eval/kl` (nats per
+      response), and the `n` responses as texts.
+
+    Raises:
+      Fault: if the reward fails or a number is not finite.
+    """
+    state = state.replace(key=jax.random.key(seed + 1))
+    size = collector.learner.agent.config.batch_size
+    found: dict[str, list[Any]] = {"scores": [], "length_mean": [], "kl": []}
+    responses: list[str] = []
+    for first in range(0, len(prompts), size):
+        state = state.replace(update=jnp.int32(first // size))
+        state = placement.place(state, collector.learner.mesh)
+        rows = np.arange(first, first + size) % len(prompts)
+        batch = collector.collect(state, prompts.take(rows))
+        keep = min(size, len(prompts) - first)
+        mask, scores = batch.host_rollout.response_mask, placement.to_host(batch.scores)
+        found["scores"].extend(collector.task_scores(batch).total(mask)[:keep])
+        found["length_mean"].extend(mask.sum(axis=1)[:keep])
+        found["kl"].extend((scores.logprobs - scores.ref_logprobs).sum(axis=1)[:keep])
+        responses.extend(batch.texts[:keep])
+    means = {f"eval/{name}": float(np.mean(x, dtype=np.float64)) for name, x in found.items()}
+    return means, responses

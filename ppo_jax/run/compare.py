@@ -1,0 +1,88 @@
+"""Compares two runs bit by bit: settings, metrics, tokens and final parameters."""
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.run import provenance
+from ppo_jax.run.files import read_json, read_lines
+from ppo_jax.run.resume import place_differences, read_config, setting_differences
+
+Row = Mapping[str, Any]
+
+
+def compare(a: Path, b: Path) -> list[str]:
+    """Compares two runs bit by bit.
+
+    Args:
+      a: the folder of one run.
+      b: the folder of the other.
+
+    Returns:
+      A sentence for the first difference of each kind: settings, hashes, metrics, samples, faults
+      and final parameters; an empty list if the runs are the same.
+
+    Raises:
+      ValueError: if a folder holds no run or a file cannot be read.
+    """
+    config_a, config_b = read_config(a), read_config(b)
+    found = [
+        f"{name} is {x} and {y}."
+        for name, x, y in setting_differences(config_a["settings"], config_b["settings"])
+    ]
+    pairs = provenance.differences(config_a["hashes"], config_b["hashes"])
+    found += [f"The hash of the {name} is {x} and {y}." for name, x, y in pairs]
+    kinds = (
+        ("metrics.jsonl", metric_differences),
+        ("samples.jsonl", _sample_differences),
+        ("faults.jsonl", _sample_differences),
+    )
+    for name, parts in kinds:
+        for row_a, row_b in zip_longest(read_lines(a / name), read_lines(b / name)):
+            if row_a is None or row_b is None:
+                found.append(f"{name}: {(row_a or row_b)['update']} is an update of one run only.")
+                break
+            first = next(iter(parts(row_a, row_b)), None)
+            if first is not None:
+                found.append(f"{name}: first at update {row_a['update']}: {first}.")
+                break
+    digests = [
+        _digest(read_json(file)) if (file := folder / "summary.json").exists() else None
+        for folder in (a, b)
+    ]
+    if None not in digests and digests[0] != digests[1]:  # an unfinished run has no summary
+        found.append(f"Final parameters: digest {digests[0]} and {digests[1]}.")
+    return _causes(config_a, config_b) + found if found else []
+
+
+def _causes(a: Row, b: Row) -> list[str]:
+    """Differences that may change the last bits: the mesh, versions, devices and flags."""
+    mesh_a, mesh_b = ((run["settings"].get("command") or {}).get("mesh") for run in (a, b))
+    found = [("mesh", mesh_a, mesh_b)] if mesh_a != mesh_b else []
+    found += place_differences(a["processes"], b["processes"])
+    return [f"{name} is {x} and {y}." for name, x, y in found]
+
+
+def _digest(summary: Any) -> Any:
+    return summary.get("digest") if isinstance(summary, dict) else None
+
+
+def metric_differences(a: Row, b: Row) -> list[str]:
+    """Sentences for the metrics that differ between two lines, timings apart."""
+    names = [name for name in dict.fromkeys([*a, *b]) if not name.startswith(("time/", "perf/"))]
+    return [
+        f"{name} is {a.get(name)} and {b.get(name)}" for name in names if a.get(name) != b.get(name)
+    ]
+
+
+def _sample_differences(a: Row, b: Row) -> list[str]:
+    tokens = zip_longest(*(x if isinstance(x := row.get("tokens"), list) else () for row in (a, b)))
+    first = next(((t, x, y) for t, (x, y) in enumerate(tokens) if x != y), None)
+    if first is not None and a.get("prompt") == b.get("prompt"):
+        return [f"after {a['prompt']!r} token {first[0]} is {first[1]} and {first[2]}"]
+    return [
+        f"{name} is {a.get(name)!r} and {b.get(name)!r}"
+        for name in dict.fromkeys([*a, *b])
+        if a.get(name) != b.get(name)
+    ]

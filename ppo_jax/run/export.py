@@ -1,0 +1,57 @@
+"""Writes the result of a run: the fine-tuned model, the adapter and the summary."""
+
+from pathlib import Path
+
+from ppo_jax.distributed import placement, processes
+from ppo_jax.models.io import adapter_files, pretrained
+from ppo_jax.models.lora import merge
+from ppo_jax.ppo.iteration import PPOState
+from ppo_jax.run.files import read_lines, write_json
+from ppo_jax.run.trainer import Trainer
+from ppo_jax.types import Params, overlay
+
+
+def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: str) -> None:
+    """Writes the fine-tuned model to `out`, and the adapter if there is one.
+
+    Raises:
+      ValueError: if a file cannot be written.
+    """
+    learner = trainer.learner
+    policy, lora = learner.policy, learner.lora
+    if policy is None:
+        raise ValueError("Only the result of a learner that assemble made can be exported.")
+    tuned = placement.to_host(state.policy, everywhere=False)
+    base = policy.params
+    if lora is not None:
+        base = placement.to_host(base, everywhere=False)
+
+    def write() -> None:
+        params: Params = tuned
+        if lora is not None:
+            kind = policy.hf_config["model_type"]
+            adapter = out / "adapter"
+            adapter_files.save_adapter(adapter, tuned, lora, policy.config, kind, base_name)
+            params = merge(overlay(base, tuned), lora.scale)
+        result = policy._replace(params=params)
+        pretrained.save_policy(out / "model", result, learner.tokenizer)
+
+    def write_or_advise() -> None:
+        try:
+            write()
+        except ValueError as error:
+            raise ValueError(
+                f"{error} The last checkpoint holds the result; with room for it, --resume yes "
+                "writes it."
+            ) from error
+
+    processes.first_does(write_or_advise)
+
+
+def write_summary(out: Path, updates: int, digest: str) -> None:
+    """Writes `summary.json`: the number of updates, the digest and the last metrics."""
+    lines = read_lines(out / "metrics.jsonl")
+    # The last update may have two lines, because an evaluation has its own.
+    last = [row for row in lines if row["update"] == lines[-1]["update"]]
+    metrics = {name: x for row in last for name, x in row.items() if name != "update"}
+    write_json(out / "summary.json", {"updates": updates, "digest": digest, **metrics})

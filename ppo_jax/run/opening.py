@@ -1,0 +1,112 @@
+"""Opens a run's folder: claims and locks it, restores the newest checkpoint, and starts the logs."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from filelock import BaseFileLock
+
+from ppo_jax.distributed import processes
+from ppo_jax.errors import SettingError
+from ppo_jax.ppo.iteration import PPOState
+from ppo_jax.run.checkpoints import Checkpoints
+from ppo_jax.run.files import check_free, claim, cut_back, lock
+from ppo_jax.run.logging import NoLog, RunLog
+from ppo_jax.run.resume import RunConfig, check_unchanged
+from ppo_jax.run.settings import LoopConfig
+
+Resume = Literal["no", "yes", "auto"]
+
+
+class OpenRun(NamedTuple):
+    """A run's folder that is ready to be written to.
+
+    Attributes:
+      state: the restored state, or the initial one.
+      checkpoints: the run's checkpoints.
+      log: writes metrics, samples and faults; in all processes but the first it writes nothing.
+      notes: what the newest checkpoint says besides the state: whether an evaluation is due
+        (`unevaluated`) and the best evaluation so far (`best`).
+    """
+
+    state: PPOState
+    checkpoints: Checkpoints
+    log: RunLog | NoLog
+    notes: dict[str, Any]
+
+
+def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
+    """Creates a run's folder and locks it, so that no other process writes to it.
+
+    Returns:
+      The lock; None in all processes but the first.
+
+    Raises:
+      ValueError: if the folder holds another run, cannot be created, is locked by another process,
+        or is not visible to all processes.
+    """
+    locks = []
+
+    def claim_and_lock() -> None:
+        locks.append(lock(claim(folder, resume=resume != "no")))
+        # Checked again, because another process may have written there and ended in between.
+        check_free(folder, resume=resume != "no")
+
+    processes.first_does(claim_and_lock)
+    if processes.any_process(not folder.is_dir()):
+        raise ValueError(
+            f"{folder} is not visible to all processes; they need one folder that each of them sees."
+        )
+    return locks[0] if locks else None
+
+
+def open_run(
+    folder: Path, state: PPOState, config: RunConfig, loop: LoopConfig, resume: Resume
+) -> OpenRun:
+    """Opens a claimed folder for a new run, or for one that is resumed.
+
+    Args:
+      folder: the run's folder.
+      state: the initial state; a restored state has its structure and sharding.
+      config: the settings and hashes of the run that starts.
+      loop: the settings of the train loop.
+      resume: "yes" restores the newest good checkpoint, "auto" does so if there is one, and "no"
+        starts a new run.
+
+    Returns:
+      The opened run.
+
+    Raises:
+      ValueError: if there is no checkpoint to resume from, or if something that shapes the result
+        differs from the run in the folder.
+      SettingError: if the run has made more updates than `loop.updates`.
+    """
+    processes.check_same({f"The hash of the {name}": x for name, x in config.hashes.items()})
+    checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep)
+    notes: dict[str, Any] = {}
+    if resume == "yes" and not checkpoints.were_any():
+        raise ValueError(
+            f"{folder} holds no checkpoint to resume from; use --resume auto or no to start a run."
+        )
+    if resume != "no" and checkpoints.were_any():
+        check_unchanged(folder, config)
+        state, notes = checkpoints.restore(state)
+    update = int(state.update)
+    if update > loop.updates:
+        raise SettingError(
+            f"The run in {folder} has already made {update} updates; updates={loop.updates} is fewer."
+        )
+
+    def prepare_files() -> None:
+        cut_back(folder, notes.get("sizes", {}))
+        config.write(folder, first_update=update)
+
+    processes.first_does(prepare_files)
+    log: RunLog | NoLog = NoLog()
+    if processes.is_first():
+        log = RunLog(
+            folder,
+            tensorboard=loop.tensorboard,
+            wandb_project=loop.wandb_project,
+            first_update=update,
+        )
+    return OpenRun(state, checkpoints, log, notes)

@@ -1,0 +1,386 @@
+"""What several test modules build and check with: tiny models and runs, peers in PyTorch, command lines, numeric checks.
+
+`oracles` holds the reference implementations in numpy. PyTorch is imported only by the functions that need it, because the processes
+that tests start import this module too and must start quickly.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from jax.sharding import AxisType, PartitionSpec
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ppo_jax import data
+from ppo_jax.models import heads, lora
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.io.families import gpt2
+from ppo_jax.models.io.pretrained import Pretrained
+from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.ppo import iteration
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.reward_functions import TextReward
+from ppo_jax.run.assembly import Learner
+from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.trainer import Trainer
+
+# --- a tiny model over 20 letters ---
+
+WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose words are the letters `a` to `t`; an unknown word becomes `a`, and `<end>` is the end token."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+def tiny_config(**changes) -> TransformerConfig:
+    """Return the config of a two-layer model for `word_tokenizer`."""
+    sizes = {"vocab_size": len(WORDS), "positions": 16, "width": 16}
+    return TransformerConfig(**{**sizes, "layers": 2, "heads": 2, "mlp_width": 32, **changes})
+
+
+def tiny_policy(**changes) -> Pretrained:
+    """Return a model of `tiny_config(**changes)` with random weights, ready for `pretrained.save_policy`."""
+    config = tiny_config(**changes)
+    params = init_params(config, jax.random.key(0))
+    return Pretrained(config, params, gpt2.config_to_hf(config, end_id=0))
+
+
+def likes_b(prompts: list[str], responses: list[str]) -> list[float]:
+    """Score a response by half the number of its words that are `b`."""
+    return [response.split().count("b") / 2 for response in responses]
+
+
+def encode_rows(rows: list, tokenizer, ppo: PPOConfig) -> data.Prompts:
+    """Encode texts or rows as prompts of the tiny model."""
+    rows = data.read_rows(rows)
+    return data.encode_prompts(
+        rows, tokenizer, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0
+    )
+
+
+# --- tiny runs ---
+
+SIMPLE_PPO = PPOConfig(
+    batch_size=32,
+    epochs=2,
+    minibatches=2,
+    max_new_tokens=6,
+    learning_rate=3e-3,
+    kl_coef=0.01,
+    vf_coef=0.5,
+)
+FULL_PPO = PPOConfig(
+    batch_size=16,
+    epochs=2,
+    minibatches=2,
+    micro_batch=4,
+    max_new_tokens=5,
+    learning_rate=0.1,
+    vf_coef=0.5,
+    kl_coef=0.1,
+    kl_target=0.5,
+    kl_horizon=200,
+    scale_scores=True,
+    target_kl=0.001,
+    whiten_rewards=True,
+)
+
+
+def simple_trainer(
+    out,
+    *,
+    ppo=SIMPLE_PPO,
+    shared=False,
+    reward=likes_b,
+    wrap=TextReward,
+    resume="no",
+    loss_fn=None,
+    **loop,
+) -> Trainer:
+    """Return a run of plain PPO on the tiny model; `loop` overrides fields of `LoopConfig`."""
+    model, tokenizer = tiny_policy(), word_tokenizer()
+    prompts = encode_rows(["a b", "c", "d e f", "g"], tokenizer, ppo)
+    critic = heads.shared_critic() if shared else heads.separate_critic(model.config)
+    fresh = heads.init_scorer(model.config, jax.random.key(1))
+    params = {"policy": model.params, "critic": {"head": fresh["head"]} if shared else fresh}
+    agent = iteration.Agent(language_model(model.config), critic, ppo, (0,), 0)
+    config = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, **loop})
+    more = {"eval_prompts": prompts, "resume": resume, "loss_fn": loss_fn}
+    learner = Learner(agent, params, tokenizer)
+    return Trainer(learner, prompts, wrap(reward), out=out, loop=config, **more)
+
+
+def full_trainer(
+    out,
+    *,
+    ppo=FULL_PPO,
+    reward=likes_b,
+    resume="no",
+    adapters=True,
+    mesh=None,
+    held_out=None,
+    **loop,
+) -> Trainer:
+    """Return a run whose checkpoint must hold all that a checkpoint can hold.
+
+    It has adapters, a separate critic, adaptive KL, score scaling and target KL. `loop` overrides fields of `LoopConfig`.
+    """
+    config = tiny_config(layers=1, lora_scale=2.0 if adapters else 1.0)
+    tokenizer = word_tokenizer()
+    prompts = encode_rows(["a b", "c", "d e f", "g", "h i", "j k l"], tokenizer, ppo)
+    params = {
+        "policy": init_params(config, iteration.init_key(0, 0)),
+        "critic": heads.init_scorer(config, iteration.init_key(0, 1)),
+    }
+    frozen = None
+    if adapters:
+        spec = lora.LoRA(rank=2, alpha=4.0, targets="attn/(q|o)$")
+        params, frozen = lora.adapt(params, iteration.init_key(0, 2), spec)
+    agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (0,), 0)
+    defaults = {"updates": 4, "progress": False, "tensorboard": False}
+    return Trainer(
+        Learner(agent, params, tokenizer, frozen, mesh=mesh),
+        prompts,
+        TextReward(reward),
+        out=Path(out),
+        loop=LoopConfig(**{**defaults, "save_every": 1, "eval_every": 3, **loop}),
+        resume=resume,
+        eval_prompts=prompts if held_out is None else encode_rows(held_out, tokenizer, ppo),
+    )
+
+
+# --- commands ---
+
+
+def options(given: dict) -> list[str]:
+    """Return `--name value` for each item."""
+    return [str(x) for name, value in given.items() for x in (f"--{name}", value)]
+
+
+def command_line(command: str, **given) -> list[str]:
+    """Return a command with its options: `command_line("generate", max_new_tokens=3)` ends with `--max_new_tokens 3`."""
+    return [command, *options(given)]
+
+
+# --- models of transformers ---
+
+FAMILY_SIZE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+GEMMA = {**GROUPED, "head_dim": 6, "query_pre_attn_scalar": 10, "sliding_window": 4}
+FAMILIES = {
+    "neo": (
+        "GPTNeo",
+        {
+            "num_layers": 3,
+            "num_heads": 4,
+            "attention_types": [[["global", "local", "local"], 1]],
+            "window_size": 4,
+            "num_hidden_layers": None,
+            "num_attention_heads": None,
+        },
+    ),
+    "neox": ("GPTNeoX", {}),
+    "neox, in a row, all turns": (
+        "GPTNeoX",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_new",
+            "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "llama": ("Llama", {"num_key_value_heads": 4}),
+    "llama 3.1": ("Llama", {**GROUPED, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "llama, linear, biases, wide": (
+        "Llama",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 12,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        },
+    ),
+    "llama, a share of turns that counts for nothing": (
+        "Llama",
+        {
+            **GROUPED,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}),
+    "mistral, no window": ("Mistral", {**GROUPED, "sliding_window": None}),
+    "qwen2": ("Qwen2", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen2, windows": (
+        "Qwen2",
+        {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 12}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3": (
+        "Gemma3",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 1.0,
+        },
+    ),
+    "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
+    "bert, apart": ("Bert", {"is_decoder": True, "tie_word_embeddings": False}),
+    "roberta": ("Roberta", {"is_decoder": True, "pad_token_id": 0}),
+    "xlm-roberta, apart": (
+        "XLMRoberta",
+        {"is_decoder": True, "pad_token_id": 3, "tie_word_embeddings": False},
+    ),
+}
+
+
+def gpt2_peer(folder, **changes):
+    """Save a small random GPT-2 of `transformers` in a folder and return it."""
+    config = transformers.GPT2Config(
+        vocab_size=61,
+        n_positions=48,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        **changes,
+    )
+    return save_random_peer(transformers.GPT2LMHeadModel, config, folder)
+
+
+def family_peer(case: str, folder):
+    """Save the small random model `FAMILIES[case]` of `transformers` in a folder and return it."""
+    name, changes = FAMILIES[case]
+    given = {
+        k: v
+        for k, v in {**FAMILY_SIZE, **changes}.items()
+        if not (k in changes and v is None and k.startswith("num_"))
+    }
+    config = getattr(transformers, name + ("TextConfig" if name == "Gemma3" else "Config"))(**given)
+    head = "LMHeadModel" if name == "Bert" else "ForCausalLM"
+    return save_random_peer(getattr(transformers, name + head), config, folder)
+
+
+def save_random_peer(model_class, config, folder):
+    """Save a random model with noise on every parameter: biases and norms start at 0 and 1, which would hide a wrong one."""
+    import torch
+
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return model
+
+
+def left_padded(rows=5, length=10, vocab=61):
+    """Return random tokens and their mask, with padding of random width on the left."""
+    rng = np.random.default_rng(1)
+    mask = np.arange(length)[None] >= rng.integers(0, length - 2, (rows, 1))
+    return np.where(mask, rng.integers(2, vocab, (rows, length)), 0), mask
+
+
+def logits_of(model, params, tokens, mask) -> jax.Array:
+    """Return the logits at every position."""
+    return model.logits(params, model.hidden(params, jnp.asarray(tokens), jnp.asarray(mask))[0])
+
+
+def noisy_adapters(adapters):
+    """Return adapters of the same shapes with random entries, since fresh ones change nothing."""
+    leaves, tree = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    return tree.unflatten(
+        [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+# --- checks of numeric functions ---
+
+DEVICES = 8
+MAPPINGS = ("vmap", "pmap", "shard_map")
+
+
+def assert_jit_and_vmap_agree(
+    function: Callable, *arrays, rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
+    """`function` gives the same plainly, compiled, and mapped over a new leading axis (of the arrays and their rows reversed)."""
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+    arrays = tuple(jnp.asarray(x) for x in arrays)
+    reversed_rows = tuple(x[::-1] for x in arrays)
+    compiled = jax.jit(function)
+    plain = [function(*arrays), compiled(*reversed_rows)]
+    jax.tree.map(close, compiled(*arrays), plain[0])
+    mapped = jax.jit(jax.vmap(function))(
+        *(jnp.stack(pair) for pair in zip(arrays, reversed_rows, strict=True))
+    )
+    jax.tree.map(close, mapped, jax.tree.map(lambda *xs: jnp.stack(xs), *plain))
+
+
+def on_devices(how: str, function: Callable, *arrays):
+    """Runs `function` on 8 pieces of the arrays' rows, with the axis "devices" between them; the results have a leading 8."""
+    pieces = [jnp.asarray(x).reshape(DEVICES, -1, *x.shape[1:]) for x in arrays]
+    if how == "vmap":
+        return jax.vmap(function, axis_name="devices")(*pieces)
+    if how == "pmap":
+        return jax.pmap(function, axis_name="devices")(*pieces)
+    assert how == "shard_map", how
+    mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("devices")
+    one = lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs)))
+    return jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec))(*pieces)
+
+
+def assert_blind_under_mask(function: Callable, arrays: tuple, mask) -> None:
+    """Whatever stands outside `mask` in any of the arrays: same value, same gradient, and no gradient there.
+
+    The value must be free of NaN, and so must the gradient: a NaN that the forward pass drops comes back through the chain rule
+    as `0 · NaN` unless it is replaced *before* the arithmetic.
+    """
+    mask = np.asarray(mask)
+    run = jax.jit(jax.value_and_grad(function, argnums=tuple(range(len(arrays)))))
+    fill = lambda what: tuple(jnp.asarray(np.where(mask, x, np.float32(what))) for x in arrays)
+    value, gradients = run(*fill(0))
+    assert np.isfinite(value)
+    for what in (1e6, np.inf, np.nan):
+        value_now, gradients_now = run(*fill(what))
+        np.testing.assert_array_equal(value_now, value)
+        for now, before in zip(gradients_now, gradients, strict=True):
+            np.testing.assert_array_equal(now, before)
+            np.testing.assert_array_equal(np.asarray(now)[~mask], 0)
