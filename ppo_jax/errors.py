@@ -1,16 +1,55 @@
-"""Every exception that the package raises on purpose, and the check of settings that several of them share."""
+"""The exceptions that the package raises on purpose.
+
+Errors of the settings, raised before anything is compiled:
+
+* `SettingError`: a setting, or a combination of settings, cannot run.
+
+Errors of one update, all of which derive from `Fault`. By the fault policies of
+`ppo_jax.run.faults`, each either ends the run or skips the update:
+
+* `RewardError`: the reward function failed, or did not return one finite score for each response.
+* `NonFiniteError`: a log-probability, KL estimate or value is infinite or NaN.
+* `GradientError`: a loss or gradient is infinite or NaN.
+* `NonFiniteParametersError`: a parameter is infinite or NaN after the update. No policy skips it.
+
+Errors of the files of a run:
+
+* `CheckpointError`: a checkpoint cannot be written, or cannot be read back.
+
+This module imports only the standard library, so that it is cheap to import.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 
 class SettingError(Exception):
-    """A setting that cannot run. No `ValueError`: the command's parser takes those for its own, and their sentence is lost."""
+    """A setting, or a combination of settings, cannot run.
+
+    It is not a ValueError, because tyro catches those while it parses the command line and drops
+    their message.
+    """
 
 
-def check_numbers(settings: Any, prefix: str = "") -> None:
-    """Raises SettingError, naming it, if a number of a settings object is none that arrays of 32 bits hold, or a seed negative."""
+def check_numbers(settings: object, prefix: str = "") -> None:
+    """Check that all numbers of a settings object fit in 32 bits and that no seed is negative.
+
+    Args:
+      settings: an object whose attributes are the settings, such as a dataclass. Attributes that
+        are not numbers are ignored.
+      prefix: text before the name of a setting in the message, such as `"lora."`.
+
+    Raises:
+      SettingError: if a float is infinite or NaN, if an integer does not fit in 32 bits, if a float
+        is beyond the range of float32, or if an attribute named `seed` is negative.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> check_numbers(SimpleNamespace(rank=8, alpha=float("nan")), prefix="lora.")
+      Traceback (most recent call last):
+      ppo_jax.errors.SettingError: lora.alpha must be a finite number, not nan.
+    """
     for name, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingError(f"{prefix}{name} must be a finite number, not {value}.")
@@ -24,54 +63,71 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
 
 
 class Fault(ValueError):
-    """Something that makes an update useless, such as a reward that fails.
+    """One update cannot be used, because its rewards or its numbers are bad.
 
     Attributes:
-      kind: "reward", "logprobs" or "gradient"; the settings say for each kind what a run does.
-      rows: numbers of the offending rows of the batch; empty if all rows may be at fault.
-      dump: the offending rows as they are written to `faults.jsonl`, if they are known.
+      kind: the fault policy that applies: "reward", "logprobs" or "gradient".
+      rows: indices in the batch of the responses that caused it. It is empty if they are not known.
+      dump: what `faults.jsonl` records of those responses, one dictionary per response. It is empty
+        until the texts of the responses are known.
+
+    Example:
+      >>> fault = NonFiniteError("A value is not finite.", rows=(1,))
+      >>> moved = fault.with_rows([9])
+      >>> moved, moved.kind, moved.rows
+      (NonFiniteError('A value is not finite.'), 'logprobs', (9,))
     """
 
     kind = "reward"
 
     def __init__(
-        self,
-        message: str,
-        rows: tuple[int, ...] = (),
-        dump: Sequence[Mapping[str, Any]] = (),
-    ):
+        self, message: str, rows: Sequence[int] = (), dump: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Set the message and, where they are known, the `rows` and the `dump` of the fault."""
         super().__init__(message)
-        self.rows = rows
-        self.dump = dump
+        self.rows, self.dump = tuple(rows), list(dump)
 
-    def with_rows(self, rows: tuple[int, ...]) -> "Fault":
-        """The same fault with other row numbers."""
-        return type(self)(str(self), rows, self.dump)
+    def with_rows(
+        self,
+        rows: Sequence[int],
+        message: str | None = None,
+        dump: Sequence[dict[str, Any]] | None = None,
+    ) -> Self:
+        """Return a fault of the same class, cause and traceback, with other rows.
 
-    def select(self, rows: list[Any]) -> list[Any]:
-        """The offending ones of `rows`, or all of them if any may be at fault."""
-        return [rows[i] for i in self.rows] or rows
+        Args:
+          rows: the new `rows`.
+          message: the new message. `None` keeps the message.
+          dump: the new `dump`. `None` keeps the dump.
+        """
+        other = type(self)(message or str(self), rows, self.dump if dump is None else dump)
+        other.__cause__ = self.__cause__
+        return other.with_traceback(self.__traceback__)
 
 
 class RewardError(Fault):
-    """A reward function failed or returned what is no score; the message says which."""
+    """The reward function failed, or did not return one finite score for each response."""
 
 
 class NonFiniteError(Fault):
-    """A log-prob or value that is not finite."""
+    """A log-probability, KL estimate or value is infinite or NaN."""
 
     kind = "logprobs"
 
 
 class GradientError(Fault):
-    """A loss or gradient that is not finite."""
+    """A loss or gradient is infinite or NaN."""
 
     kind = "gradient"
 
 
-class SpoiltError(GradientError):
-    """Parameters that are not finite. No policy skips it: the checkpoint before is the one to go on from, with other settings."""
+class NonFiniteParametersError(GradientError):
+    """A parameter is infinite or NaN after an update.
+
+    No fault policy skips it, because every later update would be useless too. Resume the run from
+    its last checkpoint with other settings.
+    """
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message says which and why."""
+    """A checkpoint cannot be written or read. The message says which one, and why."""

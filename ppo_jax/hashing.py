@@ -1,4 +1,4 @@
-"""Short hashes of arrays and of host data, to tell accidents apart."""
+"""Short hashes of arrays and of host data, which tell whether two runs are the same."""
 
 import hashlib
 from typing import Any
@@ -6,73 +6,86 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 
 def digest(tree: Any) -> str:
-    """16 hexadecimal digits that tell two trees of arrays apart, down to a bit.
+    """Hash a pytree of arrays, with their names, shapes and types; every bit counts.
 
-    Each array counts as two sums, modulo 2³², of its words mixed with their positions. Integer sums have no order, so the digest is
-    the same on any number of devices, and no array comes to the host. No cryptography: it finds accidents, not forgers.
+    Each array is reduced on its device to two sums, modulo 2³², of its elements as integers, mixed
+    with their positions. The order of an integer sum does not matter, so the digest is the same on
+    any number of devices, and no array is copied to the host. The hash detects accidents. It is not
+    cryptographic.
 
     Args:
-      tree: a pytree of arrays of up to 4 bytes an element, typed keys among them.
+      tree: a pytree of arrays of at most 4 bytes per element, or of typed keys.
+
+    Returns:
+      16 hexadecimal digits.
 
     Example:
-      >>> digest({"a": jnp.arange(3.0)}) == digest({"a": jnp.arange(3.0)}) != digest({"a": jnp.arange(3.0).at[2].set(2.0000002)})
+      >>> x = jnp.arange(3.0)
+      >>> digest({"a": x}) == digest({"a": jnp.arange(3.0)})
       True
+      >>> digest({"a": x}) == digest({"a": x.at[2].set(2.0000002)})
+      False
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # One at a time: virtual CPU devices that run several programs with sums at once wait for each other.
-    sums = [jax.device_get(_fingerprint(_plain(x))) for _, x in leaves]
-    whole = hashlib.sha256()
-    for (path, x), pair in zip(leaves, sums, strict=True):
-        whole.update(
-            f"{jax.tree_util.keystr(path)} {np.shape(x)} {jnp.result_type(x)} {pair[0]:08x}{pair[1]:08x}\n".encode()
-        )
-    return whole.hexdigest()[:16]
+    sha = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        # One array at a time, because several programs with reductions can deadlock on virtual
+        # CPU devices if they run at once.
+        first, second = jax.device_get(_fingerprint(_as_array(x)))
+        name, dtype = jax.tree_util.keystr(path), jnp.result_type(x)
+        sha.update(f"{name} {np.shape(x)} {dtype} {first:08x}{second:08x}\n".encode())
+    return sha.hexdigest()[:16]
 
 
-def _plain(x: Any) -> jax.Array:
-    return (
-        jax.random.key_data(x)
-        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
-        else jnp.asarray(x)
-    )
+def _as_array(x: Any) -> Array:
+    """Convert typed keys to their data, and anything else to an array."""
+    is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else jnp.asarray(x)
 
 
 @jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """`[2]` uint32. No reshape, so a sharded array stays where it is."""
+def _fingerprint(x: Array) -> Array:
+    """Reduce an array to two sums, `[2]` uint32. It has no reshape, which would move shards."""
     x = x.astype(jnp.uint8) if x.dtype == bool else x
-    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(
-        jnp.uint32
-    )
-    at, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    words = words.astype(jnp.uint32)
+    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
-        at += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        position += index * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis]
-    return jnp.stack(
-        [
-            jnp.sum(_mix(words ^ _mix(at + jnp.uint32(salt))), dtype=jnp.uint32)
-            for salt in (0x9E3779B9, 0x7F4A7C15)
-        ]
-    )
+    sums = [
+        jnp.sum(_mix(words ^ _mix(position + jnp.uint32(salt))), dtype=jnp.uint32)
+        for salt in (0x9E3779B9, 0x7F4A7C15)
+    ]
+    return jnp.stack(sums)
 
 
-def _mix(x: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: a bijection of 32-bit words, so no change of one word is lost."""
+def _mix(x: Array) -> Array:
+    """Apply the finalizer of MurmurHash3, a bijection of 32-bit integers: every change counts."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def text_hash(*parts: Any) -> str:
-    """16 hexadecimal digits of host data: numpy arrays, and whatever else by its `repr`."""
-    whole = hashlib.sha256()
+    """Hash host data: numpy arrays by their bytes, and any other value by its `repr`.
+
+    Args:
+      *parts: the values to hash, in order.
+
+    Returns:
+      16 hexadecimal digits.
+
+    Example:
+      >>> text_hash("a", 1) == text_hash("a", 1), text_hash("a", 1) == text_hash("a", 2)
+      (True, False)
+    """
+    sha = hashlib.sha256()
     for part in parts:
-        whole.update(
-            np.ascontiguousarray(part).tobytes()
-            if isinstance(part, np.ndarray)
-            else repr(part).encode()
-        )
-    return whole.hexdigest()[:16]
+        is_array = isinstance(part, np.ndarray)
+        sha.update(np.ascontiguousarray(part).tobytes() if is_array else repr(part).encode())
+    return sha.hexdigest()[:16]

@@ -1,46 +1,48 @@
-"""The words of this code base: axes, the pytrees that flow from stage to stage, and the functions that a user may supply.
+"""The types that the stages of PPO share: pytrees of arrays, and Protocols for what users supply.
 
-Axes, in array names (`x_BTD`) and docstrings:
+Axes. Array names (`x_BTD`) and docstrings name the axes of an array by these letters:
 
-    B  sequences             T  positions, P + R          H  query heads
-    P  prompt positions      V  vocabulary                K  key/value heads
-    R  response positions    D  model width               C  width of one head
-    S  positions fed at once L  layers                    N  slots of the key/value cache
+    B  sequences             T  positions, P + R         H  query heads
+    P  prompt positions      V  vocabulary               K  key/value heads
+    R  response positions    D  model width              C  width of one head
+    S  positions per call    L  layers                   N  slots of the key/value cache
 
-Time. Token `t` of the response, `0 <= t < R`, is the action `a_t`; its state is the prompt and `response[:t]`. `logprobs[t]` is
-log π(a_t|s_t), `values[t]` is V(s_t), and `response_mask[t]` is true up to and including the token that ends the response.
+Time. Token `t` of the response, with `0 <= t < R`, is the action `a_t`. Its state `s_t` is the
+prompt followed by `response[:t]`. `logprobs[t]` is log π(a_t|s_t), `values[t]` is V(s_t), and
+`response_mask[t]` is true up to and including the token that ends the response.
 
-Padding. Prompts are padded on the left and responses on the right, so that the boundary is at `P` for every row. A mask travels
-with every array of tokens; nothing is inferred from the id of a token.
+Padding. Prompts are padded on the left and responses on the right, so the first response token is
+at position `P` in every row. A mask goes with every array of tokens; no token id means padding.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import flax.struct
-import jax
+from flax.struct import PyTreeNode
+from jax import Array
 
-Params = Any  # a pytree of arrays
+Params = Any  # A pytree of parameter arrays.
+Metrics = dict[str, Array]  # Metrics by name, `[]` float32 each.
 
+KLEstimatorFn = Callable[[Array, Array], Array]
+"""Estimates the KL of the policy from the reference, `[B, R]` float32 in nats per token, from the
+log-probs `[B, R]` of the sampled tokens under both (or their logits; see `ops.kl.of_logits`)."""
 
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of the positions read so far.
-
-    Attributes:
-      keys, values: one `[B, K, N, C]` array a layer.
-      mask: `[B, N]` bool, slots that hold a real token.
-      length: `[]` int32, slots filled, padding included; the same for every row.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    mask: jax.Array
-    length: jax.Array
+Aggregate = Callable[[Array, Array], Array]
+"""Reduces the per-token terms `[B, R]` of a loss, given their mask `[B, R]`, to `[]` float32."""
 
 
 def overlay(base: Params | None, top: Params) -> Params:
-    """The tree of both, where `top` wins; no array is copied. Frozen parameters lie below, those that train on top.
+    """Merge two parameter trees; where both have a leaf, use the leaf of `top`.
+
+    Frozen parameters are the `base`, and parameters that train are the `top`. No array is copied.
+
+    Args:
+      base: nested dictionaries of arrays, or `None` for no frozen parameters.
+      top: nested dictionaries of arrays.
+
+    Returns:
+      Nested dictionaries with the keys of both trees.
 
     Example:
       >>> overlay({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": 4})
@@ -51,185 +53,248 @@ def overlay(base: Params | None, top: Params) -> Params:
     return {**base, **{name: overlay(base.get(name), part) for name, part in top.items()}}
 
 
+class KVCache(PyTreeNode):
+    """The attention keys and values of the positions that a model has read so far.
+
+    Attributes:
+      keys, values: one `[B, K, N, C]` array per layer.
+      mask: `[B, N]` bool, true for slots that hold a real token.
+      length: `[]` int32, the number of filled slots, padding included; the same for all rows.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    mask: Array
+    length: Array
+
+
 class HiddenFn(Protocol):
+    """Computes the hidden states of `tokens [B, S]` int32, given those already in `cache`.
+
+    `mask [B, S]` bool is true for real tokens. The result is the hidden states `[B, S, D]`, or with
+    `last` only those of the last positions, `[B, last, D]`, and the cache with these tokens added
+    (`None` if no cache is given).
+    """
+
     def __call__(
         self,
         params: Params,
-        tokens: jax.Array,
-        mask: jax.Array,
+        tokens: Array,
+        mask: Array,
         cache: KVCache | None = None,
         last: int | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Reads `tokens [B, S]` with their `mask [B, S]`, after what the cache holds; gives `[B, S, D]` and the cache.
-
-        With `last`, only the states of so many last positions, `[B, last, D]`.
-        """
+    ) -> tuple[Array, KVCache | None]:
+        """Return the hidden states and the cache."""
 
 
-class LogitsFn(Protocol):
-    def __call__(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Next-token logits `[..., V]` float32 of hidden states `[..., D]`."""
+LogitsFn = Callable[[Params, Array], Array]
+"""Computes next-token logits `[..., V]` float32 from parameters and hidden states `[..., D]`."""
 
-
-class CacheFn(Protocol):
-    def __call__(self, batch_size: int, slots: int) -> KVCache:
-        """An empty cache."""
+CacheFn = Callable[[int, int], KVCache]
+"""Makes an empty key/value cache from a number of rows and a number of slots per row."""
 
 
 class LanguageModel(NamedTuple):
-    """A policy as pure functions. `models.transformer.language_model` makes one; yours may be anything causal.
+    """A policy as pure functions of its parameters, made by `language_model` or by the user.
 
-    `rounded` gives parameters that say the same in fewer bits, which decoding makes once and reads at every step.
+    Attributes:
+      hidden: computes hidden states from tokens. No state may depend on a later token.
+      logits: computes next-token logits from hidden states.
+      init_cache: makes an empty key/value cache.
+      rounded: returns the parameters in the precision that decoding computes in, such as bfloat16.
+        Decoding calls it once, before its loop. By default the parameters stay as they are.
+      about: text that identifies these functions, such as the `repr` of the model's configuration.
+        A run can only be resumed with a model that has the same text.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> bigram = LanguageModel(
+      ...     hidden=lambda params, tokens, mask, cache=None, last=None: (params[tokens], cache),
+      ...     logits=lambda params, hidden: hidden @ params.T,
+      ...     init_cache=lambda batch_size, slots: None,
+      ... )
+      >>> tokens, embedding = jnp.array([[1]]), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> bigram.logits(embedding, bigram.hidden(embedding, tokens, tokens > 0)[0])
+      Array([[[11., 25.]]], dtype=float32)
     """
 
     hidden: HiddenFn
     logits: LogitsFn
     init_cache: CacheFn
     rounded: Callable[[Params], Params] = lambda params: params
-    about: str = (
-        ""  # what fixes these functions beside their parameters; a run goes on only with the same
-    )
+    about: str = ""
 
 
 class CriticFn(Protocol):
-    def __call__(
-        self, params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array
-    ) -> jax.Array:
-        """Values `[B, R]` float32 of the states at the last R of S positions: from the policy's `hidden [B, R, D]` there if the
-        trunk is shared, else from `tokens [B, S]` and `mask [B, S]`."""
+    """Computes the values `[B, R]` float32 of the states at the last `R` of `S` positions.
 
+    A critic that shares the trunk of the policy reads `hidden [B, R, D]`, the hidden states of the
+    policy at those positions. One with a trunk of its own reads `tokens [B, S]` int32 and
+    `mask [B, S]` bool. Values are in units of reward.
 
-@flax.struct.dataclass
-class Rollout:
-    """Sampled responses, before anything is learned from them.
-
-    Attributes:
-      tokens: `[B, T]` int32, `[prompt | response]`.
-      mask: `[B, T]` bool, what attention may see.
-      response_mask: `[B, R]` bool, the actions to learn from.
-      logprobs: `[B, R]` float32, of the sampler, under the distribution it drew from; 0 outside the mask.
-      ended: `[B]` bool, whether the response holds a stop token.
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def linear_critic(params, hidden, tokens, mask):
+      ...     return hidden @ params["weights"]
+      >>> hidden, tokens = jnp.ones((1, 2, 4)), jnp.ones((1, 5), int)
+      >>> linear_critic({"weights": jnp.ones(4)}, hidden, tokens, tokens > 0)
+      Array([[4., 4.]], dtype=float32)
     """
 
-    tokens: jax.Array
-    mask: jax.Array
-    response_mask: jax.Array
-    logprobs: jax.Array
-    ended: jax.Array
+    def __call__(self, params: Params, hidden: Array, tokens: Array, mask: Array) -> Array:
+        """Return the values."""
+
+
+class Rollout(PyTreeNode):
+    """Sampled responses to a batch of prompts.
+
+    Attributes:
+      tokens: `[B, T]` int32, prompt and response.
+      mask: `[B, T]` bool, true for real tokens, which attention may read.
+      response_mask: `[B, R]` bool, true for the tokens to learn from.
+      logprobs: `[B, R]` float32, in nats, under the distribution that the sampler drew from; 0
+        outside the response mask.
+      ended: `[B]` bool, true if the response holds a stop token.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tokens, real = jnp.array([[7, 8, 9]]), jnp.ones((1, 3), bool)
+      >>> rollout = Rollout(tokens, real, real[:, 2:], jnp.zeros((1, 1)), real[:, 0])
+      >>> rollout.prompt_length, rollout.responses
+      (2, Array([[9]], dtype=int32))
+    """
+
+    tokens: Array
+    mask: Array
+    response_mask: Array
+    logprobs: Array
+    ended: Array
 
     @property
     def prompt_length(self) -> int:
+        """The number of prompt positions, `P`."""
         return self.tokens.shape[1] - self.response_mask.shape[1]
 
     @property
-    def responses(self) -> jax.Array:
+    def responses(self) -> Array:
+        """The tokens of the responses, `[B, R]` int32."""
         return self.tokens[:, self.prompt_length :]
 
 
-@flax.struct.dataclass
-class Scores:
-    """What the models say of a rollout. `logprobs`, `ref_logprobs`, `kl`, `entropies`, `values`: `[B, R]` float32.
-
-    `kl` is the per-token estimate of the KL from the reference. Everything is 0 outside the response mask, but `values`,
-    which stand at every step.
-    """
-
-    logprobs: jax.Array
-    ref_logprobs: jax.Array
-    kl: jax.Array
-    entropies: jax.Array
-    values: jax.Array
-
-
-@flax.struct.dataclass
-class Experience:
-    """What one PPO update learns from; fixed while it runs.
+class Scores(PyTreeNode):
+    """What policy, reference and critic compute for each token of a rollout, `[B, R]` float32 each.
 
     Attributes:
-      tokens, mask: `[B, T]`, as in `Rollout`.
-      response_mask: `[B, R]` bool, the tokens of the policy's loss.
-      value_mask: `[B, R]` bool, the steps of the value's loss: the same and the step of the score, if it is another.
-      logprobs, values: `[B, R]` float32, of the policy and critic that acted.
-      advantages, returns: `[B, R]` float32.
+      logprobs, ref_logprobs: of the policy and the reference, in nats; 0 outside the response mask.
+      kl: the per-token estimate of the KL, in nats; 0 outside the response mask.
+      entropies: of the policy, in nats; 0 outside the response mask.
+      values: of the critic, in units of reward, at every step.
     """
 
-    tokens: jax.Array
-    mask: jax.Array
-    response_mask: jax.Array
-    value_mask: jax.Array
-    logprobs: jax.Array
-    values: jax.Array
-    advantages: jax.Array
-    returns: jax.Array
+    logprobs: Array
+    ref_logprobs: Array
+    kl: Array
+    entropies: Array
+    values: Array
 
 
-Metrics = dict[str, jax.Array]
+class Experience(PyTreeNode):
+    """The data that one PPO update learns from, fixed during the update.
+
+    Attributes:
+      tokens, mask: `[B, T]` int32 and `[B, T]` bool, as in `Rollout`.
+      response_mask: `[B, R]` bool, the tokens in the policy loss.
+      value_mask: `[B, R]` bool, the steps in the value loss: the same tokens, and the step that
+        received the score if that is another one.
+      logprobs: `[B, R]` float32, in nats, of the policy that sampled the responses.
+      values: `[B, R]` float32, in units of reward, of the critic before the update.
+      advantages: `[B, R]` float32, the weight of each token in the policy loss.
+      returns: `[B, R]` float32, in units of reward, the targets of the value loss.
+
+    Example:
+      >>> import jax
+      >>> x, tokens = jax.numpy.ones((4, 2)), jax.numpy.ones((4, 5), int)
+      >>> experience = Experience(tokens, tokens > 0, x > 0, x > 0, x, x, x, x)
+      >>> jax.tree.map(lambda array: array[:2], experience).tokens.shape
+      (2, 5)
+    """
+
+    tokens: Array
+    mask: Array
+    response_mask: Array
+    value_mask: Array
+    logprobs: Array
+    values: Array
+    advantages: Array
+    returns: Array
 
 
 class LossMetrics(NamedTuple):
-    """Metrics of a micro-batch: shares of the whole minibatch's means, and maxima."""
+    """The metrics of a micro-batch: its shares of the means of the minibatch, and its maxima."""
 
     mean: Metrics
     max: Metrics
 
 
 class Counts(NamedTuple):
-    """What the means of a minibatch divide by, over all its micro-batches and devices; `[]` float32 each."""
+    """The denominators of a minibatch, over all its micro-batches and devices.
 
-    tokens: jax.Array  # of the response mask
-    policy: jax.Array  # of the response mask, as the aggregation counts
-    value: jax.Array  # of the value mask, as the aggregation counts
+    `tokens` counts the response mask, and `policy` and `value` are the denominators of the policy
+    loss and of the value loss. Each is `[]` float32.
+    """
+
+    tokens: Array
+    policy: Array
+    value: Array
 
 
 class LossFn(Protocol):
+    """Computes the contribution of a micro-batch to the loss, `[]` float32, and metrics.
+
+    Contributions are added over the micro-batches of a minibatch and, on a mesh, over shards of the
+    `data` axis, so the loss must divide by `counts` and not by the number of its own rows. To shard
+    an array inside the loss, use `ppo_jax.sharding.constrain`, which also works within a shard.
+    """
+
     def __call__(
         self, params: Params, batch: Experience, counts: Counts
-    ) -> tuple[jax.Array, LossMetrics]:
-        """The part that `batch`, a micro-batch, has in its minibatch's loss and metrics.
-
-        On a mesh it may run once for each place on `data`, and the parts are added up: it divides by `counts`, not by its own rows.
-        Where it says itself how an array lies, it does so by `models.sharding.constrain`, which knows that.
-        """
-
-
-class KLEstimatorFn(Protocol):
-    """A per-token estimate of the KL divergence from the reference."""
-
-    def __call__(self, policy: jax.Array, reference: jax.Array, /) -> jax.Array:
-        """Returns `[B, R]` float32 from the log-probs `[B, R]`, or from the logits `[B, R, V]`, of policy and reference."""
-
-
-class AdvantageFn(Protocol):
-    """An advantage estimator."""
-
-    def __call__(
-        self,
-        rewards: jax.Array,
-        values: jax.Array,
-        mask: jax.Array,
-        *,
-        rollout: Rollout,
-        scores: Scores,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns advantages and returns, `[B, R]` float32 each, of `[B, R]` rewards, values and their mask."""
+    ) -> tuple[Array, LossMetrics]:
+        """Return the loss and the metrics."""
 
 
 class ResponseLossFn(Protocol):
-    """A loss of `[B, R]` arrays."""
+    """Computes a loss, `[]` float32, and its terms from `[B, R]` arrays.
+
+    `functools.partial(ppo_loss, clip_low=0.2, ...)` is one; see `ppo_loss` for the arguments.
+    """
 
     def __call__(
         self,
-        logprobs: jax.Array,
-        values: jax.Array,
-        entropies: jax.Array,
+        logprobs: Array,
+        values: Array,
+        entropies: Array,
         *,
-        old_logprobs: jax.Array,
-        old_values: jax.Array,
-        advantages: jax.Array,
-        returns: jax.Array,
-        mask: jax.Array,
-        value_mask: jax.Array,
-        aggregate: Callable[[jax.Array, jax.Array], jax.Array],
-        value_aggregate: Callable[[jax.Array, jax.Array], jax.Array],
-    ) -> tuple[jax.Array, Metrics]:
-        """Returns the loss, `[]` float32, and its terms by name."""
+        old_logprobs: Array,
+        old_values: Array,
+        advantages: Array,
+        returns: Array,
+        mask: Array,
+        value_mask: Array,
+        aggregate: Aggregate,
+        value_aggregate: Aggregate,
+    ) -> tuple[Array, Metrics]:
+        """Return the loss and its terms by name."""
+
+
+class AdvantageFn(Protocol):
+    """Computes the advantages and the returns of the steps, `[B, R]` float32 each.
+
+    `rewards` and `values` are `[B, R]` float32, in units of reward. `mask [B, R]` bool is true for
+    the steps that count. `rollout` and `scores` are for estimators that group responses by prompt
+    or read log-probs.
+    """
+
+    def __call__(
+        self, rewards: Array, values: Array, mask: Array, *, rollout: Rollout, scores: Scores
+    ) -> tuple[Array, Array]:
+        """Return the advantages and the returns."""

@@ -237,7 +237,7 @@ def test_parameters_that_a_step_spoilt_are_not_saved(tmp_path):
         FULL_PPO, learning_rate=1e38, weight_decay=1e3, target_kl=None, epochs=1, minibatches=1
     )
     run = full_trainer(tmp_path / "run", ppo=spoils, updates=2, faults=Faults(gradient="skip"))
-    with pytest.raises(errors.SpoiltError, match="The new parameters are not finite"):
+    with pytest.raises(errors.NonFiniteParametersError, match="The new parameters are not finite"):
         run.run()
     assert run.checkpoints.steps() == [] and len(read_lines(tmp_path / "run/metrics.jsonl")) == 1
     assert {row["kind"] for row in read_lines(tmp_path / "run/faults.jsonl")} == {"gradient"}

@@ -96,6 +96,31 @@ def test_full_is_float32_for_bfloat16_logits(logits):
     close(kl.kl_full(*low), oracles.kl_full(*(np.asarray(x, np.float32) for x in low)))
 
 
+def test_reads_logits():
+    """An estimator says itself what it reads, and its partial and compiled forms say the same."""
+
+    @kl.of_logits
+    def reverse(logits, ref_logits, *, temperature=1.0):
+        return kl.kl_full(ref_logits, logits, temperature=temperature)
+
+    for estimator in (kl.kl_full, reverse):
+        bound = partial(estimator, temperature=0.7)
+        nested = partial(partial(estimator), temperature=0.7)
+        for form in (estimator, bound, nested, jax.jit(estimator), partial(jax.jit(estimator))):
+            assert kl.reads_logits(form) is True
+    for estimator in ESTIMATORS.values():
+        for form in (estimator, partial(estimator), jax.jit(estimator), lambda p, q: p - q):
+            assert kl.reads_logits(form) is False
+
+
+def test_marked_estimator_takes_a_temperature(logits):
+    """The caller's temperature wins over one that is bound already."""
+    bound = partial(partial(kl.kl_full), temperature=0.5)
+    np.testing.assert_array_equal(
+        bound(*logits, temperature=0.7), kl.kl_full(*logits, temperature=0.7)
+    )
+
+
 # --- controllers ---
 
 

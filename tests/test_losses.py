@@ -261,13 +261,22 @@ def test_value_aggregate_may_differ(policy, critic):
     close(terms["policy/entropy"], oracles.sequence_mean(learned[2], policy[-1]))
 
 
-@pytest.mark.parametrize("aggregate, count", [BY_TOKEN, BY_SEQUENCE], ids=["token", "sequence"])
-def test_micro_batches_add_up(policy, critic, aggregate, count):
+def test_the_entropy_weight_may_be_traced(policy, critic):
+    """A schedule of the weight is an array, and even a weight of 0 then keeps its term."""
+    of = lambda weight: whole_loss(policy, critic, policy[-1], entropy_coef=weight)
+    traced = jax.jit(lambda weight: of(weight)[0](*of(weight)[1])[0])
+    for weight in (0.0, 0.25):
+        function, learned = of(weight)
+        close(traced(jnp.float32(weight)), function(*learned)[0])
+
+
+@pytest.mark.parametrize("aggregation", [BY_TOKEN, BY_SEQUENCE], ids=["token", "sequence"])
+def test_micro_batches_add_up(policy, critic, aggregation):
     """Loss and gradient of the parts, each over the counts of the whole, sum to those of the whole."""
     value_mask = np.roll(policy[-1], 1, axis=1) | policy[-1]
-    counted = lambda mask: partial(aggregate, count=count(mask))
+    counted = lambda mask: partial(aggregation.mean, count=aggregation.count(mask))
     options = {"aggregate": counted(policy[-1]), "value_aggregate": counted(value_mask)}
-    of, learned = whole_loss(policy, critic, value_mask, aggregate=aggregate)
+    of, learned = whole_loss(policy, critic, value_mask, aggregate=aggregation.mean)
     whole, gradient = jax.jit(jax.value_and_grad(lambda xs: of(*xs)[0]))(learned)
     total, gradients = 0.0, []
     for rows in np.split(np.arange(B), [3, 4, 10]):

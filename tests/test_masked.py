@@ -75,11 +75,12 @@ def test_few_entries(unbiased):
 
 
 @pytest.mark.parametrize(
-    "mean, count", [masked.BY_TOKEN, masked.BY_SEQUENCE], ids=["token", "sequence"]
+    "aggregation", [masked.BY_TOKEN, masked.BY_SEQUENCE], ids=["token", "sequence"]
 )
-def test_parts_add_up(batch, mean, count):
+def test_parts_add_up(batch, aggregation):
     """With the count of the whole batch, micro-batches of any size sum to its mean; the plain mean of means does not."""
     x, mask = batch
+    mean, count = aggregation.mean, aggregation.count
     parts = list(zip(np.split(x, [3, 4, 10]), np.split(mask, [3, 4, 10]), strict=True))
     close(sum(mean(a, m, count=count(mask)) for a, m in parts), mean(x, mask))
     assert abs(sum(mean(a, m) for a, m in parts) / len(parts) - mean(x, mask)) > 1e-3

@@ -1,27 +1,71 @@
-"""How far the policy has moved: per-token estimators of KL(π ‖ π_ref), and the controllers of the penalty's weight.
+"""Per-token estimators of KL(π ‖ π_ref), and controllers of the weight of the KL penalty.
 
-With actions sampled from π and `d = log π(a|s) - log π_ref(a|s)`, the estimators need only the two log-probs of each token
-(Schulman 2020, http://joschu.net/blog/kl-approx.html); `kl_full` needs both distributions and has no sampling noise.
+Most estimators read only the log-probs of the sampled tokens. With tokens sampled from π, they are
+functions of `d = log π(a|s) - log π_ref(a|s)`. `kl_full` reads the logits of both models and has no
+sampling noise. It is marked by `of_logits`, so that callers know what to pass; mark an estimator of
+your own in the same way if it reads logits.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
+
+_Estimator = TypeVar("_Estimator", bound=Callable[..., Array])
 
 
-def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """k1 = d: unbiased, of either sign, high variance.
+def of_logits(estimator: _Estimator) -> _Estimator:
+    """Mark a KL estimator that reads logits instead of the log-probs of the sampled tokens.
+
+    Args:
+      estimator: a function `(logits, ref_logits, *, temperature) -> kl` of logits `[B, R, V]` float
+        and the sampling temperature, which returns `[B, R]` float32 in nats.
+
+    Returns:
+      The same function, for which `reads_logits` is true.
+    """
+    vars(estimator)["of_logits"] = True
+    return estimator
+
+
+def reads_logits(estimator: Callable[..., Array]) -> TypeGuard[Callable[..., Array]]:
+    """Tell whether a KL estimator, or the function inside a `functools.partial`, reads logits.
+
+    Args:
+      estimator: a KL estimator.
+
+    Returns:
+      True if the estimator is to be called as `estimator(logits, ref_logits, temperature=...)`, and
+      false if it is to be called as `estimator(logprobs, ref_logprobs)`.
+
+    Example:
+      >>> reads_logits(kl_full), reads_logits(functools.partial(kl_full)), reads_logits(kl_k1)
+      (True, True, False)
+    """
+    while isinstance(estimator, functools.partial):
+        estimator = estimator.func
+    return getattr(estimator, "of_logits", False)
+
+
+def kl_k1(logprobs: Array, ref_logprobs: Array) -> Array:
+    """Estimate the KL by `k1 = d`, which is unbiased but has a high variance and either sign.
 
     Args:
       logprobs: `[...]` float32, log π of the sampled tokens, in nats.
-      ref_logprobs: `[...]` float32, log π_ref of the same tokens.
+      ref_logprobs: `[...]` float32, log π_ref of the same tokens, in nats.
 
     Returns:
-      `[...]` float32, nats per token.
+      `[...]` float32, in nats per token.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      Schulman 2020 (http://joschu.net/blog/kl-approx.html), k1.
 
     Example:
       >>> kl_k1(jnp.array([-1.0]), jnp.array([-1.5]))
@@ -31,8 +75,21 @@ def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return logprobs - ref_logprobs
 
 
-def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """k2 = d²/2: never negative, low variance, biased. Shapes as in `kl_k1`.
+def kl_k2(logprobs: Array, ref_logprobs: Array) -> Array:
+    """Estimate the KL by `k2 = d²/2`, which is never negative and has a low variance but is biased.
+
+    Args:
+      logprobs: `[...]` float32, log π of the sampled tokens, in nats.
+      ref_logprobs: `[...]` float32, log π_ref of the same tokens, in nats.
+
+    Returns:
+      `[...]` float32, in nats per token.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      Schulman 2020 (http://joschu.net/blog/kl-approx.html), k2.
 
     Example:
       >>> kl_k2(jnp.array([-1.0]), jnp.array([-1.5]))
@@ -41,8 +98,21 @@ def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return 0.5 * kl_k1(logprobs, ref_logprobs) ** 2
 
 
-def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """k3 = exp(-d) - 1 + d: unbiased, never negative, low variance. Shapes as in `kl_k1`.
+def kl_k3(logprobs: Array, ref_logprobs: Array) -> Array:
+    """Estimate the KL by `k3 = exp(-d) - 1 + d`: unbiased, never negative, of low variance.
+
+    Args:
+      logprobs: `[...]` float32, log π of the sampled tokens, in nats.
+      ref_logprobs: `[...]` float32, log π_ref of the same tokens, in nats.
+
+    Returns:
+      `[...]` float32, in nats per token.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      Schulman 2020 (http://joschu.net/blog/kl-approx.html), k3.
 
     Example:
       >>> kl_k3(jnp.array([-1.0]), jnp.array([-1.5])).round(4)
@@ -52,8 +122,21 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return jnp.expm1(-d) + d
 
 
-def kl_abs(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """|d|: a distance, not an estimate of the KL. Shapes as in `kl_k1`.
+def kl_abs(logprobs: Array, ref_logprobs: Array) -> Array:
+    """Compute the distance `|d|`, which is a penalty but not an estimate of the KL.
+
+    Args:
+      logprobs: `[...]` float32, log π of the sampled tokens, in nats.
+      ref_logprobs: `[...]` float32, log π_ref of the same tokens, in nats.
+
+    Returns:
+      `[...]` float32, in nats per token.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      The `abs` KL penalty of TRL and verl.
 
     Example:
       >>> kl_abs(jnp.array([-1.5]), jnp.array([-1.0]))
@@ -62,81 +145,107 @@ def kl_abs(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return jnp.abs(kl_k1(logprobs, ref_logprobs))
 
 
-def kl_full(logits: jax.Array, ref_logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
-    """Exact KL(π ‖ π_ref) = Σᵥ π(v) (log π(v) - log π_ref(v)) of each position.
+@of_logits
+def kl_full(logits: Array, ref_logits: Array, *, temperature: float = 1.0) -> Array:
+    """Compute the exact KL of each position, from the logits of both models.
+
+        KL(π ‖ π_ref) = Σᵥ π(v) (log π(v) - log π_ref(v))
 
     Args:
-      logits: `[..., V]` float, of π; `-inf` marks a token that π cannot say.
+      logits: `[..., V]` float, of π. A token with the logit `-inf` adds nothing.
       ref_logits: `[..., V]` float, of π_ref.
-      temperature: divides both, as in sampling.
+      temperature: divides both logits, as in sampling; positive.
 
     Returns:
-      `[...]` float32, nats.
+      `[...]` float32, in nats per token.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      Kullback & Leibler 1951, "On Information and Sufficiency".
 
     Example:
       >>> kl_full(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])).round(4)
       Array(0.1201, dtype=float32)
     """
     chex.assert_equal_shape([logits, ref_logits])
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    logq = jax.nn.log_softmax(ref_logits.astype(jnp.float32) / temperature)
+    logp, logq = (
+        jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, ref_logits)
+    )
     p = jnp.exp(logp)
-    said = p > 0  # 0 · log 0 is 0, in the gradient too
-    return jnp.sum(p * (jnp.where(said, logp, 0) - jnp.where(said, logq, 0)), axis=-1)
-
-
-def reads_logits(estimator: Any) -> bool:
-    """Whether a KL estimator reads the logits of both models instead of their log-probs."""
-    while isinstance(estimator, functools.partial):
-        estimator = estimator.func
-    return estimator is kl_full
+    possible = p > 0  # 0 · log 0 counts as 0, also in the gradient.
+    return jnp.sum(p * (jnp.where(possible, logp, 0) - jnp.where(possible, logq, 0)), axis=-1)
 
 
 class KLState(NamedTuple):
-    """What a KL controller remembers; part of every checkpoint."""
+    """The state of a KL controller, which every checkpoint holds.
 
-    coef: jax.Array  # [] float32, β, the weight of the KL penalty
+    Attributes:
+      coef: `[]` float32, β, the weight of the KL penalty.
+    """
+
+    coef: Array
 
 
 class KLController(NamedTuple):
-    """A rule for the penalty's weight, as a pair of pure functions."""
+    """A rule for the weight of the KL penalty, as a pair of pure functions.
+
+    Attributes:
+      init: returns the first state.
+      update: returns the next state from the state, the mean KL of the responses of the batch
+        (`[]` float32, in nats per response) and the number of responses.
+
+    Example:
+      >>> halving = KLController(
+      ...     init=lambda: KLState(jnp.float32(0.5)),
+      ...     update=lambda state, kl, episodes: KLState(state.coef / 2),
+      ... )
+      >>> halving.update(halving.init(), jnp.float32(3.0), 64).coef
+      Array(0.25, dtype=float32)
+    """
 
     init: Callable[[], KLState]
-    update: Callable[[KLState, jax.Array, int], KLState]
+    update: Callable[[KLState, Array, int], KLState]
 
 
 def fixed_kl(coef: float) -> KLController:
-    """The weight that never changes.
+    """Keep the weight of the KL penalty constant.
+
+    Args:
+      coef: β, at least 0.
+
+    Returns:
+      A controller whose `update` returns the state unchanged.
 
     Example:
       >>> controller = fixed_kl(0.05)
       >>> controller.update(controller.init(), jnp.array(9.0), 64).coef
       Array(0.05, dtype=float32)
     """
-    return KLController(
-        init=lambda: KLState(jnp.float32(coef)), update=lambda state, kl, episodes: state
-    )
+    return KLController(lambda: KLState(jnp.float32(coef)), lambda state, kl, episodes: state)
 
 
 def adaptive_kl(init_coef: float, *, target: float, horizon: float) -> KLController:
-    """Moves the weight so that the KL stays near a target:
+    """Adapt the weight of the KL penalty so that the KL stays near a target.
 
-        e = clip(KL / target - 1, -0.2, 0.2),    β ← β (1 + e · episodes / horizon)
+        e = clip(KL / target - 1, -0.2, 0.2)
+        β ← β (1 + e · episodes / horizon)
 
     Args:
       init_coef: β at the start.
-      target: the KL to hold, in nats per *sequence*; positive.
-      horizon: episodes over which the weight may move by 20 %; positive.
+      target: the KL to aim for, in nats per response (not per token); positive.
+      horizon: the number of responses over which β changes by at most 20 %; positive.
 
     Returns:
-      A controller; its `update` takes the state, the mean KL of the batch's sequences and the number of episodes.
+      A controller. Its `update` takes the state, the mean KL of the responses and their number.
 
     Raises:
       ValueError: if `target` or `horizon` is not positive.
 
     Source:
-      Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.2; `horizon` as in their code, where
-      `episodes / horizon` stands for the paper's K_β.
+      Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.2. As in their code,
+      `episodes / horizon` takes the place of the paper's K_β.
 
     Example:
       >>> controller = adaptive_kl(0.2, target=6.0, horizon=10000)
@@ -145,11 +254,12 @@ def adaptive_kl(init_coef: float, *, target: float, horizon: float) -> KLControl
     """
     if target <= 0 or horizon <= 0:
         raise ValueError(
-            f"adaptive_kl needs a positive target and horizon, not target={target} and horizon={horizon}."
+            "adaptive_kl needs a positive target and horizon, not "
+            f"target={target} and horizon={horizon}."
         )
 
-    def update(state: KLState, kl: jax.Array, episodes: int) -> KLState:
+    def update(state: KLState, kl: Array, episodes: int) -> KLState:
         error = jnp.clip(kl / target - 1, -0.2, 0.2)
         return KLState(state.coef * (1 + error * (episodes / horizon)))
 
-    return KLController(init=lambda: KLState(jnp.float32(init_coef)), update=update)
+    return KLController(lambda: KLState(jnp.float32(init_coef)), update)

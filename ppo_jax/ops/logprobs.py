@@ -1,111 +1,132 @@
-"""From logits to the log-prob of a token and the entropy, in float32 whatever the compute type.
-
-`response_view` says which positions belong to which actions; `scoring.forward_responses` has a model make no others.
-"""
+"""Log-probs of tokens and entropies from logits, in float32 whatever the type of the logits."""
 
 from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-_LEAST = -128.0  # the exponential of this and less is 0 in float32
+_UNDERFLOW = -128.0  # exp(x) is 0 in float32 for every x up to this.
 
 
-def response_view(x: jax.Array, prompt_length: int) -> jax.Array:
-    """What belongs to the states before each response token, of an array over the positions of `[prompt | response]`.
+def response_view(x: Array, prompt_length: int) -> Array:
+    """Select what belongs to the states before each response token.
 
-    Action `t` is the token at position `P + t`; its state ends at position `P + t - 1`, and there its logits and its value are.
+    Action `t` is the token at position `P + t`. Its state ends at position `P + t - 1`, and the
+    logits and the value for that action are computed there.
 
     Args:
-      x: `[B, T - 1, ...]` one entry a position, of all but the last, after which nothing comes; `T = P + R`.
+      x: `[B, T - 1, ...]`, one entry per position of `[prompt | response]` but the last, which
+        precedes no token; `T = P + R`.
       prompt_length: `P`, at least 1.
 
     Returns:
-      `[B, R, ...]`.
+      `[B, R, ...]`, the entries at positions `P - 1` to `T - 2`.
+
+    Raises:
+      ValueError: if `prompt_length` is not between 1 and `T - 1`.
 
     Example:
       >>> tokens = jnp.array([[10, 11, 12, 20, 21]])  # P = 3, R = 2
-      >>> response_view(tokens[:, :-1], 3)  # the last token of each state
+      >>> response_view(tokens[:, :-1], 3)  # The last token of each state.
       Array([[12, 20]], dtype=int32)
     """
     if not 1 <= prompt_length <= x.shape[1]:
         raise ValueError(
-            f"prompt_length={prompt_length} must lie in 1 .. {x.shape[1]}, the positions of the array."
+            f"prompt_length={prompt_length} must lie in 1 .. {x.shape[1]}, the positions of x."
         )
     return x[:, prompt_length - 1 :]
 
 
-def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: float = 1.0) -> jax.Array:
-    """Log-prob of each token: `ℓ_a - logsumexp(ℓ)` with `ℓ = logits / temperature`.
+def _tempered(logits: Array, temperature: float) -> Array:
+    """Divide by the temperature, in float32, and subtract the largest logit to keep precision."""
+    logits = logits.astype(jnp.float32) / temperature
+    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+
+
+def token_logprobs(logits: Array, tokens: Array, *, temperature: float = 1.0) -> Array:
+    """Compute the log-prob of each token.
+
+        log π(a) = ℓ_a - log Σᵥ exp(ℓ_v),  with ℓ = logits / temperature
 
     Args:
-      logits: `[..., V]` float, any type; computed in float32.
-      tokens: `[...]` int32, `0 <= token < V`.
-      temperature: the one that the tokens were sampled with; positive.
+      logits: `[..., V]` float of any precision.
+      tokens: `[...]` int32, with `0 <= token < V`.
+      temperature: the temperature that the tokens were sampled with; positive.
 
     Returns:
-      `[...]` float32, nats.
+      `[...]` float32, in nats.
+
+    Raises:
+      AssertionError: if `tokens` does not have the leading shape of `logits`.
 
     Example:
       >>> token_logprobs(jnp.array([[0.0, 0.0, 0.0]]), jnp.array([2])).round(4)
       Array([-1.0986], dtype=float32)
     """
     chex.assert_equal_shape([logits[..., 0], tokens])
-    logits = logits.astype(jnp.float32) / temperature
-    # Relative to the largest logit, so that large logits cost no precision; log Σ alone then decides the last bits.
-    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    logits = _tempered(logits, temperature)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
 
 
-def entropy(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
-    """Entropy `-Σᵥ π(v) log π(v)` of each position.
+def entropy(logits: Array, *, temperature: float = 1.0) -> Array:
+    """Compute the entropy of the distribution at each position.
+
+        H = -Σᵥ π(v) log π(v),  with π = softmax(logits / temperature)
 
     Args:
-      logits: `[..., V]` float; `-inf` marks a token that cannot be said and adds nothing.
-      temperature: divides the logits.
+      logits: `[..., V]` float of any precision. A token with the logit `-inf` adds nothing.
+      temperature: divides the logits; positive.
 
     Returns:
-      `[...]` float32, nats.
+      `[...]` float32, in nats.
 
     Example:
       >>> entropy(jnp.zeros((1, 4))).round(4)
       Array([1.3863], dtype=float32)
     """
-    logits = logits.astype(jnp.float32) / temperature
-    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    logits = _tempered(logits, temperature)
     weights = jnp.exp(logits)
     total = jnp.sum(weights, axis=-1)
-    # log Σ eᶻ - Σ eᶻ z / Σ eᶻ with z <= 0; where eᶻ is 0, 0 · log 0 is 0, in the gradient too.
-    return jnp.log(total) - jnp.sum(weights * jnp.maximum(logits, _LEAST), axis=-1) / total
+    # H = log Σ eᶻ - Σ eᶻ z / Σ eᶻ. The maximum makes 0 · log 0 count as 0, also in the gradient.
+    return jnp.log(total) - jnp.sum(weights * jnp.maximum(logits, _UNDERFLOW), axis=-1) / total
 
 
 def chunked_logprobs_and_entropy(
-    unembed: Callable[[jax.Array], jax.Array],
-    hidden: jax.Array,
-    tokens: jax.Array,
+    unembed: Callable[[Array], Array],
+    hidden: Array,
+    tokens: Array,
     *,
     temperature: float = 1.0,
     chunk: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies from hidden states, a chunk of positions at a time, so that `[B, R, V]` never exists.
+) -> tuple[Array, Array]:
+    """Compute log-probs and entropies from hidden states without storing all logits `[B, R, V]`.
 
-    Each chunk's logits are made, used and dropped, and made again for the gradient.
+    Each chunk of positions computes its logits, reduces them and drops them. The gradient
+    recomputes them.
 
     Args:
-      unembed: `[B, S, D] -> [B, S, V]`, the logits of hidden states.
+      unembed: computes the logits `[B, S, V]` of hidden states `[B, S, D]`.
       hidden: `[B, R, D]` float, the states before each token.
-      tokens: `[B, R]` int32.
-      temperature: divides the logits.
-      chunk: positions at a time, any number; `None` takes all at once.
+      tokens: `[B, R]` int32, with `0 <= token < V`.
+      temperature: the temperature that the tokens were sampled with; positive.
+      chunk: the number of positions per chunk, which need not divide `R`. `None` takes all
+        positions at once.
 
     Returns:
-      `logprobs` and `entropies`, `[B, R]` float32.
+      Log-probs and entropies, `[B, R]` float32 each, in nats.
+
+    Raises:
+      AssertionError: if `tokens` is not `[B, R]`.
+      ValueError: if `chunk` is less than 1.
 
     Example:
       >>> hidden, tokens = jnp.ones((1, 3, 2)), jnp.array([[0, 1, 2]])
-      >>> logprobs, entropies = chunked_logprobs_and_entropy(lambda h: h @ jnp.ones((2, 4)), hidden, tokens, chunk=2)
+      >>> logprobs, entropies = chunked_logprobs_and_entropy(
+      ...     lambda h: h @ jnp.ones((2, 4)), hidden, tokens, chunk=2
+      ... )
       >>> logprobs.round(4)
       Array([[-1.3863, -1.3863, -1.3863]], dtype=float32)
     """
@@ -113,28 +134,30 @@ def chunked_logprobs_and_entropy(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}.")
 
-    def of(hidden, tokens):
-        # The barrier makes the logits an array of their own: fused into the matmul or not, they round alike (see the
-        # top of `models.layers`), so the ratio of a policy with itself is 1.
+    def compute(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, tokens = inputs
+        # The barrier keeps XLA from fusing the logits with their use, which would round them
+        # differently in different programs. The ratio of a policy with itself is then exactly 1.
         logits = jax.lax.optimization_barrier(unembed(hidden))
-        # A second one keeps the entropy's sums apart: log-probs are then the same bits where no entropy is asked for.
-        apart = jax.lax.optimization_barrier(logits)
-        return token_logprobs(logits, tokens, temperature=temperature), entropy(
-            apart, temperature=temperature
-        )
+        # The second barrier keeps the sums of the entropy apart from those of the log-probs, which
+        # then have the same bits in a program that does not compute the entropy.
+        separate = jax.lax.optimization_barrier(logits)
+        logprobs = token_logprobs(logits, tokens, temperature=temperature)
+        return logprobs, entropy(separate, temperature=temperature)
 
-    length = tokens.shape[1]
+    inputs, length = (hidden, tokens), tokens.shape[1]
     if chunk is None or chunk >= length:
-        return of(hidden, tokens)
-    of = jax.checkpoint(of, prevent_cse=False)
-    whole = length // chunk * chunk
-    chunks = jax.tree.map(
-        lambda x: jnp.moveaxis(x[:, :whole].reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0),
-        (hidden, tokens),
-    )
-    _, parts = jax.lax.scan(lambda _, xs: (None, of(*xs)), None, chunks)
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], whole), parts)
-    if whole == length:
+        return compute(inputs)
+    compute = jax.checkpoint(compute, prevent_cse=False)
+    full = length // chunk * chunk  # The positions of full chunks; the rest is a shorter chunk.
+
+    def split(x: Array) -> Array:
+        """Reshape `[B, R, ...]` to `[chunks, B, chunk, ...]`."""
+        return jnp.moveaxis(x[:, :full].reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(compute, jax.tree.map(split, inputs))
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], full), parts)
+    if full == length:
         return parts
-    rest = of(hidden[:, whole:], tokens[:, whole:])
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), parts, rest)
+    rest = compute(jax.tree.map(lambda x: x[:, full:], inputs))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), parts, rest)

@@ -1,31 +1,44 @@
-"""The PPO losses. Each is a function of `[B, R]` arrays and a mask and gives one number to minimise.
+"""The PPO losses: functions of `[B, R]` arrays and a mask that return one number to minimise.
 
-`aggregate` says how tokens become one number: `masked_mean` (every token weighs alike) or `sequence_mean`. In a micro-batch,
-`functools.partial(masked_mean, count=tokens_of_the_whole_batch)` makes the parts add up to the loss of the whole.
+`aggregate` reduces the per-token terms to one number. `masked_mean` gives each token the same
+weight, and `sequence_mean` gives each response the same weight. For a micro-batch, pass
+`functools.partial(masked_mean, count=tokens_in_the_whole_minibatch)`: the losses of the
+micro-batches then add up to the loss of the minibatch.
 """
 
 import chex
-import jax
 import jax.numpy as jnp
+from jax import Array
 
-from ppo_jax.ops.masked import Aggregate, masked_mean
+from ppo_jax.ops.masked import masked_mean
+from ppo_jax.types import Aggregate, Metrics
 
 
-def policy_ratio(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Importance ratio `ρ_t = π(a_t|s_t) / π_old(a_t|s_t)`; 1 outside the mask, whatever stands there.
+def policy_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
+    """Compute the importance ratio of each token.
 
-    The log-ratio is held within ±60, far beyond any clip, so that neither the ratio nor its gradient overflows.
+        ρ_t = π(a_t|s_t) / π_old(a_t|s_t)
+
+    The log-ratio is clipped to ±60, far beyond the clip range of any loss, so that neither the
+    ratio nor its gradient overflows.
 
     Args:
-      logprobs: `[B, R]` float32, of the policy that learns, in nats.
-      old_logprobs: `[B, R]` float32, of the policy that acted.
-      mask: `[B, R]` bool.
+      logprobs: `[B, R]` float32, log π of the policy that trains, in nats.
+      old_logprobs: `[B, R]` float32, log π_old of the policy that sampled the tokens, in nats.
+      mask: `[B, R]` bool, true for real tokens.
 
     Returns:
-      `[B, R]` float32.
+      `[B, R]` float32; 1 outside the mask.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), section 3.
 
     Example:
-      >>> policy_ratio(jnp.array([[-1.0, jnp.nan]]), jnp.array([[-1.0, 0.0]]), jnp.array([[True, False]]))
+      >>> logprobs, old_logprobs = jnp.array([[-1.0, jnp.nan]]), jnp.array([[-1.0, 0.0]])
+      >>> policy_ratio(logprobs, old_logprobs, jnp.array([[True, False]]))
       Array([[1., 1.]], dtype=float32)
     """
     chex.assert_equal_shape([logprobs, old_logprobs, mask])
@@ -33,82 +46,95 @@ def policy_ratio(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) 
 
 
 def clipped_policy_loss(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
     *,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
     aggregate: Aggregate = masked_mean,
-) -> jax.Array:
-    """The clipped surrogate objective, negated:
+) -> Array:
+    """Compute the negative of the clipped surrogate objective.
 
-        ρ = π(a|s) / π_old(a|s),    L = -E[ min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) ]
+        ρ = π(a|s) / π_old(a|s)
+        L = -E[ min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) ]
 
-    With `dual_clip = c`, the term is at least `c A` where `A < 0`, which bounds the loss of a token that the policy now finds
-    likely although it was bad.
+    With `dual_clip = c`, the term inside E is at least `c A` where `A < 0`. This bounds the loss of
+    a token with a negative advantage whose probability has grown much.
 
     Args:
-      logprobs: `[B, R]` float32, log π(a|s), which the gradient flows through.
-      old_logprobs: `[B, R]` float32, of the policy that acted.
+      logprobs: `[B, R]` float32, log π(a|s), in nats. The gradient flows through them.
+      old_logprobs: `[B, R]` float32, log π_old(a|s) of the policy that sampled the tokens, in nats.
       advantages: `[B, R]` float32.
-      mask: `[B, R]` bool, the tokens that count.
-      clip_low: how far below 1 the ratio still pays, in [0, 1).
-      clip_high: how far above 1 it does; PPO's ε sets both, "clip-higher" sets this one higher.
-      dual_clip: c > 1, or `None`.
-      aggregate: tokens to one number.
+      mask: `[B, R]` bool, true for the tokens that count.
+      clip_low: the ratio is clipped from below at `1 - clip_low`; in [0, 1).
+      clip_high: the ratio is clipped from above at `1 + clip_high`. PPO sets both to its ε, and
+        "clip-higher" sets this one to more.
+      dual_clip: `c`, greater than 1. `None` sets no bound.
+      aggregate: reduces the terms to one number.
 
     Returns:
       `[]` float32.
 
+    Raises:
+      AssertionError: if the shapes differ.
+
     Source:
-      Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 7; dual clip: Ye et al. 2020
-      (https://arxiv.org/abs/1912.09729), eq. 5; separate bounds: Yu et al. 2025 (https://arxiv.org/abs/2503.14476), eq. 10.
+      Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 7. Dual clip: Ye et al. 2020
+      (https://arxiv.org/abs/1912.09729), eq. 5. Two bounds: Yu et al. 2025
+      (https://arxiv.org/abs/2503.14476), eq. 10.
 
     Example:
-      >>> old, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
-      >>> now = jnp.log(jnp.array([[1.5, 1.0]]))  # the first ratio counts as 1.25
-      >>> clipped_policy_loss(now, old, jnp.ones((1, 2)), mask, clip_low=0.25, clip_high=0.25)
+      >>> old_logprobs, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
+      >>> logprobs = jnp.log(jnp.array([[1.5, 1.0]]))  # The first ratio is clipped to 1.25.
+      >>> clipped_policy_loss(
+      ...     logprobs, old_logprobs, jnp.ones((1, 2)), mask, clip_low=0.25, clip_high=0.25
+      ... )
       Array(-1.125, dtype=float32)
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     ratio = policy_ratio(logprobs, old_logprobs, mask)
-    gain = jnp.minimum(
-        ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
-    )
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    gain = jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
         gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
     return -aggregate(gain, mask)
 
 
 def clipped_value_loss(
-    values: jax.Array,
-    old_values: jax.Array,
-    returns: jax.Array,
-    mask: jax.Array,
+    values: Array,
+    old_values: Array,
+    returns: Array,
+    mask: Array,
     *,
     clip: float | None,
     aggregate: Aggregate = masked_mean,
-) -> jax.Array:
-    """Half the squared error of the values, pessimistic about steps that leave the old values' neighbourhood:
+) -> Array:
+    """Compute half the squared error of the values, with the values clipped around the old ones.
 
-        V_c = V_old + clip(V - V_old, ± clip),    L = ½ E[ max((V - G)², (V_c - G)²) ]
+        V_c = V_old + clip(V - V_old, -clip, clip)
+        L = ½ E[ max((V - G)², (V_c - G)²) ]
 
     Args:
-      values: `[B, R]` float32, which the gradient flows through.
-      old_values: `[B, R]` float32, those that the advantages were made with.
-      returns: `[B, R]` float32, the targets G.
-      mask: `[B, R]` bool.
-      clip: the neighbourhood, in units of value; `None` for the plain squared error.
-      aggregate: tokens to one number.
+      values: `[B, R]` float32, V, in units of reward. The gradient flows through them.
+      old_values: `[B, R]` float32, V_old, the values that the advantages were computed with.
+      returns: `[B, R]` float32, G, the targets.
+      mask: `[B, R]` bool, true for the steps that count.
+      clip: how far a value may move from its old value, in units of reward; positive. `None` gives
+        the plain squared error.
+      aggregate: reduces the terms to one number.
 
     Returns:
       `[]` float32.
 
+    Raises:
+      AssertionError: if the shapes differ.
+
     Source:
-      `ppo2` of OpenAI baselines; Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), as in their code.
+      `ppo2` of OpenAI Baselines, and the code of Ziegler et al. 2019
+      (https://arxiv.org/abs/1909.08593).
 
     Example:
       >>> one = jnp.ones((1, 1))
@@ -116,28 +142,31 @@ def clipped_value_loss(
       Array(1.125, dtype=float32)
     """
     chex.assert_equal_shape([values, old_values, returns, mask])
-    values, old_values, returns = (
-        jnp.where(mask, x, 0) for x in (values, old_values, returns)
-    )  # NaN there reaches no gradient
+    # Masking before the arithmetic keeps a NaN outside the mask out of the gradient.
+    values, old_values, returns = (jnp.where(mask, x, 0) for x in (values, old_values, returns))
     error = (values - returns) ** 2
     if clip is not None:
-        near = old_values + jnp.clip(values - old_values, -clip, clip)
-        error = jnp.maximum(error, (near - returns) ** 2)
+        clipped = old_values + jnp.clip(values - old_values, -clip, clip)
+        error = jnp.maximum(error, (clipped - returns) ** 2)
     return 0.5 * aggregate(error, mask)
 
 
-def entropy_bonus(
-    entropies: jax.Array, mask: jax.Array, *, aggregate: Aggregate = masked_mean
-) -> jax.Array:
-    """Mean entropy, the term that PPO may add to keep exploring (Schulman et al. 2017, eq. 9).
+def entropy_bonus(entropies: Array, mask: Array, *, aggregate: Aggregate = masked_mean) -> Array:
+    """Compute the mean entropy, which PPO may reward to keep the policy exploring.
 
     Args:
-      entropies: `[B, R]` float32, nats.
-      mask: `[B, R]` bool.
-      aggregate: tokens to one number.
+      entropies: `[B, R]` float32, in nats.
+      mask: `[B, R]` bool, true for the tokens that count.
+      aggregate: reduces the entropies to one number.
 
     Returns:
-      `[]` float32, to be *subtracted* from a loss.
+      `[]` float32, to be subtracted from a loss.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 9.
 
     Example:
       >>> entropy_bonus(jnp.array([[1.0, 2.0]]), jnp.array([[True, True]]))
@@ -147,47 +176,66 @@ def entropy_bonus(
 
 
 def ppo_loss(
-    logprobs: jax.Array,
-    values: jax.Array,
-    entropies: jax.Array,
+    logprobs: Array,
+    values: Array,
+    entropies: Array,
     *,
-    old_logprobs: jax.Array,
-    old_values: jax.Array,
-    advantages: jax.Array,
-    returns: jax.Array,
-    mask: jax.Array,
-    value_mask: jax.Array,
+    old_logprobs: Array,
+    old_values: Array,
+    advantages: Array,
+    returns: Array,
+    mask: Array,
+    value_mask: Array,
     clip_low: float,
     clip_high: float,
     value_clip: float | None,
     vf_coef: float,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | Array = 0.0,
     dual_clip: float | None = None,
     aggregate: Aggregate = masked_mean,
     value_aggregate: Aggregate | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`L = L_policy + vf_coef · L_value - entropy_coef · H`, and its three terms.
+) -> tuple[Array, Metrics]:
+    """Compute the PPO loss of policy, value and entropy.
+
+        L = L_policy + vf_coef · L_value - entropy_coef · H
+
+    With its coefficients bound by `functools.partial`, it is a `types.ResponseLossFn`.
 
     Args:
-      logprobs, values, entropies: `[B, R]` float32, of the model that learns.
-      old_logprobs, old_values, advantages, returns: `[B, R]` float32, fixed.
-      mask: `[B, R]` bool, the tokens of the policy's and the entropy's terms.
-      value_mask: `[B, R]` bool, the steps of the value's term.
-      clip_low, clip_high, dual_clip: see `clipped_policy_loss`.
-      value_clip: see `clipped_value_loss`.
-      vf_coef, entropy_coef: weights of the terms.
-      aggregate, value_aggregate: tokens to one number; the second is the first unless it counts otherwise.
+      logprobs: `[B, R]` float32, of the policy that trains, in nats.
+      values: `[B, R]` float32, of the critic that trains, in units of reward.
+      entropies: `[B, R]` float32, of the policy that trains, in nats.
+      old_logprobs: `[B, R]` float32, of the policy that sampled the tokens, in nats.
+      old_values: `[B, R]` float32, the values that the advantages were computed with.
+      advantages: `[B, R]` float32.
+      returns: `[B, R]` float32, the targets of the values.
+      mask: `[B, R]` bool, true for the tokens in the policy loss and the entropy.
+      value_mask: `[B, R]` bool, true for the steps in the value loss.
+      clip_low: see `clipped_policy_loss`.
+      clip_high: see `clipped_policy_loss`.
+      value_clip: the `clip` of `clipped_value_loss`.
+      vf_coef: the weight of the value loss.
+      entropy_coef: the weight of the entropy, a number or `[]` float32.
+      dual_clip: see `clipped_policy_loss`.
+      aggregate: reduces the terms of policy and entropy to one number.
+      value_aggregate: reduces the terms of the value to one number. By default it is `aggregate`.
 
     Returns:
-      The loss, `[]` float32, and its terms `loss/policy`, `loss/value`, `policy/entropy`.
+      The loss, `[]` float32, and its terms by name: `loss/policy`, `loss/value` and
+      `policy/entropy`, `[]` float32 each.
+
+    Raises:
+      AssertionError: if the shapes differ.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 9.
 
     Example:
       >>> x, mask = jnp.ones((1, 2)), jnp.ones((1, 2), bool)
-      >>> loss, terms = ppo_loss(-x, x, x, old_logprobs=-x, old_values=x, advantages=x, returns=2 * x, mask=mask,
-      ...     value_mask=mask, clip_low=0.2, clip_high=0.2, value_clip=0.2, vf_coef=0.1)
+      >>> loss, terms = ppo_loss(
+      ...     -x, x, x, old_logprobs=-x, old_values=x, advantages=x, returns=2 * x, mask=mask,
+      ...     value_mask=mask, clip_low=0.2, clip_high=0.2, value_clip=0.2, vf_coef=0.1,
+      ... )
       >>> loss
       Array(-0.95, dtype=float32)
     """
@@ -211,8 +259,6 @@ def ppo_loss(
     )
     bonus = entropy_bonus(entropies, mask, aggregate=aggregate)
     loss = policy + vf_coef * value
-    if (
-        not isinstance(entropy_coef, int | float) or entropy_coef != 0
-    ):  # a term of weight 0 would still cost a gradient
+    if isinstance(entropy_coef, Array) or entropy_coef:  # A weight of 0 needs no gradient.
         loss = loss - entropy_coef * bonus
     return loss, {"loss/policy": policy, "loss/value": value, "policy/entropy": bonus}

@@ -1,72 +1,89 @@
-"""Sums, means, moments and whitening over the entries that a mask keeps.
+"""Sums, means, variances and whitening over the entries that a mask keeps.
 
-Every average of the library goes through this file. `axis_name` names a mapped axis (`pmap`, `shard_map`, `vmap`): sums and
-counts are then reduced over it, so a result never depends on how the batch was split. Entries outside the mask may hold anything,
-NaN included.
+All averages of the package are computed here. `axis_name` names a mapped axis (of `shard_map`,
+`pmap` or `vmap`). Sums and counts are then reduced over that axis too, so that results do not
+depend on how the batch is split. Entries outside the mask may hold anything, even NaN: they change
+neither a result nor its gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 
-class Aggregate(Protocol):
-    """How per-token terms become one number: `masked_mean` or `sequence_mean`."""
-
-    def __call__(
-        self, x: jax.Array, mask: jax.Array, *, count: jax.Array | None = None
-    ) -> jax.Array: ...
+def _widen(x: Array) -> Array:
+    """Cast to float32, or keep the type of `x` if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def masked_sum(x: jax.Array, mask: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """Sum of `x` where `mask` is true.
+def _reduce(total: Array, axis_name: str | None) -> Array:
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def masked_sum(x: Array, mask: Array, *, axis_name: str | None = None) -> Array:
+    """Sum the entries of `x` where `mask` is true.
 
     Args:
       x: `[...]` float.
-      mask: `[...]` bool, same shape.
-      axis_name: mapped axis to sum over as well.
+      mask: `[...]` bool, of the shape of `x`.
+      axis_name: the mapped axis to sum over as well.
 
     Returns:
       `[]` float32, or the type of `x` if that is wider.
+
+    Raises:
+      AssertionError: if `x` and `mask` have different shapes.
 
     Example:
       >>> masked_sum(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False]))
       Array(3., dtype=float32)
     """
     chex.assert_equal_shape([x, mask])
-    total = jnp.sum(jnp.where(mask, x, 0), dtype=jnp.promote_types(x.dtype, jnp.float32))
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
+    return _reduce(jnp.sum(_widen(jnp.where(mask, x, 0))), axis_name)
 
 
-def masked_count(mask: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """Number of true entries, at least 1 so that it can divide: `[]` float32.
+def masked_count(mask: Array, *, axis_name: str | None = None) -> Array:
+    """Count the true entries of a mask; the result is at least 1, so that it can be a divisor.
+
+    Args:
+      mask: `[...]` bool.
+      axis_name: the mapped axis to sum over as well.
+
+    Returns:
+      `[]` float32.
 
     Example:
       >>> masked_count(jnp.array([True, True, False]))
       Array(2., dtype=float32)
     """
-    count = jnp.sum(mask, dtype=jnp.float32)
-    count = count if axis_name is None else jax.lax.psum(count, axis_name)
-    return jnp.maximum(count, 1)
+    return jnp.maximum(_reduce(jnp.sum(mask, dtype=jnp.float32), axis_name), 1)
 
 
 def masked_mean(
-    x: jax.Array, mask: jax.Array, *, count: jax.Array | None = None, axis_name: str | None = None
-) -> jax.Array:
-    """Mean over the kept entries: `Σ mask·x / count`.
+    x: Array, mask: Array, *, count: Array | None = None, axis_name: str | None = None
+) -> Array:
+    """Average the entries of `x` where `mask` is true.
+
+        mean = Σ mask · x / count
 
     Args:
       x: `[...]` float.
-      mask: `[...]` bool, same shape.
-      count: `[]` the divisor, by default the number of kept entries. A micro-batch passes the count of the whole batch;
-        the results then add up to the mean of the whole.
-      axis_name: mapped axis to average over as well.
+      mask: `[...]` bool, of the shape of `x`.
+      count: `[]` float32, the divisor. By default it is the number of kept entries. For a
+        micro-batch, pass the count of the whole batch: the results of all micro-batches then add
+        up to the mean of the batch.
+      axis_name: the mapped axis to average over as well.
 
     Returns:
-      `[]` float32, or the type of `x` if that is wider; 0 where the mask keeps nothing.
+      `[]` float32, or the type of `x` if that is wider; 0 if the mask keeps no entry.
+
+    Raises:
+      AssertionError: if `x` and `mask` have different shapes.
 
     Example:
       >>> masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))
@@ -76,8 +93,15 @@ def masked_mean(
     return masked_sum(x, mask, axis_name=axis_name) / count
 
 
-def sequence_count(mask: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """Number of rows with a real token, at least 1: `[]` float32, for `mask [B, R]`.
+def sequence_count(mask: Array, *, axis_name: str | None = None) -> Array:
+    """Count the sequences with at least one real token; the result is at least 1.
+
+    Args:
+      mask: `[B, R]` bool.
+      axis_name: the mapped axis to sum over as well.
+
+    Returns:
+      `[]` float32.
 
     Example:
       >>> sequence_count(jnp.array([[True, True], [False, False]]))
@@ -86,34 +110,53 @@ def sequence_count(mask: jax.Array, *, axis_name: str | None = None) -> jax.Arra
     return masked_count(mask.any(axis=1), axis_name=axis_name)
 
 
-def sequence_mean(x: jax.Array, mask: jax.Array, *, count: jax.Array | None = None) -> jax.Array:
-    """Mean over sequences of the mean over each one's tokens, so a short response weighs as much as a long one.
+def sequence_mean(x: Array, mask: Array, *, count: Array | None = None) -> Array:
+    """Average over sequences the mean over the tokens of each sequence.
+
+    A short response then has the same weight as a long one.
 
     Args:
       x: `[B, R]` float.
-      mask: `[B, R]` bool. A row with no real token has no weight.
-      count: `[]` the number of sequences to divide by, by default those with a real token.
+      mask: `[B, R]` bool. A row without a real token has no weight.
+      count: `[]` float32, the divisor. By default it is the number of rows with a real token.
 
     Returns:
-      `[]` float32, or wider.
+      `[]` float32, or the type of `x` if that is wider.
+
+    Raises:
+      AssertionError: if `x` and `mask` are not both `[B, R]`.
 
     Example:
-      >>> sequence_mean(jnp.array([[1.0, 3.0], [8.0, 0.0]]), jnp.array([[True, True], [True, False]]))
+      >>> x, mask = jnp.array([[1.0, 3.0], [8.0, 0.0]]), jnp.array([[True, True], [True, False]])
+      >>> sequence_mean(x, mask)
       Array(5., dtype=float32)
     """
     chex.assert_rank([x, mask], 2)
     chex.assert_equal_shape([x, mask])
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _widen(x)
     lengths = jnp.maximum(mask.sum(axis=1), 1).astype(x.dtype)
-    per_row = jnp.where(mask, x, 0).sum(axis=1) / lengths
-    return masked_mean(per_row, mask.any(axis=1), count=count)
+    means = jnp.where(mask, x, 0).sum(axis=1) / lengths
+    return masked_mean(means, mask.any(axis=1), count=count)
 
 
-class Aggregation(NamedTuple):
-    """A mean and the count that it divides by, so that micro-batches can share the count of the whole."""
+class MeanFn(Protocol):
+    """A masked mean with a divisor that can be given."""
 
-    mean: Aggregate
-    count: Callable[..., jax.Array]
+    def __call__(self, x: Array, mask: Array, /, *, count: Array | None = None) -> Array:
+        """Return the mean, `[]` float32, of `x [B, R]` float where `mask [B, R]` bool is true."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregation:
+    """A masked mean and its divisor, which all micro-batches of a minibatch share.
+
+    Attributes:
+      mean: reduces per-token terms to one number.
+      count: `(mask, *, axis_name=None) -> []`, the divisor of that mean.
+    """
+
+    mean: MeanFn
+    count: Callable[..., Array]
 
 
 BY_TOKEN = Aggregation(masked_mean, masked_count)
@@ -121,56 +164,65 @@ BY_SEQUENCE = Aggregation(sequence_mean, sequence_count)
 
 
 def masked_var(
-    x: jax.Array, mask: jax.Array, *, unbiased: bool = False, axis_name: str | None = None
-) -> jax.Array:
-    """Variance over the kept entries: `Σ mask·(x - mean)² / n`, or `/ (n - 1)` where `unbiased`.
+    x: Array, mask: Array, *, unbiased: bool = False, axis_name: str | None = None
+) -> Array:
+    """Compute the variance of the entries of `x` where `mask` is true.
+
+        var = Σ mask · (x - mean)² / n,  or  / (n - 1) if `unbiased`
 
     Args:
       x: `[...]` float.
-      mask: `[...]` bool, same shape.
-      unbiased: divide by `n - 1` (Bessel); with a single entry the result is 0.
-      axis_name: mapped axis whose moments are global.
+      mask: `[...]` bool, of the shape of `x`.
+      unbiased: divide by `n - 1` (Bessel's correction). For a single entry the result is 0.
+      axis_name: the mapped axis to reduce over as well.
 
     Returns:
       `[]` float32, or the type of `x` if that is wider.
+
+    Raises:
+      AssertionError: if `x` and `mask` have different shapes.
 
     Example:
       >>> masked_var(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]), unbiased=True)
       Array(2., dtype=float32)
     """
-    x = jnp.where(mask, x, 0)  # NaN under the mask must not reach the gradient of the square
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # Masking before squaring keeps a NaN outside the mask out of the gradient.
+    x = _widen(jnp.where(mask, x, 0))
     n = masked_count(mask, axis_name=axis_name)
     mean = masked_mean(x, mask, count=n, axis_name=axis_name)
-    return masked_sum((x - mean) ** 2, mask, axis_name=axis_name) / (
-        jnp.maximum(n - 1, 1) if unbiased else n
-    )
+    total = masked_sum((x - mean) ** 2, mask, axis_name=axis_name)
+    return total / (jnp.maximum(n - 1, 1) if unbiased else n)
 
 
 def masked_whiten(
-    x: jax.Array,
-    mask: jax.Array,
+    x: Array,
+    mask: Array,
     *,
     shift_mean: bool = True,
     unbiased: bool = False,
     eps: float = 1e-8,
     axis_name: str | None = None,
-) -> jax.Array:
-    """Scales the kept entries to variance 1: `(x - mean) / √(var + eps)`, plus `mean` where it is kept.
+) -> Array:
+    """Scale the kept entries to variance 1 and, by default, shift them to mean 0.
+
+        white = (x - mean) / √(var + eps),  plus mean if `shift_mean` is false
 
     Args:
       x: `[...]` float.
-      mask: `[...]` bool, same shape.
-      shift_mean: also move the mean to 0; if false the mean stays as it was (rewards are whitened so).
-      unbiased: which variance, see `masked_var`.
+      mask: `[...]` bool, of the shape of `x`.
+      shift_mean: whether to shift the mean to 0. Rewards are whitened without the shift.
+      unbiased: which variance to use; see `masked_var`.
       eps: added to the variance.
-      axis_name: mapped axis whose moments are global.
+      axis_name: the mapped axis over which mean and variance are taken as well.
 
     Returns:
-      The shape of `x`, float32 or wider; 0 outside the mask.
+      An array of the shape of `x`, float32 or wider; 0 outside the mask.
+
+    Raises:
+      AssertionError: if `x` and `mask` have different shapes.
 
     Source:
-      `whiten` of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), as in their code.
+      `whiten` in the code of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593).
 
     Example:
       >>> masked_whiten(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))

@@ -1,7 +1,13 @@
-"""What is measured: pure functions from arrays to dictionaries of `[]` float32. The README's table says what each name means."""
+"""The metrics of an update, as dictionaries of `[]` float32.
+
+A table in the README says what each name means.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ppo_jax.ops.losses import policy_ratio
 from ppo_jax.ops.masked import masked_count, masked_mean, masked_sum, masked_var
@@ -9,44 +15,63 @@ from ppo_jax.types import Experience, LossMetrics, Metrics, Rollout, Scores
 
 
 def add_parts(a: LossMetrics, b: LossMetrics) -> LossMetrics:
-    """Joins the metrics of two micro-batches of one minibatch."""
+    """Combine the metrics of two micro-batches of one minibatch.
+
+    Example:
+      >>> part = LossMetrics({"loss/total": jnp.float32(1)}, {"policy/ratio_max": jnp.float32(2)})
+      >>> add_parts(part, part).mean
+      {'loss/total': Array(2., dtype=float32)}
+    """
     return LossMetrics(
         jax.tree.map(jnp.add, a.mean, b.mean), jax.tree.map(jnp.maximum, a.max, b.max)
     )
 
 
 def policy_metrics(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    mask: jax.Array,
+    logprobs: Array,
+    old_logprobs: Array,
+    mask: Array,
     *,
     clip_low: float,
     clip_high: float,
-    count: jax.Array | None = None,
+    count: Array | None = None,
 ) -> LossMetrics:
-    """How far the policy has moved in this update.
+    """Measure how far the policy has moved from the one that sampled the tokens.
+
+    The tokens were sampled from π_old, so the estimates are of KL(π_old ‖ π). With the ratio ρ of
+    `policy_ratio` they are:
+
+        k1 = -log ρ
+        k3 = ρ - 1 - log ρ
 
     Args:
-      logprobs, old_logprobs: `[B, R]` float32, of the policy now and of the one that acted.
-      mask: `[B, R]` bool.
-      clip_low, clip_high: the bounds of the loss; a token beyond either counts as clipped.
-      count: `[]` tokens of the whole minibatch, if this is a part of it.
+      logprobs: `[B, R]` float32, of the policy that trains, in nats.
+      old_logprobs: `[B, R]` float32, of the policy that sampled the tokens, in nats.
+      mask: `[B, R]` bool, true for the tokens in the policy loss.
+      clip_low: a token whose ratio is below `1 - clip_low` counts as clipped.
+      clip_high: a token whose ratio is above `1 + clip_high` counts as clipped.
+      count: `[]` float32, the number of tokens in the whole minibatch if this is a micro-batch.
 
     Returns:
-      Means `policy/clipfrac`, `policy/clipfrac_low`, `policy/clipfrac_high`, `policy/approx_kl` (k3), `policy/approx_kl_k1`,
-      `policy/ratio`; maxima `policy/ratio_max`, `policy/ratio_error_max` (`|ρ - 1|`).
+      The means `policy/clipfrac`, `policy/clipfrac_low`, `policy/clipfrac_high`,
+      `policy/approx_kl` (k3), `policy/approx_kl_k1` and `policy/ratio`, and the maxima
+      `policy/ratio_max` and `policy/ratio_error_max` (of `|ρ - 1|`), `[]` float32 each.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      Schulman 2020 (http://joschu.net/blog/kl-approx.html), k1 and k3.
 
     Example:
       >>> x, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
-      >>> policy_metrics(x + 0.5, x, mask, clip_low=0.2, clip_high=0.2).mean["policy/clipfrac"]
+      >>> metrics = policy_metrics(x + 0.5, x, mask, clip_low=0.2, clip_high=0.2)
+      >>> metrics.mean["policy/clipfrac"]
       Array(1., dtype=float32)
     """
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     moved = jnp.where(mask, logprobs - old_logprobs, 0)
-    low, high = (
-        (ratio < 1 - clip_low).astype(jnp.float32),
-        (ratio > 1 + clip_high).astype(jnp.float32),
-    )
+    low, high = (x.astype(jnp.float32) for x in (ratio < 1 - clip_low, ratio > 1 + clip_high))
     means = {
         "policy/clipfrac": low + high,
         "policy/clipfrac_low": low,
@@ -56,8 +81,8 @@ def policy_metrics(
         "policy/ratio": ratio,
     }
     return LossMetrics(
-        mean={name: masked_mean(x, mask, count=count) for name, x in means.items()},
-        max={
+        {name: masked_mean(x, mask, count=count) for name, x in means.items()},
+        {
             "policy/ratio_max": jnp.max(ratio),
             "policy/ratio_error_max": jnp.max(jnp.abs(ratio - 1)),
         },
@@ -65,17 +90,28 @@ def policy_metrics(
 
 
 def explained_variance(
-    values: jax.Array, returns: jax.Array, mask: jax.Array, *, axis_name: str | None = None
-) -> jax.Array:
-    """`1 - Var[G - V] / Var[G]`: 1 where the critic knows the returns, 0 where it knows their mean only.
+    values: Array, returns: Array, mask: Array, *, axis_name: str | None = None
+) -> Array:
+    """Compute the share of the variance of the returns that the values explain.
+
+        1 - Var[G - V] / Var[G]
+
+    It is 1 if the critic predicts the returns up to a constant, and 0 if it predicts a constant.
 
     Args:
-      values, returns: `[B, R]` float32.
-      mask: `[B, R]` bool.
-      axis_name: mapped axis whose moments are global.
+      values: `[B, R]` float32, V, in units of reward.
+      returns: `[B, R]` float32, G, in units of reward.
+      mask: `[B, R]` bool, true for the steps that count.
+      axis_name: the mapped axis over which the variances are taken as well.
 
     Returns:
-      `[]` float32; 0 where the returns do not vary.
+      `[]` float32; 0 if the returns do not vary.
+
+    Raises:
+      AssertionError: if the shapes differ.
+
+    Source:
+      `explained_variance` of OpenAI Baselines.
 
     Example:
       >>> returns, mask = jnp.array([[1.0, 3.0]]), jnp.ones((1, 2), bool)
@@ -83,68 +119,63 @@ def explained_variance(
       Array(1., dtype=float32)
     """
     var = masked_var(returns, mask, axis_name=axis_name)
-    left = masked_var(returns - values, mask, axis_name=axis_name)
-    varies = var > 1e-10 * masked_mean(
-        returns * returns, mask, axis_name=axis_name
-    )  # more than rounding does
-    return jnp.where(varies, 1 - left / jnp.where(varies, var, 1), 0)
+    residual = masked_var(returns - values, mask, axis_name=axis_name)
+    # A variance that rounding alone explains counts as none.
+    varies = var > 1e-10 * masked_mean(returns * returns, mask, axis_name=axis_name)
+    return jnp.where(varies, 1 - residual / jnp.where(varies, var, 1), 0)
 
 
 def experience_metrics(
     rollout: Rollout,
     scores: Scores,
     experience: Experience,
-    rewards: jax.Array,
-    task_scores: jax.Array,
+    rewards: Array,
+    task_scores: Array,
     *,
     axis_name: str | None = None,
 ) -> Metrics:
-    """What the batch is like, before anything is learned from it.
+    """Describe a batch of responses before the update that learns from it.
 
     Args:
-      rollout, scores, experience: `B` responses.
-      rewards: `[B, R]` float32, per token.
-      task_scores: `[B]` float32, as the task gave them.
-      axis_name: mapped axis over which everything is global.
+      rollout: the `B` responses.
+      scores: what policy, reference and critic compute for them.
+      experience: what the update learns from.
+      rewards: `[B, R]` float32, the reward of each step.
+      task_scores: `[B]` float32, the scores of the task before clipping and scaling.
+      axis_name: the mapped axis over which means and maxima are taken as well.
 
     Returns:
-      `objective/*`, `response/*`, `value/*` and `sampler/*`.
+      The metrics `objective/*`, `response/*`, `value/*` and `sampler/*`, `[]` float32 each.
     """
-    mask = rollout.response_mask
-
-    def per_sequence(x):
-        return masked_mean(jnp.sum(jnp.where(mask, x, 0), axis=1), every_row, axis_name=axis_name)
-
-    def per_token(x):
-        return masked_mean(x, mask, axis_name=axis_name)
-
+    mask, value_mask = rollout.response_mask, experience.value_mask
     every_row = jnp.ones(mask.shape[0], bool)
-    lengths = mask.sum(axis=1).astype(jnp.float32)
-    rows = masked_count(every_row, axis_name=axis_name)
-    sampler_gap = scores.logprobs - rollout.logprobs
-    largest_gap = jnp.max(jnp.where(mask, jnp.abs(sampler_gap), 0))
-    score_mean = masked_mean(task_scores, every_row, axis_name=axis_name)
+    mean = functools.partial(masked_mean, axis_name=axis_name)
+
+    def mean_of_sums(x: Array) -> Array:
+        """Average over responses the sum over the tokens of each response."""
+        return mean(jnp.sum(jnp.where(mask, x, 0), axis=1), every_row)
+
+    kl = scores.logprobs - scores.ref_logprobs
+    gap = jnp.abs(scores.logprobs - rollout.logprobs)
+    largest_gap = jnp.max(jnp.where(mask, gap, 0))
+    score_var = masked_var(task_scores, every_row, axis_name=axis_name)
+    total_reward = masked_sum(rewards, value_mask, axis_name=axis_name)
     return {
-        "objective/scores": score_mean,
-        "objective/scores_std": jnp.sqrt(masked_var(task_scores, every_row, axis_name=axis_name)),
-        "objective/kl": per_sequence(scores.logprobs - scores.ref_logprobs),
-        "objective/kl_per_token": per_token(scores.logprobs - scores.ref_logprobs),
-        "objective/penalty": per_sequence(scores.kl),
-        "objective/entropy": per_token(scores.entropies),
-        "objective/rlhf_reward": masked_sum(rewards, experience.value_mask, axis_name=axis_name)
-        / rows,
-        "response/length_mean": masked_mean(lengths, every_row, axis_name=axis_name),
-        "response/ended": masked_mean(
-            rollout.ended.astype(jnp.float32), every_row, axis_name=axis_name
-        ),
-        "value/mean": masked_mean(experience.values, experience.value_mask, axis_name=axis_name),
-        "value/returns": masked_mean(
-            experience.returns, experience.value_mask, axis_name=axis_name
-        ),
+        "objective/scores": mean(task_scores, every_row),
+        "objective/scores_std": jnp.sqrt(score_var),
+        "objective/kl": mean_of_sums(kl),
+        "objective/kl_per_token": mean(kl, mask),
+        "objective/penalty": mean_of_sums(scores.kl),
+        "objective/entropy": mean(scores.entropies, mask),
+        "objective/rlhf_reward": total_reward / masked_count(every_row, axis_name=axis_name),
+        "response/length_mean": mean(mask.sum(axis=1).astype(jnp.float32), every_row),
+        "response/ended": mean(rollout.ended.astype(jnp.float32), every_row),
+        "value/mean": mean(experience.values, value_mask),
+        "value/returns": mean(experience.returns, value_mask),
         "value/explained_variance": explained_variance(
-            experience.values, experience.returns, experience.value_mask, axis_name=axis_name
+            experience.values, experience.returns, value_mask, axis_name=axis_name
         ),
-        "sampler/logprob_gap_mean": per_token(jnp.abs(sampler_gap)),
+        "sampler/logprob_gap_mean": mean(gap, mask),
         "sampler/logprob_gap_max": largest_gap
         if axis_name is None
         else jax.lax.pmax(largest_gap, axis_name),

@@ -1,4 +1,8 @@
-"""From a response's score to the reward of each token: missing EOS, clipping, scaling, where the score goes, the KL penalty."""
+"""From the score of a response to the reward of each token.
+
+The steps are, in order: the rule for responses without an end token, the scaling of the scores, the
+token that receives the score, and the KL penalty on every token.
+"""
 
 import enum
 from collections.abc import Callable
@@ -7,38 +11,64 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from flax.struct import PyTreeNode
+from jax import Array
 
 from ppo_jax.ops.masked import masked_mean, masked_sum
 
 
 class ScoreAt(enum.Enum):
-    """The step whose reward holds the score of a response."""
+    """The step whose reward includes the score of the response.
 
-    LAST_TOKEN = "last_token"  # the last real token
-    AFTER_LAST_TOKEN = (
-        "after_last_token"  # the index after it, or the last one where the response fills R
-    )
-    LAST_INDEX = "last_index"  # R - 1, padding or not
+    Attributes:
+      LAST_TOKEN: the last real token.
+      AFTER_LAST_TOKEN: the step after the last real token, or step `R - 1` if that token is there.
+      LAST_INDEX: step `R - 1`, even if it is padding.
+
+    Example:
+      >>> ScoreAt("last_token")
+      <ScoreAt.LAST_TOKEN: 'last_token'>
+    """
+
+    LAST_TOKEN = "last_token"
+    AFTER_LAST_TOKEN = "after_last_token"
+    LAST_INDEX = "last_index"
 
 
 class MissingEOS(enum.Enum):
-    """What becomes of the score of a response that was cut off before an end."""
+    """The rule for the score of a response that was cut off before an end token.
+
+    Attributes:
+      KEEP: keep the score.
+      PENALIZE: subtract the penalty from the score.
+      REPLACE: replace the score by minus the penalty.
+
+    Example:
+      >>> MissingEOS("penalize")
+      <MissingEOS.PENALIZE: 'penalize'>
+    """
 
     KEEP = "keep"
-    PENALIZE = "penalize"  # score - penalty
-    REPLACE = "replace"  # -penalty
+    PENALIZE = "penalize"
+    REPLACE = "replace"
 
 
-def score_index(mask: jax.Array, score_at: ScoreAt) -> jax.Array:
-    """The index `t` of the step that receives the score: `[B]` int32.
+def score_index(mask: Array, score_at: ScoreAt) -> Array:
+    """Find the step that receives the score of each response.
 
     Args:
-      mask: `[B, R]` bool, real tokens.
-      score_at: the rule.
+      mask: `[B, R]` bool, true for real tokens.
+      score_at: which step to choose.
+
+    Returns:
+      `[B]` int32; 0 for a response without a real token, except with `LAST_INDEX`.
+
+    Raises:
+      AssertionError: if `mask` is not `[B, R]`.
 
     Example:
       >>> mask = jnp.array([[True, True, False, False]])
-      >>> [int(score_index(mask, at)[0]) for at in ScoreAt]
+      >>> [int(score_index(mask, score_at)[0]) for score_at in ScoreAt]
       [1, 2, 3]
     """
     chex.assert_rank(mask, 2)
@@ -54,25 +84,29 @@ def score_index(mask: jax.Array, score_at: ScoreAt) -> jax.Array:
 
 
 def apply_missing_eos(
-    scores: jax.Array, ended: jax.Array, *, rule: MissingEOS, penalty: float = 1.0
-) -> jax.Array:
-    """Changes the scores of responses that never ended.
+    scores: Array, ended: Array, *, rule: MissingEOS, penalty: float = 1.0
+) -> Array:
+    """Change the scores of the responses that have no end token.
 
     Args:
       scores: `[B]` float32.
-      ended: `[B]` bool, whether the response holds a stop token.
-      rule: keep, subtract `penalty`, or put `-penalty` in the score's place.
+      ended: `[B]` bool, true if the response holds a stop token.
+      rule: whether to keep, lower or replace the scores of the other responses.
       penalty: at least 0, in units of score.
 
     Returns:
       `[B]` float32.
 
+    Raises:
+      AssertionError: if the shapes differ.
+
     Source:
-      Ziegler et al. 2019 replace (https://arxiv.org/abs/1909.08593), as do the N+ details
-      (https://arxiv.org/abs/2403.17031); TRL's `missing_eos_penalty` subtracts.
+      Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593) and Huang et al. 2024
+      (https://arxiv.org/abs/2403.17031) replace the score. `missing_eos_penalty` of TRL lowers it.
 
     Example:
-      >>> apply_missing_eos(jnp.array([2.0, 2.0]), jnp.array([True, False]), rule=MissingEOS.PENALIZE)
+      >>> scores, ended = jnp.array([2.0, 2.0]), jnp.array([True, False])
+      >>> apply_missing_eos(scores, ended, rule=MissingEOS.PENALIZE)
       Array([2., 1.], dtype=float32)
     """
     chex.assert_equal_shape([scores, ended])
@@ -85,31 +119,50 @@ def apply_missing_eos(
             return jnp.where(ended, scores, -penalty)
 
 
-class ScaleState(NamedTuple):
-    """Running moments of all scores seen; part of every checkpoint."""
+class ScaleState(PyTreeNode):
+    """The running moments of all scores so far, which every checkpoint holds.
 
-    count: jax.Array  # [] float32
-    mean: jax.Array  # [] float32
-    m2: jax.Array  # [] float32, sum of squared deviations
+    Attributes:
+      count: `[]` float32, the number of scores.
+      mean: `[]` float32, their mean.
+      m2: `[]` float32, the sum of their squared deviations from the mean.
+    """
+
+    count: Array
+    mean: Array
+    m2: Array
 
 
 class RewardScaling(NamedTuple):
-    """Division of the scores by their running standard deviation, as a pair of pure functions."""
+    """A division of scores by their running standard deviation, as a pair of pure functions.
+
+    Attributes:
+      init: returns the first state.
+      update: `(state, scores, *, axis_name=None) -> (state, scaled)`. The scores are `[B]` float32,
+        and the moments are taken over the mapped axis as well.
+    """
 
     init: Callable[[], ScaleState]
-    update: Callable[..., tuple[ScaleState, jax.Array]]
+    update: Callable[..., tuple[ScaleState, Array]]
 
 
 def running_scale(*, eps: float = 1e-8) -> RewardScaling:
-    """Scales scores to a standard deviation near 1 without moving their sign.
+    """Divide scores by their running standard deviation, without shifting their mean.
 
-    The moments are merged batch by batch (Chan et al. 1979); the first batch is already scaled by its own.
+        scaled = score / √(var + eps),  or the score itself if var ≤ eps
+
+    Each batch is added to the moments before it is scaled. Scores that are infinite or NaN are not
+    added.
 
     Args:
       eps: added to the variance.
 
     Returns:
-      A pair; `update(state, scores: [B], *, axis_name=None) -> (state, scaled: [B])`, whose moments are global over that axis.
+      A pair of functions. `update` takes scores `[B]` float32 and returns the new state and the
+      scaled scores, `[B]` float32. It raises AssertionError for scores of another rank.
+
+    Source:
+      Chan et al. 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
 
     Example:
       >>> scaling = running_scale()
@@ -119,55 +172,63 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
     """
 
     def update(
-        state: ScaleState, scores: jax.Array, *, axis_name: str | None = None
-    ) -> tuple[ScaleState, jax.Array]:
+        state: ScaleState, scores: Array, *, axis_name: str | None = None
+    ) -> tuple[ScaleState, Array]:
         chex.assert_rank(scores, 1)
-        real = jnp.isfinite(scores)
-        n = masked_sum(jnp.ones_like(scores), real, axis_name=axis_name)
-        mean = masked_mean(scores, real, axis_name=axis_name)
-        m2 = masked_sum((scores - mean) ** 2, real, axis_name=axis_name)
+        finite = jnp.isfinite(scores)
+        n = masked_sum(jnp.ones_like(scores), finite, axis_name=axis_name)
+        mean = masked_mean(scores, finite, axis_name=axis_name)
+        m2 = masked_sum((scores - mean) ** 2, finite, axis_name=axis_name)
         count = state.count + n
         shift = mean - state.mean
         share = n / jnp.maximum(count, 1)
-        state = ScaleState(
-            count, state.mean + shift * share, state.m2 + m2 + shift**2 * state.count * share
-        )
-        var = state.m2 / jnp.maximum(count, 1)
-        # Scores that do not differ yet have no scale.
-        return state, scores * jnp.where(var > eps, jax.lax.rsqrt(var + eps), 1)
+        m2 = state.m2 + m2 + shift**2 * state.count * share
+        var = m2 / jnp.maximum(count, 1)
+        # Scores that are all equal so far have no scale.
+        scale = jnp.where(var > eps, jax.lax.rsqrt(var + eps), 1)
+        return ScaleState(count, state.mean + shift * share, m2), scores * scale
 
-    return RewardScaling(init=lambda: ScaleState(*(jnp.zeros(()) for _ in range(3))), update=update)
+    return RewardScaling(lambda: ScaleState(*(jnp.zeros(()) for _ in range(3))), update)
 
 
 def token_rewards(
-    scores: jax.Array,
-    kl: jax.Array,
-    mask: jax.Array,
+    scores: Array,
+    kl: Array,
+    mask: Array,
     *,
-    kl_coef: float | jax.Array,
+    kl_coef: float | Array,
     score_at: ScoreAt = ScoreAt.LAST_TOKEN,
-    token_scores: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`r_t = -β kl_t + 1[t = t_score] · score + token_score_t`.
+    token_scores: Array | None = None,
+) -> tuple[Array, Array]:
+    """Compute the reward of each token from the score of the response and the KL penalty.
+
+        r_t = -β kl_t + 1[t = t_score] · score + token_score_t
 
     Args:
-      scores: `[B]` float, of each response.
-      kl: `[B, R]` float32, a per-token estimate of the KL from the reference, nats (see `ppo_jax.ops.kl`).
-      mask: `[B, R]` bool, real tokens; the penalty and `token_scores` count only there.
-      kl_coef: β, at least 0; a number or `[]`.
-      score_at: which step receives the score.
-      token_scores: `[B, R]` float of each token, beside the score of the whole; `None` for none.
+      scores: `[B]` float, the score of each response.
+      kl: `[B, R]` float32, a per-token estimate of the KL from the reference, in nats (see
+        `ppo_jax.ops.kl`).
+      mask: `[B, R]` bool, true for real tokens. The KL penalty and `token_scores` are ignored
+        elsewhere.
+      kl_coef: β, at least 0, a number or `[]` float32.
+      score_at: which step `t_score` receives the score.
+      token_scores: `[B, R]` float, a score of each token in addition to that of the response.
 
     Returns:
-      `rewards`, `[B, R]` float32, and `reward_mask`, `[B, R]` bool: the real tokens and the step of the score, the steps
-      over which advantages are estimated.
+      The rewards, `[B, R]` float32 in units of score, and the steps over which advantages are
+      estimated, `[B, R]` bool: the real tokens and the step of the score.
+
+    Raises:
+      AssertionError: if the shapes are not those above.
 
     Source:
       Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), eq. 2.
 
     Example:
-      >>> rewards, steps = token_rewards(jnp.array([1.0]), jnp.full((1, 3), 0.5), jnp.array([[True, True, False]]),
-      ...     kl_coef=0.1)
+      >>> mask = jnp.array([[True, True, False]])
+      >>> rewards, steps = token_rewards(
+      ...     jnp.array([1.0]), jnp.full((1, 3), 0.5), mask, kl_coef=0.1
+      ... )
       >>> rewards
       Array([[-0.05,  0.95,  0.  ]], dtype=float32)
     """
@@ -177,6 +238,6 @@ def token_rewards(
     if token_scores is not None:
         chex.assert_equal_shape([token_scores, mask])
         rewards = rewards + jnp.where(mask, token_scores, 0)
-    here = jnp.arange(mask.shape[1])[None, :] == score_index(mask, score_at)[:, None]
-    rewards = rewards + jnp.where(here, scores[:, None].astype(jnp.float32), 0)
-    return rewards, mask | here
+    scored = jnp.arange(mask.shape[1])[None, :] == score_index(mask, score_at)[:, None]
+    rewards = rewards + jnp.where(scored, scores[:, None].astype(jnp.float32), 0)
+    return rewards, mask | scored

@@ -1,25 +1,35 @@
-"""From logits to a token and its log-prob.
+"""From logits to a sampled token and its log-prob.
 
-A sample takes two uniform numbers a row and inverts the cumulative distribution; the usual Gumbel trick needs one random number
-for each word of the vocabulary, which costs more than the model in a small decode step.
+`sample_token` draws two uniform numbers per row and inverts the cumulative distribution. The
+Gumbel trick needs one random number per token of the vocabulary, and in a decode step of a small
+model those would take longer than the model.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-_BLOCK = 256  # words drawn as one before the word itself is drawn: two sums of about √V numbers instead of one of V
+# A token is drawn in two stages, first a block of this many tokens and then a token of the block.
+# That takes two cumulative sums of about √V numbers instead of one of V.
+_BLOCK = 256
 
 
-def filter_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Keeps the `k` largest logits of each row (and any that tie with the last of them); the others become `-inf`.
+def filter_top_k(logits: Array, k: int) -> Array:
+    """Keep the `k` largest logits of each row, and those equal to the last of them.
 
     Args:
       logits: `[..., V]` float.
-      k: at least 1; a `k` over `V` keeps all.
+      k: at least 1. If it is larger than `V`, all logits are kept.
 
     Returns:
-      `[..., V]`, the type of `logits`.
+      `[..., V]` of the type of `logits`; the other logits are `-inf`.
+
+    Raises:
+      ValueError: if `k` is less than 1.
+
+    Source:
+      Fan et al. 2018 (https://arxiv.org/abs/1805.04833), section 5.4.
 
     Example:
       >>> filter_top_k(jnp.array([1.0, 3.0, 2.0]), 2)
@@ -31,15 +41,18 @@ def filter_top_k(logits: jax.Array, k: int) -> jax.Array:
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def filter_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the fewest words whose probability reaches `p` (the nucleus); the others become `-inf`.
+def filter_top_p(logits: Array, p: float) -> Array:
+    """Keep the fewest tokens whose probabilities add up to at least `p` (the nucleus).
 
     Args:
       logits: `[..., V]` float.
-      p: in (0, 1]; 1 keeps all.
+      p: in (0, 1]. With 1, all logits are kept.
 
     Returns:
-      `[..., V]`, the type of `logits`.
+      `[..., V]` of the type of `logits`; the other logits are `-inf`.
+
+    Raises:
+      ValueError: if `p` is not in (0, 1].
 
     Source:
       Holtzman et al. 2019 (https://arxiv.org/abs/1904.09751), section 3.1.
@@ -52,31 +65,34 @@ def filter_top_p(logits: jax.Array, p: float) -> jax.Array:
         raise ValueError(f"top_p must lie in (0, 1], not {p}.")
     if p == 1:
         return logits
-    largest_first = -jnp.sort(-logits, axis=-1)
-    probs = jax.nn.softmax(largest_first.astype(jnp.float32))
-    before = (
-        jnp.cumsum(probs, axis=-1) - probs
-    )  # mass of the likelier words; a word stays if they fall short of p
-    least = jnp.min(jnp.where(before < p, largest_first, jnp.inf), axis=-1, keepdims=True)
+    descending = -jnp.sort(-logits, axis=-1)
+    probs = jax.nn.softmax(descending.astype(jnp.float32))
+    # A token is kept if the tokens more likely than it have a probability below p together.
+    likelier = jnp.cumsum(probs, axis=-1) - probs
+    least = jnp.min(jnp.where(likelier < p, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
 def process_logits(
-    logits: jax.Array,
+    logits: Array,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> jax.Array:
-    """Temperature, then top-k, then top-p, in the order of `transformers`.
+) -> Array:
+    """Apply the temperature, then top-k, then top-p, which is the order of `transformers`.
 
     Args:
       logits: `[..., V]` float.
-      temperature: positive divisor.
-      top_k, top_p: see `filter_top_k` and `filter_top_p`; `None` for none.
+      temperature: divides the logits; positive.
+      top_k: see `filter_top_k`. `None` keeps all logits.
+      top_p: see `filter_top_p`. `None` keeps all logits.
 
     Returns:
-      `[..., V]` float32 logits of the distribution to sample from.
+      `[..., V]` float32, the logits of the distribution to sample from.
+
+    Raises:
+      ValueError: if `top_k` is less than 1 or `top_p` is not in (0, 1].
 
     Example:
       >>> process_logits(jnp.array([1.0, 3.0, 2.0]), temperature=0.5, top_k=2)
@@ -87,18 +103,25 @@ def process_logits(
     return logits if top_p is None else filter_top_p(logits, top_p)
 
 
-def sample_token(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draws a token from `softmax(logits)`.
+def sample_token(key: Array, logits: Array) -> tuple[Array, Array]:
+    """Draw one token from `softmax(logits)`. For a batch, `jax.vmap` it with a key per row.
 
     Args:
       key: `[]` typed key, consumed.
-      logits: `[V]` float32; a token at `-inf` is never drawn. `jax.vmap` it over rows, a key for each.
+      logits: `[V]` float32. A token with the logit `-inf` is never drawn.
 
     Returns:
-      The token, `[]` int32, and its log-prob under `softmax(logits)`, `[]` float32.
+      The token, `[]` int32, and its log-prob under `softmax(logits)`, `[]` float32 in nats.
+
+    Raises:
+      AssertionError: if `logits` is not `[V]`.
+
+    Source:
+      Devroye 1986, "Non-Uniform Random Variate Generation", chapter III.2 (inversion).
 
     Example:
-      >>> token, logprob = sample_token(jax.random.key(0), jnp.log(jnp.array([0.0, 0.0, 1.0])))
+      >>> logits = jnp.log(jnp.array([0.0, 0.0, 1.0]))
+      >>> token, logprob = sample_token(jax.random.key(0), logits)
       >>> int(token), float(logprob)
       (2, 0.0)
     """
@@ -106,16 +129,26 @@ def sample_token(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Arra
     weights = jnp.exp(logits - jnp.max(logits))
     blocks = jnp.pad(weights, (0, -weights.size % _BLOCK)).reshape(-1, _BLOCK)
     mass = blocks.sum(axis=1)
-    u, v = jax.random.uniform(key, (2,))  # one float32 is too coarse for words below 1e-7
+    # Two numbers, because one float32 is too coarse for tokens of a probability below 1e-7.
+    u, v = jax.random.uniform(key, (2,))
     block = _first_beyond(mass, u * mass.sum())
     within = _first_beyond(blocks[block], v * mass[block])
-    # Only weights of NaN leave the search past the end.
+    # The minimum matters only if the weights are NaN. It keeps the token in the vocabulary then.
     token = jnp.minimum(block * _BLOCK + within, logits.size - 1).astype(jnp.int32)
     return token, logits[token] - jax.nn.logsumexp(logits)
 
 
-def greedy_token(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The likeliest token (the first of several) and its log-prob under `softmax(logits)`; shapes as in `sample_token`.
+def greedy_token(logits: Array) -> tuple[Array, Array]:
+    """Choose the most likely token, the first of several. For a batch, `jax.vmap` it.
+
+    Args:
+      logits: `[V]` float32.
+
+    Returns:
+      The token, `[]` int32, and its log-prob under `softmax(logits)`, `[]` float32 in nats.
+
+    Raises:
+      AssertionError: if `logits` is not `[V]`.
 
     Example:
       >>> token, logprob = greedy_token(jnp.array([0.0, 0.0]))
@@ -127,11 +160,13 @@ def greedy_token(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return token, logits[token] - jax.nn.logsumexp(logits)
 
 
-def _first_beyond(weights: jax.Array, target: jax.Array) -> jax.Array:
-    """First index at which the running sum of `weights` exceeds `target`; never one of weight 0.
+def _first_beyond(weights: Array, target: Array) -> Array:
+    """Find the first index of positive weight at which the cumulative sum exceeds `target`.
 
-    Where rounding leaves the whole sum at or below the target, the last index of positive weight.
+    If rounding leaves the whole sum at or below the target, it is the last index of positive
+    weight.
     """
-    beyond = (jnp.cumsum(weights) > target) & (weights > 0)
-    last = weights.size - 1 - jnp.argmax(jnp.flip(weights > 0))
+    positive = weights > 0
+    beyond = (jnp.cumsum(weights) > target) & positive
+    last = weights.size - 1 - jnp.argmax(jnp.flip(positive))
     return jnp.where(beyond.any(), jnp.argmax(beyond), last)

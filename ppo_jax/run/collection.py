@@ -104,7 +104,7 @@ class Collector(NamedTuple):
         except Fault as fault:
             rows = batch.rows()
             offending = [rows[i] for i in fault.rows] or rows
-            raise type(fault)(str(fault), fault.rows, offending) from fault
+            raise fault.with_rows(fault.rows, dump=offending) from fault
         return scores
 
     def _ask(self, batch: Collection) -> TaskScores:
@@ -120,8 +120,7 @@ class Collector(NamedTuple):
                 timeout_s=self.limits.reward_timeout_s,
             )
         except Fault as error:
-            rows = tuple(int(own[i]) for i in error.rows)
-            fault = type(error)(str(error), rows)
+            fault = error.with_rows([int(own[i]) for i in error.rows])
         processes.agree(fault)
         return placement.join_rows_here(scores, mesh, total)
 

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
-from ppo_jax.errors import Fault, GradientError, NonFiniteError, RewardError, SpoiltError
+from ppo_jax.errors import (
+    Fault,
+    GradientError,
+    NonFiniteError,
+    RewardError,
+    NonFiniteParametersError,
+)
 from ppo_jax.ops.rewards import ScaleState, running_scale
 from ppo_jax.types import Rollout, Scores
 
@@ -94,10 +100,10 @@ def check_steps(metrics: dict[str, float]) -> None:
 
     Raises:
       GradientError: if a loss or gradient was not finite.
-      SpoiltError: if the new parameters are not finite.
+      NonFiniteParametersError: if the new parameters are not finite.
     """
     if not metrics["optimizer/finite"]:
-        raise SpoiltError(
+        raise NonFiniteParametersError(
             "The new parameters are not finite: a gradient was not (skip_nonfinite leaves such "
             "steps out), or learning_rate is too large. They are not saved."
         )

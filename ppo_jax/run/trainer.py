@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ppo_jax import data
 from ppo_jax.distributed import compilation, meshes, placement, processes, replicas
-from ppo_jax.errors import Fault, SpoiltError
+from ppo_jax.errors import Fault, NonFiniteParametersError
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.run import faults
@@ -266,7 +266,7 @@ class Trainer:
             self.save()
             message = f"In the evaluation after update {update}: {fault}"
             self.log.fault(update, fault.kind, message, fault.dump)
-            raise type(fault)(message, fault.rows) from fault
+            raise fault.with_rows(fault.rows, message) from fault
         self._unevaluated = False
         self.log.metrics(update, metrics)
         is_best = self._best is None or metrics["eval/scores"] > self._best[0]
@@ -293,7 +293,7 @@ class Trainer:
             faults.check_steps(metrics)
         except Fault as fault:
             self.log.fault(update, fault.kind, str(fault), batch.rows())
-            spoilt = isinstance(fault, SpoiltError)
+            spoilt = isinstance(fault, NonFiniteParametersError)
             stop = self.loop.faults.gradient == "stop"
             if stop and not spoilt:
                 self.save()
