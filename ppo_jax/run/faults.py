@@ -118,7 +118,7 @@ def check_steps(metrics: dict[str, float]) -> None:
 def check_scale(state: ScaleState, scores: np.ndarray) -> None:
     """Raises RewardError if scores `[B]` would make the running moments of the scores infinite."""
     new, _ = running_scale().update(jax.device_get(state), jnp.asarray(scores))
-    if not np.isfinite(np.asarray(new)).all():
+    if not np.isfinite(jax.device_get(list(new))).all():
         worst = int(np.abs(scores).argmax())
         raise RewardError(
             f"The score {scores[worst]:g} of response {worst} is too large for scale_scores.",
