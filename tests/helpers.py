@@ -367,7 +367,7 @@ def on_devices(how: str, function: Callable, *arrays):
     return jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec))(*pieces)
 
 
-def assert_blind_under_mask(function: Callable, arrays: tuple, mask) -> None:
+def assert_mask_hides(function: Callable, arrays: tuple, mask) -> None:
     """Whatever stands outside `mask` in any of the arrays: same value, same gradient, and no gradient there.
 
     The value must be free of NaN, and so must the gradient: a NaN that the forward pass drops comes back through the chain rule

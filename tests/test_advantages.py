@@ -1,4 +1,4 @@
-"""`ppo_jax.ops.advantages`: GAE against a double sum, rlax, its limits, and an update that TRL recorded."""
+"""Test `ppo_jax.ops.advantages` against a numpy oracle, rlax, GAE's limits and a recorded TRL update."""
 
 import json
 from functools import partial
@@ -17,7 +17,7 @@ from ppo_jax.ops.advantages import generalized_advantage_estimation
 from ppo_jax.ops.masked import masked_whiten
 
 B, R = 6, 9
-gae = jax.jit(generalized_advantage_estimation)  # γ and λ are traced: one compilation a shape
+gae = jax.jit(generalized_advantage_estimation)  # γ and λ are traced, so each shape compiles once
 GOLDEN = Path(__file__).parent / "golden" / "trl_one_update"
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 
@@ -31,7 +31,9 @@ def batch(request):
 
 
 def test_by_hand():
-    """Two real steps around a masked one, γ = ½, λ = ½.
+    """GAE of two real steps around a masked one equals the result worked out by hand.
+
+    With γ = ½ and λ = ½:
 
     δ₂ = 4 - 2 = 2 = A₂;  δ₀ = 1 + ½·2 - 6 = -4;  A₀ = -4 + ¼·2 = -3.5;  G = A + V = 2.5, 4.
     """
@@ -46,7 +48,7 @@ def test_by_hand():
 @pytest.mark.parametrize("gamma", [1.0, 0.97, 0.0])
 @pytest.mark.parametrize("lam", [1.0, 0.9, 0.0])
 @pytest.mark.parametrize("bootstrap", [False, True])
-def test_oracle(batch, gamma, lam, bootstrap):
+def test_equals_the_numpy_oracle(batch, gamma, lam, bootstrap):
     r, v, mask = batch
     after = np.linspace(-1, 1, B, dtype=np.float32) if bootstrap else None
     advantages, returns = gae(r, v, mask, gamma=gamma, lam=lam, bootstrap_value=after)
@@ -55,7 +57,7 @@ def test_oracle(batch, gamma, lam, bootstrap):
 
 
 def test_gamma_and_lambda_of_each_step(batch):
-    """Discounts of 0 inside a row end an episode there: what follows cannot be felt before it."""
+    """γ and λ may differ per step; a discount of 0 inside a row hides later rewards from earlier steps."""
     r, v, mask = batch
     rng = np.random.default_rng(3)
     gamma, lam = (
@@ -91,7 +93,7 @@ def test_lambda_0_is_the_td_error(batch):
         close(a, r_t + 0.9 * np.append(v_t[1:], 0) - v_t)
 
 
-def test_lambda_1_is_the_return_less_the_value(batch):
+def test_lambda_1_is_the_return_minus_the_value(batch):
     r, v, mask = batch
     advantages, returns = gae(r, v, mask, gamma=1.0, lam=1.0)
     for a, g, r_t, v_t in zip(
@@ -110,7 +112,7 @@ def test_linear_in_rewards(batch):
 
 
 def test_true_values_leave_no_advantage(batch):
-    """A critic that knows the return to go is never surprised, whatever λ."""
+    """If the values are the true returns to go, every advantage is 0 for any λ."""
     r, _, mask = batch
     v = oracles.gae(r, 0 * r, mask, 0.9, 1.0).astype(np.float32)
     advantages, _ = gae(r, v, mask, gamma=0.9, lam=0.7)
@@ -118,7 +120,7 @@ def test_true_values_leave_no_advantage(batch):
 
 
 def test_bootstrap_follows_the_last_real_step(batch):
-    """The value after the sequence is felt by its last real step, over any padding between."""
+    """`bootstrap_value` follows the last real step of a row, even if padding stands between."""
     r, v, mask = batch
     after = np.full(B, 5, np.float32)
     with_value, without = (
@@ -129,8 +131,8 @@ def test_bootstrap_follows_the_last_real_step(batch):
     close(np.where(mask, with_value - without, 0), expected)
 
 
-def test_blind_under_mask(batch):
-    """Rewards and values of masked steps, NaN too, change neither the advantages and returns of real steps nor the gradient."""
+def test_masked_steps_have_no_influence(batch):
+    """Rewards and values of masked steps, even NaN, change no result of a real step and no gradient."""
     r, v, mask = batch
     weights = np.linspace(-1, 2, R, dtype=np.float32)[None]
 
@@ -140,8 +142,8 @@ def test_blind_under_mask(batch):
 
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
     clean = run(*(np.where(mask, x, np.float32(0)) for x in (r, v)))
-    for what in (1e6, np.nan):
-        now = run(*(np.where(mask, x, np.float32(what)) for x in (r, v)))
+    for filler in (1e6, np.nan):
+        now = run(*(np.where(mask, x, np.float32(filler)) for x in (r, v)))
         jax.tree.map(np.testing.assert_array_equal, now, clean)
     for gradient in clean[1]:
         np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
@@ -185,7 +187,7 @@ def trl():
 
 
 def test_trl_update(trl):
-    """From TRL's log-probs, values and scores to its rewards, returns and whitened advantages."""
+    """TRL's log-probs, values and scores give its recorded rewards, returns and whitened advantages."""
     step, config = trl
     mask = ~step["padding_mask"]
     token_rewards, steps = rewards.token_rewards(
@@ -206,11 +208,11 @@ def test_trl_update(trl):
     )
     white = masked_whiten(
         advantages, mask, unbiased=True
-    )  # over the real tokens, without the step after them
+    )  # over the real tokens only: the step after them does not count
     np.testing.assert_allclose(white, step["advantages"], atol=1e-5)
 
 
-def test_a_masked_step_carries_value_and_advantage():
+def test_a_masked_step_takes_value_and_advantage_of_the_next_real_one():
     rewards, values = jnp.array([[0.0, 0.0, 0.0, 1.0]]), jnp.array([[0.5, 0.9, 0.3, 0.7]])
     mask = jnp.array([[True, False, True, False]])
     advantages, returns = generalized_advantage_estimation(
@@ -224,7 +226,7 @@ def test_a_masked_step_carries_value_and_advantage():
     ).all()
 
 
-def test_low_precision_is_widened():
+def test_bfloat16_values_are_computed_in_float32():
     out = generalized_advantage_estimation(
         jnp.ones((1, 3)), jnp.ones((1, 3), jnp.bfloat16), gamma=0.99, lam=0.95
     )

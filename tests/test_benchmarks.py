@@ -1,4 +1,4 @@
-"""The benchmarks run, on a tiny shape, and write what they say; no time is tested."""
+"""The benchmarks run on a tiny shape and write the figures they promise; no timing is asserted."""
 
 import json
 
@@ -9,7 +9,7 @@ from experiments.benchmarks import long, peer_ours, phases
 from experiments.benchmarks import work as work_
 
 
-def test_phases_write_their_figures(tmp_path):
+def test_phases_writes_every_figure(tmp_path):
     found = phases.main(phases.Phases(out=tmp_path, work="tiny", runs=1))
     assert json.loads((tmp_path / "summary.json").read_text()) == found
     for name in (
@@ -27,28 +27,29 @@ def test_phases_write_their_figures(tmp_path):
     ):
         assert found[name] > 0
     work = work_.WORKS["tiny"]
-    # A forward and twice as much backward for each of policy and critic, at least of what the blocks multiply.
+    # Policy and critic each take a forward pass and a backward pass of twice its cost. Counting only
+    # the matrix products of the blocks gives a lower bound.
     tokens, read = (
         work.prompts * (work.prompt_tokens + work.new_tokens - 1),
         work.prompts * work.new_tokens,
     )
-    # The last layer makes keys and values of all positions, and the states that are read.
+    # The last layer computes keys and values at all positions, and the rest where states are read.
     rows = 12 * (work.layers - 1) * tokens + 2 * tokens + 10 * read
     assert found["update_gflop"] * 1e9 > work.epochs * 2 * 6 * work.width**2 * rows
 
 
-def test_our_side_of_the_peers_is_timed():
+def test_peer_ours_times_every_run():
     settings = {**vars(work_.WORKS["tiny"]), "runs": 2}
     found = peer_ours.main(settings)
     assert len(found["iteration_s"]) == 2 and min(found["rollout_s"]) > 0
 
 
-def test_a_long_run_is_watched(tmp_path):
+def test_long_reports_memory_and_time_over_the_run(tmp_path):
     found = long.main(long.Long(out=tmp_path, updates=10))
     assert len(found["resident_bytes/by_fifth"]) == 5 and found["iteration_s/last_fifth"] > 0
 
 
-def test_more_passes_are_closer_to_float32(tmp_path):
+def test_higher_precision_is_closer_to_float32(tmp_path):
     found = precision.main(precision.Precision(out=tmp_path, texts=2))
     assert 1e-4 < found["default"]["mean"] < 0.1
     assert found["highest"]["mean"] < found["high"]["mean"] < 0.01 * found["default"]["mean"]

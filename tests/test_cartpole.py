@@ -1,4 +1,4 @@
-"""The library's functions learn a task without words; a time limit is not a fall."""
+"""Test the CartPole experiment: it learns, and it treats a time limit differently from a fall."""
 
 import json
 
@@ -14,7 +14,7 @@ from experiments import cartpole
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    """One run of 41,000 steps: enough to learn much, not to solve it."""
+    """Train for 41,000 steps, which is enough to learn a lot but not to solve the task."""
     settings = cartpole.Settings(out=tmp_path_factory.mktemp("cartpole") / "run", updates=20)
     return settings, cartpole.main(settings)
 
@@ -41,7 +41,7 @@ def test_writes_its_results(short_run):
 def test_never_overwrites_a_result(tmp_path, monkeypatch):
     (tmp_path / "summary.json").write_text("{}")
     monkeypatch.setattr(
-        cartpole, "train", lambda *_: pytest.fail("trained before it looked at the folder")
+        cartpole, "train", lambda *_: pytest.fail("trained before checking the folder")
     )
     with pytest.raises(SystemExit, match="already holds"):
         cartpole.main(cartpole.Settings(out=tmp_path))
@@ -53,8 +53,11 @@ def test_settings_that_cannot_run_are_refused(tmp_path, wrong):
         cartpole.Settings(out=tmp_path, **wrong)
 
 
-def test_a_time_limit_keeps_its_future_and_a_fall_does_not():
-    """Two steps in three environments; the first step falls, is cut off, or goes on. `V(s)` is the first number of `s`."""
+def test_only_a_time_limit_bootstraps_from_the_value_of_the_final_state():
+    """In three environments, the first of two steps ends in a fall, ends at a time limit, or goes on.
+
+    The value of a state is its first number.
+    """
     state = TrainState.create(
         apply_fn=lambda _, obs: (None, obs[..., 0]), params={}, tx=optax.identity()
     )
@@ -74,16 +77,16 @@ def test_a_time_limit_keeps_its_future_and_a_fall_does_not():
 
     returns = cartpole.estimate(state, steps, world, gamma=0.5, lam=1.0).returns
 
-    second = 1 + 0.5 * 4  # then the world's own value
+    second = 1 + 0.5 * 4  # bootstrapped from the current state of the world
     np.testing.assert_allclose(
         returns, [[1, second], [1 + 0.5 * 8, second], [1 + 0.5 * second, second]]
     )
 
 
-def test_episodes_come_in_the_order_in_which_they_ended():
+def test_episodes_are_ordered_by_the_time_they_ended():
     done = np.array(
         [[[False, True], [True, False]]]
-    )  # [updates, B, R]: the second environment's ends first
+    )  # `[updates, B, R]`; an episode of the second environment ends first
     scores = np.array([[[1.0, 2.0], [7.0, 1.0]]])
     ends, returns = cartpole.finished_episodes({"done": done, "scores": scores})
     np.testing.assert_array_equal(ends, [2, 3])

@@ -1,4 +1,4 @@
-"""Prompts of messages, and where a chat's answer ends."""
+"""Test chat templates: prompts made of messages, and the tokens that end an answer."""
 
 import json
 
@@ -18,9 +18,9 @@ from ppo_jax.run.assembly import stop_ids
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} t {% endfor %}{% if add_generation_prompt %}a {% endif %}"
 
 
-def chatty():
+def chat_tokenizer():
     words = word_tokenizer()
-    words.add_special_tokens({"additional_special_tokens": ["t"]})  # the end of a turn
+    words.add_special_tokens({"additional_special_tokens": ["t"]})  # ends a turn
     words.chat_template = TEMPLATE
     return words
 
@@ -29,23 +29,23 @@ def encode(rows, words):
     return data.encode_prompts(rows, words, positions=32, new_tokens=2, pad_id=0)
 
 
-def test_messages_and_texts_as_messages_go_through_the_template():
+def test_messages_and_texts_of_a_chat_are_rendered_by_the_template():
     messages = [{"role": "user", "content": "b c"}]
-    told = encode([{"prompt": messages, "answer": 1}], chatty())
+    prompts = encode([{"prompt": messages, "answer": 1}], chat_tokenizer())
     assert (
-        told.texts == ["u b c t a "]
-        and told.rows[0]["messages"] == messages
-        and told.rows[0]["answer"] == 1
+        prompts.texts == ["u b c t a "]
+        and prompts.rows[0]["messages"] == messages
+        and prompts.rows[0]["answer"] == 1
     )
-    # "u" is no word of this tokenizer; it stands as the unknown one, "a"
-    assert told.tokens[told.mask].tolist() == chatty().convert_tokens_to_ids(
+    # "u" is not in the vocabulary, so it becomes the unknown token "a".
+    assert prompts.tokens[prompts.mask].tolist() == chat_tokenizer().convert_tokens_to_ids(
         ["a", "b", "c", "t", "a"]
     )
-    plain = encode(chat.as_chat([{"prompt": "b c"}, {"prompt": messages}]), chatty())
+    plain = encode(chat.as_chat([{"prompt": "b c"}, {"prompt": messages}]), chat_tokenizer())
     assert plain.texts == ["u b c t a "] * 2
-    assert encode([{"prompt": "b c"}], chatty()).texts == [
+    assert encode([{"prompt": "b c"}], chat_tokenizer()).texts == [
         "b c"
-    ]  # a text without --chat stays a text
+    ]  # without --chat a text is not rendered
 
 
 def test_messages_need_a_template():
@@ -53,8 +53,8 @@ def test_messages_need_a_template():
         encode([{"prompt": [{"role": "user", "content": "b"}]}], word_tokenizer())
 
 
-def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
-    words, model = chatty(), tiny_policy()._replace(generation={"eos_token_id": [3, 0]})
+def test_stop_tokens_are_those_of_model_template_and_user(tmp_path):
+    words, model = chat_tokenizer(), tiny_policy()._replace(generation={"eos_token_id": [3, 0]})
     turn = words.convert_tokens_to_ids("t")
     assert chat.end_of_turn(words) == (turn,) and chat.end_of_turn(word_tokenizer()) == ()
     assert stop_ids(words, model, ("b",)) == (0, 3, turn, words.convert_tokens_to_ids("b"))
@@ -103,9 +103,7 @@ def test_an_answer_ends_at_its_turn_and_where_the_model_says(tmp_path):
         "raises",
     ],
 )
-def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(
-    tmp_path, template, found, special
-):
+def test_the_end_of_turn_token_is_found_in_any_template(tmp_path, template, found, special):
     words = word_tokenizer()
     words.add_tokens([AddedToken("\n", special=False), AddedToken("<turn>", special=special)])
     words.chat_template = template
@@ -116,53 +114,53 @@ def test_the_end_of_a_turn_may_be_an_added_token_of_any_template(
         assert chat.end_of_turn(each) == ((turn,) if found else ())
 
 
-def test_a_template_that_prints_the_date_prints_the_same_every_day():
-    words = chatty()
+def test_a_template_with_a_date_gives_the_same_text_every_day():
+    words = chat_tokenizer()
     words.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S') }} " + TEMPLATE
     assert encode([{"prompt": [{"role": "user", "content": "b c"}]}], words).texts == [
         "26 Jul 2024 00:00:00 u b c t a "
     ]
 
 
-def test_a_template_that_wants_parts_gets_them():
-    words = chatty()
+def test_a_template_may_expect_content_in_parts():
+    words = chat_tokenizer()
     words.chat_template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %} t {% endfor %}"
     assert encode(chat.as_chat([{"prompt": "b c"}]), words).texts == ["b c t "]
     words.chat_template = "{% for m in messages %}{{ m.content|upper }} t {% endfor %}"
     assert encode(chat.as_chat([{"prompt": "b c"}]), words).texts == ["B C t "]
 
 
-def test_a_column_called_messages_makes_no_chat(tmp_path):
-    words = chatty()
+def test_a_column_named_messages_does_not_make_a_chat(tmp_path):
+    words = chat_tokenizer()
     words.add_special_tokens({"bos_token": "<s>"})
     words.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", words.bos_token_id)]
     )
     rows = [{"prompt": "b c", "messages": "mine"}, {"prompt": "b c"}]
-    told = encode(rows, words)
+    prompts = encode(rows, words)
     assert (
-        told.tokens[0].tolist() == told.tokens[1].tolist()
-        and told.tokens[0][0] == words.bos_token_id
+        prompts.tokens[0].tolist() == prompts.tokens[1].tolist()
+        and prompts.tokens[0][0] == words.bos_token_id
     )
 
 
-ASKED = [{"role": "user", "content": "b"}]
+QUESTION = [{"role": "user", "content": "b"}]
 ANSWER = [{"role": "assistant", "content": "c d"}]
 
 
 @pytest.mark.parametrize(
     "prompt, answer",
     [
-        (ASKED, "c d"),
-        (ASKED, ANSWER),
-        (None, ASKED + ANSWER),
-        ("b", ASKED + ANSWER),
-        (ASKED, ASKED + ANSWER),
+        (QUESTION, "c d"),
+        (QUESTION, ANSWER),
+        (None, QUESTION + ANSWER),
+        ("b", QUESTION + ANSWER),
+        (QUESTION, QUESTION + ANSWER),
         ("b", ANSWER),
     ],
 )
-def test_rows_of_messages_are_learned_from_through_the_template(tmp_path, prompt, answer):
-    words, row = chatty(), {"prompt": prompt, "response": answer, "score": 1}
+def test_supervised_rows_of_messages_are_rendered_by_the_template(tmp_path, prompt, answer):
+    words, row = chat_tokenizer(), {"prompt": prompt, "response": answer, "score": 1}
     ids = words.convert_tokens_to_ids
     stage = SFT(model="", data=tmp_path, out=tmp_path)
     tokens, mask, learned = stage.encode([row], words, 16)
@@ -174,34 +172,36 @@ def test_rows_of_messages_are_learned_from_through_the_template(tmp_path, prompt
     assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"])
 
 
-def test_no_message_before_an_answer_is_lost(tmp_path):
+def test_all_messages_before_the_answer_are_kept(tmp_path):
     system = [{"role": "system", "content": "e f"}]
-    row = {"prompt": system, "response": ASKED + ANSWER}
-    tokens, mask, _ = SFT(model="", data=tmp_path, out=tmp_path).encode([row], chatty(), 16)
-    assert tokens[mask].tolist() == chatty().convert_tokens_to_ids(
+    row = {"prompt": system, "response": QUESTION + ANSWER}
+    tokens, mask, _ = SFT(model="", data=tmp_path, out=tmp_path).encode([row], chat_tokenizer(), 16)
+    assert tokens[mask].tolist() == chat_tokenizer().convert_tokens_to_ids(
         ["s", "e", "f", "t", "a", "b", "t", "a", "c", "d", "t"]
     )
-    assert chat.conversation(system, ASKED + ANSWER, chatty()) == "s e f t u b t a c d t "
+    assert (
+        chat.conversation(system, QUESTION + ANSWER, chat_tokenizer()) == "s e f t u b t a c d t "
+    )
 
 
-def test_a_response_of_parts_is_named(tmp_path):
+def test_a_response_in_parts_is_refused(tmp_path):
     row = {
-        "prompt": ASKED,
+        "prompt": QUESTION,
         "response": [{"role": "assistant", "content": [{"type": "text", "text": "c"}]}],
     }
     with pytest.raises(ValueError, match="last message needs a text as its content"):
-        SFT(model="", data=tmp_path, out=tmp_path).encode([row], chatty(), 16)
+        SFT(model="", data=tmp_path, out=tmp_path).encode([row], chat_tokenizer(), 16)
 
 
 def test_a_reward_model_reads_a_chat_through_its_own_template():
-    own, seen = chatty(), []
+    own, seen = chat_tokenizer(), []
     own.chat_template = "e {% for m in messages %}{{ m.role[0] }} f {{ m.content }} {% endfor %}"
     score = lambda params, tokens, mask: (
         seen.extend(x[m].tolist() for x, m in zip(tokens, mask, strict=True))
         or np.zeros(len(tokens))
     )
     prompts = (
-        encode([{"prompt": ASKED}, {"prompt": "b", "messages": ASKED}], chatty())
+        encode([{"prompt": QUESTION}, {"prompt": "b", "messages": QUESTION}], chat_tokenizer())
         .padded(9)
         .take(np.array([1, 0]))
     )
@@ -212,7 +212,7 @@ def test_a_reward_model_reads_a_chat_through_its_own_template():
     assert reward() == [0, 0] and seen == [
         ids(["a", "d"]),
         ids(["e", "a", "f", "b", "a", "f", "c"]),
-    ]  # "bc" and "u" are no words
+    ]  # "bc" and "u" are not in the vocabulary
     own.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(RewardError, match="own chat template fails: The tokenizer"):
         reward()

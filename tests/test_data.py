@@ -1,4 +1,4 @@
-"""Texts into tokens and back: which marks stand where, with tokenizers that put their own around a text."""
+"""Test encoding and decoding with tokenizers that add special tokens around a text."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ WORDS = ["?", "<s>", "a", "b", "c", "[SEP]"]
 START, A, B, C, SEP = range(1, 6)
 
 
-def marking(template, **marks):
-    """A tokenizer of words that frames a text as `template` says."""
+def framing_tokenizer(template, **marks):
+    """Return a word-level tokenizer that adds special tokens to a text according to `template`."""
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     used = [(word, WORDS.index(word)) for word in template.split() if word != "$A"]
@@ -26,31 +26,43 @@ def marking(template, **marks):
     return PreTrainedTokenizerFast(tokenizer_object=made, **marks)
 
 
-def opening():
-    return marking("<s> $A", bos_token="<s>", eos_token="?")
+def with_start_token():
+    return framing_tokenizer("<s> $A", bos_token="<s>", eos_token="?")
 
 
-def like_bert():
-    return marking("<s> $A [SEP]", cls_token="<s>", sep_token="[SEP]")
+def with_start_and_separator():
+    return framing_tokenizer("<s> $A [SEP]", cls_token="<s>", sep_token="[SEP]")
 
 
 def prompt_ids(tokenizer, prompt):
-    told = data.encode_prompts(
+    prompts = data.encode_prompts(
         [{"prompt": prompt}], tokenizer, positions=32, new_tokens=2, pad_id=0
     )
-    return told.tokens[told.mask].tolist()
+    return prompts.tokens[prompts.mask].tolist()
 
 
-def test_a_prompt_is_open_at_its_end():
-    assert prompt_ids(like_bert(), "a b") == [START, A, B]
-    assert prompt_ids(like_bert(), "a [SEP]") == [START, A, SEP]  # typed
-    assert prompt_ids(like_bert(), "") == prompt_ids(opening(), "") == [START]
+def test_a_prompt_gets_no_closing_token():
+    assert prompt_ids(with_start_and_separator(), "a b") == [START, A, B]
+    assert prompt_ids(with_start_and_separator(), "a [SEP]") == [
+        START,
+        A,
+        SEP,
+    ]  # written in the text
+    assert (
+        prompt_ids(with_start_and_separator(), "") == prompt_ids(with_start_token(), "") == [START]
+    )
 
 
-def test_the_opening_mark_stands_once():
-    assert prompt_ids(opening(), "<s> a") == prompt_ids(opening(), "a") == [START, A]
-    assert prompt_ids(opening(), "<s><s> a") == [START, START, A]  # typed twice
-    assert prompt_ids(marking("$A", eos_token="?"), "a a b") == [A, A, B]
+def test_the_start_token_is_not_added_twice():
+    assert (
+        prompt_ids(with_start_token(), "<s> a") == prompt_ids(with_start_token(), "a") == [START, A]
+    )
+    assert prompt_ids(with_start_token(), "<s><s> a") == [
+        START,
+        START,
+        A,
+    ]  # written twice in the text
+    assert prompt_ids(framing_tokenizer("$A", eos_token="?"), "a a b") == [A, A, B]
 
 
 def sft_rows(tmp_path, tokenizer, **row):
@@ -59,40 +71,48 @@ def sft_rows(tmp_path, tokenizer, **row):
     return tokens[mask].tolist(), learned[mask].tolist()
 
 
-def test_supervised_rows_open_once_and_close_once(tmp_path):
-    assert sft_rows(tmp_path, opening(), prompt="a b", response="c") == (
+def test_supervised_rows_have_one_start_and_one_end_token(tmp_path):
+    assert sft_rows(tmp_path, with_start_token(), prompt="a b", response="c") == (
         [START, A, B, C, 0],
         [False] * 3 + [True] * 2,
     )
-    assert sft_rows(tmp_path, opening(), response="c") == ([START, C, 0], [True] * 3)
-    assert sft_rows(tmp_path, like_bert(), prompt="a b", response="c") == (
+    assert sft_rows(tmp_path, with_start_token(), response="c") == ([START, C, 0], [True] * 3)
+    assert sft_rows(tmp_path, with_start_and_separator(), prompt="a b", response="c") == (
         [START, A, B, C, SEP],
         [False] * 3 + [True] * 2,
     )
-    assert sft_rows(tmp_path, like_bert(), response="c") == ([START, C, SEP], [True] * 3)
+    assert sft_rows(tmp_path, with_start_and_separator(), response="c") == (
+        [START, C, SEP],
+        [True] * 3,
+    )
 
 
-def test_a_reward_model_reads_a_whole_text_that_opens_once(tmp_path):
+def test_a_reward_model_is_trained_and_used_on_the_same_tokens(tmp_path):
     seen = []
     score = lambda params, tokens, mask: seen.append(tokens[mask].tolist()) or np.zeros(len(tokens))
     stage = Reward(model="", data=tmp_path, out=tmp_path, learn_from="scores")
     for text in ("a b", "<s> a b"):
-        ModelReward(score, None, like_bert(), 16, 0).score_texts([text])
+        ModelReward(score, None, with_start_and_separator(), 16, 0).score_texts([text])
         tokens, mask, _ = stage.encode(
-            [{"prompt": text[:-1], "response": "b", "score": 0}], like_bert(), 16
+            [{"prompt": text[:-1], "response": "b", "score": 0}], with_start_and_separator(), 16
         )
         assert seen.pop() == tokens[mask].tolist() == [START, A, B, SEP]
 
 
 @pytest.mark.parametrize(
-    "tokenizer, ends", [(like_bert, (SEP,)), (opening, (0,)), (lambda: marking("$A"), ())]
+    "tokenizer, ends",
+    [
+        (with_start_and_separator, (SEP,)),
+        (with_start_token, (0,)),
+        (lambda: framing_tokenizer("$A"), ()),
+    ],
 )
-def test_the_separator_ends_a_response_where_there_is_no_end_token(tokenizer, ends):
+def test_the_separator_is_the_end_token_of_a_tokenizer_without_one(tokenizer, ends):
     assert stop_ids(tokenizer(), Pretrained(None, None, {})) == ends
 
 
 def sentencepiece():
-    """Metaspace as Llama's: a text's first space is lost in decoding."""
+    """Return a tokenizer like Llama's, which drops the first space of a text when it decodes."""
     words = ["<s>", "</s>", *["▁The", "▁film", "▁is", "▁good", "ing", "<0x80>", "<0xE2>"]]
     made = Tokenizer(
         models.BPE(
@@ -130,7 +150,7 @@ def wordpiece():
         (wordpiece, "[CLS] film", "##ing is", "ing is"),
     ],
 )
-def test_a_response_reads_on_from_its_prompt(tokenizer, prompt, response, text):
+def test_a_response_is_decoded_as_the_continuation_of_its_prompt(tokenizer, prompt, response, text):
     made = tokenizer()
     before, after = (made.convert_tokens_to_ids(part.split()) for part in (prompt, response))
     for padding in (0, 3, 40):
@@ -139,7 +159,7 @@ def test_a_response_reads_on_from_its_prompt(tokenizer, prompt, response, text):
         assert data.decode(made, tokens, mask, start=padding + len(before)) == [text]
 
 
-def test_bytes_read_the_same_alone_and_after_a_prompt():
+def test_byte_level_responses_decode_the_same_with_and_without_the_prompt():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
     made.pre_tokenizer, made.decoder = (
@@ -162,7 +182,7 @@ def test_bytes_read_the_same_alone_and_after_a_prompt():
         )
 
 
-def test_rewards_and_samples_get_the_text_after_the_prompt(tmp_path):
+def test_a_trainer_decodes_responses_as_continuations(tmp_path):
     run, words = simple_trainer(tmp_path / "run"), sentencepiece()
     run.learner = run.learner._replace(tokenizer=words)
     ids = words.convert_tokens_to_ids(
@@ -176,12 +196,12 @@ def test_rewards_and_samples_get_the_text_after_the_prompt(tmp_path):
 
 
 @pytest.mark.parametrize("name, text", [("a.txt", "b c\n"), ("a.jsonl", '{"prompt": "b c"}\n')])
-def test_a_mark_of_the_byte_order_is_no_text(tmp_path, name, text):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8-sig")
     assert data.read_rows(tmp_path / name) == [{"prompt": "b c"}]
 
 
-def test_ids_without_a_word_are_named():
+def test_tokens_outside_the_vocabulary_are_refused():
     data.check_ids(np.array([[1, 2], [3, 4]]), 5)
     with pytest.raises(
         ValueError,
@@ -190,9 +210,14 @@ def test_ids_without_a_word_are_named():
         data.check_ids(np.array([[1, 2], [3, 4]]), 4)
 
 
-def test_a_text_with_a_token_that_the_reward_model_does_not_know_is_a_fault():
+def test_a_token_outside_the_reward_models_vocabulary_is_a_reward_error():
     reward = ModelReward(
-        lambda params, tokens, mask: np.zeros(len(tokens)), None, like_bert(), 16, 0, 2
+        lambda params, tokens, mask: np.zeros(len(tokens)),
+        None,
+        with_start_and_separator(),
+        16,
+        0,
+        2,
     )
     with pytest.raises(
         RewardError, match="The reward model cannot read it all: Text 0 holds the token"

@@ -1,4 +1,4 @@
-"""The real MiniLM encoder against PyTorch, and the real SmolLM2 against `transformers`' own reading of its GGUF file."""
+"""Test encoders, classifiers and the pretrained MiniLM and SmolLM2 against `transformers`."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_embeddings_equal_pytorch(minilm):
     np.testing.assert_allclose(minilm(TEXTS), want, atol=1e-5)
 
 
-def test_likeness_is_highest_to_itself(minilm):
+def test_similarity_is_highest_for_the_target_itself(minilm):
     reward = encoder.LikenessReward(minilm, "I love this movie")
     scores = reward(
         ["I love", "I really like", "The train"], [" this movie", " this film", " to Leeds is late"]
@@ -47,7 +47,7 @@ def test_likeness_is_highest_to_itself(minilm):
     assert scores[0] == pytest.approx(1, abs=1e-5) and scores[0] > scores[1] > scores[2]
 
 
-def test_an_encoder_is_no_critic_and_a_decoder_no_encoder(minilm, tmp_path):
+def test_an_encoder_cannot_be_a_critic_nor_a_decoder_an_encoder(minilm, tmp_path):
     with pytest.raises(ValueError, match="must not see the words to come"):
         heads.separate_critic(scorers.load_trunk(assets.minilm()).config)
     transformers.GPT2LMHeadModel(
@@ -72,7 +72,7 @@ def test_an_encoder_needs_its_own_tokenizer(tmp_path):
 
 
 def test_smollm2_equals_transformers(tmp_path):
-    """135 million real weights in Q4_1 and Q8_0; saved as safetensors they are the same model to `transformers`."""
+    """SmolLM2-135M is read from GGUF (Q4_1 and Q8_0) as in `transformers`, and its saved form agrees."""
     file = assets.smollm2_gguf()
     loaded, tokenizer = pretrained.load_policy(file), pretrained.load_tokenizer(file)
     pretrained.check_tokenizer(tokenizer, loaded.config)
@@ -94,7 +94,7 @@ def test_smollm2_equals_transformers(tmp_path):
     )
 
 
-def test_a_trunk_names_what_it_does_not_know_and_leaves_heads_aside(tmp_path):
+def test_a_trunk_is_loaded_without_heads_and_unknown_tensors_are_refused(tmp_path):
     config = transformers.BertConfig(
         vocab_size=20,
         hidden_size=8,
@@ -129,7 +129,7 @@ BERT = {
 
 
 def classifier(kind, folder, **more):
-    """A random model of `kind` in a folder, with no bias or norm at its start."""
+    """Save a random model of the class `kind`, with noise on every bias and norm, and return it."""
     torch.manual_seed(0)
     config = getattr(transformers, kind.partition("For")[0] + "Config")(
         **(DISTILBERT if kind.startswith("Distil") else BERT),
@@ -148,7 +148,7 @@ def classifier(kind, folder, **more):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_distilbert_equals_transformers_and_comes_back(tmp_path, tied):
+def test_distilbert_equals_transformers_after_loading_and_saving(tmp_path, tied):
     peer = classifier("DistilBertForMaskedLM", tmp_path / "a", tie_word_embeddings=tied)
     loaded = pretrained.load_policy(tmp_path / "a")
     model, ids = language_model(loaded.config), np.array([[2, 3, 4, 5], [6, 7, 8, 0]])
@@ -170,8 +170,8 @@ def test_distilbert_equals_transformers_and_comes_back(tmp_path, tied):
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
-def test_one_label_of_a_classifier_is_a_score(tmp_path, kind):
-    """By name or by number, the logit of `transformers`; written back it is a model of that label."""
+def test_one_label_of_a_classifier_is_the_score(tmp_path, kind):
+    """The label is chosen by name or number; the saved model has that label only."""
     names = {0: "BAD", 1: "1", 2: "GOOD"}
     peer = classifier(
         f"{kind}ForSequenceClassification",
@@ -212,7 +212,7 @@ def test_one_label_of_a_classifier_is_a_score(tmp_path, kind):
         ("pre_classifier.bias", np.s_[:0]),
     ],
 )
-def test_a_head_of_other_shapes_is_refused(tmp_path, name, cut):
+def test_a_head_of_wrong_shape_is_refused(tmp_path, name, cut):
     classifier("DistilBertForSequenceClassification", tmp_path)
     stored = dict(weights.StoredTensors(tmp_path))
     weights.write_safetensors(
@@ -222,8 +222,8 @@ def test_a_head_of_other_shapes_is_refused(tmp_path, name, cut):
         scorers.load_scorer(tmp_path, label="0")
 
 
-def test_a_distilbert_learns_to_score(tmp_path):
-    """A head of its own kind over a model of words, its layer kept where the file holds one."""
+def test_a_distilbert_can_start_a_reward_model(tmp_path):
+    """A language model gets a fresh head; a classifier keeps the hidden layer of its head."""
     classifier("DistilBertForMaskedLM", tmp_path / "words")
     fresh = scorers.start_scorer(tmp_path / "words", jax.random.key(0))
     assert set(fresh.params["head"]) == {"pre_classifier", "kernel", "bias"}
@@ -238,8 +238,8 @@ def test_a_distilbert_learns_to_score(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, fresh.params)
 
 
-def test_a_distilbert_has_its_own_settings(tmp_path):
-    """What its config does not know counts for nothing, and what it calls otherwise is named as it calls it."""
+def test_a_distilbert_config_uses_its_own_names_and_defaults(tmp_path):
+    """Keys that DistilBERT does not have are ignored; error messages use DistilBERT's names."""
     hf = {
         "model_type": "distilbert",
         "dim": 16,
@@ -259,7 +259,7 @@ def test_a_distilbert_has_its_own_settings(tmp_path):
         pretrained.config_of({**hf, "activation": "swish"})
 
 
-def test_a_label_of_a_function_is_refused():
+def test_a_reward_function_has_no_labels():
     with pytest.raises(
         ValueError,
         match=r"reward_label=GOOD is of a reward model's labels; my.py:score is a function\.",

@@ -1,4 +1,4 @@
-"""Every family against `transformers` on random small models: logits, greedy generation, and the way there and back."""
+"""Compare every model family with `transformers` on small random models, and test weight files."""
 
 import weakref
 
@@ -24,7 +24,7 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
     tokens, mask = left_padded()
     offset = (
         loaded.config.position_offset if "roberta" in loaded.hf_config["model_type"] else 0
-    )  # others that have one add it
+    )  # the other families with an offset add it themselves
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0) + offset
     arguments = {
         "attention_mask": torch.tensor(mask).long(),
@@ -39,7 +39,7 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
     assert np.ptp(want) > 2
 
     if not offset:
-        del arguments["position_ids"]  # `generate` counts for itself, but from 0
+        del arguments["position_ids"]  # `generate` counts positions itself, from 0
     texts = torch_model.generate(
         torch.tensor(tokens),
         **arguments,
@@ -64,7 +64,7 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_there_and_back_is_bit_identical(tmp_path, case):
+def test_load_and_save_is_bit_identical(tmp_path, case):
     torch_model = family_peer(case, tmp_path / "a")
     loaded = pretrained.load_policy(tmp_path / "a")
     pretrained.save_policy(tmp_path / "b", loaded)
@@ -81,8 +81,8 @@ def test_there_and_back_is_bit_identical(tmp_path, case):
 
 
 @pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Bert", "Roberta"])
-def test_scores_equal_transformers_and_come_back(tmp_path, name):
-    """A reward model in its `ForSequenceClassification` class; BERT as the encoder that it is."""
+def test_scores_equal_transformers_after_loading_and_saving(tmp_path, name):
+    """A reward model equals its `ForSequenceClassification` class; BERT and RoBERTa are encoders."""
     torch.manual_seed(0)
     options = {
         **FAMILY_SIZE,
@@ -106,7 +106,9 @@ def test_scores_equal_transformers_and_come_back(tmp_path, name):
     )
     np.testing.assert_allclose(got, want, atol=1e-5)
     if loaded.config.causal:
-        del loaded.hf_config["pad_token_id"]  # as GPT-2 has none; the end id, 1, stands in
+        del loaded.hf_config[
+            "pad_token_id"
+        ]  # GPT-2 has none either; the end id, 1, is used instead
     scorers.save_scorer(tmp_path / "b", loaded)
     again = type(model).from_pretrained(tmp_path / "b").eval()
     if loaded.config.causal:
@@ -124,7 +126,7 @@ def test_scores_equal_transformers_and_come_back(tmp_path, name):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_shards_load(tmp_path, dtype):
-    """A sharded file of 16-bit tensors, as `transformers` writes it; ours are its numbers in float32."""
+    """Sharded 16-bit weights as written by `transformers` are loaded as float32."""
     model = family_peer("llama", tmp_path / "a").to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "b", max_shard_size="20KB")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
@@ -133,7 +135,7 @@ def test_half_precision_shards_load(tmp_path, dtype):
     np.testing.assert_array_equal(loaded.params["layer_1"]["mlp"]["up"]["kernel"], want)
 
 
-def test_we_write_shards(tmp_path):
+def test_written_shards_load_in_both_libraries(tmp_path):
     family_peer("llama", tmp_path / "a")
     loaded = pretrained.load_policy(tmp_path / "a")
     table = pretrained.family_of("llama").rules(loaded.config)
@@ -148,7 +150,7 @@ def test_we_write_shards(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         ({"model_type": "mamba"}, "'mamba' is not supported; known are bert, distilbert, gemma2"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
@@ -161,10 +163,10 @@ def test_we_write_shards(tmp_path):
         ({"hidden_size": None}, "'hidden_size'"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(changes, says):
+def test_an_unsupported_config_is_refused(changes, message):
     hf = transformers.LlamaConfig(**FAMILY_SIZE).to_dict()
     hf = {k: v for k, v in {**hf, **changes}.items() if not (k in changes and v is None)}
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         pretrained.config_of(hf)
 
 
@@ -185,7 +187,7 @@ def test_a_config_that_cannot_be_is_refused(changes, says):
         "XLMRoberta",
     ],
 )
-def test_a_key_that_a_config_lacks_means_what_transformers_takes_for_it(name):
+def test_missing_config_keys_have_the_defaults_of_transformers(name):
     sizes = {
         key: FAMILY_SIZE[key]
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
@@ -208,12 +210,12 @@ def test_a_key_that_a_config_lacks_means_what_transformers_takes_for_it(name):
         ) == pretrained.config_of(theirs.to_dict())
 
 
-def test_a_bfloat16_base_is_saved_as_the_float32_that_it_says(tmp_path):
+def test_a_bfloat16_base_is_saved_as_float32(tmp_path):
     family_peer("llama", tmp_path / "full").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     loaded = pretrained.load_policy(tmp_path / "half")
     tuned = loaded._replace(
         params=jax.tree.map(lambda x: x + 1e-4, loaded.params)
-    )  # less than bfloat16 can see
+    )  # too small a change for bfloat16
     pretrained.save_policy(tmp_path / "tuned", tuned)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").eval()
     tokens, model = np.arange(2, 12)[None], language_model(loaded.config)
@@ -225,7 +227,7 @@ def test_a_bfloat16_base_is_saved_as_the_float32_that_it_says(tmp_path):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_norms_named_as_in_tensorflow_are_read(tmp_path):
+def test_norms_with_tensorflow_names_are_read(tmp_path):
     family_peer("bert", tmp_path)
     stored = dict(weights.StoredTensors(tmp_path))
     want = pretrained.load_policy(tmp_path).params
@@ -240,28 +242,28 @@ def test_norms_named_as_in_tensorflow_are_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, pretrained.load_policy(tmp_path).params, want)
 
 
-def test_no_more_than_one_stored_tensor_is_held_at_a_time(tmp_path, monkeypatch):
+def test_loading_holds_at_most_two_stored_tensors(tmp_path, monkeypatch):
     family_peer("llama", tmp_path)
     alive, most, read = weakref.WeakSet(), 0, weights.StoredTensors.__getitem__
 
     class Tensor(np.ndarray):
-        """One that can be watched, and hashed."""
+        """An array that can be weakly referenced and hashed."""
 
         __hash__ = object.__hash__
 
-    def watched(self, name):
+    def read_and_count(self, name):
         nonlocal most
         tensor = np.array(read(self, name)).view(Tensor)
         alive.add(tensor)
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(weights.StoredTensors, "__getitem__", watched)
+    monkeypatch.setattr(weights.StoredTensors, "__getitem__", read_and_count)
     pretrained.load_policy(tmp_path)
-    assert 1 <= most <= 2  # the next is read while the last is still named
+    assert 1 <= most <= 2  # a variable still refers to the last one while the next is read
 
 
-def test_shards_are_written_one_at_a_time(tmp_path):
+def test_shards_respect_the_size_limit(tmp_path):
     made = {f"x{i}": np.full((4, 4), i, np.float32) for i in range(7)}
     weights.write_safetensors(tmp_path, iter(made.items()), shard_bytes=130)
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
@@ -272,7 +274,7 @@ def test_shards_are_written_one_at_a_time(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
-def test_no_weights_of_an_older_model_stay_in_a_folder(tmp_path):
+def test_writing_removes_the_weights_of_an_older_model_only(tmp_path):
     kept = {
         name: np.full((4, 4), i, np.float32)
         for i, name in enumerate(("notes.safetensors", "x", "y"))
@@ -285,17 +287,17 @@ def test_no_weights_of_an_older_model_stay_in_a_folder(tmp_path):
         assert set(weights.StoredTensors(tmp_path)) == set(names)
         assert len(list(tmp_path.glob("model*.safetensors"))) == files
         assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
-    assert (tmp_path / "notes.safetensors").exists()  # no model's
+    assert (tmp_path / "notes.safetensors").exists()  # not part of a model
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"x": "../../outside.safetensors", "y": "notes.txt"}}')
     (tmp_path / "notes.txt").touch()
     weights.write_safetensors(tmp_path, [("x", kept["x"])])
     assert not index.exists() and (tmp_path / "notes.txt").exists()
     single = tmp_path / "model.safetensors"
-    assert single.stat().st_mode == (tmp_path / "notes.txt").stat().st_mode  # what the umask says
+    assert single.stat().st_mode == (tmp_path / "notes.txt").stat().st_mode  # as the umask sets it
 
 
-def test_the_single_file_counts_where_an_index_lies_beside_it_as_in_transformers(tmp_path):
+def test_a_single_file_has_priority_over_an_index(tmp_path):
     weights.write_safetensors(
         tmp_path, [("old", np.zeros(2, np.float32)), ("x", np.zeros(2, np.float32))], shard_bytes=8
     )
@@ -304,27 +306,25 @@ def test_the_single_file_counts_where_an_index_lies_beside_it_as_in_transformers
 
 
 @pytest.mark.parametrize(
-    "name, kind, says",
+    "name, kind, message",
     [
         ("model.norm.weight", np.int8, r"tensor model\.norm\.weight is of int8"),
         ("norm.weight", np.float32, r"stored under two names: (model\.)?norm\.weight"),
     ],
 )
-def test_whole_numbers_are_no_weights_and_a_name_counts_once(tmp_path, name, kind, says):
+def test_integer_tensors_and_duplicate_names_are_refused(tmp_path, name, kind, message):
     family_peer("llama", tmp_path)
     weights.write_safetensors(
         tmp_path, {**dict(weights.StoredTensors(tmp_path)), name: np.ones(32, kind)}.items()
     )
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         pretrained.load_policy(tmp_path)
 
 
 @pytest.mark.parametrize(
     "case, output", [("llama 3.1", "lm_head.weight"), ("bert", "cls.predictions.decoder.weight")]
 )
-def test_an_output_that_is_not_the_embedding_counts_whatever_the_config_says_as_in_transformers(
-    tmp_path, case, output, caplog
-):
+def test_a_stored_output_matrix_unties_the_embedding(tmp_path, case, output, caplog):
     kind = type(family_peer(case, tmp_path))
     stored = dict(weights.StoredTensors(tmp_path))
     other = np.random.default_rng(0).normal(size=(61, 32)).astype(np.float32)
@@ -353,7 +353,7 @@ def test_an_output_that_is_not_the_embedding_counts_whatever_the_config_says_as_
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "bert", "roberta"])
-def test_no_tokenizer_is_invented(tmp_path, case):
+def test_a_missing_tokenizer_is_an_error(tmp_path, case):
     family_peer(case, tmp_path)
     with pytest.raises(
         ValueError, match=r"holds no tokenizer that can be loaded: none of tokenizer\.json, "

@@ -1,4 +1,4 @@
-"""A run that goes wrong says so, leaves what is needed to look into it, and can be replayed."""
+"""Test faults of rewards and gradients, and the commands replay and compare that examine a run."""
 
 import asyncio
 import dataclasses
@@ -41,11 +41,11 @@ from ppo_jax.run.provenance import code_hash, tokenizer_hash
 
 
 def failing(at, times, how):
-    """A reward that fails in its calls `at .. at + times - 1`."""
+    """Return a reward that fails in its calls `at .. at + times - 1`."""
     calls, window = (
         iter(range(10**6)),
         [at, at + times, how],
-    )  # a list, or a run would not go on with another window
+    )  # a list, so that the hash of the reward does not depend on the window
 
     def reward(prompts, responses):
         scores = likes_b(prompts, responses)
@@ -67,7 +67,7 @@ def raises(scores):
     [raises, lambda scores: None, lambda scores: time.sleep(30)],
     ids=["raises", "none", "hangs"],
 )
-def test_a_reward_that_fails_is_asked_again(tmp_path, how):
+def test_a_failing_reward_is_retried(tmp_path, how):
     calm = full_trainer(tmp_path / "calm", updates=3)
     limits = Faults(reward_retries=2, reward_timeout_s=1.0)
     run = full_trainer(tmp_path / "run", updates=3, reward=failing(1, 2, how), faults=limits)
@@ -76,10 +76,10 @@ def test_a_reward_that_fails_is_asked_again(tmp_path, how):
 
 
 @pytest.mark.parametrize(
-    "how, says, rows",
+    "how, message, rows",
     [(with_nan, "nan for response 3", 1), (raises, "KeyError in test_faults.py, line", 16)],
 )
-def test_a_reward_that_goes_on_failing_stops_the_run_after_a_checkpoint(tmp_path, how, says, rows):
+def test_a_reward_that_keeps_failing_stops_the_run_after_a_checkpoint(tmp_path, how, message, rows):
     run = full_trainer(
         tmp_path / "run",
         updates=5,
@@ -87,14 +87,14 @@ def test_a_reward_that_goes_on_failing_stops_the_run_after_a_checkpoint(tmp_path
         reward=failing(2, 9, how),
         faults=Faults(reward_retries=1),
     )
-    with pytest.raises(RewardError, match=says):
+    with pytest.raises(RewardError, match=message):
         run.run()
     dumped = read_lines(tmp_path / "run/faults.jsonl")
     assert (
         len(dumped) == rows
         and dumped[0]["update"] == 2
         and dumped[0]["kind"] == "reward"
-        and says[:8] in dumped[0]["message"]
+        and message[:8] in dumped[0]["message"]
     )
     resumed = full_trainer(
         tmp_path / "run", updates=5, save_every=0, resume="auto", reward=failing(99, 0, raises)
@@ -102,10 +102,10 @@ def test_a_reward_that_goes_on_failing_stops_the_run_after_a_checkpoint(tmp_path
     assert int(resumed.state.update) == 2
     again = digest(resumed.run().train.params)
     assert again == digest(full_trainer(tmp_path / "calm", updates=5).run().train.params)
-    assert not (tmp_path / "run/faults.jsonl").exists()  # of an update that was done again
+    assert not (tmp_path / "run/faults.jsonl").exists()  # its update was repeated
 
 
-def test_a_reward_that_fails_in_an_evaluation_stops_the_run_after_a_checkpoint(tmp_path):
+def test_a_reward_failing_in_an_evaluation_stops_the_run_after_a_checkpoint(tmp_path):
     again = {"updates": 3, "save_every": 0, "eval_every": 1}
     with pytest.raises(RewardError, match="KeyError"):
         full_trainer(tmp_path / "run", reward=failing(1, 1, raises), **again).run()
@@ -120,7 +120,7 @@ def test_a_reward_that_fails_in_an_evaluation_stops_the_run_after_a_checkpoint(t
     assert compare(tmp_path / "run", tmp_path / "calm") == []
 
 
-def test_a_reward_that_hangs_is_left(tmp_path):
+def test_a_hanging_reward_is_abandoned(tmp_path):
     hangs = failing(1, 9, lambda scores: time.sleep(30))
     run = full_trainer(
         tmp_path / "run", updates=3, save_every=0, reward=hangs, faults=Faults(reward_timeout_s=1.0)
@@ -130,7 +130,7 @@ def test_a_reward_that_hangs_is_left(tmp_path):
     assert (tmp_path / "run/checkpoints/1").is_dir()
 
 
-def test_an_update_may_be_skipped_instead(tmp_path, capsys):
+def test_an_update_with_a_failed_reward_may_be_skipped(tmp_path, capsys):
     run = full_trainer(
         tmp_path / "run", updates=3, reward=failing(1, 1, with_nan), faults=Faults(reward="skip")
     )
@@ -139,14 +139,14 @@ def test_an_update_may_be_skipped_instead(tmp_path, capsys):
     assert len(seen) == 2 and int(run.state.update) == 3
     rows = read_lines(tmp_path / "run/metrics.jsonl")
     assert [row["update"] for row in rows if "faults/skipped" in row] == [1]
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "Update 1: The reward function returned nan for response 3" in said
-        and "1 of 3 updates had faults" in said
+        "Update 1: The reward function returned nan for response 3" in printed
+        and "1 of 3 updates had faults" in printed
     )
 
 
-def test_scores_that_would_spoil_the_running_scale_are_a_fault(tmp_path):
+def test_scores_too_large_for_the_running_scale_are_a_fault(tmp_path):
     huge = failing(1, 1, lambda scores: [3e38, *scores[1:]])
     run = full_trainer(tmp_path / "run", updates=3, reward=huge, faults=Faults(reward="skip"))
     run.run()
@@ -160,7 +160,7 @@ def test_scores_that_would_spoil_the_running_scale_are_a_fault(tmp_path):
 
 
 @pytest.mark.parametrize("call", [1, 2], ids=["evaluation", "reward"])
-def test_a_signal_while_scores_are_made_stops_after_a_checkpoint(tmp_path, call):
+def test_a_signal_during_scoring_stops_after_a_checkpoint(tmp_path, call):
     def signals(scores):
         os.kill(os.getpid(), signal.SIGTERM)
         return scores
@@ -175,8 +175,8 @@ def test_a_signal_while_scores_are_made_stops_after_a_checkpoint(tmp_path, call)
     )
 
 
-def spoiled(run, leaf=None):
-    """The run with a NaN in its critic's head, or in the policy's first adapter."""
+def spoiled(run):
+    """Return the run with NaN in the head of its critic."""
     params = run.state.train.params
     bad = {
         **params,
@@ -189,7 +189,7 @@ def spoiled(run, leaf=None):
     return run
 
 
-def test_values_that_are_not_finite_are_caught(tmp_path):
+def test_values_that_are_not_finite_are_detected(tmp_path):
     run = spoiled(full_trainer(tmp_path / "run", updates=3))
     with pytest.raises(NonFiniteError, match="A value is not finite in 16 of 16 responses"):
         run.run()
@@ -199,7 +199,7 @@ def test_values_that_are_not_finite_are_caught(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy, capsys):
+def test_a_gradient_that_is_not_finite_is_detected_in_its_update(tmp_path, policy, capsys):
     huge = lambda prompts, responses: [3e38] * len(responses)  # finite, but its square is not
     ppo = FULL_PPO.__class__(
         **{**vars(FULL_PPO), "scale_scores": False, "whiten_rewards": False, "target_kl": None}
@@ -216,10 +216,10 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy,
         with pytest.raises(errors.GradientError, match="No optimizer step of the run was taken"):
             run.run()
         assert digest(run.state.train.params) == before
-        said = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert (
-            "Update 1: A loss or gradient was not finite; 4 steps" in said
-            and "2 of 2 updates had faults" in said
+            "Update 1: A loss or gradient was not finite; 4 steps" in printed
+            and "2 of 2 updates had faults" in printed
         )
     assert {row["update"] for row in read_lines(tmp_path / "run/faults.jsonl")} == (
         {0} if policy == "stop" else {0, 1}
@@ -232,7 +232,7 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_update(tmp_path, policy,
     )
 
 
-def test_parameters_that_a_step_spoilt_are_not_saved(tmp_path):
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     spoils = dataclasses.replace(
         FULL_PPO, learning_rate=1e38, weight_decay=1e3, target_kl=None, epochs=1, minibatches=1
     )
@@ -243,10 +243,10 @@ def test_parameters_that_a_step_spoilt_are_not_saved(tmp_path):
     assert {row["kind"] for row in read_lines(tmp_path / "run/faults.jsonl")} == {"gradient"}
 
 
-def test_persist_and_its_settings():
+def test_persist_retries_reward_errors_within_its_time_limit():
     with pytest.raises(RewardError, match=r"more than 0.05 s"):
         persist(lambda: time.sleep(5), retries=0, timeout_s=0.05)
-    with pytest.raises(ZeroDivisionError):  # no fault of a reward: not tried again
+    with pytest.raises(ZeroDivisionError):  # not a RewardError, so it is not retried
         persist(lambda: 1 / 0, retries=3, timeout_s=1.0)
     for wrong in ({"reward_retries": -1}, {"reward_timeout_s": 0}):
         with pytest.raises(SettingError):
@@ -256,12 +256,12 @@ def test_persist_and_its_settings():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-# Commands.
+# --- commands ---
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run of the command, six updates with a checkpoint after every second."""
+    """Run six updates of `ppo-jax train`, with a checkpoint after every second update."""
     place = tmp_path_factory.mktemp("command")
     pretrained.save_policy(place / "model", tiny_policy(layers=1), word_tokenizer())
     (place / "prompts.txt").write_text("a b\nc\nd e f\n")
@@ -337,39 +337,39 @@ def test_replay_gives_the_same_bits(folder, tmp_path, update, capsys):
     assert len(replayed) == 8 and replayed[:4] == original
 
 
-def test_replay_passes_over_damaged_checkpoints(folder, tmp_path, capsys):
+def test_replay_skips_damaged_checkpoints(folder, tmp_path, capsys):
     shutil.copytree(folder / "run", tmp_path / "run")
     for file in (tmp_path / "run/checkpoints/4/state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     cli.main(["replay", str(tmp_path / "run"), "--update", "4", "--out", str(tmp_path / "again")])
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        "All its metrics are those of the run." in said.out
-        and "The one before it is tried." in said.err
+        "All its metrics are those of the run." in printed.out
+        and "The one before it is tried." in printed.err
     )
-    assert (tmp_path / "run/checkpoints/4").is_dir()  # nothing in the run changes
+    assert (tmp_path / "run/checkpoints/4").is_dir()  # replay changes nothing in the run
 
 
-def test_replay_without_an_earlier_checkpoint_begins_at_the_beginning(folder, tmp_path, capsys):
+def test_replay_without_an_earlier_checkpoint_starts_at_update_0(folder, tmp_path, capsys):
     shutil.copytree(folder / "run", tmp_path / "run")
     for checkpoint in (tmp_path / "run/checkpoints").iterdir():
         if int(checkpoint.name) < 5:
             shutil.rmtree(checkpoint)
     cli.main(["replay", str(tmp_path / "run"), "--update", "2", "--out", str(tmp_path / "again")])
-    said = capsys.readouterr()
-    assert "All its metrics are those of the run." in said.out
-    assert "no checkpoint at or before update 2: all before it is done again." in said.err
+    printed = capsys.readouterr()
+    assert "All its metrics are those of the run." in printed.out
+    assert "no checkpoint at or before update 2: all before it is done again." in printed.err
 
 
-def test_replay_names_what_it_lacks(folder, tmp_path, capsys):
-    for wrong, says in (
+def test_replay_of_a_folder_or_update_that_does_not_exist_is_refused(folder, tmp_path, capsys):
+    for wrong, message in (
         (folder / "model", "is not the one of a run"),
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["replay", str(wrong), "--update", "1", "--out", str(tmp_path / "new")])
-        assert stop.value.code == 2 and says in capsys.readouterr().err
+        assert stop.value.code == 2 and message in capsys.readouterr().err
     for update in (-1, 6):
         with pytest.raises(SystemExit) as stop:
             cli.main(
@@ -390,7 +390,7 @@ def test_replay_names_what_it_lacks(folder, tmp_path, capsys):
     "gives, policy",
     [("[3e38] * len(responses)", "gradient"), ("[float('nan')] * len(responses)", "reward")],
 )
-def test_replay_of_an_update_that_went_wrong_is_the_same(folder, tmp_path, gives, policy, capsys):
+def test_replay_of_a_faulty_update_reproduces_the_fault(folder, tmp_path, gives, policy, capsys):
     (tmp_path / "reward.py").write_text(f"def score(prompts, responses):\n    return {gives}\n")
     with pytest.raises(SystemExit):
         cli.main(
@@ -418,7 +418,7 @@ def test_replay_of_an_update_that_went_wrong_is_the_same(folder, tmp_path, gives
     assert "The reward of the run had the hash" in out and "It parts from the run" in out
 
 
-def test_compare_says_where_two_runs_part(folder, capsys):
+def test_compare_finds_the_first_difference_of_two_runs(folder, capsys):
     cli.main(train(folder, "other", **{"ppo.clip-low": 0.19, "ppo.epochs": 5}))
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(folder / "run"), str(folder / "other")])
@@ -432,8 +432,8 @@ def test_compare_says_where_two_runs_part(folder, capsys):
     (folder / "other/samples.jsonl").write_text(
         "\n".join([*cut[:2], json.dumps(row), *cut[3:]]) + "\n"
     )
-    says = f"token 1 is {row['tokens'][1] - 1} and {row['tokens'][1]}"
-    assert any(says in line for line in compare(folder / "run", folder / "other"))
+    message = f"token 1 is {row['tokens'][1] - 1} and {row['tokens'][1]}"
+    assert any(message in line for line in compare(folder / "run", folder / "other"))
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(folder / "run"), str(folder / "run")])
     assert stop.value.code == 0 and "final parameters." in capsys.readouterr().out
@@ -445,9 +445,7 @@ def test_compare_says_where_two_runs_part(folder, capsys):
     )
 
 
-def test_compare_of_runs_that_differ_in_what_they_write_and_of_one_that_was_cut_off(
-    folder, tmp_path
-):
+def test_compare_ignores_output_settings_and_reports_missing_lines(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     config = read_json(tmp_path / "run/config.json")
     for part in (config["settings"]["loop"], config["settings"]["command"]["loop"]):
@@ -468,12 +466,12 @@ def test_compare_of_runs_that_differ_in_what_they_write_and_of_one_that_was_cut_
     )
 
 
-def test_settings_come_back_from_json(folder):
+def test_settings_survive_json(folder):
     stored = read_json(folder / "run/config.json")["settings"]["command"]
     assert json.loads(json.dumps(plain(revive(Train, stored)))) == stored
 
 
-def test_deterministic_sets_the_flag_before_devices_are_used(monkeypatch):
+def test_deterministic_adds_its_flag_once(monkeypatch):
     from ppo_jax.run import provenance
 
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
@@ -485,7 +483,7 @@ def test_deterministic_sets_the_flag_before_devices_are_used(monkeypatch):
     )
 
 
-def test_no_two_new_parameters_share_a_key_with_an_update():
+def test_random_keys_of_parameters_and_updates_are_all_different():
     state = iteration.PPOState(None, None, None, jax.random.key(0), jnp.int32(0))
     keys = [iteration.init_key(0, part) for part in range(3)]
     keys += [child for key in keys for child in jax.random.split(key, 4)]
@@ -494,7 +492,7 @@ def test_no_two_new_parameters_share_a_key_with_an_update():
     assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == len(keys)
 
 
-def test_scores_may_be_tensors_of_any_float():
+def test_scores_may_be_tensors_of_any_float_type():
     want = np.array([0.5, -2.0], np.float32)
     tensor = torch.tensor([0.5, -2.0], requires_grad=True)
     for scores in (
@@ -514,20 +512,20 @@ def cancelled(scores):
     raise asyncio.CancelledError
 
 
-def test_a_cancelled_task_is_a_reward_that_failed(tmp_path):
+def test_a_cancelled_asyncio_task_is_a_reward_error(tmp_path):
     run = full_trainer(tmp_path / "run", updates=3, save_every=0, reward=failing(1, 9, cancelled))
     with pytest.raises(RewardError, match="CancelledError"):
         run.run()
     assert run.checkpoints.steps() == [1]
 
 
-def test_the_hash_of_a_reward_sees_what_it_is_called_with():
+def test_the_hash_of_a_reward_depends_on_bound_arguments():
     of = lambda **more: code_hash(functools.partial(failing, **more))
     assert of(at=1, times=2) == of(times=2, at=1) != of(at=1, times=3)
 
 
 class Likes:
-    """A reward that is an object."""
+    """A reward that is an object with state."""
 
     def __init__(self, word, made):
         self.word, self.made = word, made
@@ -553,15 +551,13 @@ def likes(word, more=0):
     return reward
 
 
-def test_the_hash_of_a_reward_sees_which_function_it_is_and_what_it_holds():
+def test_the_hash_of_a_reward_depends_on_code_and_closure():
     assert code_hash(likes("a")) == code_hash(likes("a"))
-    assert code_hash(Likes("a", [])) == code_hash(
-        Likes("a", [1])
-    )  # what changes as a run goes on does not count
+    assert code_hash(Likes("a", [])) == code_hash(Likes("a", [1]))  # mutable state does not count
     size = {"vocab_size": 21, "positions": 16, "width": 8, "layers": 1, "heads": 2, "mlp_width": 8}
     model = lambda **more: heads.reward_model(TransformerConfig(**size, **more))
     assert code_hash(model()) == code_hash(model())
-    held = [
+    rewards = [
         likes("a"),
         likes("b"),
         likes("a", 1),
@@ -577,12 +573,12 @@ def test_the_hash_of_a_reward_sees_which_function_it_is_and_what_it_holds():
         model(causal=False),
     ]
     assert (
-        len({code_hash(reward) for reward in held}) == len(held) - 2
-    )  # a wrapper counts as what it wraps
+        len({code_hash(reward) for reward in rewards}) == len(rewards) - 2
+    )  # the two `TextReward`s have the hashes of the functions in them
 
 
 @pytest.mark.parametrize(
-    "name, value, says",
+    "name, value, message",
     [
         ("loop.seed", "-1", "seed must not be negative"),
         ("loop.seed", "9" * 30, r"seed must lie within ±2\.1e\+09"),
@@ -593,17 +589,19 @@ def test_the_hash_of_a_reward_sees_which_function_it_is_and_what_it_holds():
         ("loop.faults.reward-timeout-s", "1e300", "reward_timeout_s must"),
     ],
 )
-def test_numbers_that_no_array_holds_are_one_sentence(folder, tmp_path, capsys, name, value, says):
+def test_numbers_out_of_range_are_refused_in_one_sentence(
+    folder, tmp_path, capsys, name, value, message
+):
     with pytest.raises(SystemExit) as stop:
         cli.main(train(folder, tmp_path / "run", **{name: value}))
     assert (
         stop.value.code == 2
-        and re.search(says, capsys.readouterr().err)
+        and re.search(message, capsys.readouterr().err)
         and not (tmp_path / "run").exists()
     )
 
 
-def test_the_hash_of_a_tokenizer_sees_its_rules_and_no_last_call():
+def test_the_hash_of_a_tokenizer_depends_on_its_rules_not_on_its_last_call():
     one, other = word_tokenizer(), word_tokenizer()
     other.backend_tokenizer.normalizer = normalizers.Lowercase()
     before = tokenizer_hash(one)
@@ -613,7 +611,7 @@ def test_the_hash_of_a_tokenizer_sees_its_rules_and_no_last_call():
     assert reward(one) == reward(word_tokenizer()) != reward(other)
 
 
-def test_a_bad_pattern_is_one_sentence(folder, tmp_path, capsys):
+def test_an_invalid_lora_pattern_is_refused_in_one_sentence(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(train(folder, tmp_path / "run", **{"lora.targets": "attn/(q"}))
     assert "no regular expression" in capsys.readouterr().err
@@ -638,27 +636,29 @@ def test_a_bad_pattern_is_one_sentence(folder, tmp_path, capsys):
         [],
     ],
 )
-def test_replay_of_settings_that_are_none_is_one_sentence(folder, tmp_path, capsys, settings):
+def test_replay_of_invalid_settings_is_refused_in_one_sentence(folder, tmp_path, capsys, settings):
     shutil.copytree(folder / "run", tmp_path / "run")
     config = read_json(tmp_path / "run/config.json")
     command = config["settings"]["command"]
-    says = "is not the one of a run"
+    message = "is not the one of a run"
     if isinstance(settings, dict):
         settings = command | {
             name: {**command[name], **x} if isinstance(x, dict) else x
             for name, x in settings.items()
         }
-        says = "are not those of a run: "
+        message = "are not those of a run: "
     config["settings"]["command"] = settings
     write_json(tmp_path / "run/config.json", config)
     with pytest.raises(SystemExit) as stop:
         cli.main(["replay", str(tmp_path / "run"), "--update", "1", "--out", str(tmp_path / "new")])
     assert (
-        stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "new").exists()
+        stop.value.code == 2
+        and message in capsys.readouterr().err
+        and not (tmp_path / "new").exists()
     )
 
 
-def test_replay_asks_for_deterministic_kernels_as_the_run_did(folder, tmp_path, monkeypatch):
+def test_replay_uses_deterministic_kernels_if_the_run_did(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "run", tmp_path / "run")
     config = read_json(tmp_path / "run/config.json")
     config["settings"]["command"]["deterministic"] = True
@@ -668,12 +668,15 @@ def test_replay_asks_for_deterministic_kernels_as_the_run_did(folder, tmp_path, 
     assert "--xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"]
 
 
-def test_odd_words_of_a_reward_are_written_as_they_are(tmp_path):
-    def odd(scores):
+def test_messages_with_lone_surrogates_are_written_unchanged(tmp_path):
+    def with_surrogate(scores):
         raise ValueError("half of a pair: \ud800")
 
     run = full_trainer(
-        tmp_path / "run", updates=2, reward=failing(0, 1, odd), faults=Faults(reward="skip")
+        tmp_path / "run",
+        updates=2,
+        reward=failing(0, 1, with_surrogate),
+        faults=Faults(reward="skip"),
     )
     run.run()
     assert all(
@@ -703,24 +706,24 @@ def clears(prompts, responses):
     return [0.5] * count
 
 
-def test_a_reward_may_be_as_odd_as_it_likes(tmp_path):
+def test_odd_rewards_are_handled_or_refused(tmp_path):
     run = full_trainer(tmp_path / "run", updates=1, samples=0)
     batch = run.prompts.take(np.arange(16) % 6)
     seen = run.collector.collect(run.state, batch).host_rollout
-    ask = lambda function: TextReward(function)(seen, batch, ["a"] * 16)
-    for function, says in (
+    score = lambda function: TextReward(function)(seen, batch, ["a"] * 16)
+    for function, message in (
         (lambda p, r: Unreadable(), "must return 16 numbers"),
         (speechless, "raised Speechless"),
         (max, "no number"),
     ):
-        with pytest.raises(RewardError, match=says):
-            ask(function)
-    assert ask(clears).response.tolist() == [0.5] * 16
-    run.step()  # no sample is wanted
+        with pytest.raises(RewardError, match=message):
+            score(function)
+    assert score(clears).response.tolist() == [0.5] * 16
+    run.step()  # samples=0 writes none
     assert read_lines(tmp_path / "run/samples.jsonl") == []
 
 
-def test_the_cause_of_what_is_not_finite_is_named_first(tmp_path):
+def test_the_first_quantity_that_is_not_finite_is_reported(tmp_path):
     run = full_trainer(tmp_path / "run", updates=1, adapters=False)
     params = run.state.train.params
     params = {**params, "policy": jax.tree.map(lambda x: x * jnp.nan, params["policy"])}
@@ -729,7 +732,7 @@ def test_the_cause_of_what_is_not_finite_is_named_first(tmp_path):
         run.step()
 
 
-def test_a_mesh_of_pmap_is_for_one_process(folder, tmp_path, capsys, monkeypatch):
+def test_pmap_is_refused_with_several_processes(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(SystemExit):
         cli.main(train(folder, tmp_path / "run", mesh="pmap"))
@@ -747,7 +750,7 @@ def leaves(*_):
     raise SystemExit(0)
 
 
-def test_a_reward_on_arrays_that_leaves_the_program_is_a_fault():
+def test_a_token_reward_that_exits_is_a_reward_error():
     seen = types.SimpleNamespace(
         **{name: np.zeros((2, 3), np.int32) for name in ("tokens", "mask", "response_mask")}
     )
@@ -755,7 +758,7 @@ def test_a_reward_on_arrays_that_leaves_the_program_is_a_fault():
         TokenReward(leaves)(seen, None, [])
 
 
-def test_a_reward_may_change_the_rows_that_it_is_given():
+def test_a_reward_cannot_change_the_rows_of_the_prompts():
     def reward(prompts, responses, rows):
         return [rows.pop()["words"].pop() for _ in responses]
 
@@ -766,8 +769,8 @@ def test_a_reward_may_change_the_rows_that_it_is_given():
     assert scores == [[1.0], [1.0]] and prompts.rows == [{"prompt": "a", "words": [1.0]}]
 
 
-def test_the_hash_of_a_reward_in_a_file_sees_the_code_of_its_class(tmp_path):
-    file, seen = tmp_path / "random.py", []  # the name of another module, which stays what it is
+def test_the_hash_of_a_reward_in_a_file_depends_on_its_class(tmp_path):
+    file, seen = tmp_path / "random.py", []  # named like a module that must not be replaced
     for factor in (1.0, 2.0, 1.0):
         file.write_text(
             "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Score:\n    by: float = 1.0\n"
@@ -777,7 +780,7 @@ def test_the_hash_of_a_reward_in_a_file_sees_the_code_of_its_class(tmp_path):
     assert seen[0] == seen[2] != seen[1] and random.random() < 1
 
 
-def test_a_run_that_goes_on_has_no_summary_until_it_ends(folder, tmp_path, capsys):
+def test_a_resumed_run_has_no_summary_until_it_ends(folder, tmp_path, capsys):
     out = tmp_path / "run"
     cli.main(train(folder, out, **{"loop.updates": 2, "loop.faults.reward": "skip"}))
     assert (out / "summary.json").exists()
@@ -797,7 +800,7 @@ def test_a_run_that_goes_on_has_no_summary_until_it_ends(folder, tmp_path, capsy
     )
 
 
-def test_a_summary_is_of_the_last_update_alone(folder, tmp_path):
+def test_a_summary_holds_the_metrics_of_the_last_update_only(folder, tmp_path):
     (tmp_path / "reward.py").write_text(
         "calls = iter(range(9))\ndef score(prompts, responses):\n"
         "    return [float('nan') if next(calls) == 1 else 1.0] + [1.0] * (len(responses) - 1)\n"
@@ -819,24 +822,24 @@ def test_a_summary_is_of_the_last_update_alone(folder, tmp_path):
     ] == [1]
 
 
-def test_the_folder_is_held_until_the_model_is_written(folder, tmp_path, monkeypatch):
-    held = []
+def test_the_folder_is_locked_until_the_model_is_written(folder, tmp_path, monkeypatch):
+    errors_seen = []
 
     def write(self, *_):
-        asks = [
+        program = [
             sys.executable,
             "-c",
             f"from pathlib import Path; from ppo_jax.run.files import lock; lock(Path({str(self.out)!r}))",
         ]
-        held.append(subprocess.run(asks, capture_output=True, text=True).stderr)
+        errors_seen.append(subprocess.run(program, capture_output=True, text=True).stderr)
 
     monkeypatch.setattr(Train, "_export", write)
     cli.main(train(folder, tmp_path / "run", **{"loop.updates": 1}))
-    assert "Another process is writing to" in held[0]
+    assert "Another process is writing to" in errors_seen[0]
     lock(tmp_path / "run").release()
 
 
-def test_the_hash_of_a_tokenizer_sees_that_spaces_are_cleaned_up():
+def test_the_hash_of_a_tokenizer_depends_on_cleaning_up_spaces():
     one, other = word_tokenizer(), word_tokenizer()
     other.clean_up_tokenization_spaces = True
     assert tokenizer_hash(one) != tokenizer_hash(other)

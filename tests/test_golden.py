@@ -1,4 +1,4 @@
-"""One PPO update against the numbers of a peer (TRL 1.10): see tests/golden/README.md for its conventions."""
+"""Compare one PPO update with the numbers of TRL 1.10; tests/golden/README.md has its conventions."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def rollout(step):
     response_mask = jnp.asarray(~step["padding_mask"].astype(bool))
     tokens = jnp.asarray(np.concatenate([step["queries"], step["responses"]], axis=1), jnp.int32)
     ended = jnp.asarray((step["postprocessed_responses"] == META["eos_id"]).any(axis=1))
-    # The peer hides every token of id 0, sampled or not.
+    # TRL masks every token of id 0, including sampled ones.
     return Rollout(
         tokens, tokens != META["pad_id"], response_mask, jnp.asarray(step["logprobs"]), ended
     )
@@ -142,8 +142,9 @@ def test_parameters_after_the_step(step, experience, models):
     for name in want:
         if not name.endswith(
             "attn/k/bias"
-        ):  # a zero gradient: Adam turns its rounding noise into steps
-            # Where a gradient is not far above Adam's epsilon, the step is less than the whole rate, and its rounding shows.
+        ):  # its gradient is 0, and Adam turns the rounding noise into steps
+            # Where a gradient is close to Adam's epsilon, the step is shorter than the learning rate
+            # and depends on rounding.
             moved = np.abs(want[name] - before[name]) / META["lr"]
             whole = (moved < 1e-3) | (moved > 0.99)
             assert whole.mean() > 0.9, (name, whole.mean())

@@ -1,4 +1,4 @@
-"""The decoder against `transformers`' GPT-2 on random configurations, and its cache against itself."""
+"""Compare the decoder with GPT-2 of `transformers`, and cached sampling with the full forward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, changes):
     np.testing.assert_array_equal(np.asarray(out.tokens)[:, : texts.shape[1]], texts)
 
 
-def test_saved_model_loads_in_transformers_and_comes_back_bit_identical(tmp_path):
+def test_a_saved_model_is_bit_identical_in_transformers_and_here(tmp_path):
     torch_model = gpt2_peer(tmp_path / "a")
     loaded = pretrained.load_policy(tmp_path / "a")
     pretrained.save_policy(tmp_path / "b", loaded)
@@ -77,7 +77,7 @@ def test_saved_model_loads_in_transformers_and_comes_back_bit_identical(tmp_path
         np.testing.assert_array_equal(a, b)
 
 
-def test_our_own_config_loads_in_transformers(tmp_path):
+def test_a_new_model_loads_in_transformers(tmp_path):
     config = TransformerConfig(
         vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12, tied=False
     )
@@ -96,7 +96,7 @@ def test_our_own_config_loads_in_transformers(tmp_path):
     )
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path):
+def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
     gpt2_peer(tmp_path)
     tensors = dict(weights.StoredTensors(tmp_path))
     lost = {k: v for k, v in tensors.items() if k != "transformer.h.1.mlp.c_fc.bias"}
@@ -146,7 +146,7 @@ def test_cached_logprobs_equal_the_full_forward(tmp_path, temperature):
     np.testing.assert_allclose(out.logprobs, jnp.where(out.response_mask, full, 0), atol=1e-5)
 
 
-def test_samples_do_not_depend_on_the_batch_or_on_padding(tmp_path):
+def test_samples_do_not_depend_on_batch_or_padding(tmp_path):
     gpt2_peer(tmp_path)
     loaded = pretrained.load_policy(tmp_path)
     model = language_model(loaded.config)
@@ -168,7 +168,7 @@ def test_samples_do_not_depend_on_the_batch_or_on_padding(tmp_path):
     assert (other.responses != whole.responses).any()
 
 
-def test_causality_by_gradient():
+def test_no_gradient_flows_from_later_positions():
     config = TransformerConfig(
         vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12
     )

@@ -1,4 +1,4 @@
-"""`ppo_jax.ops.kl`: the estimators against their definitions and their exact expectations, and the controllers."""
+"""Test `ppo_jax.ops.kl`: KL estimators against their definitions, the full KL, and controllers."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def logits():
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_estimator(name):
+def test_estimator_equals_its_definition(name):
     rng = np.random.default_rng(1)
     p, q = -np.abs(oracles.normal(rng, 4, 6)), -np.abs(oracles.normal(rng, 4, 6))
     close(ESTIMATORS[name](p, q), oracles.KL[name](p.astype(np.float64), q.astype(np.float64)))
@@ -33,14 +33,14 @@ def test_estimator(name):
 
 
 def test_k3_keeps_digits_near_zero():
-    """`exp(-d) - 1 + d` in float32 is all rounding where d is small; `d²/2` is what is left of it."""
+    """In float32, `exp(-d) - 1 + d` loses all digits for small `d`, where it is about `d²/2`."""
     d = np.float32(1e-3)
     close(kl.kl_k3(d, np.float32(0)), oracles.KL["k3"](float(d), 0.0), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
-def test_unbiased(logits, name):
-    """Σᵥ π(v) k(v) is the KL, exactly; for k2 and |d| it is not."""
+def test_estimator_is_unbiased(logits, name):
+    """`Σᵥ π(v) k(v)` equals the KL exactly for k1 and k3."""
     logp, logq = (jax.nn.log_softmax(x) for x in logits)
     close(
         jnp.sum(jnp.exp(logp) * ESTIMATORS[name](logp, logq), axis=-1),
@@ -50,7 +50,7 @@ def test_unbiased(logits, name):
 
 
 @pytest.mark.parametrize("name", ["k2", "k3", "abs"])
-def test_never_negative(logits, name):
+def test_estimator_is_never_negative(logits, name):
     assert (ESTIMATORS[name](*(jax.nn.log_softmax(x) for x in logits)) >= 0).all()
 
 
@@ -58,40 +58,41 @@ def test_never_negative(logits, name):
     "name, slope",
     [("k1", np.ones_like), ("k2", lambda d: d), ("k3", lambda d: 1 - np.exp(-d)), ("abs", np.sign)],
 )
-def test_gradient(name, slope):
-    d = np.linspace(-2, 2, 8, dtype=np.float32)  # 0 is not among them: |d| has no slope there
+def test_gradient_of_an_estimator(name, slope):
+    d = np.linspace(-2, 2, 8, dtype=np.float32)  # without 0, where |d| has no derivative
     close(jax.grad(lambda p: ESTIMATORS[name](p, jnp.zeros_like(p)).sum())(d), slope(d))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_full(logits, temperature):
+def test_full_kl_equals_the_numpy_oracle(logits, temperature):
     full = partial(kl.kl_full, temperature=temperature)
     close(full(*logits), oracles.kl_full(*logits, temperature=temperature))
     np.testing.assert_allclose(
         full(logits[0], logits[0] + 3), 0, atol=1e-6
-    )  # a shift of all logits is no change
+    )  # a constant added to all logits changes nothing
     assert (full(*logits) > 0).all()
     assert_jit_and_vmap_agree(full, *logits)
 
 
-def test_full_has_no_slope_at_itself(logits):
+def test_full_kl_has_no_gradient_at_equal_policies(logits):
     slope = jax.grad(lambda x: kl.kl_full(x, jnp.asarray(logits[0])).sum())(logits[0])
     np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
-def test_full_where_the_policy_cannot_go(logits):
-    """A token at -inf adds nothing, and leaves no NaN in the gradient (a padded vocabulary is made so)."""
+def test_full_kl_ignores_tokens_of_probability_0(logits):
+    """A logit of -inf, as in a padded vocabulary, adds nothing and gives no NaN in the gradient."""
     p, q = (x[0, 0].copy() for x in logits)
     p[2] = q[2] = p[5] = -np.inf
     value, slope = jax.value_and_grad(kl.kl_full)(p, q)
     close(value, oracles.kl_full(p, q))
     keep = np.isfinite(p)
-    # The reference's mass on token 5 shifts the KL by a constant, so the slope is that of the kept words alone.
+    # The probability of token 5 under the reference shifts the KL by a constant, so the gradient is
+    # that of the other tokens.
     close(np.asarray(slope)[keep], jax.grad(kl.kl_full)(p[keep], q[keep]), atol=1e-5)
     np.testing.assert_array_equal(np.asarray(slope)[~keep], 0)
 
 
-def test_full_is_float32_for_bfloat16_logits(logits):
+def test_full_kl_of_bfloat16_logits_is_computed_in_float32(logits):
     low = [jnp.asarray(x, jnp.bfloat16) for x in logits]
     close(kl.kl_full(*low), oracles.kl_full(*(np.asarray(x, np.float32) for x in low)))
 
@@ -127,7 +128,7 @@ def test_marked_estimator_takes_a_temperature(logits):
 @pytest.mark.parametrize(
     "observed, error", [(6.0, 0.0), (6.6, 0.1), (5.4, -0.1), (60.0, 0.2), (0.0, -0.2)]
 )
-def test_adaptive(observed, error):
+def test_adaptive_controller_follows_its_formula(observed, error):
     controller = kl.adaptive_kl(0.3, target=6.0, horizon=1000)
     state = jax.jit(controller.update, static_argnums=2)(
         controller.init(), jnp.float32(observed), 50
@@ -135,8 +136,8 @@ def test_adaptive(observed, error):
     close(state.coef, 0.3 * (1 + error * 50 / 1000))
 
 
-def test_controllers_scan():
-    """State in, state out, of one type: ten steps too far up raise the weight each time, and a fixed weight stays."""
+def test_controllers_work_under_scan():
+    """Controllers work under `scan`: ten KLs above the target raise the adaptive weight each time."""
     for controller, grown in (
         (kl.adaptive_kl(0.1, target=1.0, horizon=100), 1.02),
         (kl.fixed_kl(0.1), 1.0),
@@ -151,6 +152,6 @@ def test_controllers_scan():
 
 
 @pytest.mark.parametrize("bad", [{"target": 0.0, "horizon": 1}, {"target": 1.0, "horizon": 0}])
-def test_adaptive_refuses(bad):
+def test_adaptive_controller_refuses_invalid_settings(bad):
     with pytest.raises(ValueError, match="positive target and horizon"):
         kl.adaptive_kl(0.1, **bad)

@@ -1,4 +1,4 @@
-"""In bfloat16, products take rounded operands in the gradient too, and nothing is kept or read in more bits than it has."""
+"""Test bfloat16 products and their gradients, and forward passes that keep the last positions only."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ CONFIG = TransformerConfig(
 PLAIN = dataclasses.replace(CONFIG, dtype=jnp.float32)
 TOKENS = jax.random.randint(
     jax.random.key(0), (100, 12), 0, 65
-)  # rows enough for the padded output matrix
+)  # enough rows that the output matrix is padded
 MASK = jnp.arange(12)[None, :] >= jnp.arange(100)[:, None] % 5
 
 
@@ -38,26 +38,26 @@ def logprob(params, config=CONFIG):
     return jnp.sum(chosen, where=MASK) / MASK.sum()
 
 
-def test_products_of_a_gradient_take_rounded_operands():
+def test_products_in_a_gradient_have_bfloat16_operands():
     params = init_params(CONFIG, jax.random.key(0))
     found = products(jax.make_jaxpr(jax.grad(logprob))(params).jaxpr)
     found = [
         eqn for eqn in found if 1 not in eqn.invars[1].aval.shape
-    ]  # a norm's mean on a CPU is one of float32 with a column
-    per_block = 7 + 2  # q, k, v, o, gate, up, down; attention's two
+    ]  # on a CPU, the mean of a norm is a float32 product with a column
+    per_block = 7 + 2  # q, k, v, o, gate, up and down, and two of attention
     assert len(found) == 3 * (per_block * CONFIG.layers + 1)
     for eqn in found:
         assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype(jnp.bfloat16)}, eqn
         assert eqn.outvars[0].aval.dtype == jnp.float32
 
 
-def test_gradient_is_that_of_float32_but_for_rounding():
+def test_gradient_equals_that_of_float32_up_to_rounding():
     params = init_params(CONFIG, jax.random.key(0))
     rounded = jax.tree.leaves(jax.grad(logprob)(params))
     exact = jax.tree.leaves(jax.grad(logprob)(params, PLAIN))
     for a, b in zip(rounded, exact, strict=True):
         assert a.dtype == jnp.float32
-        # a sum over rows: the biases of keys have no other gradient than rounding
+        # an absolute tolerance, because the gradient of the biases of keys is rounding noise
         np.testing.assert_allclose(a, b, atol=0.03 * max(float(jnp.abs(b).max()), 0.02))
 
 
@@ -90,7 +90,7 @@ def test_gradient_of_a_product(spec, a, b):
     )
 
 
-def test_parameters_rounded_once_say_the_same():
+def test_parameters_rounded_beforehand_give_the_same_logits():
     params, model = init_params(CONFIG, jax.random.key(0)), language_model(CONFIG)
     rounded = model.rounded(params)
     assert all(
@@ -107,7 +107,7 @@ def test_parameters_rounded_once_say_the_same():
     )
 
 
-def test_a_gradient_keeps_no_wide_float32_array():
+def test_a_gradient_saves_no_wide_float32_array():
     _, backward = jax.vjp(logprob, init_params(CONFIG, jax.random.key(0)))
     wide = [
         x
@@ -117,10 +117,10 @@ def test_a_gradient_keeps_no_wide_float32_array():
     assert wide and all(x.dtype == jnp.bfloat16 for x in wide)
 
 
-def test_positions_are_padded_to_what_a_gpu_multiplies_fast():
+def test_positions_are_padded_to_a_size_that_gpus_multiply_fast():
     config = dataclasses.replace(
         CONFIG, positions=12, learned_positions=True
-    )  # none for the padding
+    )  # the padding has no position embeddings
     params = init_params(config, jax.random.key(0))
     longer = {
         **params,
@@ -181,8 +181,8 @@ VARIANTS = {
     "variant, last",
     [*((variant, 4) for variant in VARIANTS), ("float32", 1), ("float32", 12), ("bfloat16", 3)],
 )
-def test_states_of_the_last_positions_alone(variant, last):
-    """They and their gradient are those of a pass that keeps all, and the last layer multiplies less for them."""
+def test_hidden_of_the_last_positions_only(variant, last):
+    """States and gradients equal those of a full pass, and the last layer multiplies less."""
     config = dataclasses.replace(PLAIN, **VARIANTS[variant])
     params, model = init_params(config, jax.random.key(0)), language_model(config)
     tokens, mask, weight = (
@@ -206,15 +206,17 @@ def test_states_of_the_last_positions_alone(variant, last):
     tolerance = {"atol": 0.04 if config.dtype == jnp.bfloat16 else 3e-6}
     np.testing.assert_allclose(got, want, **tolerance)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got_grad, want_grad)
-    some, everything = (
+    flops_last, flops_all = (
         matmul_flops(lambda params, alone=alone: mean(params, alone), params)
         for alone in (True, False)
     )
     dropped = (12 - last) // 8 * 8 if config.dtype == jnp.bfloat16 else 12 - last
-    assert everything - some >= 2 * 3 * 16 * 48 * 4 * dropped  # the MLP's products of four texts
+    assert (
+        flops_all - flops_last >= 2 * 3 * 16 * 48 * 4 * dropped
+    )  # products of the MLP for four texts
 
 
-def test_states_of_the_last_positions_fill_the_cache_whole():
+def test_hidden_of_the_last_positions_fills_the_whole_cache():
     params, model = init_params(PLAIN, jax.random.key(0)), language_model(PLAIN)
     whole, last = (
         model.hidden(params, TOKENS[:4], MASK[:4], model.init_cache(4, 14), **by)
@@ -225,12 +227,12 @@ def test_states_of_the_last_positions_fill_the_cache_whole():
 
 
 @pytest.mark.parametrize("last", [0, 13])
-def test_last_beyond_the_tokens(last):
+def test_last_out_of_range_is_refused(last):
     with pytest.raises(ValueError, match=rf"last={last} must lie in 1 \.\. 12"):
         language_model(PLAIN).hidden(init_params(PLAIN, jax.random.key(0)), TOKENS, MASK, last=last)
 
 
-def test_a_critic_must_give_the_values_of_the_states_it_is_handed():
+def test_a_critic_must_return_one_value_per_state():
     model, params = language_model(PLAIN), init_params(PLAIN, jax.random.key(0))
     every_position = lambda params, hidden, tokens, mask: jnp.zeros(tokens.shape)
     with pytest.raises(AssertionError, match="shape"):

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on, and what happens where the disk refuses it."""
+"""Test the files that a run writes, and what happens if the disk is full."""
 
 import math
 import resource
@@ -16,7 +16,7 @@ from ppo_jax.run.logging import RunLog
 
 @pytest.fixture
 def small_disk():
-    """The system refuses to write more than so many bytes to a file, as a full disk does."""
+    """Return a function that limits the size of files, so that writes fail as on a full disk."""
     limits, before = (
         resource.getrlimit(resource.RLIMIT_FSIZE),
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
@@ -26,12 +26,10 @@ def small_disk():
     signal.signal(signal.SIGXFSZ, before)
 
 
-def test_events_that_the_disk_refuses_end_with_a_warning_and_hang_nothing(
-    tmp_path, small_disk, caplog
-):
+def test_tensorboard_events_stop_with_a_warning_if_the_disk_is_full(tmp_path, small_disk, caplog):
     log = RunLog(tmp_path)
     small_disk(3000)
-    for update in range(100):  # an event of one number is longer than its line
+    for update in range(100):  # an event takes more bytes than its line in metrics.jsonl
         log.metrics(update, {"a": 1.0})
     log.close()
     assert (
@@ -40,7 +38,7 @@ def test_events_that_the_disk_refuses_end_with_a_warning_and_hang_nothing(
     )
 
 
-def test_a_line_that_the_disk_refuses_leaves_no_half(tmp_path, small_disk):
+def test_a_line_that_does_not_fit_on_the_disk_is_removed(tmp_path, small_disk):
     log = RunLog(tmp_path, tensorboard=False)
     log.metrics(0, {"a": 1.0})
     small_disk(100)
@@ -49,7 +47,7 @@ def test_a_line_that_the_disk_refuses_leaves_no_half(tmp_path, small_disk):
     assert log.sizes() == {"metrics.jsonl": 24, "samples.jsonl": 0, "faults.jsonl": 0}
 
 
-def test_a_model_that_the_disk_refuses_is_one_sentence(tmp_path, small_disk):
+def test_a_model_that_does_not_fit_on_the_disk_is_one_sentence(tmp_path, small_disk):
     model = tiny_policy(layers=1)
     small_disk(4000)
     with pytest.raises(ValueError, match=r"model cannot be written: .*File too large"):
@@ -57,7 +55,7 @@ def test_a_model_that_the_disk_refuses_is_one_sentence(tmp_path, small_disk):
 
 
 def events(folder):
-    """Of TensorBoard's one file: records of a length, its checksum, an event and its checksum."""
+    """Yield the events of the only file: each record is a length, a checksum, an event, a checksum."""
     [file] = folder.iterdir()
     content, at = file.read_bytes(), 0
     while at < len(content):
@@ -66,7 +64,7 @@ def events(folder):
         at += size + 16
 
 
-def test_tensorboard_gets_every_number(tmp_path):
+def test_tensorboard_receives_every_number(tmp_path):
     log = RunLog(tmp_path, first_update=3)
     log.metrics(3, {"a/b": 0.5, "c": math.nan})
     log.metrics(4, {"a/b": 0.25})
@@ -87,10 +85,10 @@ def test_tensorboard_gets_every_number(tmp_path):
     starts = [event for event in found if event.session_log.status == event.session_log.START]
     assert [event.step for event in starts] == [
         3
-    ]  # what was there from update 3 on no longer counts
+    ]  # TensorBoard discards older events from update 3 on
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path):
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     log.metrics(0, {"a": math.nan, "b": math.inf, "c": 1.0})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"update": 0, "a": None, "b": None, "c": 1.0}]

@@ -1,4 +1,4 @@
-"""`ppo_jax.ops.logprobs`: the off-by-one, log-probs and entropies against loops, and the chunked form against the whole."""
+"""Test `ppo_jax.ops.logprobs`: alignment, log-probs and entropies, and their chunked computation."""
 
 import re
 from functools import partial
@@ -34,7 +34,7 @@ def tokens():
 
 @pytest.mark.parametrize("P", [1, 2, 4])
 def test_response_view(P):
-    """At the state of action `t` stands what was computed at position `P + t - 1`, for trailing axes too."""
+    """Entry `t` of the view is position `P + t - 1`, also if there are trailing axes."""
     x = np.random.default_rng(2).normal(size=(B, P + R - 1, 2))
     view = response_view(x, P)
     assert view.shape == (B, R, 2)
@@ -43,7 +43,7 @@ def test_response_view(P):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_oracle(logits, tokens, temperature):
+def test_equals_the_numpy_oracle(logits, tokens, temperature):
     close(
         token_logprobs(logits, tokens, temperature=temperature),
         oracles.token_logprobs(logits, tokens, temperature),
@@ -60,7 +60,7 @@ def test_probabilities_add_up_to_one(logits):
 
 
 def test_a_policy_has_no_kl_with_itself(logits, tokens):
-    """One temperature for policy and reference; logits that differ by a constant are the same policy."""
+    """The KL is 0 if policy and reference have equal logits, or logits that differ by a constant."""
     of = partial(token_logprobs, tokens=tokens, temperature=0.7)
     np.testing.assert_array_equal(kl_k1(of(logits), of(logits)), 0)
     np.testing.assert_allclose(kl_k1(of(logits), of(logits + 8)), 0, atol=1e-5)
@@ -78,7 +78,7 @@ def test_bfloat16_logits_are_computed_in_float32(logits, tokens):
 
 @pytest.mark.parametrize("offset", [0, 1e4, -1e4])
 def test_extreme_logits(offset):
-    """No overflow: the winner has log-prob 0, the loser its distance, and there is no entropy."""
+    """Extreme logits do not overflow."""
     logits = np.array([[0, -200, -300]], np.float32) + np.float32(offset)
     close(token_logprobs(logits, np.array([0])), 0)
     close(token_logprobs(logits, np.array([1])), -200)
@@ -86,15 +86,15 @@ def test_extreme_logits(offset):
 
 
 def test_gradients(logits, tokens):
-    """∂ log π(a) / ∂ℓ = 1[a] - π, and ∂H / ∂ℓ = -π (log π + H)."""
+    """`∂ log π(a) / ∂ℓ = 1[a] - π` and `∂H / ∂ℓ = -π (log π + H)`."""
     logp = oracles.log_softmax(logits)
     pi, h = np.exp(logp), oracles.entropy(logits)[..., None]
     close(jax.grad(lambda x: token_logprobs(x, tokens).sum())(logits), np.eye(V)[tokens] - pi)
     close(jax.grad(lambda x: entropy(x).sum())(logits), -pi * (logp + h), atol=1e-5)
 
 
-def test_a_token_that_cannot_be_said(logits, tokens):
-    """A word at -inf (a padded vocabulary) changes nothing, in values and gradients, against a vocabulary without it."""
+def test_tokens_of_probability_0_change_nothing(logits, tokens):
+    """Logits of -inf, as in a padded vocabulary, change no value and no gradient."""
     padded = np.concatenate([logits, np.full((B, R, 2), -np.inf, np.float32)], axis=-1)
     for of in (partial(token_logprobs, tokens=tokens), entropy):
         close(of(padded), of(logits))
@@ -110,7 +110,7 @@ def test_shapes_must_match(logits, tokens):
         chunked_logprobs_and_entropy(lambda h: h, logits, tokens[:, 1:])
 
 
-# --- in chunks ---
+# --- chunked computation ---
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_chunked_jit_and_vmap(model, tokens):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_chunked_gradients(model, tokens, chunk):
-    """By the hidden states, and by the unembedding that `unembed` closes over."""
+    """Gradients by the hidden states and by the matrix that `unembed` closes over do not change."""
     mix = oracles.normal(np.random.default_rng(4), 2, B, R)
 
     def total(weight, hidden, chunk):
@@ -156,15 +156,15 @@ def test_chunked_gradients(model, tokens, chunk):
 
 
 def largest_array(function, *args) -> int:
-    """Elements of the largest array that the traced `function` makes."""
+    """Return the number of elements of the largest array in the traced function."""
     shapes = re.findall(r"(?:f32|bf16|i32|bool)\[([\d,]+)\]", str(jax.make_jaxpr(function)(*args)))
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
 @pytest.mark.parametrize("chunk", [2, 3])
-def test_the_whole_logits_never_exist(chunk):
-    """Neither in the forward pass nor, saved for it, in the gradient."""
-    B, R, V = 4, 60, 97  # so large that nothing else has as many entries as the logits
+def test_chunks_never_hold_all_logits(chunk):
+    """Neither the forward pass nor the gradient holds an array as large as all logits."""
+    B, R, V = 4, 60, 97  # large enough that no other array has as many entries
     weight, hidden, tokens = (
         np.ones((D, V), np.float32),
         np.ones((B, R, D), np.float32),
@@ -181,12 +181,12 @@ def test_the_whole_logits_never_exist(chunk):
         assert largest_array(partial(function, chunk=chunk), hidden) <= B * R * V // 10
         assert (
             largest_array(partial(function, chunk=None), hidden) >= B * R * V
-        )  # the measure sees them where they are
+        )  # without chunks the logits are found
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_ratio_with_itself_is_one_in_bfloat16(model, tokens, chunk):
-    """The forward pass alone and the one inside a gradient are compiled apart; their log-probs agree to rounding."""
+    """A forward pass and one inside a gradient are compiled apart; their log-probs agree to rounding."""
     weight, hidden = (jnp.asarray(x, jnp.bfloat16) for x in model)
     of = lambda h: chunked_logprobs_and_entropy(lambda h: h @ weight, h, tokens, chunk=chunk)[0]
     old = jax.jit(of)(hidden)

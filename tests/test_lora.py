@@ -1,4 +1,4 @@
-"""Low-rank adapters: they start as nothing, merge into the base, train alone, and are the same in `peft`."""
+"""Test LoRA adapters: initialisation, merging, training, and files that `peft` reads and writes."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.types import overlay
 
-EVERYTHING = lora.LoRA(rank=3, alpha=7.0, targets=r"(attn|mlp)/")
-SOME = lora.LoRA(rank=4, alpha=4.0, targets=r"layer_[02]/attn/(q|v)$", stabilised=True)
+ALL_LAYERS = lora.LoRA(rank=3, alpha=7.0, targets=r"(attn|mlp)/")
+SOME_LAYERS = lora.LoRA(rank=4, alpha=4.0, targets=r"layer_[02]/attn/(q|v)$", stabilised=True)
 
 
 def load(kind, folder):
@@ -27,16 +27,16 @@ def load(kind, folder):
     return pretrained.load_policy(folder)
 
 
-def with_scale(loaded, one):
-    config = dataclasses.replace(loaded.config, lora_scale=one.scale)
+def with_scale(loaded, spec):
+    config = dataclasses.replace(loaded.config, lora_scale=spec.scale)
     return config, language_model(config)
 
 
 @pytest.mark.parametrize(
-    "kind, one",
+    "kind, spec",
     [
         *(
-            (kind, EVERYTHING)
+            (kind, ALL_LAYERS)
             for kind in (
                 "gpt2",
                 "neo",
@@ -50,20 +50,20 @@ def with_scale(loaded, one):
             )
         ),
         *(
-            ("qwen2", one)
-            for one in (
-                EVERYTHING,
-                SOME,
+            ("qwen2", spec)
+            for spec in (
+                ALL_LAYERS,
+                SOME_LAYERS,
                 lora.LoRA(rank=2, targets="attn/o$"),
                 lora.LoRA(rank=2, targets="mlp/"),
             )
         ),
     ],
 )
-def test_fresh_adapters_change_no_bit_and_merged_ones_change_little(tmp_path, kind, one):
+def test_fresh_adapters_change_nothing_and_merged_ones_agree(tmp_path, kind, spec):
     loaded = load(kind, tmp_path)
-    _, model = with_scale(loaded, one)
-    fresh, batch = lora.init_lora(loaded.params, jax.random.key(0), one), left_padded()
+    _, model = with_scale(loaded, spec)
+    fresh, batch = lora.init_lora(loaded.params, jax.random.key(0), spec), left_padded()
     np.testing.assert_array_equal(
         logits_of(model, overlay(loaded.params, fresh), *batch),
         logits_of(model, loaded.params, *batch),
@@ -75,40 +75,40 @@ def test_fresh_adapters_change_no_bit_and_merged_ones_change_little(tmp_path, ki
     full = overlay(loaded.params, noisy_adapters(fresh))
     want = logits_of(model, full, *batch)
     assert np.abs(np.asarray(want - logits_of(model, loaded.params, *batch))).max() > 0.1
-    merged = lora.merge(full, one.scale)
+    merged = lora.merge(full, spec.scale)
     assert jax.tree.structure(merged) == jax.tree.structure(loaded.params)
     np.testing.assert_allclose(
         logits_of(model, merged, *batch)[batch[1]], want[batch[1]], atol=1e-5
     )
 
 
-RANKS = lora.LoRA(
+STABILISED = lora.LoRA(
     rank=2, alpha=16.0, targets=r"(attn|mlp)/", stabilised=True
-)  # scales that round apart
+)  # a scale that is not exact in binary
 
 
 @pytest.mark.parametrize(
-    "kind, one",
+    "kind, spec",
     [
         *(
-            (kind, one)
+            (kind, spec)
             for kind in ("gpt2", "neox", "qwen2")
-            for one in (EVERYTHING, SOME, RANKS, lora.LoRA(targets="mlp/up"))
+            for spec in (ALL_LAYERS, SOME_LAYERS, STABILISED, lora.LoRA(targets="mlp/up"))
         ),
         *(
-            (kind, EVERYTHING)
+            (kind, ALL_LAYERS)
             for kind in ("neo", "llama", "mistral", "qwen3", "gemma2", "gemma3", "bert")
         ),
     ],
 )
-def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
+def test_an_adapter_equals_peft_after_loading_and_saving(tmp_path, kind, spec):
     loaded = load(kind, tmp_path / "base")
-    config, model = with_scale(loaded, one)
-    adapters = noisy_adapters(lora.init_lora(loaded.params, jax.random.key(0), one))
+    config, model = with_scale(loaded, spec)
+    adapters = noisy_adapters(lora.init_lora(loaded.params, jax.random.key(0), spec))
     adapter_files.save_adapter(
         tmp_path / "adapter",
         adapters,
-        one,
+        spec,
         config,
         loaded.hf_config["model_type"],
         str(tmp_path / "base"),
@@ -126,12 +126,12 @@ def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
     got = logits_of(model, overlay(loaded.params, adapters), tokens, mask)
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
 
-    own, scale = adapter_files.load_adapter(
+    loaded_adapters, scale = adapter_files.load_adapter(
         tmp_path / "adapter", config, loaded.hf_config["model_type"]
     )
-    assert scale == pytest.approx(one.scale)
+    assert scale == pytest.approx(spec.scale)
     np.testing.assert_allclose(
-        logits_of(model, overlay(loaded.params, own), tokens, mask)[mask],
+        logits_of(model, overlay(loaded.params, loaded_adapters), tokens, mask)[mask],
         np.asarray(got)[mask],
         atol=1e-5,
     )
@@ -139,7 +139,7 @@ def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
     back, scale = adapter_files.load_adapter(
         tmp_path / "again", config, loaded.hf_config["model_type"]
     )
-    assert scale == pytest.approx(one.scale)
+    assert scale == pytest.approx(spec.scale)
     np.testing.assert_allclose(
         logits_of(model, overlay(loaded.params, back), tokens, mask)[mask],
         np.asarray(got)[mask],
@@ -149,13 +149,16 @@ def test_an_adapter_is_the_same_in_peft_and_comes_back(tmp_path, kind, one):
 
 def test_only_adapters_train_and_the_base_is_the_reference(tmp_path):
     loaded = load("llama", tmp_path)
-    one = lora.LoRA(rank=2)
-    config, model = with_scale(loaded, one)
+    spec = lora.LoRA(rank=2)
+    config, model = with_scale(loaded, spec)
     ppo = PPOConfig(batch_size=8, epochs=2, minibatches=2, max_new_tokens=6, learning_rate=1e-2)
     agent = iteration.Agent(model, heads.separate_critic(config), ppo, (1,), 0)
     head = heads.init_head(config.width, jax.random.key(1))
-    adapters = lora.init_lora(loaded.params, jax.random.key(0), one)
-    frozen = {"policy": loaded.params, "critic": {"trunk": loaded.params}}  # one base for both
+    adapters = lora.init_lora(loaded.params, jax.random.key(0), spec)
+    frozen = {
+        "policy": loaded.params,
+        "critic": {"trunk": loaded.params},
+    }  # policy and critic share spec base
     params = {"policy": adapters, "critic": {"trunk": adapters, "head": head}}
     state = iteration.init_state(agent, params, jax.random.key(2), updates=3)
     moments = sum(x.size for x in jax.tree.leaves(state.train.opt_state))
@@ -180,7 +183,7 @@ def test_only_adapters_train_and_the_base_is_the_reference(tmp_path):
     )
 
 
-def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
+def test_unusable_adapters_are_refused(tmp_path):
     loaded = load("llama", tmp_path / "base")
     with pytest.raises(ValueError, match="adapts no layer: 'nothing' is found in none of"):
         lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(targets="nothing"))
@@ -189,9 +192,9 @@ def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
             lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(alpha=alpha))
     with pytest.raises(ValueError, match="holds no adapter"):
         adapter_files.load_adapter(tmp_path, loaded.config, "llama")
-    adapters = lora.init_lora(loaded.params, jax.random.key(0), EVERYTHING)
+    adapters = lora.init_lora(loaded.params, jax.random.key(0), ALL_LAYERS)
     adapter_files.save_adapter(
-        tmp_path / "adapter", adapters, EVERYTHING, loaded.config, "llama", "base"
+        tmp_path / "adapter", adapters, ALL_LAYERS, loaded.config, "llama", "base"
     )
     wider = dataclasses.replace(loaded.config, mlp_width=80)
     with pytest.raises(ValueError, match=r"mlp.gate_proj is \(32, 80\) in the model"):
@@ -204,20 +207,20 @@ def test_what_adapts_nothing_or_does_not_fit_is_refused(tmp_path):
         tmp_path / "adapter/adapter_model.safetensors",
         tmp_path / "adapter/adapter_config.json",
     )
-    whole, said = file.read_bytes(), settings.read_text()
-    for content, text, says in (
-        (whole[:90], said, "holds no adapter"),
+    whole, settings_text = file.read_bytes(), settings.read_text()
+    for content, text, message in (
+        (whole[:90], settings_text, "holds no adapter"),
         (whole, "[1]", "no JSON object"),
-        (whole, said.replace("lora_alpha", "alpha"), "lora_alpha is None"),
+        (whole, settings_text.replace("lora_alpha", "alpha"), "lora_alpha is None"),
     ):
         file.write_bytes(content)
         settings.write_text(text)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             adapter_files.load_adapter(tmp_path / "adapter", loaded.config, "llama")
 
 
 def peft_adapter(folder, **settings):
-    """An adapter that peft made over a Llama, noise in it, and the Llama loaded here; and their logits."""
+    """Save a noisy adapter that peft made for a Llama; return the loaded Llama and peft's logits."""
     base = family_peer("llama", folder / "base")
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **settings)).eval()
     with torch.no_grad():
@@ -249,7 +252,7 @@ def test_each_layer_keeps_its_own_scale(tmp_path, settings):
 
 
 @pytest.mark.parametrize(
-    "settings, says",
+    "settings, message",
     [
         ({"init_lora_weights": "olora"}, "base that init_lora_weights 'olora' changed"),
         ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights 'pissa_niter_2' changed"),
@@ -258,9 +261,9 @@ def test_each_layer_keeps_its_own_scale(tmp_path, settings):
         ({"target_modules": ["q_proj", "lm_head"]}, "no output matrix such as lm_head"),
     ],
 )
-def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(tmp_path, settings, says):
+def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path, settings, message):
     loaded, _ = peft_adapter(
         tmp_path, **{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **settings}
     )
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         adapter_files.load_adapter(tmp_path / "adapter", loaded.config, "llama")

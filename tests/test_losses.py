@@ -1,4 +1,4 @@
-"""`ppo_jax.ops.losses`: values and slopes against loops and rlax, where clipping cuts the gradient, and splits that add up."""
+"""Test `ppo_jax.ops.losses` against a numpy oracle, rlax and TRL, and over micro-batches and devices."""
 
 import json
 from functools import partial
@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import rlax
-from helpers import MAPPINGS, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
+from helpers import MAPPINGS, assert_jit_and_vmap_agree, assert_mask_hides, on_devices
 
 from ppo_jax.ops.losses import (
     clipped_policy_loss,
@@ -34,7 +34,7 @@ close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 
 @pytest.fixture
 def policy():
-    """`logprobs, old_logprobs, advantages, mask`, of ratios from about 0.3 to 3."""
+    """Return `logprobs, old_logprobs, advantages, mask` with ratios from about 0.3 to 3."""
     rng = np.random.default_rng(0)
     old = -np.abs(oracles.normal(rng, B, R))
     mask = oracles.ragged_mask(rng, B, R, holes=True)
@@ -43,14 +43,14 @@ def policy():
 
 @pytest.fixture
 def critic(policy):
-    """`values, old_values, returns, mask`; about half of the values left their neighbourhood of ±0.3."""
+    """Return `values, old_values, returns, mask`; about half of the values moved by more than 0.3."""
     rng = np.random.default_rng(7)
     old = oracles.normal(rng, B, R)
     return old + oracles.normal(rng, B, R) / 2, old, oracles.normal(rng, B, R), policy[-1]
 
 
 def token_weights(mask, aggregate) -> np.ndarray:
-    """How much each token weighs in the loss."""
+    """Return the weight of each token in the loss."""
     if aggregate is masked_mean:
         return mask / mask.sum()
     return mask / np.maximum(mask.sum(axis=1, keepdims=True), 1) / mask.any(axis=1).sum()
@@ -61,28 +61,28 @@ def token_weights(mask, aggregate) -> np.ndarray:
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("clips", CLIPS)
-def test_policy_oracle(policy, clips, aggregate):
-    """The loss, and its slope at each token: exactly 0 where clipped, else -ρ A over the count."""
+def test_policy_loss_equals_the_numpy_oracle(policy, clips, aggregate):
+    """The gradient at a token is exactly 0 if it is clipped, else `-ρ A` over the count."""
     loss, slope = jax.value_and_grad(clipped_policy_loss)(*policy, **clips, aggregate=aggregate)
     terms, slopes = oracles.policy_terms(*policy, **clips)
     close(loss, AGGREGATES[aggregate](terms, policy[-1]))
     close(slope, slopes * token_weights(policy[-1], aggregate))
     np.testing.assert_array_equal(np.asarray(slope)[slopes == 0], 0)
-    assert ((slopes == 0) & policy[-1]).any()  # some real token is clipped
+    assert ((slopes == 0) & policy[-1]).any()  # at least one real token is clipped
 
 
 @pytest.mark.parametrize(
     "advantage, ratio, expected",
     [
-        (1.0, 1.5, 0.0),  # good and already likelier: no more
+        (1.0, 1.5, 0.0),  # good and already more likely: clipped
         (1.0, 1.1, -1.1),
-        (1.0, 0.5, -0.5),  # good and now unlikely: comes back, however far it is
-        (-1.0, 0.5, 0.0),  # bad and already unlikelier: no more
+        (1.0, 0.5, -0.5),  # good and now less likely: never clipped
+        (-1.0, 0.5, 0.0),  # bad and already less likely: clipped
         (-1.0, 0.9, 0.9),
-        (-1.0, 1.5, 1.5),  # bad and now likelier: comes back
+        (-1.0, 1.5, 1.5),  # bad and now more likely: never clipped
     ],
 )
-def test_where_the_gradient_is_cut(advantage, ratio, expected):
+def test_gradient_is_clipped_in_one_direction_only(advantage, ratio, expected):
     one = jnp.ones((1, 1))
     of = lambda x: clipped_policy_loss(
         x, 0 * one, advantage * one, one > 0, clip_low=0.2, clip_high=0.2
@@ -92,7 +92,7 @@ def test_where_the_gradient_is_cut(advantage, ratio, expected):
 
 
 @pytest.mark.parametrize("ratio, slope", [(1.5, 1.5), (2.9, 2.9), (3.1, 0.0)])
-def test_dual_clip_bounds_a_bad_token(ratio, slope):
+def test_dual_clip_bounds_the_loss_of_a_bad_token(ratio, slope):
     one = jnp.ones((1, 1))
     of = lambda x: clipped_policy_loss(
         x, 0 * one, -one, one > 0, clip_low=0.2, clip_high=0.2, dual_clip=3.0
@@ -103,8 +103,8 @@ def test_dual_clip_bounds_a_bad_token(ratio, slope):
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_ratio_one(policy, aggregate):
-    """The first step of an update: the loss is minus the mean advantage, and its slope that of plain policy gradient."""
+def test_policy_loss_at_ratio_1(policy, aggregate):
+    """At ratio 1 the loss is minus the mean advantage, with the gradient of plain policy gradient."""
     _, old, advantages, mask = policy
     loss, slope = jax.value_and_grad(clipped_policy_loss)(
         old, old, advantages, mask, clip_low=0.2, clip_high=0.2, aggregate=aggregate
@@ -113,7 +113,7 @@ def test_ratio_one(policy, aggregate):
     close(slope, -advantages * token_weights(mask, aggregate))
 
 
-def test_wide_clip_is_no_clip(policy):
+def test_a_wide_clip_does_not_clip(policy):
     logprobs, old, advantages, mask = policy
     plain = lambda x: -masked_mean(policy_ratio(x, old, mask) * advantages, mask)
     of = lambda x: clipped_policy_loss(x, old, advantages, mask, clip_low=1 - 1e-6, clip_high=1e6)
@@ -121,7 +121,7 @@ def test_wide_clip_is_no_clip(policy):
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.3])
-def test_policy_equals_rlax(policy, epsilon):
+def test_policy_loss_equals_rlax(policy, epsilon):
     logprobs, old, advantages, mask = policy
     theirs = lambda x: rlax.clipped_surrogate_pg_loss(
         jnp.exp(x - old)[mask], advantages[mask], epsilon
@@ -132,7 +132,7 @@ def test_policy_equals_rlax(policy, epsilon):
     jax.tree.map(close, jax.value_and_grad(ours)(logprobs), jax.value_and_grad(theirs)(logprobs))
 
 
-def test_ratio(policy):
+def test_policy_ratio_is_1_outside_the_mask(policy):
     logprobs, old, _, mask = policy
     close(policy_ratio(logprobs, old, mask), np.where(mask, np.exp(logprobs - old), 1))
 
@@ -142,7 +142,7 @@ def test_ratio(policy):
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("clip", [None, 0.3, 0.01])
-def test_value_oracle(critic, clip, aggregate):
+def test_value_loss_equals_the_numpy_oracle(critic, clip, aggregate):
     loss, slope = jax.value_and_grad(clipped_value_loss)(*critic, clip=clip, aggregate=aggregate)
     terms, slopes = oracles.value_terms(*critic, clip=clip)
     close(loss, AGGREGATES[aggregate](terms, critic[-1]))
@@ -151,7 +151,7 @@ def test_value_oracle(critic, clip, aggregate):
     assert clip is None or ((slopes == 0) & critic[-1]).any()
 
 
-def test_wide_value_clip_is_no_clip(critic):
+def test_a_wide_value_clip_does_not_clip(critic):
     jax.tree.map(
         close,
         jax.value_and_grad(clipped_value_loss)(*critic, clip=1e6),
@@ -160,8 +160,8 @@ def test_wide_value_clip_is_no_clip(critic):
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
-def test_value_equals_rlax(critic, clip):
-    """rlax has no clipped value loss; it is the larger of two of its `l2_loss`."""
+def test_value_loss_equals_rlax(critic, clip):
+    """rlax has no clipped value loss, so it is composed of two of its `l2_loss`."""
     values, old, returns, mask = critic
 
     def theirs(v):
@@ -174,8 +174,8 @@ def test_value_equals_rlax(critic, clip):
     jax.tree.map(close, jax.value_and_grad(ours)(values), jax.value_and_grad(theirs)(values))
 
 
-def test_trl_losses():
-    """At the first step of the recorded update, where policy and values are the old ones."""
+def test_losses_of_the_recorded_trl_update():
+    """Compare the first optimizer step of the recorded update, where policy and values are the old ones."""
     meta = json.loads((GOLDEN / "meta.json").read_text())
     config, logged = meta["config"], meta["metrics"]
     with np.load(GOLDEN / "step.npz") as file:
@@ -199,7 +199,7 @@ def test_trl_losses():
     np.testing.assert_allclose(value, logged["loss/value_avg"], rtol=1e-5)
 
 
-# --- together ---
+# --- the PPO loss ---
 
 
 def test_entropy_bonus(policy):
@@ -208,8 +208,8 @@ def test_entropy_bonus(policy):
         close(entropy_bonus(entropies, mask, aggregate=aggregate), oracle(entropies, mask))
 
 
-def whole_loss(policy, critic, value_mask, **options):
-    """`ppo_loss` as a function of what learns, of a batch whose value mask is not the policy's."""
+def make_ppo_loss(policy, critic, value_mask, **options):
+    """Return `ppo_loss` of a batch as a function of log-probs, values and entropies, and those three."""
     logprobs, old_logprobs, advantages, mask = policy
     values, old_values, returns, _ = critic
     fixed = {
@@ -235,7 +235,7 @@ def whole_loss(policy, critic, value_mask, **options):
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_ppo_loss_is_the_sum_of_its_terms(policy, critic, aggregate):
     value_mask = np.roll(policy[-1], 1, axis=1) | policy[-1]
-    of, learned = whole_loss(policy, critic, value_mask, aggregate=aggregate, dual_clip=1.5)
+    of, learned = make_ppo_loss(policy, critic, value_mask, aggregate=aggregate, dual_clip=1.5)
     loss, terms = of(*learned)
     clips = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5}
     oracle = AGGREGATES[aggregate]
@@ -252,8 +252,8 @@ def test_ppo_loss_is_the_sum_of_its_terms(policy, critic, aggregate):
     )
 
 
-def test_value_aggregate_may_differ(policy, critic):
-    of, learned = whole_loss(
+def test_policy_and_value_may_be_averaged_differently(policy, critic):
+    of, learned = make_ppo_loss(
         policy, critic, policy[-1], aggregate=sequence_mean, value_aggregate=masked_mean
     )
     _, terms = of(*learned)
@@ -263,7 +263,7 @@ def test_value_aggregate_may_differ(policy, critic):
 
 def test_the_entropy_weight_may_be_traced(policy, critic):
     """A schedule of the weight is an array, and even a weight of 0 then keeps its term."""
-    of = lambda weight: whole_loss(policy, critic, policy[-1], entropy_coef=weight)
+    of = lambda weight: make_ppo_loss(policy, critic, policy[-1], entropy_coef=weight)
     traced = jax.jit(lambda weight: of(weight)[0](*of(weight)[1])[0])
     for weight in (0.0, 0.25):
         function, learned = of(weight)
@@ -272,16 +272,16 @@ def test_the_entropy_weight_may_be_traced(policy, critic):
 
 @pytest.mark.parametrize("aggregation", [BY_TOKEN, BY_SEQUENCE], ids=["token", "sequence"])
 def test_micro_batches_add_up(policy, critic, aggregation):
-    """Loss and gradient of the parts, each over the counts of the whole, sum to those of the whole."""
+    """With global counts, losses and gradients of micro-batches sum to those of the whole batch."""
     value_mask = np.roll(policy[-1], 1, axis=1) | policy[-1]
     counted = lambda mask: partial(aggregation.mean, count=aggregation.count(mask))
     options = {"aggregate": counted(policy[-1]), "value_aggregate": counted(value_mask)}
-    of, learned = whole_loss(policy, critic, value_mask, aggregate=aggregation.mean)
+    of, learned = make_ppo_loss(policy, critic, value_mask, aggregate=aggregation.mean)
     whole, gradient = jax.jit(jax.value_and_grad(lambda xs: of(*xs)[0]))(learned)
     total, gradients = 0.0, []
     for rows in np.split(np.arange(B), [3, 4, 10]):
         part = lambda xs, rows=rows: [x[rows] for x in xs]
-        of, learned = whole_loss(part(policy), part(critic), value_mask[rows], **options)
+        of, learned = make_ppo_loss(part(policy), part(critic), value_mask[rows], **options)
         loss, slope = jax.jit(jax.value_and_grad(lambda xs, of=of: of(*xs)[0]))(learned)
         total += loss
         gradients.append(slope)
@@ -290,10 +290,10 @@ def test_micro_batches_add_up(policy, critic, aggregation):
 
 
 @pytest.mark.parametrize("how", MAPPINGS)
-def test_devices(policy, how):
-    """Local sum over the global count, then a sum over devices, for the loss and the gradient of a shared parameter."""
+def test_loss_and_gradient_over_devices(policy, how):
+    """Local sums over the global count, summed over devices, give the loss and gradient of one device."""
     mask = policy[-1]
-    mask[:2], mask[2:4] = False, True  # one device without a real token, one full
+    mask[:2], mask[2:4] = False, True  # one device has no real token, one has no masked token
 
     def loss(shift, logprobs, old, advantages, mask, aggregate=masked_mean):
         return clipped_policy_loss(
@@ -332,28 +332,28 @@ OF_VALUES = {
 
 
 @pytest.mark.parametrize("name", OF_POLICY | OF_VALUES)
-def test_jit_vmap_and_blind_under_mask(policy, critic, name):
+def test_jit_vmap_and_masked_entries(policy, critic, name):
     function, arrays = (OF_POLICY | OF_VALUES)[name], policy if name in OF_POLICY else critic
     assert_jit_and_vmap_agree(function, *arrays)
-    assert_blind_under_mask(lambda *xs: function(*xs, arrays[-1]), arrays[:-1], arrays[-1])
+    assert_mask_hides(lambda *xs: function(*xs, arrays[-1]), arrays[:-1], arrays[-1])
 
 
-def test_ppo_loss_jit_vmap_and_blind_under_mask(policy, critic):
+def test_ppo_loss_jit_vmap_and_masked_entries(policy, critic):
     mask = policy[-1]
 
     def of(logprobs, old_logprobs, advantages, values, old_values, returns, entropies, mask):
         batch = (logprobs, old_logprobs, advantages, mask), (values, old_values, returns, mask)
-        function, _ = whole_loss(*batch, mask, dual_clip=1.5)
+        function, _ = make_ppo_loss(*batch, mask, dual_clip=1.5)
         return function(logprobs, values, entropies)[0]
 
     arrays = (*policy[:3], *critic[:3], np.abs(policy[2]))
     assert_jit_and_vmap_agree(of, *arrays, mask)
-    assert_blind_under_mask(lambda *xs: of(*xs, mask), arrays, mask)
+    assert_mask_hides(lambda *xs: of(*xs, mask), arrays, mask)
 
 
-def test_no_real_token_is_no_loss(policy, critic):
+def test_an_empty_mask_gives_zero_loss(policy, critic):
     none = np.zeros((B, R), bool)
-    of, learned = whole_loss((*policy[:3], none), (*critic[:3], none), none)
+    of, learned = make_ppo_loss((*policy[:3], none), (*critic[:3], none), none)
     loss, gradients = jax.value_and_grad(lambda xs: of(*xs)[0])(learned)
     assert loss == 0
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradients)
@@ -361,7 +361,7 @@ def test_no_real_token_is_no_loss(policy, critic):
 
 @pytest.mark.parametrize("which", range(4))
 def test_shapes_must_match(policy, which):
-    """A `[B, 1]` among `[B, R]` would broadcast into a number that looks right."""
+    """A `[B, 1]` array is refused, because it would broadcast to a plausible but wrong number."""
     bad = [x[:, :1] if i == which else x for i, x in enumerate(policy)]
     with pytest.raises(AssertionError):
         clipped_policy_loss(*bad, clip_low=0.2, clip_high=0.2)

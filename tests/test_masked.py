@@ -1,4 +1,4 @@
-"""`ppo_jax.ops.masked`: against loops over the kept entries, on 8 devices, and with anything under the mask."""
+"""Test `ppo_jax.ops.masked` against a numpy oracle, over 8 devices, and with NaN under the mask."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from helpers import MAPPINGS, assert_blind_under_mask, assert_jit_and_vmap_agree, on_devices
+from helpers import MAPPINGS, assert_jit_and_vmap_agree, assert_mask_hides, on_devices
 
 from ppo_jax.ops import masked
 
@@ -19,11 +19,11 @@ close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 def batch(request):
     rng = np.random.default_rng(0)
     mask = oracles.ragged_mask(rng, B, R, holes=request.param == "holes")
-    mask[3] = False  # a row with no real token
+    mask[3] = False  # a row without real tokens
     return 3 * oracles.normal(rng, B, R) + 5, mask
 
 
-def test_moments(batch):
+def test_moments_equal_the_numpy_oracle(batch):
     x, mask = batch
     close(masked.masked_sum(x, mask), sum(oracles.kept(x, mask)))
     assert masked.masked_count(mask) == mask.sum()
@@ -38,7 +38,7 @@ def test_moments(batch):
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_whiten(batch, shift_mean, unbiased):
+def test_whitening_equals_the_numpy_oracle(batch, shift_mean, unbiased):
     x, mask = batch
     options = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": 1e-3}
     white = masked.masked_whiten(x, mask, **options)
@@ -46,21 +46,21 @@ def test_whiten(batch, shift_mean, unbiased):
     np.testing.assert_array_equal(np.asarray(white)[~mask], 0)
 
 
-def test_whiten_undoes_scale_and_shift(batch):
+def test_whitening_removes_scale_and_shift(batch):
     x, mask = batch
     close(masked.masked_whiten(4 * x + 100, mask), masked.masked_whiten(x, mask), atol=2e-4)
     close(masked.masked_var(masked.masked_whiten(x, mask), mask), 1)
 
 
 def test_variance_far_from_zero():
-    """`E[x²] - E[x]²` would lose all digits here."""
+    """The formula `E[x²] - E[x]²` would lose all digits here."""
     x = 4096 + np.array([-1.0, 0.0, 1.0, 9.0], np.float32)
     close(masked.masked_var(x, x < 4100), 2 / 3)
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_few_entries(unbiased):
-    """One entry has no spread and no entry has no mean: 0, not NaN."""
+def test_variance_and_mean_of_one_or_no_entry(unbiased):
+    """The variance of one entry and the mean of none are 0, not NaN."""
     x, none = np.full((2, 3), 7, np.float32), np.zeros((2, 3), bool)
     one = none.copy()
     one[1, 1] = True
@@ -77,8 +77,8 @@ def test_few_entries(unbiased):
 @pytest.mark.parametrize(
     "aggregation", [masked.BY_TOKEN, masked.BY_SEQUENCE], ids=["token", "sequence"]
 )
-def test_parts_add_up(batch, aggregation):
-    """With the count of the whole batch, micro-batches of any size sum to its mean; the plain mean of means does not."""
+def test_micro_batches_add_up(batch, aggregation):
+    """With the global count, micro-batches sum to the mean; a plain mean of means differs."""
     x, mask = batch
     mean, count = aggregation.mean, aggregation.count
     parts = list(zip(np.split(x, [3, 4, 10]), np.split(mask, [3, 4, 10]), strict=True))
@@ -108,19 +108,19 @@ def test_jit_and_vmap(batch, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_blind_under_mask(batch, name):
+def test_masked_entries_have_no_influence(batch, name):
     x, mask = batch
     weights = np.linspace(-1, 2, R, dtype=np.float32)[
         None
-    ]  # the plain sum of whitened entries has no gradient
+    ]  # weights, because the plain sum of whitened entries has no gradient
     of = lambda x: jnp.sum(FUNCTIONS[name](x, mask) * weights)
-    assert_blind_under_mask(of, (x,), mask)
+    assert_mask_hides(of, (x,), mask)
 
 
 @pytest.mark.parametrize("how", MAPPINGS)
 @pytest.mark.parametrize("name", GLOBAL)
-def test_devices(how, name):
-    """Global moments, though the devices hold 0 to 14 real tokens each; per-device moments would differ."""
+def test_moments_over_devices_are_global(how, name):
+    """Devices hold 0 to 14 real tokens each, so moments per device would differ."""
     rng = np.random.default_rng(5)
     x, mask = oracles.normal(rng, B, R) + 2, oracles.ragged_mask(rng, B, R)
     mask[:2], mask[2:4] = False, True
@@ -131,7 +131,7 @@ def test_devices(how, name):
 
 
 @pytest.mark.parametrize("how", MAPPINGS)
-def test_counts_on_devices(how):
+def test_counts_over_devices_are_global(how):
     mask = oracles.ragged_mask(np.random.default_rng(5), B, R)
     mask[:2] = False
     for count in (masked.masked_count, masked.sequence_count):
@@ -140,7 +140,7 @@ def test_counts_on_devices(how):
         )
 
 
-def test_gradient_of_mean(batch):
+def test_gradient_of_a_mean(batch):
     x, mask = batch
     close(jax.grad(masked.masked_mean)(x, mask), mask / mask.sum())
     per_row = mask / np.maximum(mask.sum(axis=1, keepdims=True), 1) / mask.any(axis=1).sum()
@@ -155,6 +155,6 @@ def test_shapes_must_match(function):
         function(jnp.ones((2, 3)), jnp.ones((2, 1), bool))
 
 
-def test_sequence_mean_sums_wide():
+def test_sequence_mean_of_float16_is_summed_in_float32():
     out = masked.sequence_mean(jnp.full((1, 300), 300.0, jnp.float16), jnp.ones((1, 300), bool))
     assert out.dtype == jnp.float32 and out == 300

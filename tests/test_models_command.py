@@ -1,4 +1,4 @@
-"""`ppo-jax info` and `convert`, and GPT-3's sizes."""
+"""Test the commands `info` and `convert`, and the sizes of GPT-3."""
 
 import functools
 
@@ -27,15 +27,15 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_gpt3_has_the_parameters_that_its_name_says(size):
-    """But for 1.3b, whose 24 published heads of 128 are wider than its width of 2048: 1.52 billion."""
+def test_gpt3_has_the_published_number_of_parameters(size):
+    """The size 1.3b is left out: its published 24 heads of width 128 do not fit its width of 2048."""
     count = pretrained.count_params(
         jax.eval_shape(lambda: init_params(sizes.gpt3(size), jax.random.key(0)))
     )
     assert count == pytest.approx(PUBLISHED[size], rel=0.04)
 
 
-def test_info_counts_what_is_in_the_file(tmp_path, capsys):
+def test_info_counts_parameters(tmp_path, capsys):
     model = tiny_policy()
     pretrained.save_policy(tmp_path, model, word_tokenizer())
     cli.main(
@@ -50,31 +50,30 @@ def test_info_counts_what_is_in_the_file(tmp_path, capsys):
             "8",
         ]
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        f"gpt2, {pretrained.count_params(model.params):,} parameters" in said and "together" in said
+        f"gpt2, {pretrained.count_params(model.params):,} parameters" in printed
+        and "together" in printed
     )
     with pytest.raises(SystemExit):
         cli.main(["info", str(tmp_path / "none")])
 
 
-def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(
-    tmp_path, capsys, monkeypatch
-):
+def test_info_reads_only_the_config_and_checks_prompt_tokens(tmp_path, capsys, monkeypatch):
     model = tiny_policy()
     pretrained.save_policy(tmp_path, model)
     (tmp_path / "model.safetensors").unlink()
-    asked = []
+    requested = []
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
-        lambda name, allow_patterns, **_: asked.append(allow_patterns) or tmp_path,
+        lambda name, allow_patterns, **_: requested.append(allow_patterns) or tmp_path,
     )
     for name in (str(tmp_path), "an/id"):
         cli.main(["info", name, "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
         assert f"{pretrained.count_params(model.params):,} parameters" in capsys.readouterr().out
-    assert asked == [("config.json",)]
-    room = model.config.positions - 8
-    for command, tokens in (("info", -50), ("info", room + 1), ("plan", 0)):
+    assert requested == [("config.json",)]
+    longest = model.config.positions - 8
+    for command, tokens in (("info", -50), ("info", longest + 1), ("plan", 0)):
         with pytest.raises(SystemExit):
             cli.main(
                 [
@@ -87,38 +86,39 @@ def test_info_reads_the_config_alone_and_checks_the_length_of_a_prompt(
                     str(tokens),
                 ]
             )
-        assert f"prompt_tokens={tokens} must lie in 1 .. {room}" in capsys.readouterr().err
+        assert f"prompt_tokens={tokens} must lie in 1 .. {longest}" in capsys.readouterr().err
 
 
-def test_memory_falls_with_adapters_remat_and_micro_batches():
+def test_memory_estimates_fall_with_adapters_remat_and_micro_batches():
     config, ppo = sizes.gpt3("gpt3-125m"), PPOConfig(batch_size=64)
-    account = lambda config=config, ppo=ppo, adapters=None: models.memory(
+    memory = lambda config=config, ppo=ppo, adapters=None: models.memory(
         config, ppo, prompt_tokens=64, critic="separate", adapters=adapters
     )
-    whole = account()
-    assert whole["gradients"] * 2 == whole["AdamW's moments"] and whole[
+    estimate = memory()
+    assert estimate["gradients"] * 2 == estimate["AdamW's moments"] and estimate[
         "parameters and reference"
-    ] == pytest.approx(1.5 * whole["gradients"], rel=0.01)
-    assert account(adapters=lora.LoRA())["AdamW's moments"] < 0.01 * whole["AdamW's moments"]
+    ] == pytest.approx(1.5 * estimate["gradients"], rel=0.01)
+    assert memory(adapters=lora.LoRA())["AdamW's moments"] < 0.01 * estimate["AdamW's moments"]
     assert (
-        account(adapters=lora.LoRA())["parameters and reference"]
-        < 0.4 * whole["parameters and reference"]
+        memory(adapters=lora.LoRA())["parameters and reference"]
+        < 0.4 * estimate["parameters and reference"]
     )
     activations = "activations of a micro-batch"
     assert (
-        account(ppo=PPOConfig(batch_size=64, micro_batch=4))[activations] * 4 == whole[activations]
+        memory(ppo=PPOConfig(batch_size=64, micro_batch=4))[activations] * 4
+        == estimate[activations]
     )
     assert (
-        account(config=models.describe("gpt3-125m", "float32", True)[1])[activations]
-        < 0.3 * whole[activations]
+        memory(config=models.describe("gpt3-125m", "float32", True)[1])[activations]
+        < 0.3 * estimate[activations]
     )
 
 
 def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
-    model, one = tiny_policy(), lora.LoRA(rank=2)
+    model, spec = tiny_policy(), lora.LoRA(rank=2)
     pretrained.save_policy(tmp_path / "base", model, word_tokenizer())
-    adapters = noisy_adapters(lora.init_lora(model.params, jax.random.key(0), one))
-    adapter_files.save_adapter(tmp_path / "adapter", adapters, one, model.config, "gpt2", "base")
+    adapters = noisy_adapters(lora.init_lora(model.params, jax.random.key(0), spec))
+    adapter_files.save_adapter(tmp_path / "adapter", adapters, spec, model.config, "gpt2", "base")
     arguments = [
         "convert",
         "--model",
@@ -129,10 +129,10 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
         str(tmp_path / "new"),
     ]
     cli.main(arguments)
-    want = lora.merge(models.overlay(model.params, adapters), one.scale)
+    want = lora.merge(models.overlay(model.params, adapters), spec.scale)
     close = functools.partial(
         np.testing.assert_allclose, atol=1e-6
-    )  # the product is summed in another order
+    )  # the product is summed in a different order
     jax.tree.map(close, pretrained.load_policy(tmp_path / "new").params, want)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert (
@@ -154,7 +154,7 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
         "other": ("scorer", "is a GPT2ForSequenceClassification, without"),
         "third": ("encoder", "is a BertModel, without"),
     }
-    for out, (source, says) in refused.items():
+    for out, (source, message) in refused.items():
         with pytest.raises(SystemExit):
             cli.main(["convert", "--model", str(tmp_path / source), "--out", str(tmp_path / out)])
-        assert says in capsys.readouterr().err and not (tmp_path / out).exists()
+        assert message in capsys.readouterr().err and not (tmp_path / out).exists()
