@@ -1,7 +1,7 @@
-"""Settings of JAX for all tests: 8 virtual CPU devices, no implicit broadcasting between ranks, no access to a model hub.
+"""Set up JAX for all tests: 8 virtual CPU devices, no broadcasting between ranks, no model hub.
 
-The settings are environment variables where possible, so that the processes that tests start have them too. Compiled programs are
-kept in a cache folder that all processes of one session share.
+Most settings are environment variables, so that processes that tests start have them too. All
+processes of a session share a cache of compiled programs.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""What several test modules build and check with: tiny models and runs, peers in PyTorch, command lines, numeric checks.
+"""Builders and checks shared by test modules: tiny models and runs, peers in PyTorch, commands.
 
-`oracles` holds the reference implementations in numpy. PyTorch is imported only by the functions that need it, because the processes
-that tests start import this module too and must start quickly.
+Reference implementations in numpy are in `oracles`. PyTorch is imported only where it is needed,
+because processes that tests start import this module too and should start quickly.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,10 @@ WORDS = ["<end>", *(chr(ord("a") + i) for i in range(20))]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose words are the letters `a` to `t`; an unknown word becomes `a`, and `<end>` is the end token."""
+    """Return a tokenizer whose words are the letters `a` to `t`.
+
+    `<end>` is the end token, and an unknown word becomes `a`.
+    """
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
@@ -47,7 +50,7 @@ def tiny_config(**changes) -> TransformerConfig:
 
 
 def tiny_policy(**changes) -> Pretrained:
-    """Return a model of `tiny_config(**changes)` with random weights, ready for `pretrained.save_policy`."""
+    """Return a random model of `tiny_config(**changes)`, ready for `pretrained.save_policy`."""
     config = tiny_config(**changes)
     params = init_params(config, jax.random.key(0))
     return Pretrained(config, params, gpt2.config_to_hf(config, end_id=0))
@@ -131,7 +134,8 @@ def full_trainer(
 ) -> Trainer:
     """Return a run whose checkpoint must hold all that a checkpoint can hold.
 
-    It has adapters, a separate critic, adaptive KL, score scaling and target KL. `loop` overrides fields of `LoopConfig`.
+    It has adapters, a separate critic, adaptive KL, score scaling and target KL. `loop` overrides
+    fields of `LoopConfig`.
     """
     config = tiny_config(layers=1, lora_scale=2.0 if adapters else 1.0)
     tokenizer = word_tokenizer()
@@ -157,6 +161,15 @@ def full_trainer(
     )
 
 
+def has_zero_gradient(path: tuple) -> bool:
+    """Whether a parameter is the bias of keys, whose gradient is 0 up to rounding.
+
+    It shifts all attention scores of a query alike, which the softmax ignores. Adam turns the
+    rounding noise into steps of the learning rate, so such parameters are not compared.
+    """
+    return [part.key for part in path][-2:] == ["k", "bias"]
+
+
 # --- commands ---
 
 
@@ -166,7 +179,7 @@ def options(given: dict) -> list[str]:
 
 
 def command_line(command: str, **given) -> list[str]:
-    """Return a command with its options: `command_line("generate", max_new_tokens=3)` ends with `--max_new_tokens 3`."""
+    """Return a command followed by its options, as arguments of `cli.main`."""
     return [command, *options(given)]
 
 
@@ -298,7 +311,10 @@ def family_peer(case: str, folder):
 
 
 def save_random_peer(model_class, config, folder):
-    """Save a random model with noise on every parameter: biases and norms start at 0 and 1, which would hide a wrong one."""
+    """Save and return a random model with noise on every parameter.
+
+    Without noise, biases are 0 and norms are 1, and tests would not notice if they were mixed up.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -340,7 +356,10 @@ MAPPINGS = ("vmap", "pmap", "shard_map")
 def assert_jit_and_vmap_agree(
     function: Callable, *arrays, rtol: float = 1e-5, atol: float = 1e-6
 ) -> None:
-    """`function` gives the same plainly, compiled, and mapped over a new leading axis (of the arrays and their rows reversed)."""
+    """Assert that `function` gives the same results plain, under `jit`, and under `jit` of `vmap`.
+
+    `vmap` maps over a new leading axis, which stacks the arrays and the arrays with reversed rows.
+    """
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
     arrays = tuple(jnp.asarray(x) for x in arrays)
     reversed_rows = tuple(x[::-1] for x in arrays)
@@ -353,33 +372,37 @@ def assert_jit_and_vmap_agree(
     jax.tree.map(close, mapped, jax.tree.map(lambda *xs: jnp.stack(xs), *plain))
 
 
-def on_devices(how: str, function: Callable, *arrays):
-    """Runs `function` on 8 pieces of the arrays' rows, with the axis "devices" between them; the results have a leading 8."""
+def on_devices(mapping: str, function: Callable, *arrays):
+    """Run `function` on 8 shards of the rows, mapped over the axis "devices".
+
+    Returns:
+      The results, stacked along a new leading axis of size 8.
+    """
     pieces = [jnp.asarray(x).reshape(DEVICES, -1, *x.shape[1:]) for x in arrays]
-    if how == "vmap":
+    if mapping == "vmap":
         return jax.vmap(function, axis_name="devices")(*pieces)
-    if how == "pmap":
+    if mapping == "pmap":
         return jax.pmap(function, axis_name="devices")(*pieces)
-    assert how == "shard_map", how
+    assert mapping == "shard_map", mapping
     mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("devices")
-    one = lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs)))
-    return jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec))(*pieces)
+    on_shard = lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs)))
+    return jax.jit(jax.shard_map(on_shard, mesh=mesh, in_specs=spec, out_specs=spec))(*pieces)
 
 
 def assert_mask_hides(function: Callable, arrays: tuple, mask) -> None:
-    """Whatever stands outside `mask` in any of the arrays: same value, same gradient, and no gradient there.
+    """Assert that masked entries of the arrays change neither value nor gradient, even if NaN.
 
-    The value must be free of NaN, and so must the gradient: a NaN that the forward pass drops comes back through the chain rule
-    as `0 · NaN` unless it is replaced *before* the arithmetic.
+    The gradient of masked entries must be 0. A NaN that the forward pass drops would return in the
+    gradient as `0 · NaN`, unless it is replaced before any arithmetic.
     """
     mask = np.asarray(mask)
     run = jax.jit(jax.value_and_grad(function, argnums=tuple(range(len(arrays)))))
-    fill = lambda what: tuple(jnp.asarray(np.where(mask, x, np.float32(what))) for x in arrays)
+    fill = lambda filler: tuple(jnp.asarray(np.where(mask, x, np.float32(filler))) for x in arrays)
     value, gradients = run(*fill(0))
     assert np.isfinite(value)
-    for what in (1e6, np.inf, np.nan):
-        value_now, gradients_now = run(*fill(what))
+    for filler in (1e6, np.inf, np.nan):
+        value_now, gradients_now = run(*fill(filler))
         np.testing.assert_array_equal(value_now, value)
         for now, before in zip(gradients_now, gradients, strict=True):
             np.testing.assert_array_equal(now, before)

@@ -1,4 +1,4 @@
-"""What the library computes, once more: slow float64 loops in plain numpy, written from the definitions and not from its code."""
+"""Reference implementations: slow float64 loops in numpy, written from the definitions."""
 
 import math
 
@@ -8,7 +8,10 @@ import numpy as np
 
 
 def ragged_mask(rng: np.random.Generator, B: int, R: int, *, holes: bool = False) -> np.ndarray:
-    """`[B, R]` bool with full responses, of one token, of random length; with `holes`, every other row is masked inside."""
+    """Return a `[B, R]` bool mask with a full first row, one token in the last, the rest random.
+
+    With `holes`, every other row also has masked entries inside.
+    """
     lengths = rng.integers(1, R + 1, B)
     lengths[0], lengths[-1] = R, 1
     mask = np.arange(R) < lengths[:, None]
@@ -52,7 +55,10 @@ def whiten(x, mask, *, shift_mean=True, unbiased=False, eps=1e-8) -> np.ndarray:
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap_value=None) -> np.ndarray:
-    """By the sum `A_t = Σ_k (Π γ λ) δ_k` over the real steps alone; a masked step shows the advantage of the next real one."""
+    """Compute `A_t = Σ_k (Π γ λ) δ_k` over real steps.
+
+    A masked step has the advantage of the next real step.
+    """
     B, R = rewards.shape
     gamma, lam = np.broadcast_to(gamma, (B, R)), np.broadcast_to(lam, (B, R))
     out = np.zeros((B, R))
@@ -74,7 +80,7 @@ def gae(rewards, values, mask, gamma, lam, bootstrap_value=None) -> np.ndarray:
 
 
 def carried_values(values, mask, bootstrap_value=None) -> np.ndarray:
-    """A masked step has the value of the next real one."""
+    """Give each masked step the value of the next real step."""
     out = np.array(values, np.float64)
     for b, t in np.argwhere(~np.asarray(mask)):
         later = [k for k in range(t + 1, out.shape[1]) if mask[b, k]]
@@ -133,7 +139,7 @@ KL = {
 
 
 def policy_terms(logprobs, old_logprobs, advantages, mask, *, clip_low, clip_high, dual_clip=None):
-    """Per token: the term of the loss and its derivative by the log-prob; 0 outside the mask."""
+    """Return each token's loss and its derivative by the log-prob; both are 0 outside the mask."""
     loss, slope = np.zeros(mask.shape), np.zeros(mask.shape)
     for i in zip(*np.nonzero(mask), strict=True):
         ratio, advantage = (
@@ -154,7 +160,7 @@ def policy_terms(logprobs, old_logprobs, advantages, mask, *, clip_low, clip_hig
 
 
 def value_terms(values, old_values, returns, mask, *, clip):
-    """Per step: the term of the loss and its derivative by the value; 0 outside the mask."""
+    """Return each step's loss and its derivative by the value; both are 0 outside the mask."""
     loss, slope = np.zeros(mask.shape), np.zeros(mask.shape)
     for i in zip(*np.nonzero(mask), strict=True):
         v, old, target = float(values[i]), float(old_values[i]), float(returns[i])
@@ -193,7 +199,7 @@ def token_rewards(scores, kl, mask, *, kl_coef, score_at, token_scores=None) -> 
 
 
 def running_scale(batches, eps=1e-8) -> list[np.ndarray]:
-    """Each batch over the deviation of every finite score seen up to and with it."""
+    """Divide each batch by the deviation of all finite scores up to and including it."""
     seen, out = [], []
     for batch in batches:
         seen += [float(s) for s in batch if math.isfinite(s)]

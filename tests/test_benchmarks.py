@@ -27,8 +27,8 @@ def test_phases_writes_every_figure(tmp_path):
     ):
         assert found[name] > 0
     work = work_.WORKS["tiny"]
-    # Policy and critic each take a forward pass and a backward pass of twice its cost. Counting only
-    # the matrix products of the blocks gives a lower bound.
+    # Policy and critic each take a forward pass and a backward pass of twice its cost. Counting
+    # only the matrix products of the blocks gives a lower bound.
     tokens, read = (
         work.prompts * (work.prompt_tokens + work.new_tokens - 1),
         work.prompts * work.new_tokens,

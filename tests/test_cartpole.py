@@ -48,13 +48,13 @@ def test_never_overwrites_a_result(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"minibatches": 3}, {"updates": 3}])
-def test_settings_that_cannot_run_are_refused(tmp_path, wrong):
+def test_invalid_settings_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match="=3"):
         cartpole.Settings(out=tmp_path, **wrong)
 
 
 def test_only_a_time_limit_bootstraps_from_the_value_of_the_final_state():
-    """In three environments, the first of two steps ends in a fall, ends at a time limit, or goes on.
+    """In three environments, the first of two steps falls, reaches a time limit, or goes on.
 
     The value of a state is its first number.
     """

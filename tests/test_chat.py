@@ -15,7 +15,10 @@ from ppo_jax.models.io import pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
 from ppo_jax.run.assembly import stop_ids
 
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} t {% endfor %}{% if add_generation_prompt %}a {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }} {{ m.content }} t {% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
 
 
 def chat_tokenizer():
@@ -82,11 +85,13 @@ def test_stop_tokens_are_those_of_model_template_and_user(tmp_path):
             True,
         ),
         (
-            "{% for m in messages %}{% for part in m.content %}{{ part.text|trim }}{% endfor %}<turn>{% endfor %}",
+            "{% for m in messages %}{% for part in m.content %}{{ part.text|trim }}{% endfor %}"
+            "<turn>{% endfor %}",
             True,
         ),
         (
-            "{% for m in messages %}{{ m.content }}{% if not loop.last %}<turn>{% endif %}{% endfor %}",
+            "{% for m in messages %}{{ m.content }}{% if not loop.last %}<turn>{% endif %}"
+            "{% endfor %}",
             True,
         ),
         ("{% for m in messages %}{{ m.role }}<end>{% endfor %}", False),

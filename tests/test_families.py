@@ -82,7 +82,7 @@ def test_load_and_save_is_bit_identical(tmp_path, case):
 
 @pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Bert", "Roberta"])
 def test_scores_equal_transformers_after_loading_and_saving(tmp_path, name):
-    """A reward model equals its `ForSequenceClassification` class; BERT and RoBERTa are encoders."""
+    """A reward model equals its `ForSequenceClassification`; BERT and RoBERTa are encoders."""
     torch.manual_seed(0)
     options = {
         **FAMILY_SIZE,

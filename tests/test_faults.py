@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from helpers import FULL_PPO, full_trainer, likes_b, tiny_policy, word_tokenizer
+from helpers import FULL_PPO, full_trainer, likes_b, options, tiny_policy, word_tokenizer
 from tokenizers import normalizers
 
 from ppo_jax import cli, data, errors
@@ -268,12 +268,12 @@ def folder(tmp_path_factory):
     (place / "reward.py").write_text(
         "def score(prompts, responses):\n    return [r.count('b') for r in responses]\n"
     )
-    cli.main(train(place, "run"))
+    cli.main(train_command(place, "run"))
     return place
 
 
-def train(place, out, **more):
-    options = {
+def train_command(place, out, **more):
+    given = {
         "model": place / "model",
         "prompts": place / "prompts.txt",
         "reward": f"{place / 'reward.py'}:score",
@@ -286,19 +286,17 @@ def train(place, out, **more):
         "lora.rank": 2,
         "ppo.learning-rate": 0.03,
     } | more
-    return [
-        "train",
-        "--loop.no-progress",
-        "--mesh",
-        "data=1",
-        *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
-    ]
+    return ["train", "--loop.no-progress", "--mesh", "data=1", *options(given)]
+
+
+def replay_command(run, update, out):
+    return ["replay", str(run), "--update", str(update), "--out", str(out)]
 
 
 def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
     summary = read_json(folder / "run/summary.json")
-    cli.main(train(folder, "half", **{"loop.updates": 3}))
-    cli.main(train(folder, "half", resume="yes"))
+    cli.main(train_command(folder, "half", **{"loop.updates": 3}))
+    cli.main(train_command(folder, "half", resume="yes"))
     assert (
         capsys.readouterr().out.splitlines()[-1]
         == f"Digest of the final parameters: {summary['digest']}"
@@ -319,15 +317,13 @@ def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
     }
     assert all(config["hashes"].values())
     with pytest.raises(SystemExit):
-        cli.main(train(folder, "half", resume="yes", **{"ppo.lam": 0.5}))
+        cli.main(train_command(folder, "half", resume="yes", **{"ppo.lam": 0.5}))
     assert "ppo.lam was 0.95" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("update", [0, 3, 4])
 def test_replay_gives_the_same_bits(folder, tmp_path, update, capsys):
-    cli.main(
-        ["replay", str(folder / "run"), "--update", str(update), "--out", str(tmp_path / "again")]
-    )
+    cli.main(replay_command(folder / "run", update, tmp_path / "again"))
     out = capsys.readouterr().out
     assert "All its metrics are those of the run." in out
     original = [row for row in read_lines(folder / "run/samples.jsonl") if row["update"] == update]
@@ -342,7 +338,7 @@ def test_replay_skips_damaged_checkpoints(folder, tmp_path, capsys):
     for file in (tmp_path / "run/checkpoints/4/state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    cli.main(["replay", str(tmp_path / "run"), "--update", "4", "--out", str(tmp_path / "again")])
+    cli.main(replay_command(tmp_path / "run", 4, tmp_path / "again"))
     printed = capsys.readouterr()
     assert (
         "All its metrics are those of the run." in printed.out
@@ -356,7 +352,7 @@ def test_replay_without_an_earlier_checkpoint_starts_at_update_0(folder, tmp_pat
     for checkpoint in (tmp_path / "run/checkpoints").iterdir():
         if int(checkpoint.name) < 5:
             shutil.rmtree(checkpoint)
-    cli.main(["replay", str(tmp_path / "run"), "--update", "2", "--out", str(tmp_path / "again")])
+    cli.main(replay_command(tmp_path / "run", 2, tmp_path / "again"))
     printed = capsys.readouterr()
     assert "All its metrics are those of the run." in printed.out
     assert "no checkpoint at or before update 2: all before it is done again." in printed.err
@@ -368,20 +364,11 @@ def test_replay_of_a_folder_or_update_that_does_not_exist_is_refused(folder, tmp
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["replay", str(wrong), "--update", "1", "--out", str(tmp_path / "new")])
+            cli.main(replay_command(wrong, 1, tmp_path / "new"))
         assert stop.value.code == 2 and message in capsys.readouterr().err
     for update in (-1, 6):
         with pytest.raises(SystemExit) as stop:
-            cli.main(
-                [
-                    "replay",
-                    str(folder / "run"),
-                    "--update",
-                    str(update),
-                    "--out",
-                    str(tmp_path / "new"),
-                ]
-            )
+            cli.main(replay_command(folder / "run", update, tmp_path / "new"))
         assert stop.value.code == 2 and "must lie in 0 .. 5" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -394,7 +381,7 @@ def test_replay_of_a_faulty_update_reproduces_the_fault(folder, tmp_path, gives,
     (tmp_path / "reward.py").write_text(f"def score(prompts, responses):\n    return {gives}\n")
     with pytest.raises(SystemExit):
         cli.main(
-            train(
+            train_command(
                 folder,
                 tmp_path / "run",
                 reward=f"{tmp_path / 'reward.py'}:score",
@@ -405,9 +392,7 @@ def test_replay_of_a_faulty_update_reproduces_the_fault(folder, tmp_path, gives,
         "No optimizer step of the run was taken" in capsys.readouterr().err
         and not (tmp_path / "run/model").exists()
     )
-    replay = lambda out: cli.main(
-        ["replay", str(tmp_path / "run"), "--update", "0", "--out", str(tmp_path / out)]
-    )
+    replay = lambda out: cli.main(replay_command(tmp_path / "run", 0, tmp_path / out))
     replay("same")
     assert "All its metrics are those of the run." in capsys.readouterr().out
     (tmp_path / "reward.py").write_text(
@@ -419,7 +404,7 @@ def test_replay_of_a_faulty_update_reproduces_the_fault(folder, tmp_path, gives,
 
 
 def test_compare_finds_the_first_difference_of_two_runs(folder, capsys):
-    cli.main(train(folder, "other", **{"ppo.clip-low": 0.19, "ppo.epochs": 5}))
+    cli.main(train_command(folder, "other", **{"ppo.clip-low": 0.19, "ppo.epochs": 5}))
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(folder / "run"), str(folder / "other")])
     out = capsys.readouterr().out
@@ -593,7 +578,7 @@ def test_numbers_out_of_range_are_refused_in_one_sentence(
     folder, tmp_path, capsys, name, value, message
 ):
     with pytest.raises(SystemExit) as stop:
-        cli.main(train(folder, tmp_path / "run", **{name: value}))
+        cli.main(train_command(folder, tmp_path / "run", **{name: value}))
     assert (
         stop.value.code == 2
         and re.search(message, capsys.readouterr().err)
@@ -613,7 +598,7 @@ def test_the_hash_of_a_tokenizer_depends_on_its_rules_not_on_its_last_call():
 
 def test_an_invalid_lora_pattern_is_refused_in_one_sentence(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cli.main(train(folder, tmp_path / "run", **{"lora.targets": "attn/(q"}))
+        cli.main(train_command(folder, tmp_path / "run", **{"lora.targets": "attn/(q"}))
     assert "no regular expression" in capsys.readouterr().err
 
 
@@ -650,7 +635,7 @@ def test_replay_of_invalid_settings_is_refused_in_one_sentence(folder, tmp_path,
     config["settings"]["command"] = settings
     write_json(tmp_path / "run/config.json", config)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["replay", str(tmp_path / "run"), "--update", "1", "--out", str(tmp_path / "new")])
+        cli.main(replay_command(tmp_path / "run", 1, tmp_path / "new"))
     assert (
         stop.value.code == 2
         and message in capsys.readouterr().err
@@ -664,7 +649,7 @@ def test_replay_uses_deterministic_kernels_if_the_run_did(folder, tmp_path, monk
     config["settings"]["command"]["deterministic"] = True
     write_json(tmp_path / "run/config.json", config)
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    cli.main(["replay", str(tmp_path / "run"), "--update", "0", "--out", str(tmp_path / "new")])
+    cli.main(replay_command(tmp_path / "run", 0, tmp_path / "new"))
     assert "--xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"]
 
 
@@ -735,7 +720,7 @@ def test_the_first_quantity_that_is_not_finite_is_reported(tmp_path):
 def test_pmap_is_refused_with_several_processes(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(SystemExit):
-        cli.main(train(folder, tmp_path / "run", mesh="pmap"))
+        cli.main(train_command(folder, tmp_path / "run", mesh="pmap"))
     assert (
         "mesh=pmap runs in one process" in capsys.readouterr().err
         and not (tmp_path / "run").exists()
@@ -773,8 +758,10 @@ def test_the_hash_of_a_reward_in_a_file_depends_on_its_class(tmp_path):
     file, seen = tmp_path / "random.py", []  # named like a module that must not be replaced
     for factor in (1.0, 2.0, 1.0):
         file.write_text(
-            "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Score:\n    by: float = 1.0\n"
-            f"    def __call__(self, prompts, responses):\n        return [{factor} for _ in responses]\n\nscore = Score()\n"
+            "from __future__ import annotations\nimport dataclasses\n\n"
+            "@dataclasses.dataclass\nclass Score:\n    by: float = 1.0\n"
+            "    def __call__(self, prompts, responses):\n"
+            f"        return [{factor} for _ in responses]\n\nscore = Score()\n"
         )
         seen.append(code_hash(load_reward(f"{file}:score")))
     assert seen[0] == seen[2] != seen[1] and random.random() < 1
@@ -782,10 +769,12 @@ def test_the_hash_of_a_reward_in_a_file_depends_on_its_class(tmp_path):
 
 def test_a_resumed_run_has_no_summary_until_it_ends(folder, tmp_path, capsys):
     out = tmp_path / "run"
-    cli.main(train(folder, out, **{"loop.updates": 2, "loop.faults.reward": "skip"}))
+    cli.main(train_command(folder, out, **{"loop.updates": 2, "loop.faults.reward": "skip"}))
     assert (out / "summary.json").exists()
     command = parsed(
-        train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"})
+        train_command(
+            folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"}
+        )
     )
     trainer = command.build(out)
     assert not (out / "summary.json").exists()
@@ -793,7 +782,11 @@ def test_a_resumed_run_has_no_summary_until_it_ends(folder, tmp_path, capsys):
     trainer.checkpoints.close()
     trainer._lock.release()
     assert not any("Final parameters" in line for line in compare(folder / "run", out))
-    cli.main(train(folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"}))
+    cli.main(
+        train_command(
+            folder, out, resume="auto", **{"loop.updates": 4, "loop.faults.reward": "skip"}
+        )
+    )
     assert (
         read_json(out / "summary.json")["updates"] == 4
         and f"The run in {out} continues after 2 updates." in capsys.readouterr().out
@@ -806,7 +799,7 @@ def test_a_summary_holds_the_metrics_of_the_last_update_only(folder, tmp_path):
         "    return [float('nan') if next(calls) == 1 else 1.0] + [1.0] * (len(responses) - 1)\n"
     )
     cli.main(
-        train(
+        train_command(
             folder,
             tmp_path / "run",
             reward=f"{tmp_path / 'reward.py'}:score",
@@ -826,15 +819,15 @@ def test_the_folder_is_locked_until_the_model_is_written(folder, tmp_path, monke
     errors_seen = []
 
     def write(self, *_):
-        program = [
-            sys.executable,
-            "-c",
-            f"from pathlib import Path; from ppo_jax.run.files import lock; lock(Path({str(self.out)!r}))",
-        ]
-        errors_seen.append(subprocess.run(program, capture_output=True, text=True).stderr)
+        program = (
+            "from pathlib import Path\nfrom ppo_jax.run.files import lock\n"
+            f"lock(Path({str(self.out)!r}))"
+        )
+        command = [sys.executable, "-c", program]
+        errors_seen.append(subprocess.run(command, capture_output=True, text=True).stderr)
 
     monkeypatch.setattr(Train, "_export", write)
-    cli.main(train(folder, tmp_path / "run", **{"loop.updates": 1}))
+    cli.main(train_command(folder, tmp_path / "run", **{"loop.updates": 1}))
     assert "Another process is writing to" in errors_seen[0]
     lock(tmp_path / "run").release()
 

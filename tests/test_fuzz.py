@@ -1,7 +1,7 @@
 """Feed 2,000 malformed inputs to the program.
 
-Each input is accepted or refused in a assert_sentence that names the cause. None hangs, crashes or loses
-data.
+Each input is accepted, or refused in a sentence that names the cause. None hangs, crashes or
+loses data.
 """
 
 import json
@@ -187,9 +187,11 @@ def test_600_prompt_files(tmp_path):
     rng, words = random.Random(1), word_tokenizer()
     # fmt: off
     odd = [
-        "", " ", "a", "\u202e", "\ud7ff", "\U0001f642" * 9, "a\x00b", "e\u0301" * 30, "a " * 5000, "\ufeffa", "\u2028", "\r",
-        "[]", "{}", '{"prompt": ""}', '{"prompt": null}', '{"prompt": ["a"]}', '{"prompt": [{"role": "user"}]}', '{"a": 1}', '"a"',
-        "[" * 3000, '{"prompt": [{"role": "user", "content": "a"}]}', '{"prompt": "\\ud800"}', '{"prompt": "a\u2028b"}', "NaN",
+        "", " ", "a", "\u202e", "\ud7ff", "\U0001f642" * 9, "a\x00b", "e\u0301" * 30, "a " * 5000,
+        "\ufeffa", "\u2028", "\r", "[]", "{}", '{"prompt": ""}', '{"prompt": null}',
+        '{"prompt": ["a"]}', '{"prompt": [{"role": "user"}]}', '{"a": 1}', '"a"', "[" * 3000,
+        '{"prompt": [{"role": "user", "content": "a"}]}', '{"prompt": "\\ud800"}',
+        '{"prompt": "a\u2028b"}', "NaN",
     ]
     # fmt: on
     for number in range(600):
@@ -320,7 +322,7 @@ def test_arrays_of_another_checkpoint_are_detected(tmp_path):
 
 
 def test_150_run_folders(tmp_path):
-    """Damage the files of a run: `config.json`, lines missing from `metrics.jsonl`, all checkpoints."""
+    """Damage the files of a run: `config.json`, `metrics.jsonl` and all checkpoints."""
     rng = random.Random(4)
     config = {
         "settings": {"ppo": {"lam": 0.9}, "loop": {"faults": {}}},

@@ -1,4 +1,4 @@
-"""Compare one PPO update with the numbers of TRL 1.10; tests/golden/README.md has its conventions."""
+"""Compare one PPO update with that of TRL 1.10, whose conventions tests/golden/README.md lists."""
 
 import json
 from pathlib import Path
@@ -143,8 +143,8 @@ def test_parameters_after_the_step(step, experience, models):
         if not name.endswith(
             "attn/k/bias"
         ):  # its gradient is 0, and Adam turns the rounding noise into steps
-            # Where a gradient is close to Adam's epsilon, the step is shorter than the learning rate
-            # and depends on rounding.
+            # Where a gradient is close to Adam's epsilon, the step is shorter than the learning
+            # rate and depends on rounding.
             moved = np.abs(want[name] - before[name]) / META["lr"]
             whole = (moved < 1e-3) | (moved > 0.99)
             assert whole.mean() > 0.9, (name, whole.mean())

@@ -1,4 +1,4 @@
-"""Compare the decoder with GPT-2 of `transformers`, and cached sampling with the full forward pass."""
+"""Compare the decoder with GPT-2 of `transformers`, and cached sampling with a full pass."""
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,8 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"missing tensors \['transformer.h.1.mlp.c_fc.bias'\], left over \['transformer.h.1.extra'",
+        match=r"missing tensors \['transformer.h.1.mlp.c_fc.bias'\], "
+        r"left over \['transformer.h.1.extra'",
     ):
         pretrained.load_policy(tmp_path)
     weights.write_safetensors(

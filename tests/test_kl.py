@@ -137,7 +137,7 @@ def test_adaptive_controller_follows_its_formula(observed, error):
 
 
 def test_controllers_work_under_scan():
-    """Controllers work under `scan`: ten KLs above the target raise the adaptive weight each time."""
+    """Ten KLs above the target raise the adaptive weight each time; a fixed weight stays."""
     for controller, grown in (
         (kl.adaptive_kl(0.1, target=1.0, horizon=100), 1.02),
         (kl.fixed_kl(0.1), 1.0),

@@ -1,4 +1,4 @@
-"""Test bfloat16 products and their gradients, and forward passes that keep the last positions only."""
+"""Test bfloat16 products and their gradients, and forward passes of the last positions only."""
 
 import dataclasses
 

@@ -55,7 +55,7 @@ def test_a_model_that_does_not_fit_on_the_disk_is_one_sentence(tmp_path, small_d
 
 
 def events(folder):
-    """Yield the events of the only file: each record is a length, a checksum, an event, a checksum."""
+    """Yield the events of the only file; a record is a length, a checksum, an event, a checksum."""
     [file] = folder.iterdir()
     content, at = file.read_bytes(), 0
     while at < len(content):

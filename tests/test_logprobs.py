@@ -1,4 +1,4 @@
-"""Test `ppo_jax.ops.logprobs`: alignment, log-probs and entropies, and their chunked computation."""
+"""Test `ppo_jax.ops.logprobs`: alignment, log-probs, entropies, and chunked computation."""
 
 import re
 from functools import partial
@@ -60,7 +60,7 @@ def test_probabilities_add_up_to_one(logits):
 
 
 def test_a_policy_has_no_kl_with_itself(logits, tokens):
-    """The KL is 0 if policy and reference have equal logits, or logits that differ by a constant."""
+    """The KL is 0 if policy and reference have equal logits, up to a constant."""
     of = partial(token_logprobs, tokens=tokens, temperature=0.7)
     np.testing.assert_array_equal(kl_k1(of(logits), of(logits)), 0)
     np.testing.assert_allclose(kl_k1(of(logits), of(logits + 8)), 0, atol=1e-5)
@@ -186,7 +186,7 @@ def test_chunks_never_hold_all_logits(chunk):
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_ratio_with_itself_is_one_in_bfloat16(model, tokens, chunk):
-    """A forward pass and one inside a gradient are compiled apart; their log-probs agree to rounding."""
+    """A forward pass and one inside a gradient, compiled apart, agree up to rounding."""
     weight, hidden = (jnp.asarray(x, jnp.bfloat16) for x in model)
     of = lambda h: chunked_logprobs_and_entropy(lambda h: h @ weight, h, tokens, chunk=chunk)[0]
     old = jax.jit(of)(hidden)

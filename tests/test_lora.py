@@ -220,7 +220,7 @@ def test_unusable_adapters_are_refused(tmp_path):
 
 
 def peft_adapter(folder, **settings):
-    """Save a noisy adapter that peft made for a Llama; return the loaded Llama and peft's logits."""
+    """Save a noisy adapter of peft for a Llama; return the loaded Llama and peft's logits."""
     base = family_peer("llama", folder / "base")
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **settings)).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Test `ppo_jax.ops.losses` against a numpy oracle, rlax and TRL, and over micro-batches and devices."""
+"""Test `ppo_jax.ops.losses` against numpy, rlax and TRL, and over micro-batches and devices."""
 
 import json
 from functools import partial
@@ -43,7 +43,7 @@ def policy():
 
 @pytest.fixture
 def critic(policy):
-    """Return `values, old_values, returns, mask`; about half of the values moved by more than 0.3."""
+    """Return `values, old_values, returns, mask`; half of the values moved by more than 0.3."""
     rng = np.random.default_rng(7)
     old = oracles.normal(rng, B, R)
     return old + oracles.normal(rng, B, R) / 2, old, oracles.normal(rng, B, R), policy[-1]
@@ -104,7 +104,7 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token(ratio, slope):
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_policy_loss_at_ratio_1(policy, aggregate):
-    """At ratio 1 the loss is minus the mean advantage, with the gradient of plain policy gradient."""
+    """The loss is minus the mean advantage, with the gradient of plain policy gradient."""
     _, old, advantages, mask = policy
     loss, slope = jax.value_and_grad(clipped_policy_loss)(
         old, old, advantages, mask, clip_low=0.2, clip_high=0.2, aggregate=aggregate
@@ -161,7 +161,7 @@ def test_a_wide_value_clip_does_not_clip(critic):
 
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_value_loss_equals_rlax(critic, clip):
-    """rlax has no clipped value loss, so it is composed of two of its `l2_loss`."""
+    """Compose the clipped value loss, which rlax lacks, of two of its `l2_loss`."""
     values, old, returns, mask = critic
 
     def theirs(v):
@@ -175,7 +175,7 @@ def test_value_loss_equals_rlax(critic, clip):
 
 
 def test_losses_of_the_recorded_trl_update():
-    """Compare the first optimizer step of the recorded update, where policy and values are the old ones."""
+    """In the first optimizer step of an update, policy and values are the old ones."""
     meta = json.loads((GOLDEN / "meta.json").read_text())
     config, logged = meta["config"], meta["metrics"]
     with np.load(GOLDEN / "step.npz") as file:
@@ -209,7 +209,7 @@ def test_entropy_bonus(policy):
 
 
 def make_ppo_loss(policy, critic, value_mask, **options):
-    """Return `ppo_loss` of a batch as a function of log-probs, values and entropies, and those three."""
+    """Return `ppo_loss` as a function of log-probs, values and entropies, and those three."""
     logprobs, old_logprobs, advantages, mask = policy
     values, old_values, returns, _ = critic
     fixed = {
@@ -291,7 +291,7 @@ def test_micro_batches_add_up(policy, critic, aggregation):
 
 @pytest.mark.parametrize("how", MAPPINGS)
 def test_loss_and_gradient_over_devices(policy, how):
-    """Local sums over the global count, summed over devices, give the loss and gradient of one device."""
+    """Local sums over the global count add up to the loss and gradient of one device."""
     mask = policy[-1]
     mask[:2], mask[2:4] = False, True  # one device has no real token, one has no masked token
 

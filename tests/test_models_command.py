@@ -28,7 +28,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_gpt3_has_the_published_number_of_parameters(size):
-    """The size 1.3b is left out: its published 24 heads of width 128 do not fit its width of 2048."""
+    """Size 1.3b is left out: its published 24 heads of width 128 do not fit its width of 2048."""
     count = pretrained.count_params(
         jax.eval_shape(lambda: init_params(sizes.gpt3(size), jax.random.key(0)))
     )

@@ -1,4 +1,4 @@
-"""However parameters and rows lie on a mesh: the same samples and the same parameters, and no more communication than it takes."""
+"""Test runs on meshes: each gives the result of one device, with no needless communication."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import FULL_PPO, full_trainer
+from helpers import FULL_PPO, full_trainer, has_zero_gradient
 from jax.sharding import PartitionSpec
 
 from ppo_jax import sharding
@@ -36,7 +36,7 @@ PPO = PPOConfig(
     scale_scores=True,
     vf_coef=0.5,
     temperature=0.8,
-    adam_eps=1e-5,  # above the rounding of a gradient, which Adam would turn into whole steps
+    adam_eps=1e-5,  # larger than the rounding of a gradient, which Adam would turn into full steps
 )
 MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, "pmap"]
 HF = {
@@ -78,7 +78,7 @@ LORA = lora.LoRA(rank=2, alpha=4.0, targets="(attn/(q|o)|mlp/up)$")
 
 
 def start(family, optimizer, *, adapters=False, mesh=None, **changes):
-    """Agent, state, reference and frozen parameters, placed."""
+    """Return the agent, and the state, reference and frozen parameters placed on the mesh."""
     ppo = dataclasses.replace(PPO, **changes)
     config = dataclasses.replace(
         pretrained.config_of(HF[family]), init_std=0.2, lora_scale=LORA.scale if adapters else 1.0
@@ -106,7 +106,7 @@ def batch(number):
 
 
 def three_updates(family, optimizer, *, adapters=False, on=None, **changes):
-    """Samples `[3, B, R]` and parameters after three updates."""
+    """Return samples `[3, B, R]` and the parameters after three updates."""
     mesh = meshes.make_mesh(on) if isinstance(on, dict) else None
     agent, state, policy, frozen = start(family, optimizer, adapters=adapters, mesh=mesh, **changes)
     steps = (
@@ -128,17 +128,12 @@ def on_one_device(family, optimizer, adapters):
     return three_updates(family, optimizer, adapters=adapters)
 
 
-def is_noise(path):
-    """See `test_splits.is_noise`."""
-    return [part.key for part in path][-2:] == ["k", "bias"]
-
-
 def assert_same(found, expected, optimizer):
     np.testing.assert_array_equal(found[0], expected[0])
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1]), strict=True
     ):
-        if optimizer == "sgd" or not is_noise(path):
+        if optimizer == "sgd" or not has_zero_gradient(path):
             np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
@@ -169,11 +164,11 @@ def test_micro_batches_and_chunks_on_a_mesh(on, adapters):
     assert_same(found, on_one_device("llama", "sgd", adapters), "sgd")
 
 
-# Communication, as the compiled update has it.
+# --- communication in the compiled update ---
 
 
 def compiled_update(on, **changes):
-    """HLO of the update of GPT-2's shape, and the state."""
+    """Return the HLO of the update of the small GPT-2, and the state."""
     mesh = meshes.make_mesh(on)
     agent, state, policy, _ = start("gpt2", "adamw", mesh=mesh, **changes)
     steps = compilation.jit_steps(agent, mesh, state)
@@ -187,7 +182,7 @@ def compiled_update(on, **changes):
 
 
 def collectives(hlo, kind):
-    """Elements that each collective of a kind gives, by computation."""
+    """Return, per computation, the numbers of elements that collectives of a kind produce."""
     found, name = {}, ""
     for line in hlo.splitlines():
         if line.endswith("{") and "=" not in line.split("(")[0]:
@@ -201,7 +196,7 @@ def collectives(hlo, kind):
 
 
 def bodies(hlo):
-    """Bodies of the loops that each computation holds."""
+    """Return, per computation, the bodies of its while loops."""
     found, name = {}, ""
     for line in hlo.splitlines():
         if line.endswith("{") and "=" not in line.split("(")[0]:
@@ -225,7 +220,7 @@ def test_a_minibatch_reduces_its_gradient_once(changes):
     hlo, state = compiled_update({"data": 8}, **changes)
     total = sum(sizes(state))
     reduced = {name: sum(part) for name, part in collectives(hlo, "all-reduce").items()}
-    assert total <= max(reduced.values()) < total * 1.02  # the rest: sums for averages
+    assert total <= max(reduced.values()) < total * 1.02  # the rest are sums for averages
     assert sum(reduced.values()) < total * 1.05
 
 
@@ -234,9 +229,12 @@ def test_a_minibatch_reduces_its_gradient_once(changes):
     [{"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
     ids=str,
 )
-def test_micro_batches_leave_the_reduction_over_data_to_their_minibatch(on):
-    """A loop around the one over micro-batches reduces all that a device holds of the gradient; the loop itself no more than the
-    parts that `fsdp` scatters, or the activations of `tensor`."""
+def test_gradients_are_reduced_over_data_once_per_minibatch(on):
+    """The loop over minibatches reduces the gradient over `data`.
+
+    The loop over micro-batches inside it reduces only what `fsdp` scatters, or activations of
+    `tensor`.
+    """
     hlo, state = compiled_update(on, micro_batch=8)
     total = sum(sizes(state))
     reduced = {name: sum(part) for name, part in collectives(hlo, "all-reduce").items()}
@@ -249,11 +247,11 @@ def test_micro_batches_leave_the_reduction_over_data_to_their_minibatch(on):
     share = total * on["data"] / 8
     assert (
         share <= reduced[minibatch] < share * 1.25
-    )  # norms are whole on every device, positions on those of tensor
+    )  # norms are replicated on all devices, position embeddings over tensor
     assert sum(reduced.values()) - reduced[minibatch] < total * 1.05
 
 
-def test_parameters_and_moments_are_cut():
+def test_parameters_and_moments_are_sharded():
     mesh = meshes.make_mesh({"fsdp": 4, "tensor": 2})
     _, state, _, _ = start("llama", "adamw", mesh=mesh)
     for path, x in jax.tree_util.tree_leaves_with_path((state.train.params, state.train.opt_state)):
@@ -261,7 +259,7 @@ def test_parameters_and_moments_are_cut():
             assert x.addressable_shards[0].data.size * 8 == x.size, jax.tree_util.keystr(path)
 
 
-# The table, the mesh, loading.
+# --- sharding rules, meshes, loading ---
 
 
 def test_every_family_has_a_rule_for_every_parameter():
@@ -280,7 +278,7 @@ def test_every_family_has_a_rule_for_every_parameter():
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, message",
     [
         ("data", "mesh must be like"),
         ("data=0", "mesh must be like"),
@@ -290,13 +288,13 @@ def test_every_family_has_a_rule_for_every_parameter():
         ("data=3,fsdp=4", "needs 12 devices"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(text, says):
-    with pytest.raises(SettingError, match=says):
+def test_an_invalid_mesh_is_refused(text, message):
+    with pytest.raises(SettingError, match=message):
         meshes.make_mesh(meshes.parse_mesh(text))
 
 
 def gpus(hosts, each):
-    """Devices as JAX shows those of several hosts: each host a slice."""
+    """Return devices as JAX shows those of several hosts, where each host is a slice."""
     numbers = np.random.default_rng(0).permutation(hosts * each).tolist()
     return [
         types.SimpleNamespace(id=i, slice_index=i // each, platform="gpu", device_kind="H100")
@@ -305,7 +303,7 @@ def gpus(hosts, each):
 
 
 @pytest.mark.parametrize(
-    "shape, apart",  # by how many devices' numbers neighbours on each axis lie apart
+    "shape, distances",  # distance: the difference of the device ids of neighbours on each axis
     [
         ((8, 1, 4), (4, 0, 1)),
         ((32, 1, 1), (1, 0, 0)),
@@ -314,14 +312,14 @@ def gpus(hosts, each):
         ((1, 1, 32), (0, 0, 1)),
     ],
 )
-def test_a_mesh_over_hosts_keeps_the_last_axes_within_one(shape, apart):
+def test_a_mesh_over_hosts_keeps_the_last_axes_within_a_host(shape, distances):
     found = np.vectorize(lambda device: device.id)(meshes.lay_out(shape, gpus(4, 8)))
     assert found.shape == shape
-    for axis, distance in enumerate(apart):
+    for axis, distance in enumerate(distances):
         assert set(np.diff(found, axis=axis).ravel()) <= {distance}
 
 
-def test_hosts_of_several_sizes_are_refused():
+def test_hosts_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="do not divide by the number of slices or hosts, 3"):
         meshes.lay_out(
             (8, 1, 1), [device for device in gpus(3, 4) if device.id not in (4, 5, 8, 9)]
@@ -331,7 +329,7 @@ def test_hosts_of_several_sizes_are_refused():
 @pytest.mark.parametrize(
     "sizes, fits", [({"data": 2, "fsdp": 4, "tensor": 8}, True), ({"fsdp": 3}, False)], ids=str
 )
-def test_axes_may_share_those_of_a_slice(sizes, fits):
+def test_mesh_axes_may_share_the_axes_of_a_slice(sizes, fits):
     devices = make_topology("v5p:4x4x4")
     if fits:
         assert set(meshes.make_mesh(sizes, devices).devices.ravel()) == set(devices)
@@ -342,7 +340,7 @@ def test_axes_may_share_those_of_a_slice(sizes, fits):
             meshes.make_mesh(sizes, devices)
 
 
-def test_rows_that_do_not_spread_are_refused():
+def test_batches_that_do_not_divide_over_devices_are_refused():
     with pytest.raises(
         SettingError, match="batch_size=12 rows do not spread evenly over 8 devices"
     ):
@@ -351,7 +349,7 @@ def test_rows_that_do_not_spread_are_refused():
         meshes.check_rows(dataclasses.replace(PPO, batch_size=16, minibatches=4), 8)
 
 
-def test_a_model_is_read_into_its_sharding(tmp_path):
+def test_a_model_is_loaded_into_its_sharding(tmp_path):
     config = pretrained.config_of(HF["gpt2"])
     pretrained.save_policy(
         tmp_path, pretrained.Pretrained(config, init_params(config, jax.random.key(0)), HF["gpt2"])
@@ -366,7 +364,7 @@ def test_a_model_is_read_into_its_sharding(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path):
+def test_a_run_is_resumed_on_another_mesh(tmp_path):
     ppo = dataclasses.replace(
         FULL_PPO, batch_size=16, minibatches=2, micro_batch=None, rollout_rows=None
     )
@@ -403,8 +401,8 @@ def test_one_compilation_in_twenty_updates(tmp_path, caplog):
         assert caplog.text.count(f"Compiling jit({name})") == 1
 
 
-def test_rows_are_mapped_over_data_where_it_is_free():
-    """Not again inside a `shard_map` over it, and not where they do not divide."""
+def test_rows_are_mapped_over_a_free_data_axis():
+    """Inside a `shard_map` they are not mapped again; rows that do not divide are refused."""
     mesh = meshes.make_mesh({"data": 8})
 
     def total(params, rows, axis_name):
@@ -412,11 +410,11 @@ def test_rows_are_mapped_over_data_where_it_is_free():
 
     rows = jnp.ones((16, 3))
     mapped = jax.jit(lambda rows: sharding.map_over_data(total, None, rows, parts=2))
-    own = lambda rows: jax.lax.psum(sharding.map_over_data(total, None, rows, parts=2), "data")
+    inner = lambda rows: jax.lax.psum(sharding.map_over_data(total, None, rows, parts=2), "data")
     with jax.set_mesh(mesh):
         assert mapped(rows) == 480
         inside = jax.shard_map(
-            own,
+            inner,
             in_specs=PartitionSpec("data"),
             out_specs=PartitionSpec(),
             axis_names={"data"},

@@ -1,6 +1,6 @@
-"""The TPU compiler on slices that are not there: what it says, and that rollout and update compile on every axis at once.
+"""Test `ppo-jax plan`, which compiles for TPU slices that are not attached, and its accounting.
 
-Each command runs in a process of its own, as the compiler looks at the environment once.
+Each command runs in its own process, because the compiler reads the environment only once.
 """
 
 import functools
@@ -72,9 +72,9 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_rollout_and_update_compile_for_a_slice_cut_along_every_axis(tmp_path, model):
-    """Data x fsdp x tensor on 8 chips of a v5e, and the account of what they send."""
-    found, said = planned(
+def test_all_programs_compile_for_a_mesh_with_every_axis(tmp_path, model):
+    """Compile for data=2, fsdp=2, tensor=2 on 8 chips of a v5e and check the figures."""
+    found, printed = planned(
         tmp_path,
         "--model",
         model,
@@ -85,12 +85,12 @@ def test_rollout_and_update_compile_for_a_slice_cut_along_every_axis(tmp_path, m
         "--ppo.micro-batch",
         "4",
     )
-    assert found["fits"] and said.endswith("It fits.\n")
+    assert found["fits"] and printed.endswith("It fits.\n")
     for name in ("rollout", "scoring", "update"):
         program = found[name]
         assert 0 < program["arguments"] < program["peak"] <= program["needed"] < 2**30
         assert program["flops"] > 0 and program["moved"] > 0 and 0 < program["seconds"] < 1
-        assert program["collectives"]["all-gather"]["count"] > 0  # of parameters, over fsdp
+        assert program["collectives"]["all-gather"]["count"] > 0  # parameters, over fsdp
         assert program["collectives"]["all-reduce"]["count"] > 0  # over tensor
     assert found["update"]["flops"] > 2 * found["scoring"]["flops"]
 
@@ -98,13 +98,15 @@ def test_rollout_and_update_compile_for_a_slice_cut_along_every_axis(tmp_path, m
 WIDE = HF_LLAMA | {
     "hidden_size": 1024,
     "intermediate_size": 2048,
-}  # parameters outweigh activations
-WIDE_LAYER = 2 * (2 * 1024 * (1024 + 256) + 3 * 1024 * 2048)  # numbers, policy and critic
+}  # with these sizes, parameters outweigh activations
+WIDE_LAYER = 2 * (
+    2 * 1024 * (1024 + 256) + 3 * 1024 * 2048
+)  # parameters per layer, of policy and critic
 
 
 @functools.cache
 def planned_wide(layers, *args):
-    """A plan reads the model's config.json only."""
+    """Return the plan of the update of a wide Llama; a plan only reads config.json."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(WIDE | {"num_hidden_layers": layers}))
         return planned(
@@ -112,20 +114,20 @@ def planned_wide(layers, *args):
         )[0]["update"]
 
 
-def test_adapters_leave_less_on_each_chip():
+def test_adapters_need_less_memory_per_chip():
     assert planned_wide(1, "--lora.rank", "2")["needed"] < 0.6 * planned_wide(1)["needed"]
 
 
-def test_fsdp_holds_one_whole_layer_at_a_time():
-    """Beside its arguments, a chip holds a quarter of one more layer's gradient, and none of the layer that it gathers."""
+def test_fsdp_holds_one_gathered_layer_at_a_time():
+    """One more layer adds a quarter of its gradient to the peak, but no gathered parameters."""
     more = [planned_wide(layers)["peak"] - planned_wide(layers)["arguments"] for layers in (1, 2)]
     gradient, gathered = 4 * WIDE_LAYER / 4, 2 * WIDE_LAYER  # float32, bfloat16
     assert more[1] - more[0] < gradient + 0.3 * gathered
 
 
-def test_depths_extrapolate(tmp_path, model):
+def test_plans_of_two_depths_extrapolate(tmp_path, model):
     full, _ = planned(tmp_path, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4")
-    line, _ = planned(
+    extrapolated, _ = planned(
         tmp_path,
         "--model",
         model,
@@ -137,15 +139,17 @@ def test_depths_extrapolate(tmp_path, model):
         "1",
         "2",
     )
-    assert line["update"]["flops"] == pytest.approx(full["update"]["flops"], rel=1e-6)
-    assert line["update"]["arguments"] == pytest.approx(full["update"]["arguments"], rel=0.02)
-    assert line["update"]["collectives"]["all-gather"]["bytes"] == pytest.approx(
+    assert extrapolated["update"]["flops"] == pytest.approx(full["update"]["flops"], rel=1e-6)
+    assert extrapolated["update"]["arguments"] == pytest.approx(
+        full["update"]["arguments"], rel=0.02
+    )
+    assert extrapolated["update"]["collectives"]["all-gather"]["bytes"] == pytest.approx(
         full["update"]["collectives"]["all-gather"]["bytes"], rel=0.25
     )
 
 
 @pytest.mark.parametrize(
-    "args, says",
+    "args, message",
     [
         (["--model", "gpt3-13b", "--topology", "v5e:2x2"], "The mesh"),
         (["--model", "gpt2", "--topology", "v7:2x2"], "topology must be like v5e:4x4"),
@@ -158,13 +162,13 @@ def test_depths_extrapolate(tmp_path, model):
         (["--model", "gpt2", "--prompt-tokens", "0"], "prompt_tokens"),
     ],
 )
-def test_what_cannot_be_planned_is_one_sentence(args, says):
-    more = ["--mesh", "data=3,fsdp=3"] if says == "The mesh" else []
+def test_an_impossible_plan_is_refused_in_one_sentence(args, message):
+    more = ["--mesh", "data=3,fsdp=3"] if message == "The mesh" else []
     done = command(*SMALL, *args, *more)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_what_does_not_fit_says_what_to_change():
+def test_advice_for_programs_that_do_not_fit():
     chip = plan.CHIPS["v5e"]
     gib = 2**30
     program = lambda peak, needed: plan.Program(
@@ -177,22 +181,28 @@ def test_what_does_not_fit_says_what_to_change():
     assert "larger fsdp" in plan.advice({"update": plan.TooLarge("no", 14 * gib)}, chip)[0]
 
 
-def test_a_gradient_is_counted_whole_where_it_is_reduced(tmp_path, model):
-    """Data parallelism sends each gradient once, in one operation of many arrays, on a channel that others have too."""
-    found, said = planned(tmp_path, "--model", model, "--topology", "v5e:2x2", "--mesh", "data=4")
+def test_all_bytes_of_a_reduced_gradient_are_counted(tmp_path, model):
+    """Data parallelism reduces each gradient once, in one operation with many arrays."""
+    found, printed = planned(
+        tmp_path, "--model", model, "--topology", "v5e:2x2", "--mesh", "data=4"
+    )
     shapes = jax.eval_shape(
         lambda: init_params(describe(str(model), "bfloat16", False)[1], jax.random.key(0))
     )
-    gradient = 2 * sum(4 * x.size for x in jax.tree.leaves(shapes))  # of policy and critic
+    gradient = 2 * sum(
+        4 * x.size for x in jax.tree.leaves(shapes)
+    )  # gradients of policy and critic
     assert (
         4 * gradient < found["update"]["collectives"]["all-reduce"]["bytes"] < 4.4 * gradient
     )  # 2 epochs of 2 minibatches
     assert (
-        found["update"]["flops"] > 2 * found["scoring"]["flops"] and "does not divide" not in said
+        found["update"]["flops"] > 2 * found["scoring"]["flops"]
+        and "does not divide" not in printed
     )
 
 
-def test_collectives_on_one_channel_are_told_apart_and_pieces_of_one_are_not():
+def test_collectives_are_counted_once_each():
+    # Different collectives share channel 1; the two all-gathers on channel 5 are parts of one.
     text = """HloModule m
 %fused_a (p: f32[2]) -> f32[8] {
   %x = f32[2]{0} parameter(0)
@@ -218,7 +228,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     }
 
 
-def test_what_a_mapped_function_does_counts_on_every_device():
+def test_flops_of_a_mapped_function_count_on_every_device():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     over_rows = (jax.P("data"), jax.P())
     mapped = jax.shard_map(
@@ -227,7 +237,7 @@ def test_what_a_mapped_function_does_counts_on_every_device():
     assert matmul_flops(mapped, jnp.ones((16, 4)), jnp.ones((4, 4))) == 2 * 16 * 16
 
 
-def test_loops_count_as_often_as_they_run():
+def test_loops_count_once_per_iteration():
     def step(carry, _):
         return jax.lax.while_loop(
             lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ c[1]), (0, carry)
@@ -256,7 +266,7 @@ def test_loops_count_as_often_as_they_run():
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %q = (s32[], f32[8,4]{1,0}) parameter(0)
   %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%q), index=1
-  %r = f32[8,4]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add, backend_config={"estimated_cycles":"10"}
+  %r = f32[8,4]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add, CYCLES
   %j = s32[] get-tuple-element(%q), index=0
   ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%j, %r)
 }
@@ -264,7 +274,7 @@ ENTRY %main (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %p0 = (s32[], f32[8,4]{1,0}) parameter(0)
   ROOT %w = (s32[], f32[8,4]{1,0}) while(%p0), condition=%cond, body=%body
 }
-"""
+""".replace("CYCLES", 'backend_config={"estimated_cycles":"10"}')
     found = hlo.account(text)
     assert found.collectives == {"all-reduce": hlo.Collective(7, 7 * 128)} and found.cycles == 70
-    assert found.bytes == 7 * (2 * 128) + 7 * (1 + 4 + 4)  # and the comparison
+    assert found.bytes == 7 * (2 * 128) + 7 * (1 + 4 + 4)  # the all-reduces and the comparisons

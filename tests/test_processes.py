@@ -1,4 +1,7 @@
-"""Several real processes on this machine, two virtual devices each: the result of one process, and no hang where one dies."""
+"""Test runs of several processes on this machine, each with virtual devices.
+
+They give the result of one process, and none hangs if another dies.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import tiny_policy, word_tokenizer
+from helpers import has_zero_gradient, tiny_policy, word_tokenizer
 
 from ppo_jax.commands.runs import compare
 from ppo_jax.distributed import processes
@@ -30,7 +33,6 @@ def score(prompts, responses):
     time.sleep(float(os.environ.get("NAP", 0)))
     return [r.count("b") for r in responses]
 """
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,10 @@ def start(
     last_in=None,
     **options,
 ):
-    """`count` processes of one run; the last with options of its own, or in another folder."""
+    """Start `count` processes of one run.
+
+    The last process may have additional options (`last`) or another working folder (`last_in`).
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -86,8 +91,8 @@ def start(
         "--loop.no-progress",
         "--loop.no-tensorboard",
     ]
-    command += [str(x) for name, value in given.items() for x in (f"--{name}", value)]
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
+    command += options(given)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NAP": str(nap)}
     env |= {
         "ROWS": str(16 // count if rows is None else rows),
@@ -122,7 +127,7 @@ def finish(folder, out, started, expected=0, timeout=600):
             code = process.wait(timeout)
             assert code == expected, (folder / f"{out}.{index}.log").read_text()[-3000:]
     finally:
-        for process in started:  # none outlives a test that failed
+        for process in started:  # so that none outlives a failed test
             process.kill()
             process.wait()
 
@@ -145,10 +150,10 @@ def assert_same_run(found, expected):
     rounding, causes = (
         ("metrics", "Final"),
         ("mesh is", "xla_flags is"),
-    )  # the rest is the same: hashes, settings, samples
+    )  # hashes, settings and samples are equal
     assert [x for x in compare(found, expected) if not x.startswith((*rounding, *causes))] == []
     for path, x in jax.tree_util.tree_leaves_with_path(parameters(found)):
-        if [part.key for part in path][-2:] != ["k", "bias"]:  # see `test_splits.is_noise`
+        if not has_zero_gradient(path):
             y = parameters(expected)
             for part in path:
                 y = y[part.key]
@@ -161,7 +166,7 @@ def assert_same_run(found, expected):
                 np.testing.assert_allclose(a[name], b[name], atol=1e-4, err_msg=name)
 
 
-def test_two_processes_give_the_result_of_one_and_twice_the_same(folder, alone):
+def test_two_processes_give_the_result_of_one_reproducibly(folder, alone):
     two = run(folder, "two", 2, mesh="data=2,fsdp=2")
     assert_same_run(two, alone)
     assert len(read_json(two / "config.json")["processes"]) == 1
@@ -172,7 +177,7 @@ def test_two_processes_give_the_result_of_one_and_twice_the_same(folder, alone):
     )
 
 
-def test_four_processes_and_resume_with_another_number(folder, alone):
+def test_four_processes_and_a_resume_with_fewer(folder, alone):
     four, again = (
         run(folder, out, 4, mesh="data=2,fsdp=4", updates=2) for out in ("four", "four again")
     )
@@ -187,7 +192,7 @@ def test_four_processes_and_resume_with_another_number(folder, alone):
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_where_one_dies_the_others_end_with_a_sentence_and_the_run_goes_on(folder, alone, dies):
+def test_if_a_process_dies_the_others_end_and_the_run_can_be_resumed(folder, alone, dies):
     out = f"dies{dies}"
     started = start(folder, out, 2, mesh="data=2,fsdp=2", nap=1.0)
     metrics = folder / out / "metrics.jsonl"
@@ -216,7 +221,7 @@ def test_a_fault_in_one_process_stops_all_after_a_checkpoint(folder):
     assert len(dumped) == 8 and dumped[0]["prompt"]
 
 
-def test_processes_with_other_settings_end_with_a_sentence(folder):
+def test_processes_with_different_settings_are_refused(folder):
     finish(
         folder,
         "parts",
@@ -232,10 +237,10 @@ def test_processes_with_other_settings_end_with_a_sentence(folder):
 
 
 @pytest.mark.parametrize(
-    "shared, says",
+    "shared, message",
     [(True, "prompts is not the same in process 1"), (False, "is not there for all processes")],
 )
-def test_processes_with_other_files_or_folders_end_with_a_sentence(folder, shared, says):
+def test_processes_with_different_files_or_folders_are_refused(folder, shared, message):
     out = f"files{shared}"
     place = folder / f"elsewhere{shared}"
     place.mkdir()
@@ -244,23 +249,25 @@ def test_processes_with_other_files_or_folders_end_with_a_sentence(folder, share
     (place / "prompts.txt").write_text("a b\n")
     finish(folder, out, start(folder, out, 2, mesh="data=4", last_in=place), expected=2)
     for index in (0, 1):
-        assert says in (folder / f"{out}.{index}.log").read_text()
+        assert message in (folder / f"{out}.{index}.log").read_text()
     assert not (folder / out / "metrics.jsonl").exists()
 
 
-def test_a_coordinator_that_cannot_be_is_refused():
-    three = {"count": 2, "index": 0}
+def test_an_invalid_coordinator_is_refused():
+    first_of_two = {"count": 2, "index": 0}
     for where in ("localhost", "localhost:", "localhost:99999", ":80"):
         with pytest.raises(SettingError, match="coordinator must be HOST:PORT"):
-            processes.Processes(coordinator=where, **three).start()
+            processes.Processes(coordinator=where, **first_of_two).start()
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         with pytest.raises(ValueError, match="Process 0 cannot listen on port"):
-            processes.Processes(coordinator=f"localhost:{taken.getsockname()[1]}", **three).start()
+            processes.Processes(
+                coordinator=f"localhost:{taken.getsockname()[1]}", **first_of_two
+            ).start()
 
 
-def test_what_differs_between_processes_is_named(monkeypatch):
+def test_differences_between_processes_are_named(monkeypatch):
     monkeypatch.setattr(processes, "told", lambda text: [text, text])
     processes.check_same({"a": 1, "b": None})
     marks = []
@@ -271,7 +278,7 @@ def test_what_differs_between_processes_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("message", ["x" * 5000, "\u9519" * 900, '"\\' * 900, "\x01\udc80" * 900])
-def test_a_long_message_in_any_letters_is_told(monkeypatch, message):
+def test_a_long_message_in_any_script_reaches_the_other_processes(monkeypatch, message):
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
     said = lambda text: ["", text.encode(errors="backslashreplace")[:2048].decode(errors="ignore")]
     monkeypatch.setattr(processes, "told", said)
@@ -297,7 +304,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.1)
 
 
-# One process: every function is trivial.
+# --- a single process ---
 
 
 def test_one_process_agrees_with_itself():
@@ -318,16 +325,16 @@ def test_one_process_agrees_with_itself():
 
 
 @pytest.mark.parametrize(
-    "given, says",
+    "given, message",
     [({"count": 2}, "need coordinator, count and index"), ({"index": 0}, "need coordinator")],
 )
-def test_half_named_processes_are_refused(given, says):
-    with pytest.raises(SettingError, match=says):
+def test_incomplete_process_settings_are_refused(given, message):
+    with pytest.raises(SettingError, match=message):
         processes.Processes(**given).start()
 
 
-def test_processes_that_wait_in_vain_are_ended(folder):
-    """The second of two never starts; JAX then aborts the first."""
+def test_waiting_for_a_missing_process_ends(folder):
+    """If the second of two processes never joins, JAX aborts the first."""
     first, second = start(folder, "waits", 2, mesh="data=4", **{"processes.join-within-s": 5})
     second.kill()
     second.wait()

@@ -1,4 +1,4 @@
-"""The random-walks experiment: its task against plain code, and its training, alone and side by side."""
+"""Test the random-walks experiment: its task against plain Python, and training."""
 
 import dataclasses
 import functools
@@ -19,19 +19,19 @@ SMALL = rw.Settings(out=Path("unused"), walks=200, sft_steps=60, updates=24, sam
 
 @pytest.fixture(scope="module")
 def graphs():
-    """Eight tasks, `[8, ...]`."""
+    """Return eight tasks, stacked: `[8, ...]`."""
     return jax.device_get(jax.jit(jax.vmap(rw.draw_graph))(jax.random.split(jax.random.key(0), 8)))
 
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    """Two seeds side by side, as the command trains them, for a few updates."""
+    """Train two seeds side by side for a few updates, as the command does."""
     settings = dataclasses.replace(SMALL, out=tmp_path_factory.mktemp("walks") / "run", seeds=2)
     return settings, rw.main(settings)
 
 
 def breadth_first(edges: np.ndarray) -> list[int]:
-    """Nodes of the shortest walk from each node to the goal, front by front; 0 where none is."""
+    """Return the nodes of the shortest walk from each node to the goal; 0 if there is none."""
     length, front, n = [0] * len(edges), [rw.GOAL], 1
     while front:
         for node in front:
@@ -44,7 +44,7 @@ def breadth_first(edges: np.ndarray) -> list[int]:
 
 
 def score_by_hand(edges: np.ndarray, walk: list[int]) -> float:
-    """Optimality of one walk, step by step."""
+    """Return the optimality of one walk, computed step by step."""
     if walk[-1] != rw.GOAL or any(not edges[a, b] for a, b in itertools.pairwise(walk)):
         return 0.0
     return (rw.LONGEST - len(walk)) / (rw.LONGEST - breadth_first(edges)[walk[0]])
@@ -55,7 +55,7 @@ def padded(walks: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.arange(rw.LONGEST)[None, :] < np.array([[len(walk)] for walk in walks])
 
 
-def test_graphs_are_tasks(graphs):
+def test_graphs_are_valid_tasks(graphs):
     for edges, shortest in zip(*graphs, strict=True):
         nodes = edges[: rw.NODES, : rw.NODES]
         assert shortest[: rw.NODES].tolist() == breadth_first(nodes)
@@ -65,40 +65,40 @@ def test_graphs_are_tasks(graphs):
         assert not edges[rw.END].any() and not edges[:, rw.END].any()
     assert (
         0.07 < graphs.edges.sum() / (8 * 20 * 20) < 0.16
-    )  # of an edge to each other node; connected graphs have more
+    )  # the share of possible edges; connected graphs have more
     assert len({edges.tobytes() for edges in graphs.edges}) == 8
 
 
-def test_shortest_walks_end_at_the_longest():
-    """A chain 12 → 11 → ... → 0: node `i` needs `i + 1` nodes, and the last ones are out of reach."""
+def test_shortest_walks_are_limited_in_length():
+    """In the chain 12 → ... → 0, node `i` needs `i + 1` nodes; the last are out of reach."""
     edges = jnp.eye(13, k=-1, dtype=bool)
     assert rw.shortest_walks(edges).tolist() == [*range(1, rw.LONGEST + 1), *[rw.LONGEST + 1] * 3]
 
 
-def test_optimality_of_walks_made_by_hand():
+def test_optimality_of_hand_made_walks():
     edges = np.zeros((rw.WORDS, rw.WORDS), bool)
     edges[[1, 1, 2, 3, 3], [0, 2, 3, 0, 1]] = True
     graph = rw.Graph(jnp.array(edges), rw.shortest_walks(jnp.array(edges)))
     walks = {
         (1, 0): 1.0,
-        (2, 3, 0): 1.0,  # the shortest
+        (2, 3, 0): 1.0,  # as short as possible
         (1, 2, 3, 0): 6 / 8,
         (2, 3, 1, 0): 6 / 7,
-        (1, 2, 3, 1, 2, 3, 1, 2, 3, 0): 0.0,  # longer, up to ten nodes
+        (1, 2, 3, 1, 2, 3, 1, 2, 3, 0): 0.0,  # the goal is reached after ten nodes
         (2, 0): 0.0,
         (3, 2, 3, 0): 0.0,
-        (20, 0): 0.0,  # along no edge
+        (20, 0): 0.0,  # not along an edge
         (1, 2, 3): 0.0,
         (1, 2, 3, 1, 2, 3, 1, 2, 3, 1): 0.0,
         (1, rw.END): 0.0,
-        (1, 2, rw.END): 0.0,  # elsewhere at the end
+        (1, 2, rw.END): 0.0,  # ends at another node
     }
     found = jax.jit(rw.optimality)(graph, *map(jnp.array, padded([list(walk) for walk in walks])))
     np.testing.assert_allclose(found, list(walks.values()), atol=1e-6)
 
 
 def test_optimality_of_many_walks(graphs):
-    """Walks along edges, half of them with a step changed, against plain code."""
+    """Compare with plain Python on random walks, half of which have one changed step."""
     rng = np.random.default_rng(0)
     for i in range(8):
         graph = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), graphs)
@@ -113,7 +113,7 @@ def test_optimality_of_many_walks(graphs):
         assert 0 < np.mean(by_hand) < 1
 
 
-def test_training_walks_are_walks(graphs):
+def test_training_walks_follow_edges(graphs):
     graph = jax.tree.map(lambda x: jnp.asarray(x[0]), graphs)
     tokens, mask = map(np.asarray, rw.random_walks(jax.random.key(0), graph, 500))
     for walk, real in zip(tokens, mask, strict=True):
@@ -145,7 +145,7 @@ def test_writes_its_results(short_run):
 
 
 def test_nothing_compiles_twice(short_run, tmp_path):
-    """Neither another folder nor another seed makes another program."""
+    """Another folder or seed does not compile another program."""
     settings, summary = short_run
     programs = rw.train_all._cache_size()
     again = rw.main(dataclasses.replace(settings, out=tmp_path / "again"))
@@ -156,19 +156,19 @@ def test_nothing_compiles_twice(short_run, tmp_path):
         "training_walks",
         "before",
         "after",
-    ):  # nor does a seed's place among others change it
+    ):  # a seed gives the same result at another position
         assert other["by_seed"][0][name] == pytest.approx(summary["by_seed"][1][name], abs=0.02)
 
 
-def test_seeds_side_by_side_are_those_alone():
-    """`vmap` over seeds gives each seed's own training, up to the rounding of batched sums."""
+def test_seeds_side_by_side_equal_single_runs():
+    """`vmap` over seeds equals separate training, up to the rounding of batched sums."""
     settings = dataclasses.replace(SMALL, sft_steps=20, updates=3)
     keys = [jax.random.key(seed) for seed in range(2)]
     together = jax.device_get(rw.train_all(jnp.stack(keys), settings=settings))
     train = jax.jit(functools.partial(rw.train, settings=settings))
     for seed, key in enumerate(keys):
         one = jax.tree.map(lambda x, seed=seed: x[seed], together)
-        # A probability may be rounded to the other side of a draw, so a few samples of 320 may differ.
+        # Rounding of a probability may change a draw, so a few samples of 320 may differ.
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, atol=0.01),
             one,
@@ -183,20 +183,20 @@ def test_seeds_side_by_side_are_those_alone():
 
 def test_never_overwrites_a_result(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        rw, "train_all", lambda *_, **__: pytest.fail("trained before it looked at the folder")
+        rw, "train_all", lambda *_, **__: pytest.fail("trained before checking the folder")
     )
     (tmp_path / "summary.json").write_text("{}")
-    for out, says in (
+    for out, message in (
         (tmp_path, "holds another run"),
         (tmp_path / "summary.json", "is a file"),
         (tmp_path / "summary.json" / "run", "cannot be used"),
     ):
-        with pytest.raises(SystemExit, match=says):
+        with pytest.raises(SystemExit, match=message):
             rw.main(rw.Settings(out=out))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"updates": 0}, "updates must be at least 1"),
         ({"seeds": 0}, "seeds must be at least 1"),
@@ -206,6 +206,6 @@ def test_never_overwrites_a_result(tmp_path, monkeypatch):
         ({"ppo": dataclasses.replace(rw.PPO, batch_size=32)}, "multiple of the 20"),
     ],
 )
-def test_settings_that_cannot_run_are_refused(wrong, says):
-    with pytest.raises(SettingError, match=says):
+def test_invalid_settings_are_refused(wrong, message):
+    with pytest.raises(SettingError, match=message):
         rw.Settings(out=Path("unused"), **wrong)

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, top to bottom, and the presets' table says what the presets are."""
+"""The Python code of the README runs, its table of presets is right, and imports are declared."""
 
 import ast
 import importlib.metadata
@@ -17,7 +17,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
-    """A tiny checkpoint answers to the name `gpt2`, since no hub may be in reach."""
+    """Run all Python blocks in order, with a tiny checkpoint in place of `gpt2`."""
     pretrained.save_policy(tmp_path / "gpt2", tiny_policy(positions=64), word_tokenizer())
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -36,7 +36,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert int(names["state"].update) == 3 and "policy/clipfrac" in names["metrics"]
 
 
-def test_table_of_presets():
+def test_the_table_of_presets_equals_the_presets():
     lines = [line.split("|") for line in README.splitlines() if line.startswith("|")]
     rows = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
     presets = [PRESETS[name] for name in ("default", "oai2019", "nplus", "trl")]
@@ -78,8 +78,8 @@ def test_table_of_presets():
     ]
 
 
-def test_what_is_imported_is_declared():
-    """The environment of the tests holds more than a user's, who would miss what is not."""
+def test_imported_packages_are_declared():
+    """The test environment has more packages than a user's, so others would go unnoticed."""
     declared = {
         re.split(r"[ <>=;\[]", line)[0].lower().replace("-", "_")
         for line in importlib.metadata.requires("ppo_jax")
@@ -98,5 +98,5 @@ def test_what_is_imported_is_declared():
         for m in modules
         if not declared & {owner.lower().replace("-", "_") for owner in owners.get(m, ())}
     }
-    assert missing <= {"numpy", "jaxlib"}, missing  # JAX's own
-    assert "jinja2" in declared  # which transformers needs for a chat template, and does not bring
+    assert missing <= {"numpy", "jaxlib"}, missing  # they come with JAX
+    assert "jinja2" in declared  # transformers needs it for chat templates, but does not require it

@@ -1,4 +1,4 @@
-"""The same result twice: reruns, resumes from every checkpoint and after kills, and what a run refuses to go on from."""
+"""Reruns and resumes reproduce a run exactly, also after kills; unsuitable runs are not resumed."""
 
 import json
 import os
@@ -28,15 +28,15 @@ from ppo_jax.run.trainer import Trainer
 UPDATES = 12
 
 
-def final(run):
+def run_to_digest(run):
     return digest(run.run().train.params)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that was never stopped, with all its checkpoints, and its digest."""
+    """Return the folder of an uninterrupted run with all its checkpoints, and its digest."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, final(full_trainer(folder, updates=UPDATES, keep=UPDATES))
+    return folder, run_to_digest(full_trainer(folder, updates=UPDATES, keep=UPDATES))
 
 
 def lines(folder, name):
@@ -48,8 +48,11 @@ def same_files(a, b):
     return all(lines(a, name) == lines(b, name) for name in ("metrics.jsonl", "samples.jsonl"))
 
 
-def until(whole, folder, step):
-    """The run as if it had been killed some time after checkpoint `step`: half a line and half a checkpoint lie about."""
+def killed_after(whole, folder, step):
+    """Copy a run as if it had been killed after checkpoint `step`.
+
+    The copy has half a line in `metrics.jsonl` and an unfinished checkpoint.
+    """
     shutil.copytree(whole, folder)
     for place in (folder / "checkpoints").iterdir():
         if place.name.isdigit() and int(place.name) > step:
@@ -60,7 +63,7 @@ def until(whole, folder, step):
     return folder
 
 
-def test_everything_that_a_checkpoint_holds_is_in_use(whole):
+def test_the_run_uses_everything_that_a_checkpoint_holds(whole):
     rows = [row for row in lines(whole[0], "metrics.jsonl") if "objective/kl" in row]
     assert len({row["objective/kl_coef"] for row in rows}) > UPDATES // 2
     assert any(row["optimizer/stopped"] for row in rows) and any(
@@ -70,37 +73,37 @@ def test_everything_that_a_checkpoint_holds_is_in_use(whole):
 
 
 def test_a_second_run_is_the_same(whole, tmp_path):
-    assert final(full_trainer(tmp_path / "run", updates=UPDATES, keep=UPDATES)) == whole[1]
+    assert run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, keep=UPDATES)) == whole[1]
     assert compare(whole[0], tmp_path / "run") == []
     assert same_files(whole[0], tmp_path / "run")
 
 
 @pytest.mark.parametrize("step", range(1, UPDATES))
 def test_resume_from_every_checkpoint(whole, tmp_path, step):
-    folder = until(whole[0], tmp_path / "run", step)
+    folder = killed_after(whole[0], tmp_path / "run", step)
     run = full_trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)
     assert int(run.state.update) == step
-    assert final(run) == whole[1]
+    assert run_to_digest(run) == whole[1]
     assert same_files(whole[0], folder)
 
 
-def test_a_run_is_extended(whole, tmp_path):
+def test_a_finished_run_can_be_extended(whole, tmp_path):
     first = full_trainer(tmp_path / "run", updates=5)
     first.run()
-    assert final(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
+    assert run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
 
 
-def test_a_fresh_run_does_not_start_over_checkpoints_that_were_left(whole, tmp_path):
+def test_a_fresh_run_does_not_overwrite_checkpoints(whole, tmp_path):
     shutil.copytree(whole[0] / "checkpoints", tmp_path / "run/checkpoints")
     with pytest.raises(ValueError, match="holds another run"):
         full_trainer(tmp_path / "run", updates=UPDATES)
 
 
-def test_auto_starts_afresh_where_there_is_nothing(whole, tmp_path):
+def test_auto_starts_a_fresh_run_if_there_is_no_checkpoint(whole, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
     (tmp_path / "run/config.json").write_text("{")
-    assert final(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
+    assert run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
     assert same_files(whole[0], tmp_path / "run")
     with pytest.raises(ValueError, match="no checkpoint"):
         (tmp_path / "empty").mkdir()
@@ -108,12 +111,12 @@ def test_auto_starts_afresh_where_there_is_nothing(whole, tmp_path):
         full_trainer(tmp_path / "empty", updates=UPDATES, resume="yes")
 
 
-def kept(folder):
+def checkpoint_steps(folder):
     return {int(place.name) for place in (folder / "checkpoints").iterdir() if place.name.isdigit()}
 
 
-def test_the_best_by_evaluation_is_kept(tmp_path):
-    """Also where no checkpoint is due at an evaluation."""
+def test_the_best_by_evaluation_is_checkpoint_steps(tmp_path):
+    """The best checkpoint is kept even if no checkpoint is due at its evaluation."""
     run = full_trainer(tmp_path / "run", updates=9, keep=1, eval_every=2, save_every=9)
     run.run()
     evals = {
@@ -122,7 +125,7 @@ def test_the_best_by_evaluation_is_kept(tmp_path):
         if "eval/scores" in row
     }
     best = max(evals, key=lambda step: (evals[step], -step))
-    assert best < 9 and kept(tmp_path / "run") == {best, 9}
+    assert best < 9 and checkpoint_steps(tmp_path / "run") == {best, 9}
 
 
 def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path, monkeypatch):
@@ -131,21 +134,23 @@ def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path, monkeypatch
         Trainer, "evaluate", lambda self, _: ({"eval/scores": scores[int(self.state.update)]}, [])
     )
     options = {"updates": 9, "keep": 1, "eval_every": 2, "save_every": 3, "resume": "auto"}
-    whole = final(full_trainer(tmp_path / "whole", **options))
-    assert kept(tmp_path / "whole") == {4, 9}
+    whole = run_to_digest(full_trainer(tmp_path / "whole", **options))
+    assert checkpoint_steps(tmp_path / "whole") == {4, 9}
     for _ in range(2):
         steps = iter(range(3))
-        with pytest.raises(StopIteration):  # dies in the fourth update, with no time to save
+        with pytest.raises(StopIteration):  # ends in the fourth update without saving
             full_trainer(tmp_path / "run", **options).run(
                 on_update=lambda _, steps=steps: next(steps)
             )
-    assert final(full_trainer(tmp_path / "run", **options)) == whole
-    assert kept(tmp_path / "run") == {4, 9} and same_files(tmp_path / "whole", tmp_path / "run")
+    assert run_to_digest(full_trainer(tmp_path / "run", **options)) == whole
+    assert checkpoint_steps(tmp_path / "run") == {4, 9} and same_files(
+        tmp_path / "whole", tmp_path / "run"
+    )
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, damage, caplog):
-    folder = until(whole[0], tmp_path / "run", 6)
+def test_a_damaged_checkpoint_is_reported_and_skipped(whole, tmp_path, damage, caplog):
+    folder = killed_after(whole[0], tmp_path / "run", 6)
     file = max(
         (p for p in (folder / "checkpoints/6/state").rglob("*") if p.is_file()),
         key=lambda p: p.stat().st_size,
@@ -161,18 +166,18 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, damage, 
             file.unlink()
     run = full_trainer(folder, updates=UPDATES, resume="auto", keep=UPDATES)
     assert int(run.state.update) == 5 and "Checkpoint 6 in" in caplog.text
-    assert final(run) == whole[1] and same_files(whole[0], folder)
+    assert run_to_digest(run) == whole[1] and same_files(whole[0], folder)
     assert (folder / "checkpoints/6.damaged").is_dir()
 
 
-def test_where_all_are_damaged_nothing_starts_over_them(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_not_restarted(tmp_path):
     full_trainer(tmp_path / "run", updates=2, keep=1).run()
     kept = (tmp_path / "run/metrics.jsonl").read_bytes()
     for file in (tmp_path / "run/checkpoints").rglob("*"):
         if file.is_file() and "state" in file.parts:
             file.write_bytes(b"")
-    for says in ("cannot be used", "holds no checkpoint but 2.damaged, set aside"):
-        with pytest.raises(ValueError, match=says):
+    for message in ("cannot be used", "holds no checkpoint but 2.damaged, set aside"):
+        with pytest.raises(ValueError, match=message):
             full_trainer(tmp_path / "run", updates=2, resume="auto")
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == kept
 
@@ -180,8 +185,8 @@ def test_where_all_are_damaged_nothing_starts_over_them(tmp_path):
 @pytest.mark.parametrize(
     "option, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)]
 )
-def test_other_random_bits_are_refused_by_name_and_damage_nothing(whole, tmp_path, option, value):
-    folder = until(whole[0], tmp_path / "run", 6)
+def test_a_change_of_random_number_generation_is_refused(whole, tmp_path, option, value):
+    folder = killed_after(whole[0], tmp_path / "run", 6)
     before = getattr(jax.config, option)
     jax.config.update(option, value)
     try:
@@ -193,12 +198,13 @@ def test_other_random_bits_are_refused_by_name_and_damage_nothing(whole, tmp_pat
         jax.config.update(option, before)
     assert (
         not list((folder / "checkpoints").glob("*.damaged"))
-        and final(full_trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)) == whole[1]
+        and run_to_digest(full_trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES))
+        == whole[1]
     )
 
 
-def test_a_checkpoint_of_another_shape_is_no_damaged_one(whole, tmp_path):
-    folder = until(whole[0], tmp_path / "run", 6)
+def test_a_checkpoint_of_other_shapes_is_not_treated_as_damaged(whole, tmp_path):
+    folder = killed_after(whole[0], tmp_path / "run", 6)
     run = full_trainer(tmp_path / "other", adapters=False)
     checkpoints = Checkpoints(folder / "checkpoints")
     with pytest.raises(
@@ -211,8 +217,8 @@ def test_a_checkpoint_of_another_shape_is_no_damaged_one(whole, tmp_path):
     )
 
 
-def test_other_versions_are_named(whole, tmp_path, caplog):
-    folder = until(whole[0], tmp_path / "run", 6)
+def test_other_versions_are_warned_about(whole, tmp_path, caplog):
+    folder = killed_after(whole[0], tmp_path / "run", 6)
     config = read_json(folder / "config.json")
     config["processes"][-1]["versions"]["jaxlib"] = "0.0.1"
     write_json(folder / "config.json", config)
@@ -221,19 +227,19 @@ def test_other_versions_are_named(whole, tmp_path, caplog):
 
 
 def test_a_run_folder_without_hashes_is_refused(whole, tmp_path):
-    folder = until(whole[0], tmp_path / "run", 6)
+    folder = killed_after(whole[0], tmp_path / "run", 6)
     write_json(folder / "config.json", read_json(folder / "config.json") | {"hashes": {}})
     with pytest.raises(ValueError, match="had the hash None"):
         full_trainer(folder, updates=UPDATES, resume="yes")
 
 
-def test_fewer_updates_than_were_done_are_refused(whole, tmp_path):
-    folder = until(whole[0], tmp_path / "run", 6)
+def test_fewer_updates_than_already_done_are_refused(whole, tmp_path):
+    folder = killed_after(whole[0], tmp_path / "run", 6)
     with pytest.raises(SettingError, match="has 6 updates behind it already; updates=5 is fewer"):
         full_trainer(folder, updates=5, resume="yes")
 
 
-def test_longer_held_out_prompts_are_named_as_such(tmp_path):
+def test_longer_held_out_prompts_are_refused_by_name(tmp_path):
     full_trainer(tmp_path / "run", updates=1).run()
     with pytest.raises(ValueError, match=r"data\.longest_prompt was 3 in the run"):
         full_trainer(tmp_path / "run", updates=2, resume="yes", held_out=["a b c d e"])
@@ -241,10 +247,13 @@ def test_longer_held_out_prompts_are_named_as_such(tmp_path):
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
     full_trainer(tmp_path / "run", updates=1).run()
-    hold = "import sys, pathlib; from ppo_jax.run.files import lock; held = lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    holder = (
+        "import sys, pathlib\nfrom ppo_jax.run.files import lock\n"
+        "held = lock(pathlib.Path(sys.argv[1]))\nprint(1, flush=True)\ninput()"
+    )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / "run")],
+        [sys.executable, "-c", holder, str(tmp_path / "run")],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -259,7 +268,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         (
             {"ppo": FULL_PPO.__class__(**{**vars(FULL_PPO), "lam": 0.9})},
@@ -270,9 +279,9 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
         ({"reward": sorted}, "The reward of the run"),
     ],
 )
-def test_what_changes_the_result_is_refused(whole, tmp_path, changes, says):
-    folder = until(whole[0], tmp_path / "run", 6)
-    with pytest.raises(ValueError, match=says):
+def test_a_change_that_affects_the_result_is_refused(whole, tmp_path, changes, message):
+    folder = killed_after(whole[0], tmp_path / "run", 6)
+    with pytest.raises(ValueError, match=message):
         full_trainer(folder, updates=UPDATES, resume="yes", **changes)
     assert len(lines(whole[0], "samples.jsonl")) == len(
         (folder / "samples.jsonl").read_text().splitlines()
@@ -283,14 +292,14 @@ def test_what_changes_the_result_is_refused(whole, tmp_path, changes, says):
     assert int(free.state.update) == 6
 
 
-def test_updates_cannot_change_where_the_learning_rate_decays_over_them(tmp_path):
+def test_updates_cannot_change_if_the_learning_rate_decays_over_them(tmp_path):
     ppo = FULL_PPO.__class__(**{**vars(FULL_PPO), "decay_learning_rate": True})
     full_trainer(tmp_path / "run", ppo=ppo, updates=2).run()
     with pytest.raises(ValueError, match=r"loop\.updates was 2"):
         full_trainer(tmp_path / "run", ppo=ppo, updates=3, resume="auto")
 
 
-def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
+def test_a_checkpoint_larger_than_the_free_space_is_not_started(tmp_path, monkeypatch):
     run = full_trainer(tmp_path / "run", updates=3)
     run.step()
     run.save()
@@ -305,8 +314,8 @@ def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["1"]
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
-    """The system refuses to write more than a few bytes to a file, as a full disk does."""
+def test_a_full_disk_does_not_harm_earlier_checkpoints(tmp_path):
+    """A limit on file sizes makes writes fail as on a full disk."""
     run = full_trainer(tmp_path / "run", updates=2)
     run.step()
     run.save()
@@ -324,7 +333,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
     assert int(full_trainer(tmp_path / "run", updates=2, resume="yes").state.update) == 1
 
 
-# Signals and kills, in processes of their own.
+# --- signals and kills, in separate processes ---
 
 
 def start(folder, updates):
@@ -369,17 +378,19 @@ def test_a_signal_ends_a_run_after_its_update(whole, tmp_path):
 def test_a_second_signal_ends_it_at_once():
     code = (
         "import os, signal, time\nfrom ppo_jax.run.faults import StopSignals\n"
-        "with StopSignals():\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('on', flush=True)\n"
+        "with StopSignals():\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('on', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGINT and done.stdout == "on\n"
 
 
-def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
-    """`kill -9` while it compiles, samples, learns, and writes checkpoints; half of them aimed at a write.
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    """Use `kill -9` while the run compiles, samples, learns and writes; half aim at a write.
 
-    None waits for more than three new checkpoints, so that the run lasts for twenty kills however fast the machine is.
+    No kill waits for more than three new checkpoints, so that the run lasts for twenty kills on a
+    machine of any speed.
     """
     chance, updates = random.Random(0), 80
     undisturbed = start(tmp_path / "whole", updates)
@@ -392,7 +403,7 @@ def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
         newest = max(
             (int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), default=0
         )
-        if aim:  # at the writing of one of the next two checkpoints
+        if aim:  # while one of the next two checkpoints is written
             wanted = newest + chance.choice((1, 2))
             wait_for(
                 lambda wanted=wanted: list((folder / "checkpoints").glob(f"{wanted}.*tmp*")),
@@ -414,7 +425,7 @@ def test_twenty_kills_at_any_moment_change_nothing(tmp_path):
     assert compare(tmp_path / "whole", folder) == []
 
 
-def test_digests_see_a_bit_and_no_sharding():
+def test_digests_depend_on_every_bit_but_not_on_sharding():
     x = jax.random.normal(jax.random.key(0), (8, 6, 4))
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spread = jax.device_put(
@@ -430,8 +441,8 @@ def test_digests_see_a_bit_and_no_sharding():
     assert len(seen) == 15
 
 
-def test_a_checkpoint_under_the_name_of_another_is_passed_over(whole, tmp_path, caplog):
-    until(whole[0], tmp_path / "run", 4)
+def test_a_renamed_checkpoint_is_skipped(whole, tmp_path, caplog):
+    killed_after(whole[0], tmp_path / "run", 4)
     (tmp_path / "run/checkpoints/3").rename(tmp_path / "aside")
     (tmp_path / "run/checkpoints/4").rename(tmp_path / "run/checkpoints/9")
     (tmp_path / "aside").rename(tmp_path / "run/checkpoints/3")
@@ -443,15 +454,15 @@ def test_a_checkpoint_under_the_name_of_another_is_passed_over(whole, tmp_path, 
     )
 
 
-def test_a_checkpoint_that_orbax_leaves_out_is_an_error(tmp_path, monkeypatch):
+def test_a_checkpoint_that_orbax_does_not_write_is_an_error(tmp_path, monkeypatch):
     run = full_trainer(tmp_path / "run", updates=1)
     monkeypatch.setattr(ocp.CheckpointManager, "save", lambda self, step, args: False)
     with pytest.raises(CheckpointError, match="Checkpoint 1 cannot be written"):
         run.run()
 
 
-def test_lines_that_were_changed_before_the_checkpoint_are_refused(whole, tmp_path):
-    until(whole[0], tmp_path / "run", 3)
+def test_lines_changed_since_the_checkpoint_are_refused(whole, tmp_path):
+    killed_after(whole[0], tmp_path / "run", 3)
     file = tmp_path / "run/metrics.jsonl"
     file.write_bytes(b" " + file.read_bytes())
     before = file.read_bytes()
@@ -460,7 +471,7 @@ def test_lines_that_were_changed_before_the_checkpoint_are_refused(whole, tmp_pa
     assert file.read_bytes() == before
 
 
-def test_a_file_in_the_place_of_checkpoints_is_refused(tmp_path):
+def test_a_file_named_checkpoints_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").touch()
     (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
@@ -469,16 +480,16 @@ def test_a_file_in_the_place_of_checkpoints_is_refused(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_another_number_of_cores_is_named(whole, tmp_path, caplog, monkeypatch):
-    until(whole[0], tmp_path / "run", 3)
+def test_another_number_of_cores_is_warned_about(whole, tmp_path, caplog, monkeypatch):
+    killed_after(whole[0], tmp_path / "run", 3)
     monkeypatch.setattr(provenance, "_cores", lambda: 99)
     full_trainer(tmp_path / "run", resume="yes", updates=6)
     assert "cpu_cores was" in caplog.text and "is 99 now: the last bits may differ" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_models_are_read_ends_the_program_at_once(tmp_path, number):
-    """Also where an exception would be lost, in a callback of the garbage collector's."""
+def test_a_signal_during_loading_ends_the_program_at_once(tmp_path, number):
+    """This holds even in a callback of the garbage collector, where an exception would be lost."""
     (tmp_path / "reward.py").write_text(
         "import gc, os\n"
         f"gc.callbacks.append(lambda *_: os.kill(os.getpid(), {int(number)}))\n"

@@ -1,4 +1,4 @@
-"""`ppo_jax.ops.rewards`: where the score goes, what it becomes, and the penalty beside it."""
+"""Test `ppo_jax.ops.rewards`: position and scaling of scores, KL penalty, missing end tokens."""
 
 import math
 from functools import partial
@@ -27,20 +27,20 @@ close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 def batch():
     rng = np.random.default_rng(0)
     mask = oracles.ragged_mask(rng, B, R, holes=True)
-    mask[2] = False  # a row with no real token
+    mask[2] = False  # a row without real tokens
     return oracles.normal(rng, B), oracles.normal(rng, B, R), mask
 
 
-# --- where the score goes ---
+# --- the position of the score ---
 
 
 @pytest.mark.parametrize(
     "row, last, after",
     [
         ([1, 1, 0, 0], 1, 2),
-        ([1, 1, 1, 1], 3, 3),  # full: there is no index after
-        ([0, 0, 0, 0], 0, 0),  # empty: the first index, not the -1 that would wrap around
-        ([1, 0, 1, 0], 2, 3),  # a hole: the last real token counts, not the number of them
+        ([1, 1, 1, 1], 3, 3),  # full, so there is no index after the last token
+        ([0, 0, 0, 0], 0, 0),  # empty, so the first index rather than -1
+        ([1, 0, 1, 0], 2, 3),  # the last real token counts, not the number of them
         ([0, 0, 0, 1], 3, 3),
     ],
 )
@@ -53,7 +53,7 @@ def test_score_index(row, last, after):
 
 
 @pytest.mark.parametrize("score_at", ScoreAt)
-def test_score_index_oracle(batch, score_at):
+def test_score_index_equals_the_numpy_oracle(batch, score_at):
     mask = batch[-1]
     np.testing.assert_array_equal(
         score_index(mask, score_at), [oracles.score_index(row, score_at.value) for row in mask]
@@ -66,7 +66,7 @@ def test_score_index_oracle(batch, score_at):
 
 @pytest.mark.parametrize("score_at", ScoreAt)
 @pytest.mark.parametrize("with_token_scores", [False, True])
-def test_token_rewards_oracle(batch, score_at, with_token_scores):
+def test_token_rewards_equal_the_numpy_oracle(batch, score_at, with_token_scores):
     scores, kl, mask = batch
     options = {"token_scores": kl[::-1].copy() if with_token_scores else None, "score_at": score_at}
     rewards, steps = token_rewards(scores, kl, mask, kl_coef=0.3, **options)
@@ -84,16 +84,16 @@ def test_token_rewards_oracle(batch, score_at, with_token_scores):
 
 
 @pytest.mark.parametrize("score_at", ScoreAt)
-def test_the_sum_keeps_the_score_and_the_penalty(batch, score_at):
-    """Wherever the score goes, a response earns its score less β times its KL."""
+def test_rewards_sum_to_the_score_minus_the_penalty(batch, score_at):
+    """At every position of the score, a response earns its score minus β times its KL."""
     scores, kl, mask = batch
     rewards, _ = token_rewards(scores, kl, mask, kl_coef=0.3, score_at=score_at)
     close(rewards.sum(axis=1), scores - 0.3 * np.where(mask, kl, 0).sum(axis=1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
-def test_fractions_survive(dtype):
-    """A score of ½ scattered into an integer array is no reward at all; and integer scores beside fractions of KL stay apart."""
+def test_rewards_are_float32_for_scores_of_any_type(dtype):
+    """Fractional scores are not truncated, and integer scores do not truncate the KL penalty."""
     scores = jnp.array([0.5, -0.25]).astype(dtype)
     rewards, _ = token_rewards(scores, jnp.full((2, 3), 0.125), jnp.ones((2, 3), bool), kl_coef=0.5)
     assert rewards.dtype == jnp.float32
@@ -101,7 +101,7 @@ def test_fractions_survive(dtype):
     np.testing.assert_array_equal(rewards[:, 0], -0.0625)
 
 
-def test_blind_under_mask(batch):
+def test_masked_entries_have_no_influence(batch):
     scores, kl, mask = batch
     of = lambda x: token_rewards(scores, x, mask, kl_coef=0.3, token_scores=x)[0]
     clean, dirty = (of(np.where(mask, kl, np.float32(x))) for x in (0, np.nan))
@@ -111,7 +111,7 @@ def test_blind_under_mask(batch):
 
 
 def test_the_coefficient_may_be_traced(batch):
-    """An adaptive coefficient is an array and its change compiles nothing."""
+    """An adaptive coefficient is an array, so a new value compiles nothing."""
     traces = []
 
     @jax.jit
@@ -163,8 +163,8 @@ def scaled(batches, **options):
 
 
 @pytest.mark.parametrize("offset", [0.0, 50.0])
-def test_running_scale_oracle(offset):
-    """Batches of several sizes, one of them constant, some scores without a number."""
+def test_running_scale_equals_the_numpy_oracle(offset):
+    """The batches have several sizes, one is constant, and some scores are not finite."""
     rng = np.random.default_rng(0)
     batches = [3 * oracles.normal(rng, n) + offset for n in (8, 3, 17, 1)] + [
         np.full(4, offset, np.float32)
@@ -183,7 +183,7 @@ def test_running_scale_oracle(offset):
 def test_running_scale_of_one_batch():
     _, (now,) = scaled([[1.0, 2.0, 5.0]])
     close(np.std(now), 1)
-    np.testing.assert_array_equal(np.sign(now), 1)  # the mean is not moved
+    np.testing.assert_array_equal(np.sign(now), 1)  # scores are not centred
 
 
 def test_running_scale_does_not_depend_on_the_split():
@@ -193,15 +193,15 @@ def test_running_scale_does_not_depend_on_the_split():
         jax.tree.map(partial(close, rtol=1e-4), state, states[0])
 
 
-def test_running_scale_undoes_the_scale_of_the_scores():
+def test_running_scale_removes_the_scale_of_the_scores():
     batches = [oracles.normal(np.random.default_rng(i), 6) for i in range(3)]
     for a, b in zip(scaled(batches)[1], scaled([100 * x for x in batches])[1], strict=True):
         close(a, b, rtol=1e-4)
 
 
 @pytest.mark.parametrize("batch", [[1.0, 1.0, 1.0], [3.0], [0.0, 0.0], [math.nan, 2.0]], ids=str)
-def test_running_scale_without_a_spread(batch):
-    """Scores that do not differ yet (all right, all wrong, a single one) have no scale to divide by: they must not explode."""
+def test_running_scale_of_equal_scores(batch):
+    """Scores without deviation, equal or single, must not be divided by almost nothing."""
     _, (now,) = scaled([batch])
     batch = np.array(batch)
     real = np.isfinite(batch)

@@ -1,4 +1,4 @@
-"""`ppo_jax.ops.sampling`: the filters against `transformers`, and samples against the distribution they claim to be from."""
+"""Test `ppo_jax.ops.sampling`: filters against `transformers`, samples against probabilities."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def random_logits(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 300, 1000])
-def test_top_k(k):
+def test_top_k_equals_transformers(k):
     logits = random_logits(16, 300)
     filtered = filter_top_k(logits, k)
     np.testing.assert_array_equal(filtered, TopKLogitsWarper(k)(None, torch.tensor(logits)).numpy())
@@ -43,7 +43,7 @@ def test_top_k(k):
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.99])
-def test_top_p(p):
+def test_top_p_equals_transformers(p):
     logits = random_logits(16, 300)
     filtered = filter_top_p(logits, p)
     np.testing.assert_array_equal(filtered, TopPLogitsWarper(p)(None, torch.tensor(logits)).numpy())
@@ -54,12 +54,12 @@ def test_top_p(p):
 
 
 def test_top_p_of_1_keeps_all():
-    """Also in the far tail, where a running sum in float32 has long reached 1."""
+    """This includes the far tail, where a cumulative sum in float32 is already 1."""
     logits = random_logits(16, 20000)
     np.testing.assert_array_equal(filter_top_p(logits, 1.0), logits)
 
 
-def test_filters_keep_ties_and_what_is_out_already():
+def test_filters_keep_ties_and_excluded_tokens():
     logits = jnp.array([2.0, 2.0, 1.0, -jnp.inf])
     np.testing.assert_array_equal(filter_top_k(logits, 1), [2, 2, -np.inf, -np.inf])
     np.testing.assert_array_equal(filter_top_k(logits, 4), logits)
@@ -71,8 +71,8 @@ def test_filters_keep_ties_and_what_is_out_already():
     "options",
     [{}, {"temperature": 0.7}, {"top_k": 20}, {"temperature": 1.5, "top_k": 30, "top_p": 0.8}],
 )
-def test_process_logits(options):
-    """In the order of `transformers`: the nucleus is that of the tempered distribution over the k likeliest words."""
+def test_process_logits_equals_transformers(options):
+    """The order is temperature, top-k, top-p, as in `transformers`."""
     logits = random_logits(16, 300)
     theirs = torch.tensor(logits)
     for name, warper in (
@@ -87,13 +87,13 @@ def test_process_logits(options):
 
 
 @pytest.mark.parametrize("k", [0, -1])
-def test_top_k_refuses(k):
+def test_invalid_top_k_is_refused(k):
     with pytest.raises(ValueError, match="top_k"):
         filter_top_k(jnp.zeros(3), k)
 
 
 @pytest.mark.parametrize("p", [0.0, -0.1, 1.1])
-def test_top_p_refuses(p):
+def test_invalid_top_p_is_refused(p):
     with pytest.raises(ValueError, match="top_p"):
         filter_top_p(jnp.zeros(3), p)
 
@@ -102,13 +102,13 @@ def test_top_p_refuses(p):
 
 
 def assert_drawn_from(tokens, probs) -> None:
-    """χ² of the counts within five deviations of its mean; words too rare to count one by one are counted with neighbours."""
+    """Assert that χ² is within five deviations of its mean; rare tokens are pooled."""
     counts, expected = np.bincount(tokens, minlength=len(probs)), probs * len(tokens)
     assert len(counts) == len(probs)
     np.testing.assert_array_equal(counts[probs == 0], 0)
     groups = np.floor(np.cumsum(expected) / 20).astype(
         int
-    )  # contiguous runs of words of about 20 draws each
+    )  # contiguous groups of tokens with about 20 draws each
     counts, expected = (
         np.bincount(np.unique(groups, return_inverse=True)[1], x) for x in (counts, expected)
     )
@@ -119,8 +119,8 @@ def assert_drawn_from(tokens, probs) -> None:
 
 @pytest.mark.parametrize("V", [2, 256, 257, 1000, 50257])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0], ids=["flat", "mild", "peaked"])
-def test_distribution(V, scale):
-    """On both sides of the search's block of 256 words; a flat, a mild and a peaked distribution, a fifth of it forbidden."""
+def test_samples_follow_the_distribution(V, scale):
+    """Vocabularies are below and above a search block of 256; a fifth of the tokens is excluded."""
     rng = np.random.default_rng(V)
     logits = scale * oracles.normal(rng, V)
     logits[rng.random(V) < 0.2] = -np.inf
@@ -133,8 +133,8 @@ def test_distribution(V, scale):
 
 
 @pytest.mark.parametrize("V", [3, 600])
-def test_only_what_is_allowed_is_drawn(V):
-    """One allowed word, first, last and at the edges of blocks, is always drawn, with log-prob 0."""
+def test_the_only_allowed_token_is_always_drawn(V):
+    """The token is first, last, or at the edge of a block; its log-prob is 0."""
     for only in {0, 255, 256, V // 2, V - 1} & set(range(V)):
         logits = np.full(V, -np.inf, np.float32)
         logits[only] = -3
@@ -143,8 +143,8 @@ def test_only_what_is_allowed_is_drawn(V):
         np.testing.assert_allclose(logprobs, 0, atol=1e-6)
 
 
-def test_rare_words_at_the_end_do_not_gain():
-    """The last words have no mass to speak of; rounding of the running sum must not send draws there."""
+def test_improbable_tokens_at_the_end_are_not_drawn():
+    """Rounding of the cumulative sum must not move draws to the last, improbable tokens."""
     logits = np.zeros(5000, np.float32)
     logits[-2000:] = -60
     tokens, _ = draw(jax.random.split(jax.random.key(0), 50000), logits)
@@ -157,8 +157,11 @@ NEAR_1 = 1 - 2**-24
 @pytest.mark.parametrize(
     "u, v, token", [(0, 0, 1), (0, 0.5, 100), (0.5, 0, 256), (0.5, 0.5, 258), (NEAR_1, NEAR_1, 258)]
 )
-def test_steps_of_the_uniform(monkeypatch, u, v, token):
-    """A block owns `[c, c + p)` of the first number's interval, a word of the second's; the number next to 1 is the last's."""
+def test_two_uniform_numbers_choose_block_and_token(monkeypatch, u, v, token):
+    """A block owns the interval `[c, c + p)` of the first number, a token that of the second.
+
+    The largest number below 1 chooses the last token.
+    """
     monkeypatch.setattr(
         jax.random, "uniform", lambda *args, **kwargs: jnp.array([u, v], jnp.float32)
     )
@@ -168,8 +171,8 @@ def test_steps_of_the_uniform(monkeypatch, u, v, token):
 
 
 @pytest.mark.parametrize("target, index", [(-1e-6, 1), (1.5, 2), (2.0, 2), (2.5, 2), (np.nan, 2)])
-def test_search_forgives_rounding(target, index):
-    """What is left to search for in a block may by rounding lie outside it; words of weight 0 are not found even then."""
+def test_search_tolerates_rounding(target, index):
+    """If rounding moves a target outside the block, tokens of weight 0 are still not found."""
     assert sampling._first_beyond(jnp.array([0.0, 1.0, 1.0, 0.0]), jnp.float32(target)) == index
 
 
@@ -190,13 +193,13 @@ def test_extreme_logits(logits, allowed):
     assert int(greedy_token(logits)[0]) == min(allowed)
 
 
-def test_a_token_is_a_word_even_of_nan():
-    """A diverged model shows in its loss; a token past the vocabulary would fail somewhere else first."""
+def test_nan_logits_still_give_a_token_of_the_vocabulary():
+    """A diverged model should be reported by its loss, not by a failure on an invalid token."""
     assert 0 <= sample_token(jax.random.key(0), jnp.full(300, jnp.nan))[0] < 300
 
 
 def test_samples_do_not_depend_on_the_batch():
-    """A key for each row: the same rows all at once, in parts, and one by one."""
+    """With a key per row, sampling rows at once, in parts or one by one gives the same tokens."""
     keys, logits = jax.random.split(jax.random.key(3), 8), random_logits(8, 700)
     rows, one = jax.jit(jax.vmap(sample_token)), jax.jit(sample_token)
     together, logprobs = rows(keys, logits)
@@ -209,7 +212,7 @@ def test_samples_do_not_depend_on_the_batch():
     )
 
 
-def test_greedy():
+def test_greedy_takes_the_first_maximum():
     logits = random_logits(16, 300)
     tokens, logprobs = jax.vmap(greedy_token)(logits)
     np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
@@ -221,7 +224,7 @@ def test_greedy():
 
 
 @pytest.mark.parametrize("function", [greedy_token, partial(sample_token, jax.random.key(0))])
-def test_rows_need_vmap(function):
-    """A batch of rows with one key would silently share its randomness."""
+def test_a_batch_without_vmap_is_refused(function):
+    """A batch with one key would silently share its randomness over rows."""
     with pytest.raises(AssertionError):
         function(jnp.zeros((2, 3)))

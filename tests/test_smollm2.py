@@ -1,4 +1,4 @@
-"""The openings of real reviews: no test opening was seen in training, by the reward or by PPO."""
+"""Test the data split of the SmolLM2 experiment: test openings are in no training data."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from experiments import smollm2
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_test_openings_are_new(seed):
+def test_test_openings_are_not_in_training_data(seed):
     scored, prompts, test = smollm2.split(seed, 5)
     assert len(test) == smollm2.N_TEST and len(prompts) > 0.8 * smollm2.N_PPO
     assert 0.99 * smollm2.N_REWARD < len(scored) <= smollm2.N_REWARD

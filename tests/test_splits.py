@@ -1,4 +1,4 @@
-"""However a batch is split over chunks, micro-batches, padding and devices: the same samples and the same parameters."""
+"""Chunks, micro-batches, device shards and padding of a batch change no result."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import FULL_PPO, full_trainer
+from helpers import FULL_PPO, full_trainer, has_zero_gradient
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ppo_jax.distributed import compilation
@@ -37,7 +37,7 @@ PPO = PPOConfig(
 
 
 def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **changes):
-    """Samples `[3, B, R]`, parameters after three updates, and the optimizer steps that each update took."""
+    """Return samples `[3, B, R]`, parameters after three updates, and optimizer steps of each."""
     ppo = PPOConfig(**{**vars(PPO), **changes})
     config = dataclasses.replace(CONFIG, lora_scale=4.0) if adapters else CONFIG
     agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (3, 4), 0)
@@ -81,15 +81,8 @@ def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **ch
 
 
 @functools.cache
-def undivided(optimizer, **all_on):
+def without_split(optimizer, **all_on):
     return three_updates(optimizer, **all_on)
-
-
-def is_noise(path):
-    """Adam turns the rounding of a gradient that is zero into steps of the learning rate: a key's bias shifts all scores of a query
-    alike, which the softmax does not see."""
-    names = [part.key for part in path]
-    return names[-2:] == ["k", "bias"]
 
 
 SPLITS = [
@@ -110,11 +103,11 @@ SPLITS = [
     "split", SPLITS, ids=lambda split: ",".join(f"{k}={v}" for k, v in split.items())
 )
 def test_no_split_changes_the_result(optimizer, split):
-    samples, params, _ = undivided(optimizer)
+    samples, params, _ = without_split(optimizer)
     samples_now, params_now, _ = three_updates(optimizer, **split)
     np.testing.assert_array_equal(samples_now, samples)
     for path, x in jax.tree_util.tree_leaves_with_path(params_now):
-        if optimizer == "adamw" and is_noise(path):
+        if optimizer == "adamw" and has_zero_gradient(path):
             continue
         y = functools.reduce(lambda tree, part: tree[part.key], path, params)
         np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
@@ -124,7 +117,7 @@ ALL_ON = {
     "adapters": True,
     "target_kl": 1e-5,
     "whiten_rewards": True,
-}  # beside a critic of its own, adaptive KL and score scaling
+}  # in addition to the separate critic, adaptive KL and score scaling
 
 
 @pytest.mark.parametrize(
@@ -133,17 +126,17 @@ ALL_ON = {
     ids=str,
 )
 def test_no_split_changes_the_result_with_everything_on(split):
-    samples, params, steps = undivided("sgd", **ALL_ON)
+    samples, params, steps = without_split("sgd", **ALL_ON)
     samples_now, params_now, steps_now = three_updates("sgd", **ALL_ON, **split)
     np.testing.assert_array_equal(samples_now, samples)
     assert (
         steps_now == steps and min(steps) < PPO.epochs * PPO.minibatches
-    )  # the target KL did stop an update
+    )  # the target KL stopped an update early
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params_now, params)
 
 
-def test_the_three_updates_moved_and_sampled_anew():
-    samples, params, _ = undivided("sgd")
+def test_the_three_updates_change_parameters_and_samples():
+    samples, params, _ = without_split("sgd")
     assert (
         (samples[0] != samples[1]).any()
         and (samples >= 0).any(axis=(1, 2)).all()
@@ -155,7 +148,10 @@ def test_the_three_updates_moved_and_sampled_anew():
 
 
 def test_no_key_is_used_twice(tmp_path, monkeypatch):
-    """Records the key of every random draw of a run and an evaluation: two numbers a row and token, a permutation an epoch."""
+    """All random draws of a run and an evaluation use different keys.
+
+    There is one draw of two numbers per row and token, and one permutation per epoch.
+    """
     seen: list[tuple] = []
 
     def recorded(draw):
@@ -181,13 +177,13 @@ def test_no_key_is_used_twice(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
     run = full_trainer(tmp_path / "run", updates=3, eval_every=0, save_every=0)
-    made = len(seen)
-    assert made  # the new parameters' keys count too
+    initial = len(seen)
+    assert initial  # draws of the initial parameters
     for _ in range(3):
         run.step()
-    run.evaluate(run.prompts)  # of one batch
+    run.evaluate(run.prompts)  # one batch
     jax.effects_barrier()
-    drawn = seen[made:]
+    drawn = seen[initial:]
     c = FULL_PPO
     steps = sum(name == "uniform" for name, *_ in drawn)
     assert (

@@ -1,4 +1,4 @@
-"""The loop and the command, end to end on a tiny model: it learns, resumes without a break, and refuses bad input in a sentence."""
+"""Test training end to end on a tiny model: the trainer, rewards, and the commands."""
 
 import functools
 import json
@@ -19,7 +19,9 @@ import transformers
 from helpers import (
     SIMPLE_PPO,
     WORDS,
+    command_line,
     full_trainer,
+    options,
     simple_trainer,
     tiny_policy,
     word_tokenizer,
@@ -59,7 +61,7 @@ def test_learns_and_writes_its_folder(tmp_path, shared):
         simple_trainer(tmp_path / "run")
 
 
-def test_resume_is_no_break(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     ppo = PPOConfig(**{**vars(SIMPLE_PPO), "kl_target": 0.5, "scale_scores": True})
     whole = simple_trainer(tmp_path / "whole", ppo=ppo).run()
     half = simple_trainer(tmp_path / "half", ppo=ppo, save_every=2)
@@ -93,7 +95,7 @@ def test_samples_and_shuffles_differ_between_updates():
 
 
 @pytest.mark.parametrize("n, size", [(10, 4), (4, 10), (8, 8)])
-def test_batches_pass_over_every_row_before_any_returns(n, size):
+def test_batches_use_every_row_before_repeating_one(n, size):
     stream = np.concatenate([data.batch_rows(n, size, update, seed=3) for update in range(n)])
     for one_pass in stream.reshape(-1, n):
         assert sorted(one_pass) == list(range(n))
@@ -101,7 +103,7 @@ def test_batches_pass_over_every_row_before_any_returns(n, size):
 
 
 @pytest.mark.parametrize(
-    "scores, says",
+    "scores, message",
     [
         ([1.0], "shape"),
         (["a", "b"], "numbers"),
@@ -110,13 +112,12 @@ def test_batches_pass_over_every_row_before_any_returns(n, size):
         (None, "numbers"),
     ],
 )
-def test_what_is_no_score_is_refused(scores, says):
-    with pytest.raises(RewardError, match=says):
+def test_invalid_scores_are_refused(scores, message):
+    with pytest.raises(RewardError, match=message):
         check_scores(scores, (2,))
 
 
-def test_scores_of_tokens_stand_beside_those_of_responses():
-    """A jittable reward may score responses, tokens, or both; what it returns reaches the rewards of the right tokens."""
+def test_a_token_reward_may_score_responses_tokens_or_both():
     mask = jax.numpy.array([[True, True, False], [True, True, True]])
     rollout = Rollout(
         jax.numpy.zeros((2, 4), int),
@@ -132,17 +133,17 @@ def test_scores_of_tokens_stand_beside_those_of_responses():
     assert ask(lambda t, m, real: real.sum(axis=1)).tokens is None
     np.testing.assert_array_equal(ask(of_tokens).total(mask), [1, 1.5])
     np.testing.assert_array_equal(ask(of_both).total(mask), [3, 4.5])
-    for wrong, says in (
+    for wrong, message in (
         (lambda t, m, r: (r, r, r), "3 arrays"),
         (lambda t, m, r: t, "shape"),
         (lambda t, m, r: 1 / 0, "Zero"),
     ):
-        with pytest.raises(RewardError, match=says):
+        with pytest.raises(RewardError, match=message):
             ask(wrong)
 
 
-def test_a_reward_of_tokens_teaches(tmp_path):
-    """Token 2 pays wherever it stands: the loop hands each token's score to its step."""
+def test_a_run_learns_from_a_token_reward(tmp_path):
+    """Each occurrence of the token "b" is rewarded at its own step."""
     run = simple_trainer(
         tmp_path / "run", reward=None, updates=25, wrap=lambda _: TokenReward(pays_for_b)
     )
@@ -155,12 +156,12 @@ def pays_for_b(tokens, mask, response_mask):
     return (tokens[:, -response_mask.shape[1] :] == WORDS.index("b")) * 0.5
 
 
-def test_a_reward_that_raises_is_named(tmp_path):
+def test_an_exception_of_a_reward_is_named(tmp_path):
     with pytest.raises(RewardError, match="ZeroDivisionError"):
         simple_trainer(tmp_path / "run", reward=lambda prompts, responses: 1 / 0).step()
 
 
-def test_reward_gets_the_rows_if_it_wants_them():
+def test_a_reward_with_a_parameter_rows_gets_the_rows():
     rows = [{"prompt": "a", "answer": "b"}]
     prompts = data.Prompts(rows, np.zeros((1, 1), np.int32), np.ones((1, 1), bool))
     reward = TextReward(lambda prompts, responses, rows: [float(rows[0]["answer"] == responses[0])])
@@ -181,8 +182,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def command(folder, **changes):
-    options = {
+def train_command(folder, **changes):
+    given = {
         "model": folder / "model",
         "prompts": folder / "prompts.txt",
         "reward": f"{folder / 'reward.py'}:score",
@@ -191,17 +192,16 @@ def command(folder, **changes):
         "ppo.batch-size": 8,
         "ppo.max-new-tokens": 4,
     } | changes
-    return [
-        "train",
-        "--loop.no-progress",
-        "--mesh",
-        "data=1",
-        *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
-    ]
+    return ["train", "--loop.no-progress", "--mesh", "data=1", *options(given)]
+
+
+def evaluate_command(folder, **given):
+    model, prompts = folder / "out/model", folder / "prompts.txt"
+    return command_line("evaluate", model=model, prompts=prompts, **{"max-new-tokens": 3}, **given)
 
 
 @pytest.mark.parametrize(
-    "rows, options, says",
+    "rows, flags, message",
     [
         ([{"response": "a"}], "--learn-from scores", "Row 0 needs a number in 'score', not None"),
         (
@@ -214,63 +214,38 @@ def command(folder, **changes):
         ([{"chosen": "a", "rejected": ""}], "", "no text in 'rejected'"),
     ],
 )
-def test_rows_that_cannot_be_learned_from_are_named(folder, rows, options, says, capsys):
+def test_unusable_rows_of_reward_training_are_named(folder, rows, flags, message, capsys):
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 20))
     with pytest.raises(SystemExit):
-        cli.main(
-            [
-                "reward",
-                "--model",
-                str(folder / "model"),
-                "--data",
-                str(folder / "rows.jsonl"),
-                "--out",
-                str(folder / "new"),
-                *options.split(),
-            ]
-        )
-    assert says in capsys.readouterr().err
+        paths = {"model": folder / "model", "data": folder / "rows.jsonl", "out": folder / "new"}
+        cli.main([*command_line("reward", **paths), *flags.split()])
+    assert message in capsys.readouterr().err
     assert not (folder / "new").exists()
 
 
-def test_rewards_on_arrays_from_the_command(folder, capsys):
-    cli.main(
-        command(folder, **{"reward": f"{folder / 'reward.py'}:count", "reward-given": "tokens"})
-    )
-    cli.main(
-        [
-            "evaluate",
-            "--model",
-            str(folder / "out/model"),
-            "--prompts",
-            str(folder / "prompts.txt"),
-            "--reward",
-            f"{folder / 'reward.py'}:count",
-            "--reward-given",
-            "tokens",
-            "--max-new-tokens",
-            "3",
-        ]
-    )
+def test_the_commands_take_token_rewards(folder, capsys):
+    reward = {"reward": f"{folder / 'reward.py'}:count", "reward-given": "tokens"}
+    cli.main(train_command(folder, **reward))
+    cli.main(evaluate_command(folder, **reward))
     assert "2 responses" in capsys.readouterr().out
 
 
-def test_a_run_in_the_folder_is_seen_before_the_model_is_read(folder, capsys):
+def test_an_existing_run_is_found_before_the_model_is_loaded(folder, capsys):
     (folder / "out").mkdir()
     (folder / "out/config.json").write_text("{}")
     with pytest.raises(SystemExit):
-        cli.main(command(folder, model="no such model"))
+        cli.main(train_command(folder, model="no such model"))
     assert "holds another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate", "reward model"])
-def test_adapters_from_the_command(folder, critic):
-    """The merged model is the base under its adapter, and the run resumes."""
+def test_the_command_trains_adapters(folder, critic):
+    """The exported model equals the base with the exported adapter merged."""
     if critic == "reward model":
         critic = str(folder / "scorer")
         save_scorer(critic)
     cli.main(
-        command(
+        train_command(
             folder,
             **{
                 "lora.rank": 2,
@@ -293,7 +268,7 @@ def test_adapters_from_the_command(folder, critic):
 
 
 @pytest.mark.parametrize(
-    "option, changes, says",
+    "option, changes, message",
     [
         (
             "critic",
@@ -307,30 +282,30 @@ def test_adapters_from_the_command(folder, critic):
         ),
     ],
 )
-def test_models_that_score_must_fit(folder, capsys, option, changes, says):
+def test_critic_and_reward_model_must_fit_the_policy(folder, capsys, option, changes, message):
     save_scorer(folder / "scorer", **changes)
     with pytest.raises(SystemExit):
-        cli.main(command(folder, **{option: folder / "scorer"}))
-    assert re.search(says, capsys.readouterr().err)
+        cli.main(train_command(folder, **{option: folder / "scorer"}))
+    assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_reward_model_reads_the_end_of_a_text_that_is_too_long(folder):
+def test_a_reward_model_reads_the_end_of_a_long_text(folder):
     save_scorer(folder / "scorer", positions=4)
     scores = load_reward(str(folder / "scorer")).score_texts(["a b c d e f", "c d e f", "f e d c"])
     assert scores[0] == scores[1] != scores[2]
 
 
-def save_scorer(place, **changes):
+def save_scorer(path, **changes):
     base = tiny_policy(**changes)
     scorers.save_scorer(
-        place,
+        path,
         base._replace(params=heads.init_scorer(base.config, jax.random.key(3))),
         word_tokenizer(),
     )
 
 
-def test_a_classifiers_label_is_the_reward(folder, capsys):
-    """Every sample's score is the logit of that label; without one, or with another on resume, the command says so."""
+def test_a_label_of_a_classifier_is_the_reward(folder, capsys):
+    """A score is the logit of the chosen label, which is required and cannot change on resume."""
     config = transformers.DistilBertConfig(
         vocab_size=len(WORDS),
         dim=16,
@@ -347,12 +322,12 @@ def test_a_classifiers_label_is_the_reward(folder, capsys):
     classes.save_pretrained(folder / "classes")
     word_tokenizer().save_pretrained(folder / "classes")
     with pytest.raises(SystemExit):
-        cli.main(command(folder, reward=folder / "classes"))
+        cli.main(train_command(folder, reward=folder / "classes"))
     assert "scores by labels (BAD, GOOD): reward_label must name one" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(command(folder, critic=folder / "classes"))
+        cli.main(train_command(folder, critic=folder / "classes"))
     assert "The critic must start from a reward model with one label: " in capsys.readouterr().err
-    cli.main(command(folder, reward=folder / "classes", **{"reward-label": "GOOD"}))
+    cli.main(train_command(folder, reward=folder / "classes", **{"reward-label": "GOOD"}))
     rows = read_lines(folder / "out/samples.jsonl")
     assert rows
     for row in rows:
@@ -361,7 +336,7 @@ def test_a_classifiers_label_is_the_reward(folder, capsys):
             assert row["score"] == pytest.approx(float(classes(ids).logits[0, 1]), abs=1e-5)
     with pytest.raises(SystemExit):
         cli.main(
-            command(
+            train_command(
                 folder,
                 reward=folder / "classes",
                 resume="yes",
@@ -369,38 +344,24 @@ def test_a_classifiers_label_is_the_reward(folder, capsys):
             )
         )
     assert "reward_label" in capsys.readouterr().err
-    cli.main(
-        [
-            "evaluate",
-            "--model",
-            str(folder / "out/model"),
-            "--prompts",
-            str(folder / "prompts.txt"),
-            "--reward",
-            str(folder / "classes"),
-            "--reward-label",
-            "1",
-            "--max-new-tokens",
-            "3",
-        ]
-    )
+    cli.main(evaluate_command(folder, reward=folder / "classes", **{"reward-label": "1"}))
     assert "2 responses" in capsys.readouterr().out
 
 
-def test_weights_and_biases_hears_of_every_update(tmp_path, monkeypatch):
+def test_weights_and_biases_receives_every_update(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
 
-    heard = []
+    logged = []
     log = wandb.Run.log
     monkeypatch.setattr(
         wandb.Run,
         "log",
-        lambda self, data, **more: (heard.append((more["step"], data)), log(self, data, **more)),
+        lambda self, data, **more: (logged.append((more["step"], data)), log(self, data, **more)),
     )
     simple_trainer(tmp_path / "run", updates=2, wandb_project="ppo_jax").run()
-    assert [step for step, data in heard if "objective/kl" in data] == [0, 1]
+    assert [step for step, data in logged if "objective/kl" in data] == [0, 1]
     assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
 
 
@@ -413,40 +374,18 @@ def test_prompts_from_a_dataset():
         data.read_rows(datasets.Dataset.from_list([{"text": "a"}]))
 
 
-def test_the_command_trains_a_model_that_generates(folder, capsys):
-    cli.main(command(folder))
+def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
+    cli.main(train_command(folder))
     assert json.loads((folder / "out/summary.json").read_text())["updates"] == 2
-    cli.main(
-        [
-            "generate",
-            "--model",
-            str(folder / "out/model"),
-            "--prompts",
-            "a b",
-            "c",
-            "--max-new-tokens",
-            "3",
-        ]
-    )
+    sample = {"model": folder / "out/model", "max-new-tokens": 3}
+    cli.main([*command_line("generate", **sample), "--prompts", "a b", "c"])
     assert "a b|" in capsys.readouterr().out
-    cli.main(
-        [
-            "evaluate",
-            "--model",
-            str(folder / "out/model"),
-            "--prompts",
-            str(folder / "prompts.txt"),
-            "--reward",
-            f"{folder / 'reward.py'}:score",
-            "--max-new-tokens",
-            "3",
-        ]
-    )
+    cli.main(evaluate_command(folder, reward=f"{folder / 'reward.py'}:score"))
     assert "2 responses" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"prompts": "empty.txt"}, "no prompt"),
@@ -458,24 +397,24 @@ def test_the_command_trains_a_model_that_generates(folder, capsys):
         ({"ppo.top-k": 999}, "top_k=999 must lie in 1 .. 21"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_writes_nothing(folder, capsys, changes, says):
+def test_bad_input_is_refused_in_one_sentence_without_writing(folder, capsys, changes, message):
     at = {k: folder / v if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(SystemExit) as stop:
-        cli.main(command(folder, **at))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and says in said and said.count("\n") == 1, said
+        cli.main(train_command(folder, **at))
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and message in printed and printed.count("\n") == 1, printed
     assert not (folder / "out").exists()
 
 
 def test_a_tokenizer_too_large_for_its_model_is_refused(folder, capsys):
     pretrained.save_policy(folder / "model", tiny_policy(vocab_size=7), word_tokenizer())
     with pytest.raises(SystemExit):
-        cli.main(command(folder))
+        cli.main(train_command(folder))
     assert "vocab_size=7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         ({"minibatches": 3}, "minibatches=3"),
         ({"micro_batch": 5}, "micro_batch=5"),
@@ -488,8 +427,8 @@ def test_a_tokenizer_too_large_for_its_model_is_refused(folder, capsys):
         ({"dual_clip": 0.5}, "dual_clip must be over 1"),
     ],
 )
-def test_settings_that_cannot_run_are_refused(changes, says):
-    with pytest.raises(SettingError, match=says):
+def test_invalid_settings_are_refused(changes, message):
+    with pytest.raises(SettingError, match=message):
         PPOConfig(**changes)
 
 
@@ -508,33 +447,19 @@ def test_settings_that_cannot_run_are_refused(changes, says):
         ),
     ],
 )
-def test_supervised_stages_learn_and_their_folders_load(folder, stage, rows, capsys):
+def test_supervised_stages_learn_and_their_models_load(folder, stage, rows, capsys):
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 40))
-    cli.main(
-        [
-            *stage.split(),
-            "--model",
-            str(folder / "model"),
-            "--data",
-            str(folder / "rows.jsonl"),
-            "--out",
-            str(folder / "new"),
-            "--length",
-            "8",
-            "--epochs",
-            "20",
-            "--learning-rate",
-            "1e-2",
-        ]
-    )
+    paths = {"model": folder / "model", "data": folder / "rows.jsonl", "out": folder / "new"}
+    training = {"length": 8, "epochs": 20, "learning-rate": 1e-2}
+    cli.main([*stage.split(), *options({**paths, **training})])
     assert json.loads((folder / "new/summary.json").read_text())["eval/accuracy"] == 1.0
     if stage == "sft":
         assert pretrained.load_policy(folder / "new").config.vocab_size == len(WORDS)
     else:
-        cli.main(command(folder, reward=folder / "new"))
+        cli.main(train_command(folder, reward=folder / "new"))
 
 
-def test_explained_variance_of_returns_that_do_not_vary():
+def test_explained_variance_of_constant_returns_is_0():
     values = jnp.zeros((1, 7)).at[0, 0].set(5.0)
     assert explained_variance(values, jnp.full((1, 7), 0.3), jnp.ones((1, 7), bool)) == 0
 
@@ -547,18 +472,18 @@ def test_explained_variance_of_returns_that_do_not_vary():
         lambda prompts, responses, *, scale=0.0: [scale] * 3,
     ],
 )
-def test_a_reward_gets_rows_only_where_it_asks_for_them(function):
+def test_a_reward_without_a_parameter_rows_gets_no_rows(function):
     prompts = data.Prompts([{"prompt": "a"}] * 3, np.zeros((3, 1), np.int32), np.ones((3, 1), bool))
     assert TextReward(function)(None, prompts, ["a"] * 3).response.tolist() == [0, 0, 0]
 
 
-def test_a_reward_that_exits_is_a_reward_that_raises():
+def test_a_reward_that_exits_is_a_reward_error():
     prompts = data.Prompts([{"prompt": "a"}], np.zeros((1, 1), np.int32), np.ones((1, 1), bool))
     with pytest.raises(RewardError, match="SystemExit"):
         TextReward(lambda prompts, responses: exit())(None, prompts, ["a"])
 
 
-def test_the_learning_rate_decays_by_updates_whatever_steps_are_taken(tmp_path):
+def test_the_learning_rate_decays_with_updates_even_if_steps_are_stopped(tmp_path):
     def count(state):
         return int(
             optax.tree.get(
@@ -582,7 +507,7 @@ def test_the_learning_rate_decays_by_updates_whatever_steps_are_taken(tmp_path):
     assert due <= count(run.state) < due + 2
 
 
-def test_scores_of_tokens_are_not_clipped_or_scaled_unseen(tmp_path):
+def test_token_scores_cannot_be_combined_with_score_scaling(tmp_path):
     reward = lambda tokens, mask, response_mask: response_mask.astype(np.float32)
     run = simple_trainer(
         tmp_path / "run",
@@ -594,18 +519,14 @@ def test_scores_of_tokens_are_not_clipped_or_scaled_unseen(tmp_path):
         run.step()
 
 
-def supervised(folder, command, rows, **options):
+def run_supervised(folder, command, rows, **given):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {
-        "model": folder / "model",
-        "data": folder / "rows.jsonl",
-        "out": folder / f"audit_{command}",
-    } | options
-    cli.main([command, *(str(x) for name, value in given.items() for x in (f"--{name}", value))])
+    paths = {"model": folder / "model", "data": folder / "rows.jsonl"}
+    cli.main(command_line(command, **paths, out=folder / f"new_{command}", **given))
 
 
 @pytest.mark.parametrize(
-    "command, rows, options, says",
+    "command, rows, options, message",
     [
         ("sft", [{"response": "a"}] * 2, {"batch-size": 0}, "batch_size must be positive"),
         ("sft", [{"response": "a"}] * 2, {"epochs": 0}, "epochs must be positive"),
@@ -624,28 +545,28 @@ def supervised(folder, command, rows, **options):
         ),
     ],
 )
-def test_supervised_stages_name_what_is_wrong(folder, capsys, command, rows, options, says):
+def test_invalid_input_of_supervised_stages_is_named(
+    folder, capsys, command, rows, options, message
+):
     with pytest.raises(SystemExit):
-        supervised(folder, command, rows, **options)
-    said = capsys.readouterr().err
-    assert re.search(says, said), said
-    assert not (folder / f"audit_{command}").exists()
+        run_supervised(folder, command, rows, **options)
+    printed = capsys.readouterr().err
+    assert re.search(message, printed), printed
+    assert not (folder / f"new_{command}").exists()
 
 
-def test_rows_are_cut_to_the_models_positions(folder):
-    supervised(
+def test_rows_are_cut_to_the_positions_of_the_model(folder):
+    run_supervised(
         folder,
         "sft",
         [{"response": "b " * 200}] * 4,
         **{"batch-size": 2, "epochs": 1, "length": 500},
     )
-    assert (folder / "audit_sft/model.safetensors").exists()
+    assert (folder / "new_sft/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("held_out", ["a", "a b c d e f"])
-def test_held_out_prompts_of_another_length_are_sampled_by_the_same_program(
-    tmp_path, caplog, held_out
-):
+def test_held_out_prompts_of_another_length_compile_nothing_new(tmp_path, caplog, held_out):
     run = full_trainer(tmp_path / "run", updates=2, eval_every=1, held_out=[held_out])
     with jax.log_compiles():
         run.run()
@@ -660,55 +581,49 @@ def test_held_out_prompts_of_another_length_are_sampled_by_the_same_program(
     )
 
 
-OWN = "/home/ppo_jax/compiled"
+DEFAULT_CACHE = "/home/ppo_jax/compiled"
 
 
 @pytest.mark.parametrize(
-    "given, cache, least",
+    "given, cache, min_seconds",
     [
-        ({}, OWN, 0.0),
+        ({}, DEFAULT_CACHE, 0.0),
         ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine", 0.0),
-        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}, OWN, 7.0),
+        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}, DEFAULT_CACHE, 7.0),
     ],
 )
-def test_everything_that_is_compiled_is_kept_wherever_it_is(given, cache, least):
-    """In a process of its own, as JAX reads the variables once."""
+def test_compiled_programs_are_cached_in_the_chosen_folder(given, cache, min_seconds):
+    """Test in a separate process, because JAX reads the environment variables only once."""
     code = """import jax
 from ppo_jax import cli
 cli.keep_compiled_programs()
-print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)"""
-    outside = {
+config = jax.config
+print(config.jax_compilation_cache_dir, config.jax_persistent_cache_min_compile_time_secs)"""
+    other_variables = {
         name: x
         for name, x in os.environ.items()
         if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
     }
     environment = (
-        outside | {"XDG_CACHE_HOME": "/home", "PYTHONPATH": str(Path(__file__).parents[1])} | given
+        other_variables
+        | {"XDG_CACHE_HOME": "/home", "PYTHONPATH": str(Path(__file__).parents[1])}
+        | given
     )
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     ).stdout.split()
-    assert said[0] == cache and float(said[1]) == least
+    assert printed[0] == cache and float(printed[1]) == min_seconds
 
 
-def test_added_tokens_that_the_model_has_no_word_for_are_refused_where_a_text_holds_one(
-    folder, capsys
-):
+def test_added_tokens_outside_the_models_vocabulary_are_refused_in_texts(folder, capsys):
     words = word_tokenizer()
-    words.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as Gemma 3's
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as in Gemma 3
     words.save_pretrained(folder / "model")
-    cli.main(command(folder))
+    cli.main(train_command(folder))
     (folder / "prompts.txt").write_text("a\nb <image>\n")
-    sample = [
-        "generate",
-        "--model",
-        str(folder / "model"),
-        "--prompts",
-        "b <image>",
-        "--max-new-tokens",
-        "2",
-    ]
-    for arguments in (command(folder, out=folder / "other"), sample):
+    given = {"model": folder / "model", "prompts": "b <image>", "max-new-tokens": 2}
+    sample = command_line("generate", **given)
+    for arguments in (train_command(folder, out=folder / "other"), sample):
         with pytest.raises(SystemExit):
             cli.main(arguments)
         assert (
@@ -718,14 +633,14 @@ def test_added_tokens_that_the_model_has_no_word_for_are_refused_where_a_text_ho
     words.add_special_tokens({"pad_token": "<pad>"})
     words.save_pretrained(folder / "model")
     with pytest.raises(SystemExit):
-        cli.main(command(folder, out=folder / "other"))
+        cli.main(train_command(folder, out=folder / "other"))
     assert "gives ids up to 22, but the model has vocab_size=21" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "kind", ["BertForPreTraining", "BertModel", "BertLMHeadModel", "RobertaModel"]
 )
-def test_bert_learns_to_score_as_an_encoder_and_transformers_agrees(folder, kind, capsys):
+def test_a_bert_reward_model_equals_transformers(folder, kind, capsys):
     family = "Bert" if kind.startswith("Bert") else "Roberta"
     config = getattr(transformers, f"{family}Config")(
         vocab_size=len(WORDS),
@@ -741,23 +656,9 @@ def test_bert_learns_to_score_as_an_encoder_and_transformers_agrees(folder, kind
     model.save_pretrained(folder / "bert")
     word_tokenizer().save_pretrained(folder / "bert")
     (folder / "pairs.jsonl").write_text('{"chosen": "a b", "rejected": "c d e"}\n' * 20)
-    cli.main(
-        [
-            "reward",
-            "--model",
-            str(folder / "bert"),
-            "--data",
-            str(folder / "pairs.jsonl"),
-            "--out",
-            str(folder / "scorer"),
-            "--epochs",
-            "1",
-            "--batch-size",
-            "4",
-            "--learning-rate",
-            "1e-3",
-        ]
-    )
+    paths = {"model": folder / "bert", "data": folder / "pairs.jsonl", "out": folder / "scorer"}
+    training = {"epochs": 1, "batch-size": 4, "learning-rate": 1e-3}
+    cli.main(command_line("reward", **paths, **training))
     assert "epoch 1" in capsys.readouterr().out
     reward, texts = load_reward(str(folder / "scorer")), ["a b c", "d e f"]
     words = transformers.AutoTokenizer.from_pretrained(folder / "scorer")
@@ -774,7 +675,7 @@ def test_bert_learns_to_score_as_an_encoder_and_transformers_agrees(folder, kind
         np.testing.assert_array_equal(fresh.params["head"]["pooler"]["kernel"], pooler)
 
 
-def test_a_decoder_that_scores_by_its_first_token_is_refused(tmp_path):
+def test_a_bert_decoder_as_classifier_is_refused(tmp_path):
     config = transformers.BertConfig(
         vocab_size=len(WORDS),
         hidden_size=16,
@@ -790,8 +691,8 @@ def test_a_decoder_that_scores_by_its_first_token_is_refused(tmp_path):
         load_reward(str(tmp_path))
 
 
-def test_a_loss_of_ones_own_goes_through_the_loop_and_is_known_on_resume(tmp_path):
-    def only(params, batch, counts):
+def test_a_custom_loss_is_used_and_checked_on_resume(tmp_path):
+    def zero_loss(params, batch, counts):
         model = tiny_policy().config
         loss, metrics = ppo_loss_fn(
             language_model(model),
@@ -804,7 +705,7 @@ def test_a_loss_of_ones_own_goes_through_the_loop_and_is_known_on_resume(tmp_pat
         )(params, batch, counts)
         return 0.0 * loss, metrics
 
-    before = simple_trainer(tmp_path / "run", updates=1, loss_fn=only)
+    before = simple_trainer(tmp_path / "run", updates=1, loss_fn=zero_loss)
     start = jax.tree.map(np.asarray, before.state.train.params)
     end = before.run().train.params
     jax.tree.map(np.testing.assert_array_equal, start, end)
@@ -812,7 +713,7 @@ def test_a_loss_of_ones_own_goes_through_the_loop_and_is_known_on_resume(tmp_pat
         simple_trainer(tmp_path / "run", updates=2, resume="yes")
 
 
-def test_without_a_terminal_each_update_is_a_line(tmp_path, capsys):
+def test_without_a_terminal_each_update_prints_a_line(tmp_path, capsys):
     simple_trainer(tmp_path / "run", updates=2, progress=True).run()
     lines = capsys.readouterr().err.splitlines()
     assert [line[: line.index(":")] for line in lines] == [

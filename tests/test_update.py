@@ -1,4 +1,4 @@
-"""The compiled update: a policy's ratio to itself is 1, splits change nothing, and it stops or skips when told."""
+"""Test the compiled update: first ratios, splits, early stopping and skipped steps."""
 
 import functools
 
@@ -22,8 +22,8 @@ ROWS = 16
 
 
 @functools.cache
-def world(dtype=jnp.float32):
-    """Model, critic, parameters and one scored batch of experience."""
+def small_problem(dtype=jnp.float32):
+    """Return a model, a critic, parameters and one scored batch of experience."""
     config = TransformerConfig(
         vocab_size=97,
         positions=32,
@@ -58,7 +58,7 @@ def world(dtype=jnp.float32):
             model, critic, p, p["policy"], ro, temperature=0.7, micro_batch=4
         )
     )(params, rollout)
-    np.testing.assert_array_equal(scores.kl, 0)  # of a model with itself
+    np.testing.assert_array_equal(scores.kl, 0)  # of the model with itself
     experience, _ = make_experience(
         rollout, scores, jax.random.normal(key, (ROWS,)), kl_coef=0.1, gamma=1.0, lam=0.95
     )
@@ -75,7 +75,7 @@ def run(
     key=2,
     **options,
 ):
-    model, critic, params, made = world(dtype)
+    model, critic, params, made = small_problem(dtype)
     loss_fn = ppo_loss_fn(
         model,
         critic,
@@ -108,7 +108,7 @@ def test_first_ratio_is_one(dtype, bound):
     _, metrics = run(dtype, tx=optax.adam(3e-3), epochs=4)
     assert metrics["policy/first_ratio_error_max"] <= bound
     assert metrics["policy/first_clipfrac"] == 0
-    assert metrics["policy/clipfrac"] > 0.01  # later, clipping is active
+    assert metrics["policy/clipfrac"] > 0.01  # clipping is active in later steps
 
 
 @pytest.mark.parametrize("aggregation", [BY_TOKEN, BY_SEQUENCE])
@@ -120,11 +120,11 @@ def test_micro_batches_and_chunks_change_nothing(aggregation):
     for name in ("loss/total", "policy/approx_kl", "policy/ratio_max"):
         np.testing.assert_allclose(metrics[name], same[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(AssertionError):
-        close(one, run(aggregation=aggregation, key=3)[0])  # another shuffle does
+        close(one, run(aggregation=aggregation, key=3)[0])  # a different shuffle does change them
 
 
-def test_further_padding_changes_nothing():
-    experience = world()[3]
+def test_more_padding_changes_nothing():
+    experience = small_problem()[3]
     wider = {
         name: jnp.pad(getattr(experience, name), ((0, 0), (2, 3))) for name in ("tokens", "mask")
     }
@@ -133,7 +133,7 @@ def test_further_padding_changes_nothing():
     close(run()[0], run(experience=experience.replace(**wider))[0])
 
 
-def test_every_row_once_an_epoch_in_a_fresh_order():
+def test_each_epoch_has_every_row_once_in_a_new_order():
     order = shuffled_minibatches(jax.random.key(0), 12, epochs=3, minibatches=4).reshape(3, 12)
     for epoch in order:
         assert sorted(epoch.tolist()) == list(range(12))
@@ -143,22 +143,22 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
     ).any()
 
 
-def test_target_kl_stops():
+def test_target_kl_stops_an_update():
     _, free = run(tx=optax.sgd(1.0), epochs=4)
-    _, held = run(tx=optax.sgd(1.0), epochs=4, target_kl=1e-4)
+    _, limited = run(tx=optax.sgd(1.0), epochs=4, target_kl=1e-4)
     assert free["optimizer/stopped"] == 0 and free["optimizer/steps"] == 8
-    assert held["optimizer/stopped"] == 1 and 0 < held["optimizer/steps"] < 8
+    assert limited["optimizer/stopped"] == 1 and 0 < limited["optimizer/steps"] < 8
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_and_counted():
-    params, experience = world()[2:]
+def test_steps_with_non_finite_gradients_are_skipped_and_counted():
+    params, experience = small_problem()[2:]
     bad = experience.replace(advantages=experience.advantages.at[0, 0].set(jnp.inf))
     state, metrics = run(experience=bad, minibatches=1, skip_nonfinite=True)
     assert metrics["optimizer/skipped"] == 2 and metrics["optimizer/steps"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
-def test_parameters_that_are_not_finite_are_told():
+def test_non_finite_parameters_are_reported():
     _, metrics = run(
         tx=optax.adamw(3e38, weight_decay=1e3), epochs=1, minibatches=1, skip_nonfinite=True
     )
@@ -171,7 +171,7 @@ def test_parameters_that_are_not_finite_are_told():
 
 
 def test_eight_devices_by_pmap_equal_one():
-    model, critic, params, experience = world()
+    model, critic, params, experience = small_problem()
     loss_fn = ppo_loss_fn(
         model,
         critic,

@@ -1,4 +1,4 @@
-"""The arithmetic questions: held-out ones are never trained on, and the check agrees with the task's own."""
+"""Test the arithmetic experiment: held-out questions are not trained on; answers are checked."""
 
 import re
 
@@ -7,7 +7,7 @@ import reasoning_gym
 from experiments import verifiable
 
 
-def test_held_out_questions_are_held_out():
+def test_held_out_questions_are_not_in_the_training_set():
     train, test = verifiable.questions(seed=0)
     assert len(test) == verifiable.N_HELD_OUT and len(train) > 100
     seen, held_out = ({row["prompt"] for row in rows} for rows in (train, test))
@@ -17,7 +17,7 @@ def test_held_out_questions_are_held_out():
     assert verifiable.questions(seed=0) == (train, test) != verifiable.questions(seed=1)
 
 
-def test_a_right_answer_is_right_to_the_task_too():
+def test_the_reward_agrees_with_the_task():
     task = reasoning_gym.create_dataset("chain_sum", size=20, seed=5, **verifiable.TASK)
     for entry in task:
         row = [{"answer": entry["answer"]}]
