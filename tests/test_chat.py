@@ -129,7 +129,10 @@ def test_a_template_with_a_date_gives_the_same_text_every_day():
 
 def test_a_template_may_expect_content_in_parts():
     words = chat_tokenizer()
-    words.chat_template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %} t {% endfor %}"
+    words.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}"
+        " t {% endfor %}"
+    )
     assert encode(chat.as_chat([{"prompt": "b c"}]), words).texts == ["b c t "]
     words.chat_template = "{% for m in messages %}{{ m.content|upper }} t {% endfor %}"
     assert encode(chat.as_chat([{"prompt": "b c"}]), words).texts == ["B C t "]
