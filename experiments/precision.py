@@ -1,10 +1,11 @@
-"""What a TPU's matrix precision does to log-probs: its bfloat16 passes, imitated on any machine, on the real SmolLM2-135M.
+"""How a TPU's matrix precision changes the log-probs of SmolLM2-135M, emulated on any machine.
 
     python -m experiments.precision --out DIR
 
-A TPU multiplies float32 operands as bfloat16 parts: one pass rounds both (`default`), three take high x high, high x low and low x
-high (`high`), six all products of three parts down to 2^-16 (`highest`). Sums are float32. Here each matrix product of the traced
-program is replaced by those passes.
+A TPU multiplies float32 operands as sums of bfloat16 parts. One pass rounds both operands
+(`default`), three passes take high x high, high x low and low x high (`high`), and six passes take
+all products of three parts down to 2^-16 (`highest`). Sums are in float32. This experiment replaces
+each matrix product of the traced program by those passes.
 """
 
 import dataclasses
@@ -35,30 +36,29 @@ PASSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Log-probs under a TPU's matrix precisions."""
+    """Settings of the experiment."""
 
     out: Path
     """Folder for summary.json."""
     texts: int = 16
-    """Movie reviews scored."""
+    """Number of movie reviews."""
 
 
 def parts(x: jax.Array) -> list[jax.Array]:
-    """Three bfloat16 numbers whose sum is `x` to float32, as float32."""
-    found = []
+    """Return three bfloat16 arrays, stored as float32, whose sum is `x` to float32 precision."""
+    rounded = []
     for _ in range(3):
-        found.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
-        x = x - found[-1]
-    return found
+        rounded.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - rounded[-1]
+    return rounded
 
 
 def with_passes(function: Callable, passes: list[tuple[int, int]]) -> Callable:
-    """`function` with each float32 matrix product done in bfloat16 passes."""
+    """Return `function` with each float32 matrix product computed in bfloat16 passes."""
 
     def run(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-        known = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(
-            zip(jaxpr.invars, args, strict=True)
-        )
+        variables = [*jaxpr.constvars, *jaxpr.invars]
+        known = dict(zip(variables, [*consts, *args], strict=True))
         read = lambda v: v.val if isinstance(v, Literal) else known[v]
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
@@ -86,6 +86,7 @@ def with_passes(function: Callable, passes: list[tuple[int, int]]) -> Callable:
 
 
 def main(options: Precision) -> dict[str, dict[str, float]]:
+    """Compare log-probs under each precision with float32, and write the differences."""
     file = assets.smollm2_gguf()
     tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
     texts = [sentence.sentence for sentence in assets.movie_reviews()[: options.texts]]
@@ -103,7 +104,8 @@ def main(options: Precision) -> dict[str, dict[str, float]]:
         gap = np.abs(np.asarray(jax.jit(with_passes(logprobs, passes))(*args)) - exact)[real]
         found[name] = {"mean": float(gap.mean()), "max": float(gap.max())}
         print(
-            f"{name:8} log-probs differ by {gap.mean():.2e} on average, {gap.max():.2e} at most, of {real.sum()} tokens"
+            f"{name:8} log-probs of {real.sum()} tokens differ by {gap.mean():.2e} on average and "
+            f"by {gap.max():.2e} at most"
         )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -1,23 +1,26 @@
-"""PPO finds shortest paths: a language model of random walks learns to walk straight to the goal.
+"""PPO teaches a language model of random walks to find shortest paths.
 
-The task is that of trlX's examples. A random directed graph has 21 nodes; the model is fine-tuned on random walks of at most ten
-nodes, most of which never meet the goal, node 0. PPO then rewards each sampled walk by its *optimality*: 1 for the shortest path
-from its start, falling linearly to 0 at ten nodes; 0 for a walk along a missing edge or one that does not arrive.
+The task is that of trlX's examples. A random directed graph has 21 nodes. The model is fine-tuned
+on random walks of at most ten nodes, most of which never reach the goal, node 0. PPO then rewards
+each sampled walk by its optimality: 1 for the shortest path from its start, decreasing linearly to
+0 at ten nodes, and 0 for a walk that uses a missing edge or does not reach the goal.
 
     python -m experiments.randomwalks --out runs/walks --seed 0
-    python -m experiments.randomwalks --out runs/five --seeds 5     # five seeds side by side, by `vmap`
+    python -m experiments.randomwalks --out runs/five --seeds 5     # five seeds at once, by `vmap`
 
-All of it (graph, walks, fine-tuning, evaluation, PPO, evaluation) is one compiled program, a function of the seed's key alone, so
-that `jax.vmap` trains many seeds, each on its own graph, at once. The figure is the mean optimality of 64 samples at temperature 1
-from each of the 20 other nodes. Every one of them can reach the goal: graphs where one cannot are drawn anew.
+Everything (graph, walks, fine-tuning, PPO, evaluation before and after) is one compiled function of
+the seed's random key, so `jax.vmap` trains many seeds at once, each on its own graph. The figure is
+the mean optimality of 64 samples at temperature 1 from each of the 20 other nodes. All of them can
+reach the goal; other graphs are drawn again.
 
-Seen on 2 CPU cores, fine-tuned model before and after PPO, 35 to 37 s a seed, of which about half is compilation:
+Result on 2 CPU cores, before and after PPO, in 35 to 37 s per seed, half of which is compilation:
 
     seed      0      1      2      3      4
     before    0.314  0.074  0.277  0.162  0.176
     after     0.998  0.980  1.000  0.991  0.999
 
-Seeds 0 to 4 side by side gave the same within 0.001, in 134 s on a busy machine; seeds 5 to 10, in 104 s, at least 0.994 each.
+Seeds 0 to 4 at once gave the same within 0.001, in 134 s on a busy machine. Seeds 5 to 10 at once
+reached at least 0.994 each, in 104 s.
 """
 
 import dataclasses
@@ -47,8 +50,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NODES, EDGE_PROBABILITY, GOAL = 21, 0.1, 0
-END, WORDS = NODES, NODES + 1  # a token for each node, and one that fills a text after its end
-LONGEST = 10  # nodes of a walk, the start and the goal included
+END, WORDS = NODES, NODES + 1  # one token per node, and one that pads a walk after its end
+LONGEST = 10  # the most nodes of a walk, including start and goal
 CONFIG = TransformerConfig(
     vocab_size=WORDS, positions=LONGEST, width=64, layers=2, heads=4, mlp_width=256
 )
@@ -69,25 +72,25 @@ PPO = PPOConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Shortest paths by PPO; writes summary.json and learning.png."""
+    """Find shortest paths with PPO, and write summary.json and learning.png."""
 
-    # The first three do not compare, since they leave the compiled program as it is.
+    # The first three fields are left out of comparisons, since they do not change the program.
     out: Path = dataclasses.field(compare=False)
     """Folder for the results; must not hold another run."""
     seed: int = dataclasses.field(default=0, compare=False)
-    """Of the graph, the walks and the training."""
+    """Seed of the graph, the walks and the training."""
     seeds: int = dataclasses.field(default=1, compare=False)
-    """Train this many seeds at once, from `seed` on."""
+    """Train this many seeds at once, starting from `seed`."""
     walks: int = 1000
-    """Random walks to fine-tune on."""
+    """Number of random walks to fine-tune on."""
     sft_steps: int = 300
-    """Steps of fine-tuning, of 100 walks each."""
+    """Fine-tuning steps, on 100 walks each."""
     updates: int = 160
-    """PPO updates."""
+    """Number of PPO updates."""
     samples: int = 64
-    """Walks from each node in an evaluation."""
+    """Sampled walks from each node in an evaluation."""
     ppo: PPOConfig = PPO
-    """The PPO iteration."""
+    """Settings of the PPO iteration."""
 
     def __post_init__(self):
         for name in ("seeds", "walks", "sft_steps", "updates", "samples"):
@@ -97,23 +100,28 @@ class Settings:
             raise SettingError(f"seed must lie in 0 .. 2**32 - seeds, not {self.seed}.")
         if self.ppo.max_new_tokens != LONGEST - 1 or not self.ppo.stop_at_end:
             raise SettingError(
-                f"ppo must keep max_new_tokens={LONGEST - 1} and stop_at_end: a walk has at most {LONGEST} nodes."
+                f"ppo must keep max_new_tokens={LONGEST - 1} and stop_at_end, because a walk has "
+                f"at most {LONGEST} nodes."
             )
         if self.ppo.batch_size % (NODES - 1):
             raise SettingError(
-                f"ppo.batch_size={self.ppo.batch_size} must be a multiple of the {NODES - 1} start nodes."
+                f"ppo.batch_size={self.ppo.batch_size} must be a multiple of the {NODES - 1} start "
+                "nodes."
             )
 
 
 class Graph(NamedTuple):
-    """A task; tokens number the nodes, and no edge touches `END`."""
+    """A task. Nodes are tokens; `END` has no edges."""
 
     edges: jax.Array  # [WORDS, WORDS] bool, from row to column
-    shortest: jax.Array  # [WORDS] int32, as of `shortest_walks`
+    shortest: jax.Array  # [WORDS] int32, the result of `shortest_walks`
 
 
 def shortest_walks(edges: jax.Array) -> jax.Array:
-    """Nodes of the shortest walk from each node to the goal, both included; `LONGEST + 1` where it would be longer or none is."""
+    """Return the number of nodes on the shortest walk from each node to the goal.
+
+    Start and goal count. The number is `LONGEST + 1` if the walk is longer or does not exist.
+    """
 
     def relax(_, length: jax.Array) -> jax.Array:
         return jnp.minimum(length, 1 + jnp.where(edges, length[None, :], LONGEST).min(axis=1))
@@ -124,7 +132,7 @@ def shortest_walks(edges: jax.Array) -> jax.Array:
 
 
 def draw_graph(key: jax.Array) -> Graph:
-    """A random graph whose goal is a dead end; drawn until every node leads there by a walk shorter than the longest."""
+    """Draw random graphs until every node has a walk to the goal shorter than `LONGEST`."""
     row, column = jnp.indices((WORDS, WORDS))
     possible = (row != column) & (row != GOAL) & (jnp.maximum(row, column) < END)
 
@@ -140,26 +148,30 @@ def draw_graph(key: jax.Array) -> Graph:
 
 
 def optimality(graph: Graph, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """`(10 - n) / (10 - n*)` of walks `[B, LONGEST]` with their mask; `n` nodes where `n*` would do. 0 unless at the goal."""
+    """Return the optimality of walks `[B, LONGEST]` with their mask.
+
+    For a walk of `n` nodes from a node whose shortest walk has `n*` nodes it is
+    `(10 - n) / (10 - n*)`, and 0 if the walk does not reach the goal along edges.
+    """
     lengths = mask.sum(axis=1)
-    there = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0] == GOAL
+    arrived = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0] == GOAL
     along_edges = graph.edges[tokens[:, :-1], tokens[:, 1:]] | ~mask[:, 1:]
     shortest = graph.shortest[tokens[:, 0]]
     return jnp.where(
-        there & along_edges.all(axis=1), (LONGEST - lengths) / (LONGEST - shortest), 0.0
+        arrived & along_edges.all(axis=1), (LONGEST - lengths) / (LONGEST - shortest), 0.0
     )
 
 
 def random_walks(key: jax.Array, graph: Graph, n: int) -> tuple[jax.Array, jax.Array]:
-    """`n` uniform walks from random nodes, to the goal or to their tenth node: tokens and mask, `[n, LONGEST]`."""
+    """Draw `n` walks from random nodes that end at the goal or the tenth node, `[n, LONGEST]`."""
     start_key, walk_key = jax.random.split(key)
     starts = jax.random.randint(start_key, (n,), GOAL + 1, NODES)
-    ways = jnp.where(
-        graph.edges.at[jnp.array([GOAL, END]), END].set(True), 0.0, -jnp.inf
-    )  # past the goal, nothing but END
+    # After the goal only END follows.
+    allowed = graph.edges.at[jnp.array([GOAL, END]), END].set(True)
+    logits = jnp.where(allowed, 0.0, -jnp.inf)
 
     def step(node: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        following = jax.random.categorical(key, ways[node])
+        following = jax.random.categorical(key, logits[node])
         return following, following
 
     _, path = jax.lax.scan(step, starts, jax.random.split(walk_key, LONGEST - 1))
@@ -170,7 +182,7 @@ def random_walks(key: jax.Array, graph: Graph, n: int) -> tuple[jax.Array, jax.A
 def fine_tune(
     key: jax.Array, params: Params, walks: tuple[jax.Array, jax.Array], steps: int
 ) -> Params:
-    """The model after `steps` steps of Adam on batches of the walks."""
+    """Train the model with Adam for `steps` steps on batches of the walks."""
     state = TrainState.create(
         apply_fn=None, params=params, tx=optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     )
@@ -184,13 +196,13 @@ def fine_tune(
 
 
 def train(key: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
-    """The whole method: optimality before and after, the course of the updates, and the policy that came of them."""
+    """Run everything; return optimality before and after, the updates' history and the policy."""
     graph_key, walk_key, init_key, sft_key, head_key, test_key, ppo_key = jax.random.split(key, 7)
     graph = draw_graph(graph_key)
     walks = random_walks(walk_key, graph, settings.walks)
     reference = fine_tune(sft_key, init_params(CONFIG, init_key), walks, settings.sft_steps)
     agent = iteration.Agent(MODEL, CRITIC, settings.ppo, stop_ids=(GOAL, END), pad_id=END)
-    plainly = agent._replace(
+    evaluator = agent._replace(
         config=dataclasses.replace(settings.ppo, temperature=1.0, top_k=None, top_p=None)
     )
     params = {"policy": reference, "critic": heads.init_scorer(CONFIG, head_key, trunk=reference)}
@@ -202,16 +214,15 @@ def train(key: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
         return rollout, optimality(graph, rollout.tokens, rollout.mask)
 
     def evaluate(state: iteration.PPOState) -> jax.Array:
-        return walk(plainly, state.replace(key=test_key), jnp.repeat(starts, settings.samples))[
-            1
-        ].mean()
+        nodes = jnp.repeat(starts, settings.samples)
+        return walk(evaluator, state.replace(key=test_key), nodes)[1].mean()
 
     def update(state: iteration.PPOState, _) -> tuple[iteration.PPOState, dict[str, jax.Array]]:
-        rollout, found = walk(agent, state, jnp.resize(starts, settings.ppo.batch_size))
+        rollout, walk_scores = walk(agent, state, jnp.resize(starts, settings.ppo.batch_size))
         scores = iteration.score(agent, state, reference, rollout)
-        state, metrics = iteration.learn(agent, state, rollout, scores, found)
+        state, metrics = iteration.learn(agent, state, rollout, scores, walk_scores)
         return state, {
-            "optimality": found.mean(),
+            "optimality": walk_scores.mean(),
             "kl": metrics["objective/kl"],
             "entropy": metrics["objective/entropy"],
         }
@@ -227,11 +238,12 @@ def train(key: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="settings")
 def train_all(keys: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
-    """`train` of each key, side by side in one compiled program."""
+    """Run `train` for each key in one compiled program."""
     return jax.vmap(functools.partial(train, settings=settings))(keys)
 
 
 def plot(results: dict[str, np.ndarray], seeds: range, path: Path) -> None:
+    """Plot optimality, KL and entropy over the updates, one line per seed."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     titles = {
         "optimality": "optimality of the samples",
@@ -248,10 +260,11 @@ def plot(results: dict[str, np.ndarray], seeds: range, path: Path) -> None:
 
 
 def main(settings: Settings) -> dict[str, Any]:
+    """Train all seeds, write the results to `settings.out`, print and return them."""
     start = time.perf_counter()
     try:
         out = claim(settings.out)
-        _held = lock(out)  # until the end
+        _folder_lock = lock(out)  # held until the end
     except (OSError, ValueError) as error:
         raise SystemExit(f"out={settings.out} cannot be used: {error}") from error
     seeds = range(settings.seed, settings.seed + settings.seeds)

@@ -1,9 +1,10 @@
-"""Scaling on paper: PPO for GPT-3's sizes up to 175B and Llama 3 8B and 70B, compiled for TPU slices that are not here.
+"""Predicted cost of PPO for GPT-3 up to 175B and Llama 3 8B and 70B on TPU slices.
 
     python -m experiments.scaling --out DIR
 
-Each row is compiled by the TPU's own compiler at two small depths and taken further along a line (`ppo_jax.plan.compile.extrapolate`); the
-first number of rows a device that fits is taken. What is in DIR already is not compiled again.
+No TPU is needed: the TPU compiler compiles each study for a slice at two small depths, and the
+figures are extrapolated linearly to the full depth. Each study uses the first number of rows per
+device that fits into memory. Studies in DIR are not compiled again.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from ppo_jax.plan import compile as plan
 from ppo_jax.ppo.settings import PPOConfig
 
 PROMPT, RESPONSE = 512, 128
-ROWS = (4, 1)  # of a micro-batch on each device, tried in this order
+ROWS = (4, 1)  # rows of a micro-batch on each device, tried in this order
 STUDIES = (  # model, slice, mesh
     ("gpt3-125m", "v5e:2x2", "data=4"),
     ("gpt3-350m", "v5e:2x4", "fsdp=8"),
@@ -29,7 +30,7 @@ STUDIES = (  # model, slice, mesh
     ("gpt3-1.3b", "v5e:4x4", "fsdp=16"),
     ("gpt3-2.7b", "v5e:4x8", "fsdp=32"),
     ("gpt3-6.7b", "v5e:8x16", "fsdp=32,tensor=4"),
-    ("gpt3-13b", "v5p:4x4x4", "data=2,fsdp=4,tensor=8"),  # its width, 5,140, divides by little
+    ("gpt3-13b", "v5p:4x4x4", "data=2,fsdp=4,tensor=8"),  # its width of 5,140 has few divisors
     ("gpt3-175b", "v5p:4x8x8", "fsdp=32,tensor=8"),
     ("gpt3-175b", "v5p:8x8x8", "fsdp=64,tensor=8"),
     ("llama3-8b", "v5p:2x2x4", "fsdp=16"),
@@ -37,23 +38,35 @@ STUDIES = (  # model, slice, mesh
     ("llama3-70b", "v5p:4x4x8", "fsdp=32,tensor=4"),
     ("llama3-70b", "v6e:16x16", "fsdp=64,tensor=4"),
 )
-HEAD = """| model | slice | mesh | rows a device | fits | GiB a chip | rollout s | scoring s | update s | GiB sent in an update |
-|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "model",
+    "slice",
+    "mesh",
+    "rows a device",
+    "fits",
+    "GiB a chip",
+    "rollout s",
+    "scoring s",
+    "update s",
+    "GiB sent in an update",
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """PPO at published sizes, compiled for TPU slices."""
+    """Settings of the experiment."""
 
     out: Path
     """Folder for summary.json and table.md."""
     only: str = ""
-    """Only models whose names hold this."""
+    """Only study models whose names contain this."""
     depths: tuple[int, int] = (2, 4)
-    """Layers at which each is compiled; even, for GPT-3's alternating attention."""
+    """The two compiled depths in layers; even, because GPT-3 alternates kinds of attention."""
 
 
 def main(options: Scaling) -> None:
+    """Compile the studies that are missing, and write and print the table."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -76,16 +89,16 @@ def _read(file: Path) -> list[dict]:
 
 
 def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
-    """The largest of `ROWS` that fits, or the smallest."""
+    """Compile a study with the first of `ROWS` that fits, or else the last; return its row."""
     chip = plan.CHIPS[topology.partition(":")[0]]
     on = meshes.make_mesh(meshes.parse_mesh(mesh), plan.make_topology(topology))
     size = SIZES[model](model)
     config = dataclasses.replace(size, dtype=jnp.bfloat16, remat=size.width >= 2048)
-    if model.startswith(
-        "gpt3"
-    ):  # 50,257 rows, padded to a TPU's tiles: libtpu 0.0.42.1 fails on some meshes without
+    if model.startswith("gpt3"):
+        # The vocabulary of 50,257 is padded to the tiles of a TPU, because libtpu 0.0.42.1 fails on
+        # some meshes otherwise.
         config = dataclasses.replace(config, vocab_size=-(-size.vocab_size // 128) * 128)
-    for rows in ROWS if size.width < 4096 else ROWS[-1:]:  # a compilation takes minutes
+    for rows in ROWS if size.width < 4096 else ROWS[-1:]:  # wide models take minutes to compile
         micro = rows * meshes.devices_of_rows(on)
         ppo = PPOConfig(
             batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE
@@ -108,6 +121,7 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
 
 
 def _line(row: dict) -> str:
+    """Return the row of a study in the Markdown table."""
     phases = [row[name] for name in ("rollout", "scoring", "update")]
     peak = max((p["needed"] / 2**30 for p in phases if "needed" in p), default=float("nan"))
     seconds = " | ".join(f"{p['seconds']:.2f}" if "seconds" in p else "-" for p in phases)
@@ -116,10 +130,9 @@ def _line(row: dict) -> str:
         for kind, c in sorted(phases[2].get("collectives", {}).items())
         if c["bytes"] >= 2**29
     )
-    return (
-        f"| {row['model']} | {row['topology']} | {row['mesh']} | {row['rows_a_device']} | {'yes' if row['fits'] else 'no'} | "
-        f"{peak:.1f} of {row['memory']} | {seconds} | {sent} |"
-    )
+    cells = [row[name] for name in ("model", "topology", "mesh", "rows_a_device")]
+    cells += ["yes" if row["fits"] else "no", f"{peak:.1f} of {row['memory']}", seconds, sent]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""PPO with LoRA on a real pretrained model: SmolLM2-135M-Instruct learns to continue movie reviews positively, on a CPU.
+"""PPO with LoRA: SmolLM2-135M-Instruct learns to continue movie reviews positively, on a CPU.
 
-The openings are the first words of real review sentences. The reward is a ridge regression from MiniLM sentence embeddings to human
-scores (Hutto & Gilbert 2014), learned from other sentences; with `--like SENTENCE` it is the likeness of a continuation to that
-sentence instead, by the same encoder. The VADER lexicon, which nothing was trained on, judges continuations of test openings.
+The openings are the first words of real review sentences. The reward is a ridge regression from
+MiniLM sentence embeddings to human scores (Hutto & Gilbert 2014), fitted on other sentences. With
+`--like SENTENCE` the reward is instead the similarity of the text to that sentence, by the same
+encoder. The VADER lexicon, which is used in no training, judges continuations of test openings.
 
     python -m experiments.smollm2 --out runs/smollm2
 """
@@ -30,11 +31,8 @@ from ppo_jax.run.files import claim, lock, write_json
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.trainer import Trainer
 
-N_REWARD, N_PPO, N_TEST = (
-    3000,
-    2000,
-    128,
-)  # sentences for the reward, openings for PPO and for the test
+N_REWARD = 3000  # sentences for the reward
+N_PPO, N_TEST = 2000, 128  # sentences whose openings are used for PPO and for the test
 ADAPTERS = lora.LoRA(rank=16, alpha=32.0, targets=r"attn/(q|k|v|o)$")
 PPO = PPOConfig(
     batch_size=32,
@@ -52,26 +50,26 @@ PPO = PPOConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """PPO on SmolLM2 with low-rank adapters."""
+    """Train SmolLM2 with low-rank adapters to continue movie reviews positively."""
 
     out: Path
     """Folder for all results; must not hold another run."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random numbers."""
     model: str | None = None
-    """Another language model (folder, Hugging Face id or .gguf file) in place of SmolLM2."""
+    """A language model (folder, Hugging Face id or .gguf file) to use instead of SmolLM2."""
     like: str | None = None
-    """A sentence that continuations shall be like, in place of the human scores."""
+    """Reward similarity to this sentence instead of human scores."""
     updates: int = 24
-    """PPO updates."""
+    """Number of PPO updates."""
     opening: int = 5
-    """Words of an opening."""
+    """Number of words of an opening."""
     ppo: PPOConfig = PPO
-    """The PPO iteration."""
+    """Settings of the PPO iteration."""
 
 
 class HumanScore:
-    """A text's human score as a ridge regression on its embedding tells it."""
+    """A reward that predicts human scores of texts by ridge regression on their embeddings."""
 
     def __init__(
         self, embed: encoder.Encoder, texts: list[str], scores: list[float], penalty: float = 1.0
@@ -81,18 +79,21 @@ class HumanScore:
         self.weights = np.linalg.solve(gram, x.T @ (np.asarray(scores, np.float32) - self.mean))
 
     def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        return (
-            self.embed([p + r for p, r in zip(prompts, responses, strict=True)]) @ self.weights
-            + self.mean
-        )
+        """Return the predicted score of each text."""
+        texts = [p + r for p, r in zip(prompts, responses, strict=True)]
+        return self.embed(texts) @ self.weights + self.mean
 
 
 def _batched(embed: encoder.Encoder, texts: list[str], size: int = 250) -> np.ndarray:
+    """Embed many texts, `size` at a time."""
     return np.concatenate([embed(texts[i : i + size]) for i in range(0, len(texts), size)])
 
 
 def split(seed: int, opening: int) -> tuple[list[assets.ScoredSentence], list[str], list[str]]:
-    """Sentences for the reward, openings for PPO and for the test, in a seed's order; no test opening is in the other two."""
+    """Split shuffled reviews into sentences for the reward and openings for PPO and for the test.
+
+    No test opening occurs among the PPO openings, and no sentence for the reward starts with one.
+    """
     rows = assets.movie_reviews()
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     words = [row.sentence.split()[:opening] for row in rows[N_REWARD:]]
@@ -105,44 +106,61 @@ def split(seed: int, opening: int) -> tuple[list[assets.ScoredSentence], list[st
     return [row for row in rows[:N_REWARD] if is_new(row)], prompts, test
 
 
-def main(settings: Settings) -> dict[str, float]:
-    start, out = time.perf_counter(), claim(settings.out)
-    _held = lock(out)  # until the end
-    scored, openings, test_openings = split(settings.seed, settings.opening)
+def make_reward(settings: Settings, scored: list[assets.ScoredSentence]) -> TextReward:
+    """Return the reward: predicted human scores, or similarity to a sentence."""
     embed = encoder.load_encoder(assets.minilm(), length=48)
-    if settings.like is None:
-        print("Learning the human scores", flush=True)
-        reward = HumanScore(embed, [row.sentence for row in scored], [row.score for row in scored])
-    else:
-        reward = encoder.LikenessReward(embed, settings.like)
-    file = settings.model or assets.smollm2_gguf()
-    tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    prompts, test = (
-        data.encode_prompts(
-            data.read_rows(texts),
-            tokenizer,
-            positions=64,
-            new_tokens=settings.ppo.max_new_tokens,
-            pad_id=pad,
-        )
-        for texts in (openings, test_openings)
-    )
+    if settings.like is not None:
+        return TextReward(encoder.LikenessReward(embed, settings.like))
+    print("Learning the human scores", flush=True)
+    texts, scores = [row.sentence for row in scored], [row.score for row in scored]
+    return TextReward(HumanScore(embed, texts, scores))
+
+
+def make_trainer(
+    settings: Settings, policy: pretrained.Pretrained, tokenizer, texts: list[str], reward
+) -> Trainer:
+    """Return a trainer of low-rank adapters with a shared critic, on prompts `texts`."""
     config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
     stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *end_of_turn(tokenizer))))
-    agent = iteration.Agent(language_model(config), heads.shared_critic(), settings.ppo, stops, pad)
+    agent = iteration.Agent(
+        language_model(config), heads.shared_critic(), settings.ppo, stops, pad_id(tokenizer)
+    )
     adapters = lora.init_lora(policy.params, jax.random.key(settings.seed), ADAPTERS)
-    trainer = Trainer(
+    return Trainer(
         agent,
         {"policy": adapters, "critic": {"head": heads.zero_head(config.width)}},
         tokenizer,
-        prompts,
-        TextReward(reward),
-        out=out / "ppo",
+        encode(settings, tokenizer, texts),
+        reward,
+        out=settings.out / "ppo",
         loop=LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0),
         frozen={"policy": policy.params},
         settings=settings,
     )
+
+
+def encode(settings: Settings, tokenizer, texts: list[str]) -> data.Prompts:
+    """Return the texts as prompts."""
+    new_tokens, pad = settings.ppo.max_new_tokens, pad_id(tokenizer)
+    rows = data.read_rows(texts)
+    return data.encode_prompts(rows, tokenizer, positions=64, new_tokens=new_tokens, pad_id=pad)
+
+
+def pad_id(tokenizer) -> int:
+    """Return the padding token, or the end token if there is none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def main(settings: Settings) -> dict[str, float]:
+    """Train, write the results to `settings.out`, print and return them."""
+    start, out = time.perf_counter(), claim(settings.out)
+    _folder_lock = lock(out)  # held until the end
+    scored, openings, test_openings = split(settings.seed, settings.opening)
+    reward = make_reward(settings, scored)
+    file = settings.model or assets.smollm2_gguf()
+    tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
+    trainer = make_trainer(settings, policy, tokenizer, openings, reward)
+    test = encode(settings, tokenizer, test_openings)
     before = trainer.evaluate(test)
     state = trainer.run(
         on_update=lambda m: print(
@@ -150,8 +168,9 @@ def main(settings: Settings) -> dict[str, float]:
         )
     )
     after = trainer.evaluate(test)
+    kind = policy.hf_config["model_type"]
     adapter_files.save_adapter(
-        out / "adapter", state.policy, ADAPTERS, config, policy.hf_config["model_type"], str(file)
+        out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file)
     )
     summary = table(before, after) | {
         "seed": settings.seed,
@@ -167,7 +186,7 @@ def main(settings: Settings) -> dict[str, float]:
 def table(
     before: tuple[dict[str, float], list[str]], after: tuple[dict[str, float], list[str]]
 ) -> dict[str, float]:
-    """Prints and returns what the evaluations and the judge say."""
+    """Print and return the figures of the evaluations and of the judge."""
     vader, summary = SentimentIntensityAnalyzer(), {}
     for when, (metrics, responses) in (("before", before), ("after", after)):
         summary[f"judge/{when}"] = float(

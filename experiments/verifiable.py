@@ -1,8 +1,8 @@
-"""PPO with LoRA on tasks whose answers a program checks: SmolLM2-135M-Instruct learns to add and subtract, on a CPU.
+"""PPO with LoRA on verifiable tasks: SmolLM2-135M-Instruct learns to add and subtract on a CPU.
 
-Questions and their check come from `reasoning_gym` ("chain_sum": two numbers of one digit). A response is right if its
-first number is the answer; right is worth 1, anything else 0. Accuracy is measured before and after on questions that PPO never
-sees.
+The questions come from `reasoning_gym` ("chain_sum" with two one-digit numbers). The reward is 1 if
+the first number in a response is the answer, and 0 otherwise. Accuracy is measured before and after
+PPO on held-out questions.
 
     python -m experiments.verifiable --out runs/verifiable
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import reasoning_gym
 import tyro
 
 from experiments import assets
+from experiments.smollm2 import pad_id
 from ppo_jax import data
 from ppo_jax.data.chat import end_of_turn
 from ppo_jax.models import heads, lora
@@ -31,7 +31,7 @@ from ppo_jax.run.files import claim, lock, write_json
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.trainer import Trainer
 
-N_HELD_OUT, DRAWS = 64, 3  # questions that PPO never sees, and responses to each in an evaluation
+N_HELD_OUT, DRAWS = 64, 3  # held-out questions, and responses to each in an evaluation
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 ADAPTERS = lora.LoRA(rank=16, alpha=32.0, targets=r"(attn/(q|k|v|o)|mlp/(gate|up|down))$")
 PPO = PPOConfig(
@@ -48,83 +48,91 @@ PPO = PPOConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """PPO on generated arithmetic."""
+    """Train SmolLM2 with low-rank adapters to answer arithmetic questions."""
 
     out: Path
     """Folder for all results; must not hold another run."""
     seed: int = 0
-    """Of everything random, the questions too."""
+    """Seed of all random numbers and of the questions."""
     model: str | None = None
-    """Another language model (folder, Hugging Face id or .gguf file) in place of SmolLM2."""
+    """A language model (folder, Hugging Face id or .gguf file) to use instead of SmolLM2."""
     updates: int = 60
-    """PPO updates."""
+    """Number of PPO updates."""
     ppo: PPOConfig = PPO
-    """The PPO iteration."""
+    """Settings of the PPO iteration."""
 
 
 def questions(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train on, and held-out rows, each question once, of the 200 that there are; 4 + 3 is the same question as 3 + 4."""
-    made = reasoning_gym.create_dataset("chain_sum", size=2000, seed=seed, **TASK)
-    rows = list(
-        {
-            entry["question"]: {"prompt": entry["question"], "answer": entry["answer"]}
-            for entry in made
-        }.values()
-    )
+    """Return rows to train on and held-out rows.
+
+    There are 200 different questions, and each occurs once. If `4 + 3` is held out, `3 + 4`
+    is not trained on.
+    """
+    dataset = reasoning_gym.create_dataset("chain_sum", size=2000, seed=seed, **TASK)
+    answers = {entry["question"]: entry["answer"] for entry in dataset}
+    rows = [{"prompt": question, "answer": answer} for question, answer in answers.items()]
     held_out = rows[:N_HELD_OUT]
-    known = {_any_order(row["prompt"]) for row in held_out}
-    return [row for row in rows[N_HELD_OUT:] if _any_order(row["prompt"]) not in known], held_out
+    known = {_sorted_terms(row["prompt"]) for row in held_out}
+    train = [row for row in rows[N_HELD_OUT:] if _sorted_terms(row["prompt"]) not in known]
+    return train, held_out
 
 
-def _any_order(question: str) -> str:
-    """The question with the smaller number first, if it is a sum."""
-    return re.sub(
-        r"(\d+) \+ (\d+)", lambda found: " + ".join(sorted(found.groups(), key=int)), question
-    )
+def _sorted_terms(question: str) -> str:
+    """Return the question with the smaller number first, if it is a sum."""
+    in_order = lambda match: " + ".join(sorted(match.groups(), key=int))
+    return re.sub(r"(\d+) \+ (\d+)", in_order, question)
 
 
 def correct(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
-    """1 for each response whose first number is the row's answer, else 0.
+    """Score each response 1 if its first number is the answer of its row, else 0.
 
     Example:
       >>> correct(["", ""], [" 12.", "so -1"], [{"answer": "12"}, {"answer": "1"}])
       [1.0, 0.0]
     """
-    found = (re.search(r"-?\d+", response) for response in responses)
+    matches = (re.search(r"-?\d+", response) for response in responses)
     return [
-        float(number is not None and number.group() == row["answer"])
-        for number, row in zip(found, rows, strict=True)
+        float(match is not None and match.group() == row["answer"])
+        for match, row in zip(matches, rows, strict=True)
     ]
 
 
-def main(settings: Settings) -> dict[str, float]:
-    start, out = time.perf_counter(), claim(settings.out)
-    _held = lock(out)  # until the end
-    file = settings.model or assets.smollm2_gguf()
-    tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    train, held_out = questions(settings.seed)
-    prompts, test = (
-        data.encode_prompts(
-            rows, tokenizer, positions=64, new_tokens=settings.ppo.max_new_tokens, pad_id=pad
-        )
-        for rows in (train, held_out * DRAWS)
-    )
+def make_trainer(
+    settings: Settings, policy: pretrained.Pretrained, tokenizer, prompts: data.Prompts
+) -> Trainer:
+    """Return a trainer of low-rank adapters with a shared critic."""
     config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
     stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *end_of_turn(tokenizer))))
-    agent = iteration.Agent(language_model(config), heads.shared_critic(), settings.ppo, stops, pad)
+    agent = iteration.Agent(
+        language_model(config), heads.shared_critic(), settings.ppo, stops, pad_id(tokenizer)
+    )
     adapters = lora.init_lora(policy.params, jax.random.key(settings.seed), ADAPTERS)
-    trainer = Trainer(
+    return Trainer(
         agent,
         {"policy": adapters, "critic": {"head": heads.zero_head(config.width)}},
         tokenizer,
         prompts,
         TextReward(correct),
-        out=out / "ppo",
+        out=settings.out / "ppo",
         loop=LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0),
         frozen={"policy": policy.params},
         settings=settings,
     )
+
+
+def main(settings: Settings) -> dict[str, float]:
+    """Train, write the results to `settings.out`, print and return them."""
+    start, out = time.perf_counter(), claim(settings.out)
+    _folder_lock = lock(out)  # held until the end
+    file = settings.model or assets.smollm2_gguf()
+    tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
+    new_tokens, pad = settings.ppo.max_new_tokens, pad_id(tokenizer)
+    train, held_out = questions(settings.seed)
+    prompts, test = (
+        data.encode_prompts(rows, tokenizer, positions=64, new_tokens=new_tokens, pad_id=pad)
+        for rows in (train, held_out * DRAWS)
+    )
+    trainer = make_trainer(settings, policy, tokenizer, prompts)
     before, first = trainer.evaluate(test)
     print(f"accuracy on held-out questions before: {before['eval/scores']:.3f}", flush=True)
     state = trainer.run(
@@ -133,8 +141,9 @@ def main(settings: Settings) -> dict[str, float]:
         )
     )
     after, last = trainer.evaluate(test)
+    kind = policy.hf_config["model_type"]
     adapter_files.save_adapter(
-        out / "adapter", state.policy, ADAPTERS, config, policy.hf_config["model_type"], str(file)
+        out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file)
     )
     summary = {
         "accuracy/before": before["eval/scores"],
@@ -144,15 +153,21 @@ def main(settings: Settings) -> dict[str, float]:
         "time/total_s": time.perf_counter() - start,
     }
     write_json(out / "summary.json", summary)
-    print(
-        f"accuracy on held-out questions after: {after['eval/scores']:.3f}; KL {after['eval/kl']:.2f} nats a response; "
-        f"{summary['time/total_s']:.0f} s\n"
-    )
-    for i in np.arange(5):
-        print(
-            f"{test.texts[i]} {test.rows[i]['answer']}\n  before: {first[i]!r}\n  after:  {last[i]!r}"
-        )
+    report(summary, test, first, last)
     return summary
+
+
+def report(
+    summary: dict[str, float], test: data.Prompts, before: list[str], after: list[str]
+) -> None:
+    """Print the final accuracy and some samples."""
+    print(
+        f"accuracy on held-out questions after: {summary['accuracy/after']:.3f}; "
+        f"KL {summary['kl']:.2f} nats a response; {summary['time/total_s']:.0f} s\n"
+    )
+    for i in range(5):
+        answer = test.rows[i]["answer"]
+        print(f"{test.texts[i]} {answer}\n  before: {before[i]!r}\n  after:  {after[i]!r}")
 
 
 if __name__ == "__main__":

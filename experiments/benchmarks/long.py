@@ -1,4 +1,4 @@
-"""A long run: 500 small updates of the train loop, whose iteration time and memory must stay flat.
+"""Iteration time and memory over 500 small updates of the train loop; both should stay constant.
 
 python -m experiments.benchmarks.long --out DIR
 """
@@ -34,14 +34,16 @@ from ppo_jax.run.trainer import Trainer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Long:
-    """Iteration time and resident memory over a long run."""
+    """Measure iteration time and resident memory over a long run."""
 
     out: Path
     """Folder for summary.json and the run."""
     updates: int = 500
+    """Number of PPO updates."""
 
 
-def main(options: Long) -> dict:
+def make_trainer(options: Long) -> Trainer:
+    """Return a run of a tiny model that is rewarded for one of its words."""
     words = {f"w{i}": i for i in range(64)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -58,14 +60,19 @@ def main(options: Long) -> dict:
     prompts = encode_prompts(rows, tokenizer, positions=32, new_tokens=12, pad_id=0)
     reward = TextReward(lambda prompts, responses: [float(r.count("w7")) for r in responses])
     loop = LoopConfig(updates=options.updates, save_every=50, progress=False)
-    trainer = Trainer(agent, params, tokenizer, prompts, reward, out=options.out / "run", loop=loop)
+    return Trainer(agent, params, tokenizer, prompts, reward, out=options.out / "run", loop=loop)
+
+
+def main(options: Long) -> dict:
+    """Run, write a summary to `options.out`, print and return it."""
+    trainer = make_trainer(options)
     marks, memory = [time.perf_counter()], []
 
-    def note(_: dict) -> None:
+    def record(_: dict) -> None:
         marks.append(time.perf_counter())
         memory.append(resident())
 
-    trainer.run(on_update=note)
+    trainer.run(on_update=record)
     seconds, part = [b - a for a, b in itertools.pairwise(marks)], options.updates // 5
     summary = {
         "updates": options.updates,

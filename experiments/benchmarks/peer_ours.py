@@ -1,4 +1,4 @@
-"""Times PPO iterations of this package on the work given as JSON.
+"""Time PPO iterations of this package on the work given as JSON.
 
 python -m experiments.benchmarks.peer_ours '{"layers": 4, ...}'
 """
@@ -15,23 +15,24 @@ from experiments.benchmarks.work import Work
 
 
 def main(settings: dict) -> dict:
+    """Return the seconds of each rollout and of each whole iteration."""
     runs = settings.pop("runs")
     work = Work(**settings)
-    made = work_.programs(work)
+    programs = work_.programs(work)
     state, reference, reward = work_.start(work)
     tokens, mask = map(jnp.asarray, work_.prompts(work))
     times = {"rollout_s": [], "iteration_s": []}
     for _ in range(runs + 1):
-        begin = time.perf_counter()
-        rollout = jax.block_until_ready(made.sample(state, tokens, mask))
+        start = time.perf_counter()
+        rollout = jax.block_until_ready(programs.sample(state, tokens, mask))
         sampled = time.perf_counter()
-        scores = made.score(state, reference, rollout)
-        state, metrics = made.learn(
-            state, rollout, scores, made.reward(reward, rollout.tokens, rollout.mask)
+        scores = programs.score(state, reference, rollout)
+        state, metrics = programs.learn(
+            state, rollout, scores, programs.reward(reward, rollout.tokens, rollout.mask)
         )
         jax.block_until_ready((state, metrics))
-        times["iteration_s"].append(time.perf_counter() - begin)
-        times["rollout_s"].append(sampled - begin)
+        times["iteration_s"].append(time.perf_counter() - start)
+        times["rollout_s"].append(sampled - start)
     return {name: x[1:] for name, x in times.items()}
 
 

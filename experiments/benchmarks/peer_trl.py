@@ -1,6 +1,8 @@
-"""Times PPO iterations of TRL (`trl.experimental.ppo`), and Hugging Face `generate` alone, on the work given as JSON.
+"""Time PPO iterations of TRL (`trl.experimental.ppo`), and Hugging Face `generate` alone.
 
-Runs in an environment of its own, which `peers` builds: python peer_trl.py '{"layers": 4, ...}'
+The work is given as JSON. `peers` runs this file in a separate environment that it builds:
+
+    python peer_trl.py '{"layers": 4, ...}'
 """
 
 import json
@@ -26,16 +28,18 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
 class Clock(TrainerCallback):
-    """When each iteration ended."""
+    """Record when each iteration ended."""
 
     def __init__(self):
         self.marks = []
 
     def on_step_end(self, *args, **kwargs):
+        """Record the time."""
         self.marks.append(time.perf_counter())
 
 
 def main(work: dict) -> dict:
+    """Return the seconds of each rollout and of each whole iteration."""
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     sizes = {
@@ -60,9 +64,10 @@ def main(work: dict) -> dict:
 
 
 def generate(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[float]:
+    """Return the seconds of each call of `generate`."""
     model, times = GPT2LMHeadModel(config).eval(), []
     for _ in range(work["runs"] + 1):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         with torch.no_grad():
             model.generate(
                 prompts,
@@ -74,47 +79,59 @@ def generate(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[floa
                 eos_token_id=None,
                 pad_token_id=0,
             )
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     return times[1:]
 
 
-def iterations(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[float]:
+def make_tokenizer(work: dict) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the words `w0`, `w1`, ..."""
     words = {f"w{i}": i for i in range(work["vocab_size"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="w0", eos_token="w0", padding_side="left"
     )
+
+
+def ppo_config(work: dict, updates: int, out: str) -> PPOConfig:
+    """Return settings for one device.
+
+    A minibatch is one forward pass, and no samples, logs or checkpoints are written on the way.
+    """
+    minibatch = work["prompts"] // work["minibatches"]
+    return PPOConfig(
+        output_dir=out,
+        per_device_train_batch_size=minibatch,
+        gradient_accumulation_steps=work["minibatches"],
+        num_mini_batches=work["minibatches"],
+        num_ppo_epochs=work["epochs"],
+        total_episodes=work["prompts"] * updates,
+        response_length=work["new_tokens"],
+        temperature=1.0,
+        learning_rate=1e-5,
+        local_rollout_forward_batch_size=minibatch,
+        num_sample_generations=0,
+        stop_token=None,
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+    )
+
+
+def iterations(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[float]:
+    """Return the seconds of each PPO iteration."""
     scorer = GPT2Config(**{**config.to_dict(), "num_labels": 1})
     updates = work["runs"] + 1
     clock = Clock()
     with tempfile.TemporaryDirectory() as out:
-        # One device: a minibatch is one forward pass, and there are no samples, logs or checkpoints on the way.
-        args = PPOConfig(
-            output_dir=out,
-            per_device_train_batch_size=work["prompts"] // work["minibatches"],
-            gradient_accumulation_steps=work["minibatches"],
-            num_mini_batches=work["minibatches"],
-            num_ppo_epochs=work["epochs"],
-            total_episodes=work["prompts"] * updates,
-            response_length=work["new_tokens"],
-            temperature=1.0,
-            learning_rate=1e-5,
-            local_rollout_forward_batch_size=work["prompts"] // work["minibatches"],
-            num_sample_generations=0,
-            stop_token=None,
-            gradient_checkpointing=False,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            logging_strategy="no",
-            disable_tqdm=True,
-            dataloader_drop_last=True,
-        )
         trainer = PPOTrainer(
-            args=args,
-            processing_class=tokenizer,
+            args=ppo_config(work, updates, out),
+            processing_class=make_tokenizer(work),
             model=GPT2LMHeadModel(config),
             ref_model=GPT2LMHeadModel(config),
             reward_model=GPT2ForSequenceClassification(scorer),

@@ -1,9 +1,10 @@
-"""Peers on the same work in the same run: whole PPO iterations of this package, TRL and google-tunix, and rollouts of `generate`.
+"""Compare PPO iterations of this package, TRL and google-tunix, and rollouts of `generate`.
 
     python -m experiments.benchmarks.peers --out DIR
 
-Each peer has an environment of its own, built at the first run with exact versions, and takes its turn in each round, so that all
-see the same machine. What is not alike is said in the README beside this file.
+Each peer has a separate environment with exact versions, which is built at the first run. The peers
+take turns in each round, so that all run on a machine in the same condition. The README in this
+folder lists the differences between the peers.
 """
 
 import dataclasses
@@ -28,21 +29,22 @@ _HERE = Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peers:
-    """Iterations and rollouts of peers, and the ratios to ours."""
+    """Time iterations and rollouts of peers, and their ratios to this package."""
 
     out: Path
     """Folder for summary.json."""
     work: str = "small"
-    """One of the shapes in work.py, of a separate critic in float32."""
+    """Name of a shape in work.py with a separate critic in float32."""
     rounds: int = 2
-    """Turns that each takes."""
+    """Number of turns of each peer."""
     runs: int = 3
-    """Timed iterations a turn, after one that is not."""
+    """Timed iterations in a turn, after one that is not timed."""
     peers: tuple[str, ...] = ("trl", "tunix")
-    """Which peers."""
+    """Names of the peers."""
 
 
 def main(options: Peers) -> dict:
+    """Time all peers, write a summary to `options.out`, print medians and return the summary."""
     work = dataclasses.asdict(WORKS[options.work]) | {"runs": options.runs}
     pythons = {name: environment(name) for name in options.peers}
     commands = {"ppo_jax": [sys.executable, "-m", "experiments.benchmarks.peer_ours"]}
@@ -52,11 +54,11 @@ def main(options: Peers) -> dict:
     times: dict[str, list[float]] = {}
     for _ in range(options.rounds):
         for name, command in commands.items():
-            found = run([*command, json.dumps(work)])
-            times.setdefault(f"iteration_s/{name}", []).extend(found["iteration_s"])
-            if "rollout_s" in found:
-                of = "hf_generate" if name == "trl" else name
-                times.setdefault(f"rollout_s/{of}", []).extend(found["rollout_s"])
+            result = run([*command, json.dumps(work)])
+            times.setdefault(f"iteration_s/{name}", []).extend(result["iteration_s"])
+            if "rollout_s" in result:
+                sampler = "hf_generate" if name == "trl" else name
+                times.setdefault(f"rollout_s/{sampler}", []).extend(result["rollout_s"])
     median = {name: statistics.median(x) for name, x in times.items()}
     ratios = {
         f"{name.replace('_s/', '_ratio/')}": x / median[f"{name.partition('/')[0]}/ppo_jax"]
@@ -72,18 +74,19 @@ def main(options: Peers) -> dict:
 
 
 def environment(name: str) -> Path:
-    """The python of a peer's environment, built if it is not there or of other versions."""
+    """Return the Python of a peer's environment, which is built if versions differ."""
     folder = assets.cache_folder() / "peers" / name
-    python, mark = folder / "bin" / "python", folder / "built.json"
-    if not mark.is_file() or json.loads(mark.read_text()) != list(REQUIREMENTS[name]):
+    python, installed = folder / "bin" / "python", folder / "built.json"
+    if not installed.is_file() or json.loads(installed.read_text()) != list(REQUIREMENTS[name]):
         print(f"Building {name}'s environment in {folder}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", *REQUIREMENTS[name]], check=True)
-        mark.write_text(json.dumps(REQUIREMENTS[name]))
+        installed.write_text(json.dumps(REQUIREMENTS[name]))
     return python
 
 
 def run(command: list[str]) -> dict:
+    """Run a command and return the JSON in the last line that it prints."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )

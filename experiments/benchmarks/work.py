@@ -1,4 +1,4 @@
-"""The work that is timed: one PPO iteration of given shapes, from random parameters and tokens."""
+"""The timed work: one PPO iteration of given shapes, with random parameters and tokens."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from ppo_jax.ppo.settings import PPOConfig
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Shapes: policy, critic and reward model are decoders of one size; no response ends early."""
+    """Shapes. Policy, critic and reward model have one size, and no response ends early."""
 
     layers: int
     width: int
@@ -38,6 +38,7 @@ class Work:
 
     @property
     def config(self) -> TransformerConfig:
+        """The config of the models."""
         return TransformerConfig(
             vocab_size=self.vocab_size,
             positions=self.positions,
@@ -50,6 +51,7 @@ class Work:
 
     @property
     def ppo(self) -> PPOConfig:
+        """The settings of the PPO iteration."""
         return PPOConfig(
             batch_size=self.prompts,
             epochs=self.epochs,
@@ -92,7 +94,7 @@ WORKS = {
         prompt_tokens=32,
         new_tokens=32,
     ),
-    # OpenAI 2019: 64 + 24 tokens, batches of 512, 4 epochs of one minibatch, a shared trunk
+    # OpenAI 2019: 64 + 24 tokens, batches of 512, 4 epochs of one minibatch, a shared trunk.
     "oai2019": Work(
         layers=12,
         width=768,
@@ -110,7 +112,7 @@ WORKS = {
 
 
 class Programs(NamedTuple):
-    """The phases as functions of the state, the reference's and the reward model's parameters, and arrays."""
+    """The phases of an iteration, as functions of state, parameters and arrays."""
 
     sample: Callable
     score: Callable
@@ -120,6 +122,7 @@ class Programs(NamedTuple):
 
 @functools.cache
 def agent(work: Work) -> iteration.Agent:
+    """Return the agent: model, critic and settings."""
     critic = (
         heads.shared_critic() if work.critic == "shared" else heads.separate_critic(work.config)
     )
@@ -128,13 +131,13 @@ def agent(work: Work) -> iteration.Agent:
 
 @functools.cache
 def programs(work: Work) -> Programs:
-    """Compiled."""
+    """Return the phases as compiled functions."""
     steps = compilation.jit_steps(agent(work))
     return Programs(steps.sample, steps.score, jax.jit(functions(work).reward), steps.learn)
 
 
 def functions(work: Work) -> Programs:
-    """Not compiled, to be traced."""
+    """Return the phases as plain functions, which can be traced."""
     sample, score, learn = (
         functools.partial(f, agent(work))
         for f in (iteration.sample, iteration.score, iteration.learn)
@@ -143,20 +146,21 @@ def functions(work: Work) -> Programs:
 
 
 def start(work: Work) -> tuple[iteration.PPOState, Any, Any]:
-    """State, reference and reward model."""
+    """Return the state and the parameters of reference and reward model."""
     config, (policy, critic, reward) = work.config, jax.random.split(jax.random.key(0), 3)
-    own = init_params(config, policy)
+    policy_params = init_params(config, policy)
     head = (
         {"head": heads.zero_head(config.width)}
         if work.critic == "shared"
         else heads.init_scorer(config, critic)
     )
-    params = {"policy": jax.tree.map(jnp.copy, own), "critic": head}
+    params = {"policy": jax.tree.map(jnp.copy, policy_params), "critic": head}
     state = iteration.init_state(agent(work), params, jax.random.key(1), updates=10**6)
-    return state, own, heads.init_scorer(config, reward)
+    return state, policy_params, heads.init_scorer(config, reward)
 
 
 def prompts(work: Work) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and mask of random prompts without padding."""
     tokens = np.random.default_rng(0).integers(
         1, work.vocab_size, (work.prompts, work.prompt_tokens), np.int32
     )
@@ -164,12 +168,12 @@ def prompts(work: Work) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shapes(work: Work) -> dict[str, tuple]:
-    """The arguments of each program, as shapes."""
-    made = functions(work)
+    """Return the shapes of the arguments of each phase."""
+    phases = functions(work)
     state, reference, reward = jax.eval_shape(lambda: start(work))
     batch = jax.eval_shape(lambda: tuple(map(jnp.asarray, prompts(work))))
-    rollout = jax.eval_shape(made.sample, state, *batch)
-    scores = jax.eval_shape(made.score, state, reference, rollout)
+    rollout = jax.eval_shape(phases.sample, state, *batch)
+    scores = jax.eval_shape(phases.score, state, reference, rollout)
     return {
         "sample": (state, *batch),
         "score": (state, reference, rollout),
