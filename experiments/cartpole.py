@@ -30,11 +30,14 @@ import optax
 import tyro
 from flax.training.train_state import TrainState
 
-from ppo_jax.ops.advantages import generalized_advantage_estimation
-from ppo_jax.ops.logprobs import entropy, token_logprobs
-from ppo_jax.ops.losses import ppo_loss
-from ppo_jax.ops.masked import masked_whiten
-from ppo_jax.ops.sampling import sample_token
+from ppo_jax import (
+    entropy,
+    generalized_advantage_estimation,
+    masked_whiten,
+    ppo_loss,
+    sample_token,
+    token_logprobs,
+)
 
 ENV, _ = gymnax.make("CartPole-v1")
 TIME_LIMIT = ENV.default_params.max_steps_in_episode

@@ -29,23 +29,36 @@ import numpy as np
 import tyro
 from scipy.stats import spearmanr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import assets
-from ppo_jax import data
+from ppo_jax import (
+    Agent,
+    Learner,
+    LoopConfig,
+    ModelReward,
+    PPOConfig,
+    PPOState,
+    Prompts,
+    Trainer,
+    TransformerConfig,
+    assemble,
+    data,
+    init_params,
+    language_model,
+    load_model,
+    regression_loss,
+    sample,
+    save_policy,
+    score,
+    sft_loss,
+)
 from ppo_jax.models import heads
-from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import pretrained, stored
 from ppo_jax.models.io.families import gpt2
-from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.ppo import iteration, sft
-from ppo_jax.ppo.reward_model import regression_loss
-from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.reward_functions import ModelReward
+from ppo_jax.models.io.pretrained import Pretrained
+from ppo_jax.ppo import sft
 from ppo_jax.run.files import claim, lock, write_json
-from ppo_jax.run.settings import LoopConfig
-from ppo_jax.run.trainer import Trainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -106,21 +119,17 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
-def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Any, pretrained.Pretrained]:
-    """Return a tokenizer and the model to fine-tune: a new small GPT, or `settings.model`."""
+def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Pretrained, Any]:
+    """Return the model to fine-tune, a new small GPT or `settings.model`, and its tokenizer."""
     if settings.model is not None:
-        folder = stored.resolve(settings.model)
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), pretrained.load_policy(folder)
-        pretrained.check_tokenizer(tokenizer, model.config)
-        return tokenizer, model
+        return load_model(settings.model)
     tokenizer = train_tokenizer(texts)
     config = TransformerConfig(
         vocab_size=len(tokenizer), positions=64, width=128, layers=4, heads=4, mlp_width=512
     )
     params = init_params(config, jax.random.key(settings.seed))
-    return tokenizer, pretrained.Pretrained(
-        config, params, gpt2.config_to_hf(config, end_id=tokenizer.eos_token_id)
-    )
+    hf_config = gpt2.config_to_hf(config, end_id=tokenizer.eos_token_id)
+    return Pretrained(config, params, hf_config), tokenizer
 
 
 def encode(tokenizer, texts: Sequence[str], *, end: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -130,14 +139,12 @@ def encode(tokenizer, texts: Sequence[str], *, end: bool) -> tuple[np.ndarray, n
     return data.pad(ids, length=LENGTH, pad_id=tokenizer.eos_token_id, left=False)
 
 
-def fine_tune(
-    settings: Settings, tokenizer, model: pretrained.Pretrained, texts: Sequence[str]
-) -> pretrained.Pretrained:
+def fine_tune(settings: Settings, tokenizer, model: Pretrained, texts: Sequence[str]) -> Pretrained:
     """Fine-tune the model on the sentences."""
     lm = language_model(model.config)
     tokens, mask = encode(tokenizer, texts, end=True)
     params = sft.fit(
-        lambda p, tokens, mask: sft.sft_loss(lm, p, tokens, mask, mask),
+        lambda p, tokens, mask: sft_loss(lm, p, tokens, mask, mask),
         model.params,
         (tokens, mask),
         seed=settings.seed,
@@ -153,7 +160,7 @@ def fine_tune(
 
 
 def train_reward(
-    settings: Settings, tokenizer, policy: pretrained.Pretrained, texts, scores
+    settings: Settings, tokenizer, policy: Pretrained, texts, scores
 ) -> tuple[ModelReward, Any]:
     """Train a reward model on the human scores, starting from the fine-tuned model.
 
@@ -164,7 +171,7 @@ def train_reward(
     Returns:
       The reward and its parameters.
     """
-    score, rng = heads.reward_model(policy.config), np.random.default_rng(settings.seed)
+    reward_model, rng = heads.reward_model(policy.config), np.random.default_rng(settings.seed)
     tokens, mask, targets = (
         np.concatenate([x] * settings.reward_epochs)
         for x in (*encode(tokenizer, texts, end=False), np.asarray(scores, np.float32))
@@ -173,7 +180,7 @@ def train_reward(
     tokens = np.where(noise, rng.integers(0, len(tokenizer), tokens.shape, np.int32), tokens)
 
     def loss_fn(params, tokens, mask, targets):
-        return regression_loss(score(params, tokens, mask), targets)
+        return regression_loss(reward_model(params, tokens, mask), targets)
 
     params = heads.init_scorer(
         policy.config, jax.random.key(settings.seed + 100), trunk=policy.params
@@ -189,7 +196,9 @@ def train_reward(
         weight_decay=0.1,
         on_epoch=lambda _, loss, __: print(f"  squared error {loss:.3f}", flush=True),
     )
-    return ModelReward(jax.jit(score), params, tokenizer, LENGTH, tokenizer.eos_token_id), params
+    return ModelReward(
+        jax.jit(reward_model), params, tokenizer, LENGTH, tokenizer.eos_token_id
+    ), params
 
 
 def distinct2(texts: Sequence[str]) -> float:
@@ -215,16 +224,12 @@ def judge(
     }
 
 
-def sequence_kl(
-    agent: iteration.Agent, state: iteration.PPOState, ref_params, prompts: data.Prompts
-) -> float:
+def sequence_kl(agent: Agent, state: PPOState, ref_params, prompts: Prompts) -> float:
     """Return the mean of the summed log-ratio to the reference, in nats per response."""
     n = len(prompts) // agent.config.batch_size * agent.config.batch_size
     batch = prompts.take(np.arange(n))
-    rollout = jax.jit(lambda s, t, m: iteration.sample(agent, s, t, m))(
-        state, batch.tokens, batch.mask
-    )
-    scores = jax.jit(lambda s, r, ro: iteration.score(agent, s, r, ro))(state, ref_params, rollout)
+    rollout = jax.jit(lambda s, t, m: sample(agent, s, t, m))(state, batch.tokens, batch.mask)
+    scores = jax.jit(lambda s, r, ro: score(agent, s, r, ro))(state, ref_params, rollout)
     return float(jnp.mean(jnp.sum(scores.logprobs - scores.ref_logprobs, axis=1)))
 
 
@@ -245,23 +250,15 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def openings(
-    settings: Settings, tokenizer, policy: pretrained.Pretrained, texts: Sequence[str]
-) -> data.Prompts:
+def openings(settings: Settings, learner: Learner, texts: Sequence[str]) -> Prompts:
     """Return the openings of the sentences that are long enough, as prompts."""
-    ids = [tokenizer(text).input_ids[: settings.opening] for text in texts]
-    rows = [{"prompt": tokenizer.decode(i)} for i in ids if len(i) == settings.opening]
-    return data.encode_prompts(
-        rows,
-        tokenizer,
-        positions=policy.config.positions,
-        new_tokens=settings.ppo.max_new_tokens,
-        pad_id=tokenizer.eos_token_id,
-    )
+    ids = [learner.tokenizer(text).input_ids[: settings.opening] for text in texts]
+    kept = [i for i in ids if len(i) == settings.opening]
+    return learner.encode([{"prompt": learner.tokenizer.decode(i)} for i in kept])
 
 
 def run_ppo(
-    settings: Settings, tokenizer, policy: pretrained.Pretrained, reward: ModelReward, critic, texts
+    settings: Settings, tokenizer, policy: Pretrained, reward: ModelReward, critic, texts
 ) -> tuple[dict[str, float], list[dict[str, float]], tuple[list[str], ...]]:
     """Train the policy on openings of the sentences `texts` that follow the training set.
 
@@ -269,19 +266,12 @@ def run_ppo(
       Figures before and after, the metrics of all updates, and test openings with their
       continuations before and after.
     """
-    prompts = openings(settings, tokenizer, policy, texts[:N_PPO])
-    test_prompts = openings(settings, tokenizer, policy, texts[N_PPO:])
-    agent = iteration.Agent(
-        language_model(policy.config),
-        heads.separate_critic(policy.config),
-        settings.ppo,
-        stop_ids=(tokenizer.eos_token_id,),
-        pad_id=tokenizer.eos_token_id,
-    )
+    learner = assemble(policy, tokenizer, settings.ppo)
+    learner = learner._replace(params={"policy": policy.params, "critic": critic})
+    prompts = openings(settings, learner, texts[:N_PPO])
+    test_prompts = openings(settings, learner, texts[N_PPO:])
     trainer = Trainer(
-        agent,
-        {"policy": policy.params, "critic": critic},
-        tokenizer,
+        learner,
         prompts,
         reward,
         out=settings.out / "ppo",
@@ -292,15 +282,14 @@ def run_ppo(
     history: list[dict[str, float]] = []
     state = trainer.run(on_update=history.append)
     after = trainer.evaluate(test_prompts)[1]
-    policy = policy._replace(params=state.policy)
-    pretrained.save_policy(settings.out / "model", policy, tokenizer)
+    save_policy(settings.out / "model", policy._replace(params=state.policy), tokenizer)
     first, last = (judge(test_prompts.texts, responses, reward) for responses in (before, after))
     figures = {
         f"{name}/{when}": row[name]
         for name in first
         for when, row in (("before", first), ("after", last))
     }
-    figures["kl"] = sequence_kl(agent, state, trainer.ref_params, test_prompts)
+    figures["kl"] = sequence_kl(learner.agent, state, policy.params, test_prompts)
     return figures, history, (test_prompts.texts, before, after)
 
 
@@ -315,7 +304,7 @@ def main(settings: Settings) -> dict[str, float]:
     rows = [rows[i] for i in np.random.default_rng(settings.seed).permutation(len(rows))]
     texts, scores = [" " + row.sentence.strip() for row in rows], [row.score for row in rows]
     print("Fine-tuning on the training sentences", flush=True)
-    tokenizer, model = base_model(settings, texts[:N_TRAIN])
+    model, tokenizer = base_model(settings, texts[:N_TRAIN])
     policy = fine_tune(settings, tokenizer, model, texts[:N_TRAIN])
     print("Training the reward model on the human scores", flush=True)
     reward, reward_params = train_reward(

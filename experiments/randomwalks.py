@@ -37,13 +37,24 @@ import optax
 import tyro
 from flax.training.train_state import TrainState
 
+from ppo_jax import (
+    Agent,
+    PPOConfig,
+    PPOState,
+    TransformerConfig,
+    init_params,
+    init_state,
+    language_model,
+    learn,
+    sample,
+    score,
+    separate_critic,
+    sft_loss,
+)
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads
-from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.ppo import iteration, sft
-from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.run.files import claim, lock, plain, write_json
+from ppo_jax.run.files import claim, lock, write_json
+from ppo_jax.run.serialize import plain
 from ppo_jax.types import Params
 
 matplotlib.use("Agg")
@@ -55,7 +66,7 @@ LONGEST = 10  # the most nodes of a walk, including start and goal
 CONFIG = TransformerConfig(
     vocab_size=WORDS, positions=LONGEST, width=64, layers=2, heads=4, mlp_width=256
 )
-MODEL, CRITIC = language_model(CONFIG), heads.separate_critic(CONFIG)
+MODEL, CRITIC = language_model(CONFIG), separate_critic(CONFIG)
 SFT_BATCH = 100
 PPO = PPOConfig(
     batch_size=320,
@@ -189,7 +200,7 @@ def fine_tune(
 
     def step(state: TrainState, key: jax.Array) -> tuple[TrainState, None]:
         tokens, mask = (x[jax.random.randint(key, (SFT_BATCH,), 0, len(x))] for x in walks)
-        grads = jax.grad(lambda p: sft.sft_loss(MODEL, p, tokens, mask, mask)[0])(state.params)
+        grads = jax.grad(lambda p: sft_loss(MODEL, p, tokens, mask, mask)[0])(state.params)
         return state.apply_gradients(grads=grads), None
 
     return jax.lax.scan(step, state, jax.random.split(key, steps))[0].params
@@ -201,26 +212,26 @@ def train(key: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
     graph = draw_graph(graph_key)
     walks = random_walks(walk_key, graph, settings.walks)
     reference = fine_tune(sft_key, init_params(CONFIG, init_key), walks, settings.sft_steps)
-    agent = iteration.Agent(MODEL, CRITIC, settings.ppo, stop_ids=(GOAL, END), pad_id=END)
+    agent = Agent(MODEL, CRITIC, settings.ppo, stop_ids=(GOAL, END), pad_id=END)
     evaluator = agent._replace(
         config=dataclasses.replace(settings.ppo, temperature=1.0, top_k=None, top_p=None)
     )
     params = {"policy": reference, "critic": heads.init_scorer(CONFIG, head_key, trunk=reference)}
-    state = iteration.init_state(agent, params, ppo_key, updates=settings.updates)
+    state = init_state(agent, params, ppo_key, updates=settings.updates)
     starts = jnp.arange(1, NODES)
 
-    def walk(agent: iteration.Agent, state: iteration.PPOState, nodes: jax.Array):
-        rollout = iteration.sample(agent, state, nodes[:, None], jnp.ones((len(nodes), 1), bool))
+    def walk(agent: Agent, state: PPOState, nodes: jax.Array):
+        rollout = sample(agent, state, nodes[:, None], jnp.ones((len(nodes), 1), bool))
         return rollout, optimality(graph, rollout.tokens, rollout.mask)
 
-    def evaluate(state: iteration.PPOState) -> jax.Array:
+    def evaluate(state: PPOState) -> jax.Array:
         nodes = jnp.repeat(starts, settings.samples)
         return walk(evaluator, state.replace(key=test_key), nodes)[1].mean()
 
-    def update(state: iteration.PPOState, _) -> tuple[iteration.PPOState, dict[str, jax.Array]]:
+    def update(state: PPOState, _) -> tuple[PPOState, dict[str, jax.Array]]:
         rollout, walk_scores = walk(agent, state, jnp.resize(starts, settings.ppo.batch_size))
-        scores = iteration.score(agent, state, reference, rollout)
-        state, metrics = iteration.learn(agent, state, rollout, scores, walk_scores)
+        scores = score(agent, state, reference, rollout)
+        state, metrics = learn(agent, state, rollout, scores, walk_scores)
         return state, {
             "optimality": walk_scores.mean(),
             "kl": metrics["objective/kl"],

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from ppo_jax import PPOConfig, make_mesh, parse_mesh
 from ppo_jax.commands.plan import as_json
-from ppo_jax.distributed import meshes
+from ppo_jax.distributed.meshes import devices_of_rows
 from ppo_jax.models.sizes import SIZES
 from ppo_jax.plan import compile as plan
-from ppo_jax.ppo.settings import PPOConfig
 
 PROMPT, RESPONSE = 512, 128
 ROWS = (4, 1)  # rows of a micro-batch on each device, tried in this order
@@ -91,7 +91,7 @@ def _read(file: Path) -> list[dict]:
 def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
     """Compile a study with the first of `ROWS` that fits, or else the last; return its row."""
     chip = plan.CHIPS[topology.partition(":")[0]]
-    on = meshes.make_mesh(meshes.parse_mesh(mesh), plan.make_topology(topology))
+    on = make_mesh(parse_mesh(mesh), plan.make_topology(topology))
     size = SIZES[model](model)
     config = dataclasses.replace(size, dtype=jnp.bfloat16, remat=size.width >= 2048)
     if model.startswith("gpt3"):
@@ -99,7 +99,7 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
         # some meshes otherwise.
         config = dataclasses.replace(config, vocab_size=-(-size.vocab_size // 128) * 128)
     for rows in ROWS if size.width < 4096 else ROWS[-1:]:  # wide models take minutes to compile
-        micro = rows * meshes.devices_of_rows(on)
+        micro = rows * devices_of_rows(on)
         ppo = PPOConfig(
             batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE
         )

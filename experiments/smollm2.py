@@ -19,21 +19,26 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import assets
 from experiments.movie_sentiment import distinct2
-from ppo_jax import data
-from ppo_jax.data.chat import end_of_turn
-from ppo_jax.models import heads, lora
-from ppo_jax.models.io import adapter_files, encoder, pretrained
-from ppo_jax.models.transformer import language_model
-from ppo_jax.ppo import iteration
-from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.reward_functions import TextReward
+from ppo_jax import (
+    Learner,
+    LoopConfig,
+    LoRA,
+    PPOConfig,
+    TextReward,
+    Trainer,
+    assemble,
+    init_lora,
+    load_model,
+    read_rows,
+    save_adapter,
+)
+from ppo_jax.models.io import encoder
+from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.run.files import claim, lock, write_json
-from ppo_jax.run.settings import LoopConfig
-from ppo_jax.run.trainer import Trainer
 
 N_REWARD = 3000  # sentences for the reward
 N_PPO, N_TEST = 2000, 128  # sentences whose openings are used for PPO and for the test
-ADAPTERS = lora.LoRA(rank=16, alpha=32.0, targets=r"attn/(q|k|v|o)$")
+ADAPTERS = LoRA(rank=16, alpha=32.0, targets=r"attn/(q|k|v|o)$")
 PPO = PPOConfig(
     batch_size=32,
     epochs=2,
@@ -116,39 +121,14 @@ def make_reward(settings: Settings, scored: list[assets.ScoredSentence]) -> Text
     return TextReward(HumanScore(embed, texts, scores))
 
 
-def make_trainer(
-    settings: Settings, policy: pretrained.Pretrained, tokenizer, texts: list[str], reward
-) -> Trainer:
-    """Return a trainer of low-rank adapters with a shared critic, on prompts `texts`."""
-    config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
-    stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *end_of_turn(tokenizer))))
-    agent = iteration.Agent(
-        language_model(config), heads.shared_critic(), settings.ppo, stops, pad_id(tokenizer)
-    )
-    adapters = lora.init_lora(policy.params, jax.random.key(settings.seed), ADAPTERS)
-    return Trainer(
-        agent,
-        {"policy": adapters, "critic": {"head": heads.zero_head(config.width)}},
-        tokenizer,
-        encode(settings, tokenizer, texts),
-        reward,
-        out=settings.out / "ppo",
-        loop=LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0),
-        frozen={"policy": policy.params},
-        settings=settings,
-    )
-
-
-def encode(settings: Settings, tokenizer, texts: list[str]) -> data.Prompts:
-    """Return the texts as prompts."""
-    new_tokens, pad = settings.ppo.max_new_tokens, pad_id(tokenizer)
-    rows = data.read_rows(texts)
-    return data.encode_prompts(rows, tokenizer, positions=64, new_tokens=new_tokens, pad_id=pad)
-
-
-def pad_id(tokenizer) -> int:
-    """Return the padding token, or the end token if there is none."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def assemble_adapters(
+    policy: Pretrained, tokenizer, ppo: PPOConfig, adapters: LoRA, *, seed: int
+) -> Learner:
+    """Return a learner of low-rank adapters with a value head on the policy's trunk."""
+    learner = assemble(policy, tokenizer, ppo, critic="shared", lora=adapters)
+    # The published figures were made with this key for the adapters.
+    fresh = init_lora(policy.params, jax.random.key(seed), adapters)
+    return learner._replace(params={**learner.params, "policy": fresh})
 
 
 def main(settings: Settings) -> dict[str, float]:
@@ -158,9 +138,11 @@ def main(settings: Settings) -> dict[str, float]:
     scored, openings, test_openings = split(settings.seed, settings.opening)
     reward = make_reward(settings, scored)
     file = settings.model or assets.smollm2_gguf()
-    tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
-    trainer = make_trainer(settings, policy, tokenizer, openings, reward)
-    test = encode(settings, tokenizer, test_openings)
+    policy, tokenizer = load_model(file)
+    learner = assemble_adapters(policy, tokenizer, settings.ppo, ADAPTERS, seed=settings.seed)
+    prompts, test = (learner.encode(read_rows(texts)) for texts in (openings, test_openings))
+    loop = LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0)
+    trainer = Trainer(learner, prompts, reward, out=out / "ppo", loop=loop, settings=settings)
     before = trainer.evaluate(test)
     state = trainer.run(
         on_update=lambda m: print(
@@ -169,9 +151,7 @@ def main(settings: Settings) -> dict[str, float]:
     )
     after = trainer.evaluate(test)
     kind = policy.hf_config["model_type"]
-    adapter_files.save_adapter(
-        out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file)
-    )
+    save_adapter(out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file))
     summary = table(before, after) | {
         "seed": settings.seed,
         "time/total_s": time.perf_counter() - start,

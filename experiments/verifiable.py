@@ -13,27 +13,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import reasoning_gym
 import tyro
 
 from experiments import assets
-from experiments.smollm2 import pad_id
-from ppo_jax import data
-from ppo_jax.data.chat import end_of_turn
-from ppo_jax.models import heads, lora
-from ppo_jax.models.io import adapter_files, pretrained
-from ppo_jax.models.transformer import language_model
-from ppo_jax.ppo import iteration
-from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.reward_functions import TextReward
+from experiments.smollm2 import assemble_adapters
+from ppo_jax import (
+    LoopConfig,
+    LoRA,
+    PPOConfig,
+    Prompts,
+    TextReward,
+    Trainer,
+    load_model,
+    save_adapter,
+)
 from ppo_jax.run.files import claim, lock, write_json
-from ppo_jax.run.settings import LoopConfig
-from ppo_jax.run.trainer import Trainer
 
 N_HELD_OUT, DRAWS = 64, 3  # held-out questions, and responses to each in an evaluation
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-ADAPTERS = lora.LoRA(rank=16, alpha=32.0, targets=r"(attn/(q|k|v|o)|mlp/(gate|up|down))$")
+ADAPTERS = LoRA(rank=16, alpha=32.0, targets=r"(attn/(q|k|v|o)|mlp/(gate|up|down))$")
 PPO = PPOConfig(
     batch_size=64,
     epochs=2,
@@ -97,42 +96,18 @@ def correct(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
     ]
 
 
-def make_trainer(
-    settings: Settings, policy: pretrained.Pretrained, tokenizer, prompts: data.Prompts
-) -> Trainer:
-    """Return a trainer of low-rank adapters with a shared critic."""
-    config = dataclasses.replace(policy.config, lora_scale=ADAPTERS.scale)
-    stops = tuple(dict.fromkeys((tokenizer.eos_token_id, *policy.end_ids, *end_of_turn(tokenizer))))
-    agent = iteration.Agent(
-        language_model(config), heads.shared_critic(), settings.ppo, stops, pad_id(tokenizer)
-    )
-    adapters = lora.init_lora(policy.params, jax.random.key(settings.seed), ADAPTERS)
-    return Trainer(
-        agent,
-        {"policy": adapters, "critic": {"head": heads.zero_head(config.width)}},
-        tokenizer,
-        prompts,
-        TextReward(correct),
-        out=settings.out / "ppo",
-        loop=LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0),
-        frozen={"policy": policy.params},
-        settings=settings,
-    )
-
-
 def main(settings: Settings) -> dict[str, float]:
     """Train, write the results to `settings.out`, print and return them."""
     start, out = time.perf_counter(), claim(settings.out)
     _folder_lock = lock(out)  # held until the end
     file = settings.model or assets.smollm2_gguf()
-    tokenizer, policy = pretrained.load_tokenizer(file), pretrained.load_policy(file)
-    new_tokens, pad = settings.ppo.max_new_tokens, pad_id(tokenizer)
+    policy, tokenizer = load_model(file)
+    learner = assemble_adapters(policy, tokenizer, settings.ppo, ADAPTERS, seed=settings.seed)
     train, held_out = questions(settings.seed)
-    prompts, test = (
-        data.encode_prompts(rows, tokenizer, positions=64, new_tokens=new_tokens, pad_id=pad)
-        for rows in (train, held_out * DRAWS)
-    )
-    trainer = make_trainer(settings, policy, tokenizer, prompts)
+    prompts, test = (learner.encode(rows) for rows in (train, held_out * DRAWS))
+    loop = LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0)
+    reward = TextReward(correct)
+    trainer = Trainer(learner, prompts, reward, out=out / "ppo", loop=loop, settings=settings)
     before, first = trainer.evaluate(test)
     print(f"accuracy on held-out questions before: {before['eval/scores']:.3f}", flush=True)
     state = trainer.run(
@@ -142,9 +117,7 @@ def main(settings: Settings) -> dict[str, float]:
     )
     after, last = trainer.evaluate(test)
     kind = policy.hf_config["model_type"]
-    adapter_files.save_adapter(
-        out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file)
-    )
+    save_adapter(out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file))
     summary = {
         "accuracy/before": before["eval/scores"],
         "accuracy/after": after["eval/scores"],
@@ -157,9 +130,7 @@ def main(settings: Settings) -> dict[str, float]:
     return summary
 
 
-def report(
-    summary: dict[str, float], test: data.Prompts, before: list[str], after: list[str]
-) -> None:
+def report(summary: dict[str, float], test: Prompts, before: list[str], after: list[str]) -> None:
     """Print the final accuracy and some samples."""
     print(
         f"accuracy on held-out questions after: {summary['accuracy/after']:.3f}; "

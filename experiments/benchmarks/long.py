@@ -17,19 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments.benchmarks.phases import resident
 from ppo_jax import (
-    Agent,
+    LoopConfig,
     PPOConfig,
+    TextReward,
+    Trainer,
     TransformerConfig,
+    assemble,
     init_params,
-    language_model,
-    shared_critic,
-    zero_head,
+    read_rows,
 )
-from ppo_jax.data.prompts import encode_prompts
-from ppo_jax.data.rows import read_rows
-from ppo_jax.reward_functions import TextReward
-from ppo_jax.run.settings import LoopConfig
-from ppo_jax.run.trainer import Trainer
+from ppo_jax.models.io.pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,15 +49,14 @@ def make_trainer(options: Long) -> Trainer:
         vocab_size=64, positions=32, width=32, layers=2, heads=4, mlp_width=128
     )
     ppo = PPOConfig(batch_size=32, max_new_tokens=12, learning_rate=1e-4)
-    agent = Agent(language_model(config), shared_critic(), ppo, stop_ids=(0,), pad_id=0)
-    params = {"policy": init_params(config, jax.random.key(0)), "critic": {"head": zero_head(32)}}
+    policy = Pretrained(config, init_params(config, jax.random.key(0)), hf_config={})
+    learner = assemble(policy, tokenizer, ppo, critic="shared")
     rows = read_rows(
         [" ".join(f"w{1 + (7 * i + j) % 60}" for j in range(1 + i % 8)) for i in range(200)]
     )
-    prompts = encode_prompts(rows, tokenizer, positions=32, new_tokens=12, pad_id=0)
     reward = TextReward(lambda prompts, responses: [float(r.count("w7")) for r in responses])
     loop = LoopConfig(updates=options.updates, save_every=50, progress=False)
-    return Trainer(agent, params, tokenizer, prompts, reward, out=options.out / "run", loop=loop)
+    return Trainer(learner, learner.encode(rows), reward, out=options.out / "run", loop=loop)
 
 
 def main(options: Long) -> dict:

@@ -25,6 +25,7 @@ import tyro
 
 from experiments.benchmarks import work as work_
 from experiments.benchmarks.work import WORKS, Work
+from ppo_jax import init_params
 from ppo_jax.plan.flops import matmul_flops
 from ppo_jax.plan.memory import memory, size_of
 
@@ -250,7 +251,7 @@ def decoding_bound(work: Work, flops: float, rate: float, bandwidth: float) -> f
     Each step takes at least as long as its arithmetic, and as reading parameters and cache once.
     """
     config, itemsize = work.config, jnp.dtype(work.dtype).itemsize
-    shapes = jax.eval_shape(lambda: work_.init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = size_of(shapes) / 4 * itemsize
     seconds, steps = 0.0, work.new_tokens - 1
     for filled in range(work.prompt_tokens, work.prompt_tokens + steps):

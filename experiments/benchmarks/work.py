@@ -9,12 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.distributed import compilation
+from ppo_jax import (
+    Agent,
+    PPOConfig,
+    PPOState,
+    TransformerConfig,
+    init_params,
+    init_state,
+    jit_steps,
+    language_model,
+    learn,
+    sample,
+    score,
+    separate_critic,
+    shared_critic,
+    zero_head,
+)
 from ppo_jax.models import heads
-from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.ppo import iteration
-from ppo_jax.ppo.settings import PPOConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,41 +132,37 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def agent(work: Work) -> iteration.Agent:
+def agent(work: Work) -> Agent:
     """Return the agent: model, critic and settings."""
-    critic = (
-        heads.shared_critic() if work.critic == "shared" else heads.separate_critic(work.config)
-    )
-    return iteration.Agent(language_model(work.config), critic, work.ppo, (), 0)
+    critic = shared_critic() if work.critic == "shared" else separate_critic(work.config)
+    return Agent(language_model(work.config), critic, work.ppo, (), 0)
 
 
 @functools.cache
 def programs(work: Work) -> Programs:
     """Return the phases as compiled functions."""
-    steps = compilation.jit_steps(agent(work))
+    steps = jit_steps(agent(work))
     return Programs(steps.sample, steps.score, jax.jit(functions(work).reward), steps.learn)
 
 
 def functions(work: Work) -> Programs:
     """Return the phases as plain functions, which can be traced."""
-    sample, score, learn = (
-        functools.partial(f, agent(work))
-        for f in (iteration.sample, iteration.score, iteration.learn)
-    )
-    return Programs(sample, score, heads.reward_model(work.config), learn)
+    steps = (functools.partial(f, agent(work)) for f in (sample, score, learn))
+    sample_, score_, learn_ = steps
+    return Programs(sample_, score_, heads.reward_model(work.config), learn_)
 
 
-def start(work: Work) -> tuple[iteration.PPOState, Any, Any]:
+def start(work: Work) -> tuple[PPOState, Any, Any]:
     """Return the state and the parameters of reference and reward model."""
     config, (policy, critic, reward) = work.config, jax.random.split(jax.random.key(0), 3)
     policy_params = init_params(config, policy)
     head = (
-        {"head": heads.zero_head(config.width)}
+        {"head": zero_head(config.width)}
         if work.critic == "shared"
         else heads.init_scorer(config, critic)
     )
     params = {"policy": jax.tree.map(jnp.copy, policy_params), "critic": head}
-    state = iteration.init_state(agent(work), params, jax.random.key(1), updates=10**6)
+    state = init_state(agent(work), params, jax.random.key(1), updates=10**6)
     return state, policy_params, heads.init_scorer(config, reward)
 
 
