@@ -1,0 +1,170 @@
+"""The public names of the package by topic, and the modules that define them."""
+
+# ruff: noqa: I001  (the order is by topic)
+
+# One PPO iteration and its parts.
+from .ppo.iteration import (
+    Agent as Agent,
+    PPOState as PPOState,
+    init_state as init_state,
+    sample as sample,
+    score as score,
+    learn as learn,
+    ppo_iteration as ppo_iteration,
+)
+from .ppo.settings import PPOConfig as PPOConfig
+from .ppo.presets import PRESETS as PRESETS
+from .ppo.rollout import generate as generate
+from .ppo.scoring import (
+    forward_responses as forward_responses,
+    score_rollout as score_rollout,
+    make_experience as make_experience,
+)
+from .ppo.update import ppo_update as ppo_update
+from .ppo.gradients import minibatch_gradient as minibatch_gradient
+from .ppo.loss import ppo_loss_fn as ppo_loss_fn
+
+# Data that flows between the parts, and the functions that you can supply.
+from .types import (
+    AdvantageFn as AdvantageFn,
+    Counts as Counts,
+    CriticFn as CriticFn,
+    Experience as Experience,
+    KLEstimatorFn as KLEstimatorFn,
+    KVCache as KVCache,
+    LanguageModel as LanguageModel,
+    LossFn as LossFn,
+    LossMetrics as LossMetrics,
+    Metrics as Metrics,
+    Params as Params,
+    ResponseLossFn as ResponseLossFn,
+    Rollout as Rollout,
+    Scores as Scores,
+)
+
+# Advantages, losses and KL.
+from .ops.advantages import generalized_advantage_estimation as generalized_advantage_estimation
+from .ops.losses import (
+    clipped_policy_loss as clipped_policy_loss,
+    clipped_value_loss as clipped_value_loss,
+    entropy_bonus as entropy_bonus,
+    policy_ratio as policy_ratio,
+    ppo_loss as ppo_loss,
+)
+from .ppo.sft import sft_loss as sft_loss
+from .ppo.reward_model import (
+    bradley_terry_loss as bradley_terry_loss,
+    regression_loss as regression_loss,
+    ordinal_loss as ordinal_loss,
+)
+from .ppo.methods import KLEstimator as KLEstimator
+from .ops.kl import (
+    kl_abs as kl_abs,
+    kl_full as kl_full,
+    kl_k1 as kl_k1,
+    kl_k2 as kl_k2,
+    kl_k3 as kl_k3,
+    of_logits as of_logits,
+    reads_logits as reads_logits,
+    KLController as KLController,
+    KLState as KLState,
+    adaptive_kl as adaptive_kl,
+    fixed_kl as fixed_kl,
+)
+
+# Rewards of tokens, averages, log-probs, sampling and metrics.
+from .ops.rewards import (
+    MissingEOS as MissingEOS,
+    ScaleState as ScaleState,
+    ScoreAt as ScoreAt,
+    apply_missing_eos as apply_missing_eos,
+    running_scale as running_scale,
+    token_rewards as token_rewards,
+)
+from .ops.masked import (
+    Aggregation as Aggregation,
+    BY_SEQUENCE as BY_SEQUENCE,
+    BY_TOKEN as BY_TOKEN,
+    masked_mean as masked_mean,
+    masked_sum as masked_sum,
+    masked_var as masked_var,
+    masked_whiten as masked_whiten,
+    sequence_mean as sequence_mean,
+)
+from .ppo.methods import Weighting as Weighting
+from .ops.logprobs import (
+    chunked_logprobs_and_entropy as chunked_logprobs_and_entropy,
+    entropy as entropy,
+    response_view as response_view,
+    token_logprobs as token_logprobs,
+)
+from .ops.sampling import (
+    greedy_token as greedy_token,
+    process_logits as process_logits,
+    sample_token as sample_token,
+)
+from .ops.metrics import explained_variance as explained_variance, policy_metrics as policy_metrics
+
+# Models, critics and adapters.
+from .models.config import (
+    Activation as Activation,
+    NormAt as NormAt,
+    NormKind as NormKind,
+    Rotary as Rotary,
+    TransformerConfig as TransformerConfig,
+)
+from .models.transformer import init_params as init_params, language_model as language_model
+from .models.heads import (
+    init_scorer as init_scorer,
+    reward_model as reward_model,
+    separate_critic as separate_critic,
+    shared_critic as shared_critic,
+    zero_head as zero_head,
+)
+from .models.lora import LoRA as LoRA, adapt as adapt, init_lora as init_lora, merge as merge
+
+# Models as files.
+from .models.io.pretrained import (
+    Pretrained as Pretrained,
+    load_policy as load_policy,
+    load_tokenizer as load_tokenizer,
+    save_policy as save_policy,
+)
+from .run.assembly import load_model as load_model
+from .models.io.scorers import load_scorer as load_scorer, save_scorer as save_scorer
+from .models.io.adapter_files import load_adapter as load_adapter, save_adapter as save_adapter
+
+# Prompts and rewards.
+from .data import Prompts as Prompts, encode_prompts as encode_prompts, read_rows as read_rows
+from .reward_functions import (
+    ModelReward as ModelReward,
+    RewardFn as RewardFn,
+    TaskScores as TaskScores,
+    TextReward as TextReward,
+    TokenReward as TokenReward,
+    load_reward as load_reward,
+)
+
+# The train loop.
+from .run.settings import Faults as Faults, LoopConfig as LoopConfig
+from .run.assembly import Learner as Learner, assemble as assemble
+from .run.trainer import Trainer as Trainer
+from .hashing import digest as digest
+
+# Devices.
+from .distributed.compilation import Steps as Steps, jit_steps as jit_steps
+from .distributed.meshes import make_mesh as make_mesh, parse_mesh as parse_mesh
+from .distributed.replicas import pmap_steps as pmap_steps
+
+# Errors.
+from .errors import (
+    CheckpointError as CheckpointError,
+    Fault as Fault,
+    GradientError as GradientError,
+    NonFiniteError as NonFiniteError,
+    NonFiniteParametersError as NonFiniteParametersError,
+    RewardError as RewardError,
+    SettingError as SettingError,
+)
+
+__version__: str
