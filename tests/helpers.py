@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from ppo_jax import data
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.io import safetensors_format
 from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.transformer import init_params, language_model
@@ -277,6 +278,8 @@ FAMILIES = {
         "XLMRoberta",
         {"is_decoder": True, "pad_token_id": 3, "tie_word_embeddings": False},
     ),
+    "stablelm": ("StableLm", {**GROUPED, "use_qkv_bias": True}),
+    "stablelm, tied": ("StableLm", {**GROUPED, "tie_word_embeddings": True}),
 }
 
 
@@ -324,6 +327,11 @@ def save_random_peer(model_class, config, folder):
             p.add_(0.05 * torch.randn_like(p))
     model.save_pretrained(folder)
     return model
+
+
+def tensors_in(folder) -> dict[str, np.ndarray]:
+    """Return the stored tensors of a model folder by name."""
+    return {name: read() for name, read in safetensors_format.open_tensors(folder).items()}
 
 
 def left_padded(rows=5, length=10, vocab=61):

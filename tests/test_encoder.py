@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import word_tokenizer
+from helpers import tensors_in, word_tokenizer
 
 from experiments import assets
 from ppo_jax.models import heads
-from ppo_jax.models.io import encoder, pretrained, scorers, weights
+from ppo_jax.models.io import encoder, pretrained, safetensors_format, scorers
 from ppo_jax.models.transformer import language_model
+from ppo_jax.reward_functions.likeness import LikenessReward
 from ppo_jax.reward_functions.loading import load_reward
 
 TEXTS = [
@@ -40,7 +41,7 @@ def test_embeddings_equal_pytorch(minilm):
 
 
 def test_similarity_is_highest_for_the_target_itself(minilm):
-    reward = encoder.LikenessReward(minilm, "I love this movie")
+    reward = LikenessReward(minilm, "I love this movie")
     scores = reward(
         ["I love", "I really like", "The train"], [" this movie", " this film", " to Leeds is late"]
     )
@@ -104,8 +105,8 @@ def test_a_trunk_is_loaded_without_heads_and_unknown_tensors_are_refused(tmp_pat
     )
     transformers.BertForPreTraining(config).save_pretrained(tmp_path)
     trunk = scorers.load_trunk(tmp_path).params
-    stored = dict(weights.StoredTensors(tmp_path))
-    weights.write_safetensors(
+    stored = tensors_in(tmp_path)
+    safetensors_format.write_safetensors(
         tmp_path, {name.removeprefix("bert."): x for name, x in stored.items()}.items()
     )
     jax.tree.map(np.testing.assert_array_equal, scorers.load_trunk(tmp_path).params, trunk)
@@ -114,7 +115,9 @@ def test_a_trunk_is_loaded_without_heads_and_unknown_tensors_are_refused(tmp_pat
         "embeddings.extra.weight",
         "bert.encoder.layer.1.output.dense.weight",
     ):
-        weights.write_safetensors(tmp_path, {**stored, name: np.ones(8, np.float32)}.items())
+        safetensors_format.write_safetensors(
+            tmp_path, {**stored, name: np.ones(8, np.float32)}.items()
+        )
         with pytest.raises(ValueError, match=f"left over .*{name}"):
             scorers.load_trunk(tmp_path)
 
@@ -214,8 +217,8 @@ def test_one_label_of_a_classifier_is_the_score(tmp_path, kind):
 )
 def test_a_head_of_wrong_shape_is_refused(tmp_path, name, cut):
     classifier("DistilBertForSequenceClassification", tmp_path)
-    stored = dict(weights.StoredTensors(tmp_path))
-    weights.write_safetensors(
+    stored = tensors_in(tmp_path)
+    safetensors_format.write_safetensors(
         tmp_path, {**stored, name: np.ascontiguousarray(stored[name][cut])}.items()
     )
     with pytest.raises(ValueError, match=r"holds a head whose .* is .*, not "):

@@ -1,6 +1,8 @@
 """Compare every model family with `transformers` on small random models, and test weight files."""
 
+import types
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import FAMILIES, FAMILY_SIZE, family_peer, left_padded
+from helpers import FAMILIES, FAMILY_SIZE, family_peer, left_padded, tensors_in
 
 from ppo_jax.models import heads
-from ppo_jax.models.io import pretrained, scorers, weights
+from ppo_jax.models.io import families, pretrained, safetensors_format, scorers, weights
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.rollout import generate
+
+
+@pytest.fixture(autouse=True)
+def family_of_the_readme(monkeypatch):
+    """Adds StableLM, the example of the families' README, to the families."""
+    text = (Path(families.__file__).parent / "README.md").read_text()
+    module = types.ModuleType("stablelm")
+    exec(text.split("```python\n")[1].split("```")[0], vars(module))
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, module.FAMILY))
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -135,13 +146,40 @@ def test_half_precision_shards_load(tmp_path, dtype):
     np.testing.assert_array_equal(loaded.params["layer_1"]["mlp"]["up"]["kernel"], want)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_tensor_goes_from_the_file_to_the_host_and_to_the_device_once(
+    tmp_path, monkeypatch, dtype
+):
+    model = family_peer("llama", tmp_path / "peer").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "model")
+    made = []
+    with monkeypatch.context() as patch:
+        for module, name in ((jnp, "array"), (jnp, "asarray"), (jax, "device_put")):
+            patch.setattr(module, name, lambda *_, name=name, **__: made.append(name))
+        stored = tensors_in(tmp_path / "model")
+    assert not made
+    for name, want in model.state_dict().items():
+        assert type(stored[name]) is np.ndarray and stored[name].dtype == dtype
+        assert stored[name].tobytes() == want.contiguous().view(torch.uint8).numpy().tobytes()
+
+    placed, put = [], weights.put
+    monkeypatch.setattr(weights, "put", lambda x, where: placed.append(x) or put(x, where))
+    loaded = pretrained.load_policy(tmp_path / "model")
+    assert len(placed) == len(jax.tree.leaves(loaded.params)) == len(stored)
+    assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in placed)
+    for name, x in pretrained.from_params(
+        loaded.params, pretrained.family_of("llama").table(loaded.config)
+    ):
+        np.testing.assert_array_equal(x, model.state_dict()[name].float().numpy(), strict=True)
+
+
 def test_written_shards_load_in_both_libraries(tmp_path):
     family_peer("llama", tmp_path / "a")
     loaded = pretrained.load_policy(tmp_path / "a")
-    table = pretrained.family_of("llama").rules(loaded.config)
-    weights.write_safetensors(
+    table = pretrained.family_of("llama").table(loaded.config)
+    safetensors_format.write_safetensors(
         tmp_path / "a",
-        weights.from_params(loaded.params, weights.expand(table, 3)),
+        weights.from_params(loaded.params, table),
         shard_bytes=20_000,
     )
     again = pretrained.load_policy(tmp_path / "a")
@@ -185,6 +223,7 @@ def test_an_unsupported_config_is_refused(changes, message):
         "Bert",
         "Roberta",
         "XLMRoberta",
+        "StableLm",
     ],
 )
 def test_missing_config_keys_have_the_defaults_of_transformers(name):
@@ -229,7 +268,7 @@ def test_a_bfloat16_base_is_saved_as_float32(tmp_path):
 
 def test_norms_with_tensorflow_names_are_read(tmp_path):
     family_peer("bert", tmp_path)
-    stored = dict(weights.StoredTensors(tmp_path))
+    stored = tensors_in(tmp_path)
     want = pretrained.load_policy(tmp_path).params
     old = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
@@ -238,38 +277,38 @@ def test_norms_with_tensorflow_names_are_read(tmp_path):
         for name, x in stored.items()
     }
     assert set(old) != set(stored)
-    weights.write_safetensors(tmp_path, old.items())
+    safetensors_format.write_safetensors(tmp_path, old.items())
     jax.tree.map(np.testing.assert_array_equal, pretrained.load_policy(tmp_path).params, want)
 
 
 def test_loading_holds_at_most_two_stored_tensors(tmp_path, monkeypatch):
     family_peer("llama", tmp_path)
-    alive, most, read = weakref.WeakSet(), 0, weights.StoredTensors.__getitem__
+    alive, most, read = weakref.WeakSet(), 0, safetensors_format._read
 
     class Tensor(np.ndarray):
         """An array that can be weakly referenced and hashed."""
 
         __hash__ = object.__hash__
 
-    def read_and_count(self, name):
+    def watched(file, name):
         nonlocal most
-        tensor = np.array(read(self, name)).view(Tensor)
+        tensor = np.array(read(file, name)).view(Tensor)
         alive.add(tensor)
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(weights.StoredTensors, "__getitem__", read_and_count)
+    monkeypatch.setattr(safetensors_format, "_read", watched)
     pretrained.load_policy(tmp_path)
     assert 1 <= most <= 2  # a variable still refers to the last one while the next is read
 
 
 def test_shards_respect_the_size_limit(tmp_path):
     made = {f"x{i}": np.full((4, 4), i, np.float32) for i in range(7)}
-    weights.write_safetensors(tmp_path, iter(made.items()), shard_bytes=130)
+    safetensors_format.write_safetensors(tmp_path, iter(made.items()), shard_bytes=130)
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
         f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)
     ]
-    stored = weights.StoredTensors(tmp_path)
+    stored = tensors_in(tmp_path)
     assert set(stored) == set(made) and all((stored[name] == x).all() for name, x in made.items())
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}
 
@@ -279,43 +318,43 @@ def test_writing_removes_the_weights_of_an_older_model_only(tmp_path):
         name: np.full((4, 4), i, np.float32)
         for i, name in enumerate(("notes.safetensors", "x", "y"))
     }
-    weights.save_file({"x": kept["x"]}, tmp_path / "notes.safetensors")
+    safetensors_format.save_file({"x": kept["x"]}, tmp_path / "notes.safetensors")
     for names, bound, files in ((("x", "y"), 64, 2), (("y",), 128, 1), (("x", "y"), 64, 2)):
-        weights.write_safetensors(
+        safetensors_format.write_safetensors(
             tmp_path, [(name, kept[name]) for name in names], shard_bytes=bound
         )
-        assert set(weights.StoredTensors(tmp_path)) == set(names)
+        assert set(tensors_in(tmp_path)) == set(names)
         assert len(list(tmp_path.glob("model*.safetensors"))) == files
         assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
     assert (tmp_path / "notes.safetensors").exists()  # not part of a model
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"x": "../../outside.safetensors", "y": "notes.txt"}}')
     (tmp_path / "notes.txt").touch()
-    weights.write_safetensors(tmp_path, [("x", kept["x"])])
+    safetensors_format.write_safetensors(tmp_path, [("x", kept["x"])])
     assert not index.exists() and (tmp_path / "notes.txt").exists()
     single = tmp_path / "model.safetensors"
     assert single.stat().st_mode == (tmp_path / "notes.txt").stat().st_mode  # as the umask sets it
 
 
 def test_a_single_file_has_priority_over_an_index(tmp_path):
-    weights.write_safetensors(
+    safetensors_format.write_safetensors(
         tmp_path, [("old", np.zeros(2, np.float32)), ("x", np.zeros(2, np.float32))], shard_bytes=8
     )
-    weights.save_file({"new": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
-    assert set(weights.StoredTensors(tmp_path)) == {"new"}
+    safetensors_format.save_file({"new": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    assert set(tensors_in(tmp_path)) == {"new"}
 
 
 @pytest.mark.parametrize(
     "name, kind, message",
     [
-        ("model.norm.weight", np.int8, r"tensor model\.norm\.weight is of int8"),
+        ("model.norm.weight", np.int8, r"tensor model\.norm\.weight has dtype I8"),
         ("norm.weight", np.float32, r"stored under two names: (model\.)?norm\.weight"),
     ],
 )
 def test_integer_tensors_and_duplicate_names_are_refused(tmp_path, name, kind, message):
     family_peer("llama", tmp_path)
-    weights.write_safetensors(
-        tmp_path, {**dict(weights.StoredTensors(tmp_path)), name: np.ones(32, kind)}.items()
+    safetensors_format.write_safetensors(
+        tmp_path, {**tensors_in(tmp_path), name: np.ones(32, kind)}.items()
     )
     with pytest.raises(ValueError, match=message):
         pretrained.load_policy(tmp_path)
@@ -326,14 +365,14 @@ def test_integer_tensors_and_duplicate_names_are_refused(tmp_path, name, kind, m
 )
 def test_a_stored_output_matrix_unties_the_embedding(tmp_path, case, output, caplog):
     kind = type(family_peer(case, tmp_path))
-    stored = dict(weights.StoredTensors(tmp_path))
+    stored = tensors_in(tmp_path)
     other = np.random.default_rng(0).normal(size=(61, 32)).astype(np.float32)
     bias = {
         name.replace("predictions", "predictions.decoder"): x
         for name, x in stored.items()
         if name == "cls.predictions.bias"
     }
-    weights.write_safetensors(tmp_path, {**stored, **bias, output: other}.items())
+    safetensors_format.write_safetensors(tmp_path, {**stored, **bias, output: other}.items())
     loaded = pretrained.load_policy(tmp_path)
     assert not loaded.config.tied and "holds another matrix" in caplog.text
     tokens = np.array([[2, 3, 4, 5]])
@@ -348,7 +387,7 @@ def test_a_stored_output_matrix_unties_the_embedding(tmp_path, case, output, cap
         np.testing.assert_allclose(got, want, atol=1e-4)
 
     caplog.clear()
-    weights.write_safetensors(tmp_path, stored.items())
+    safetensors_format.write_safetensors(tmp_path, stored.items())
     assert pretrained.load_policy(tmp_path).config.tied and not caplog.records
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import gpt2_peer, left_padded
+from helpers import gpt2_peer, left_padded, tensors_in
 
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import pretrained, weights
+from ppo_jax.models.io import pretrained, safetensors_format
 from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.ops.logprobs import response_view, token_logprobs
@@ -98,9 +98,9 @@ def test_a_new_model_loads_in_transformers(tmp_path):
 
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
     gpt2_peer(tmp_path)
-    tensors = dict(weights.StoredTensors(tmp_path))
+    tensors = tensors_in(tmp_path)
     lost = {k: v for k, v in tensors.items() if k != "transformer.h.1.mlp.c_fc.bias"}
-    weights.write_safetensors(
+    safetensors_format.write_safetensors(
         tmp_path, [*lost.items(), ("transformer.h.1.extra", np.zeros(1, np.float32))]
     )
     with pytest.raises(
@@ -109,7 +109,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
         r"left over \['transformer.h.1.extra'",
     ):
         pretrained.load_policy(tmp_path)
-    weights.write_safetensors(
+    safetensors_format.write_safetensors(
         tmp_path, {**tensors, "transformer.ln_f.bias": np.zeros(5, np.float32)}.items()
     )
     with pytest.raises(

@@ -210,7 +210,7 @@ def test_unusable_adapters_are_refused(tmp_path):
     whole, settings_text = file.read_bytes(), settings.read_text()
     for content, text, message in (
         (whole[:90], settings_text, "holds no adapter"),
-        (whole, "[1]", "no JSON object"),
+        (whole, "[1]", "not a JSON object"),
         (whole, settings_text.replace("lora_alpha", "alpha"), "lora_alpha is None"),
     ):
         file.write_bytes(content)

@@ -1,0 +1,1 @@
+"""Reading and writing of pretrained models, adapters and tokenizers."""

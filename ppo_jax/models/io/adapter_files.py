@@ -1,7 +1,9 @@
-"""Adapters in the format of the `peft` library."""
+"""LoRA adapters in the format of the `peft` library."""
 
+import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import weights
 from ppo_jax.models.io.families import family_of
+from ppo_jax.models.io.family import HFConfig
+from ppo_jax.models.io.pretrained import shapes_of
+from ppo_jax.models.io.safetensors_format import save_file, writing
+from ppo_jax.models.io.stored import read_json
+from ppo_jax.models.io.weights import Rule
 from ppo_jax.models.lora import LoRA
-from ppo_jax.models.transformer import init_params
 from ppo_jax.types import Params
 
-# Settings of peft by which an adapter is another function than plain LoRA's, or brings parameters of other kinds.
+# Settings of peft with which an adapter is not plain LoRA, or has other parameters as well.
 _VARIANTS = (
     "use_dora",
     "lora_bias",
@@ -33,9 +38,8 @@ _VARIANTS = (
     "trainable_token_indices",
     "modules_to_save",
 )
-
-
-_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # named beginnings that leave the base as it is
+# Named initializations that leave the base model unchanged.
+_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(
@@ -46,38 +50,88 @@ def save_adapter(
     kind: str,
     base_name: str,
 ) -> None:
-    """Writes adapters in the format of the `peft` library.
+    """Save adapters in the format of the `peft` library.
 
-    Where the stored layer holds several of ours (GPT-2's `c_attn`), their low-rank parts stand side by side in one of higher rank.
+    If a stored layer contains several of ours, as GPT-2's `c_attn` contains the query, key and
+    value layers, their adapters are combined into one of a higher rank.
 
     Args:
-      folder: for `adapter_config.json` and `adapter_model.safetensors`.
-      adapters: the adapter tree.
-      lora: as it was made with.
-      config: the model's.
+      folder: the folder for `adapter_config.json` and `adapter_model.safetensors`.
+      adapters: the adapter tree, as `init_lora` makes it.
+      lora: the settings that the adapters were made with.
+      config: the config of the model.
       kind: the `model_type` of the model's `config.json`.
-      base_name: the folder or id of the base.
+      base_name: the folder or Hugging Face id of the base model, which peft loads.
+
+    Raises:
+      ValueError: if the folder cannot be written, or the family is not supported.
+
+    Example:
+      >>> import tempfile
+      >>> from ppo_jax.models.lora import init_lora
+      >>> from ppo_jax.models.transformer import init_params
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> lora = LoRA(rank=2)
+      >>> adapters = init_lora(init_params(config, jax.random.key(0)), jax.random.key(1), lora)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_adapter(folder, adapters, lora, config, "gpt2", "openai-community/gpt2")
+      ...     print(*sorted(file.name for file in Path(folder).iterdir()))
+      adapter_config.json adapter_model.safetensors
     """
-    flat, tensors, ranks = flatten_dict(adapters, sep="/"), {}, {}
-    for rule, parts in _adapted(config, kind, set(flat)):
-        module, r = rule.stored.removesuffix(".weight"), lora.rank
-        present = [path for path in parts if f"{path}/lora_a" in flat]
-        rank = r * len(present)
-        bs = {}
-        for path, kernel in zip(parts, rule.ours, strict=True):
-            out = _out_features(flat, parts, config, path)
-            b = np.zeros((rank, out), np.float32)
-            if path in present:
-                at = present.index(path) * r
-                b[at : at + r] = flat[f"{path}/lora_b"]
-            bs[kernel] = b
-        a = np.concatenate([np.asarray(flat[f"{path}/lora_a"]) for path in present], axis=1)
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = weights.transposed(rule).save(bs)
-        ranks[module] = rank
-    odd = {module: rank for module, rank in ranks.items() if rank != lora.rank}
-    power = 0.5 if lora.stabilised else 1
-    settings = {
+    flat = flatten_dict(adapters, sep="/")
+    tensors, ranks = {}, {}
+    for module, rule in _linear_rules(config, kind):
+        if not flat.keys().isdisjoint(rule.paths):
+            a, b = _combined(flat, rule)
+            ranks[module] = a.shape[1]
+            tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    settings = json.dumps(_settings(lora, ranks, kind, base_name), indent=2)
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text(settings + "\n")
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _linear_rules(config: TransformerConfig, kind: str) -> Iterator[tuple[str, Rule]]:
+    """Yield the name of each stored linear layer in peft, and the rule of its `lora_B` matrix."""
+    for rule in family_of(kind).table(config):
+        if rule.paths[0].endswith("/kernel"):
+            paths = tuple(f"{path.removesuffix('/kernel')}/lora_b" for path in rule.paths)
+            # peft stores all matrices as `[out, in]`, whatever the base model does.
+            yield (
+                rule.stored.removesuffix(".weight"),
+                dataclasses.replace(rule, paths=paths, transpose=True),
+            )
+
+
+def _combined(flat: dict[str, Any], rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    """Return one pair of low-rank matrices for all adapters of a stored layer.
+
+    A is the concatenation of theirs, `[in, r]`. B is in stored form, `[out, r]`; each layer's part
+    of it is 0 for the ranks of the other adapters.
+    """
+    present = [path for path in rule.paths if path in flat]
+    a = np.concatenate([np.asarray(flat[f"{path[:-1]}a"]) for path in present], axis=1)
+    parts = {}
+    for path in rule.paths:
+        # A layer without an adapter is as wide as the others in the same tensor.
+        rank, width = flat[path if path in flat else present[0]].shape
+        parts[path] = np.zeros((a.shape[1], width), np.float32)
+        if path in flat:
+            row = present.index(path) * rank
+            parts[path][row : row + rank] = flat[path]
+    return a, rule.save(parts)
+
+
+def _settings(lora: LoRA, ranks: dict[str, int], kind: str, base_name: str) -> HFConfig:
+    """Return the `adapter_config.json` of adapters with these ranks."""
+    other_ranks = {f"^{re.escape(m)}$": rank for m, rank in ranks.items() if rank != lora.rank}
+    power = 0.5 if lora.stabilised else 1  # By which alpha must grow for the scale to stay.
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -89,114 +143,107 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": kind == "gpt2",
         "inference_mode": True,
-        "rank_pattern": {_exact(m): rank for m, rank in odd.items()},
+        "rank_pattern": other_ranks,
         "alpha_pattern": {
-            _exact(m): lora.alpha * (rank / lora.rank) ** power for m, rank in odd.items()
+            name: lora.alpha * (rank / lora.rank) ** power for name, rank in other_ranks.items()
         },
     }
-    folder = Path(folder)
-    with weights.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        weights.save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tuple[Params, float]:
-    """Adapters that `peft` or `save_adapter` wrote, and the scale that `TransformerConfig.lora_scale` must be.
+    """Load adapters that `peft` or `save_adapter` saved.
 
-    It is that of the first layer; where another's differs (`rank_pattern`, `alpha_pattern`), its B makes up for it.
+    Args:
+      folder: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+      config: the config of the base model.
+      kind: the `model_type` of the base model's `config.json`.
+
+    Returns:
+      The adapter tree, and its scale, which must become `TransformerConfig.lora_scale`. It is the
+      scale of the first layer; the B of a layer with another scale is multiplied by their ratio.
 
     Raises:
-      ValueError: if the files are not there, hold another kind of adapter, or layers that the model lacks.
+      ValueError: if the files cannot be read, are not of plain LoRA, or do not fit the model.
+
+    Example:
+      >>> import tempfile
+      >>> from ppo_jax.models.lora import init_lora
+      >>> from ppo_jax.models.transformer import init_params
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> lora = LoRA(rank=2, alpha=8.0, targets="mlp/up$")
+      >>> adapters = init_lora(init_params(config, jax.random.key(0)), jax.random.key(1), lora)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_adapter(folder, adapters, lora, config, "gpt2", "openai-community/gpt2")
+      ...     loaded, scale = load_adapter(folder, config, "gpt2")
+      >>> loaded["layer_0"]["mlp"]["up"]["lora_a"].shape, scale
+      ((4, 2), 4.0)
     """
     folder = Path(folder)
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        stored = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no adapter in the format of peft: {error}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{folder} holds no adapter in the format of peft: its config is no JSON object."
-        )
-    _check_plain(settings, folder)
-    adapters, scale = {}, None
-    shapes = flatten_dict(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), sep="/")
-    for rule in weights.expand(family_of(kind).rules(config), config.layers):
-        module = rule.stored.removesuffix(".weight")
+    settings, stored = _read(folder)
+    shapes = flatten_dict(shapes_of(config), sep="/")
+    adapters: dict[str, jax.Array] = {}
+    scale = None
+    for module, rule in _linear_rules(config, kind):
         names = [f"base_model.model.{module}.lora_{x}.weight" for x in "AB"]
-        if names[0] not in stored or not rule.ours[0].endswith("/kernel"):
+        if names[0] not in stored:
             continue
+        if names[1] not in stored:
+            raise ValueError(f"{folder} does not fit: {names[1]} is missing.")
         alpha = _pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
-        if names[1] not in stored or not isinstance(alpha, int | float) or alpha <= 0:
-            what = (
-                f"{names[1]} is missing"
-                if names[1] not in stored
-                else f"lora_alpha is {alpha!r}, no number above 0"
+        if not isinstance(alpha, int | float) or alpha <= 0:
+            raise ValueError(
+                f"{folder} does not fit: lora_alpha is {alpha!r}, not a positive number."
             )
-            raise ValueError(f"{folder} does not fit: {what}.")
         a, b = (np.asarray(stored.pop(name), np.float32) for name in names)
-        own = alpha / (a.shape[0] ** 0.5 if settings.get("use_rslora") else a.shape[0])
-        scale = own if scale is None else scale
-        for kernel, part in weights.transposed(rule).load(b).items():
-            path = kernel.removesuffix("/kernel")
-            if (a.shape[1], part.shape[1], part.shape[0]) != (*shapes[kernel].shape, a.shape[0]):
+        layer_scale = alpha / (len(a) ** 0.5 if settings.get("use_rslora") else len(a))
+        scale = layer_scale if scale is None else scale
+        for path, part in rule.load(b).items():
+            layer = path.removesuffix("/lora_b")
+            shape = shapes[f"{layer}/kernel"].shape
+            if (a.shape[1], part.shape[1], len(part)) != (*shape, len(a)):
                 raise ValueError(
-                    f"{folder} does not fit: {module} is {shapes[kernel].shape} in the model, but the adapter's parts "
-                    f"are {a.T.shape} and {part.shape}."
+                    f"{folder} does not fit: {module} is {shape} in the model, but the adapter's "
+                    f"parts are {a.T.shape} and {part.shape}."
                 )
-            adapters[f"{path}/lora_a"], adapters[f"{path}/lora_b"] = (
-                jnp.asarray(a.T),
-                jnp.asarray(part * (own / scale)),
-            )
+            adapters[f"{layer}/lora_a"] = jnp.asarray(a.T)
+            adapters[path] = jnp.asarray(part * (layer_scale / scale))
     if stored or scale is None:
         raise ValueError(
-            f"{folder} does not fit: tensors {sorted(stored)} are left over; only linear layers can be adapted, no "
-            "embedding and no output matrix such as lm_head."
+            f"{folder} does not fit: tensors {sorted(stored)} are left over; only linear layers "
+            "can be adapted, no embedding and no output matrix such as lm_head."
         )
     return unflatten_dict(adapters, sep="/"), scale
 
 
-def _check_plain(settings: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError for an adapter that is more than a product of two matrices beside a layer of the model as it is."""
+def _read(folder: Path) -> tuple[HFConfig, dict[str, np.ndarray]]:
+    """Return the settings and tensors of an adapter, checked to be of plain LoRA."""
+    try:
+        settings = read_json(folder / "adapter_config.json")
+        stored = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no adapter in the format of peft: {error}") from error
     if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
         kind = {name: settings.get(name) for name in ("peft_type", "bias")}
-        raise ValueError(f"{folder} holds an adapter of another kind than plain LoRA: {kind}.")
-    found = [name for name in _VARIANTS if settings.get(name)]
-    if found:
-        raise ValueError(
-            f"{folder} holds an adapter of another kind than plain LoRA: {found[0]} is {settings[found[0]]!r}."
-        )
+        raise ValueError(f"{folder} holds an adapter that is not plain LoRA: {kind}.")
+    for name in _VARIANTS:
+        if settings.get(name):
+            raise ValueError(
+                f"{folder} holds an adapter that is not plain LoRA: {name} is {settings[name]!r}."
+            )
     start = settings.get("init_lora_weights")
-    if not isinstance(start, bool | None) and str(start).lower() not in _STARTS:
+    if not isinstance(start, bool | None) and str(start).lower() not in _INITIALIZATIONS:
         raise ValueError(
-            f"{folder} holds an adapter over a base that init_lora_weights {start!r} changed; peft's save_pretrained "
-            "makes one for the base as it was by path_initial_model_for_weight_conversion."
+            f"{folder} holds an adapter over a base that init_lora_weights {start!r} changed; save "
+            "it for the original base with path_initial_model_for_weight_conversion in peft's "
+            "save_pretrained."
         )
+    return settings, stored
 
 
-def _adapted(config: TransformerConfig, kind: str, paths: set[str]):
-    """Rules of stored layers with adapters, and the paths of our layers in each."""
-    for rule in weights.expand(family_of(kind).rules(config), config.layers):
-        parts = [kernel.removesuffix("/kernel") for kernel in rule.ours]
-        if any(f"{part}/lora_a" in paths for part in parts):
-            yield rule, parts
-
-
-def _out_features(
-    flat: dict[str, Any], parts: list[str], config: TransformerConfig, path: str
-) -> int:
-    """Columns of a layer; of one without an adapter, those of its neighbours in the stored tensor."""
-    known = [p for p in (path, *parts) if f"{p}/lora_b" in flat]
-    return flat[f"{known[0]}/lora_b"].shape[1]
-
-
-def _exact(module: str) -> str:
-    return f"^{re.escape(module)}$"
-
-
-def _pattern(patterns: dict[str, Any] | None, module: str, default: float) -> float:
-    """The value of the first pattern that ends the module's name, as peft reads them."""
+def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of a module's name, as in peft."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

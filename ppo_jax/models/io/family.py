@@ -1,4 +1,4 @@
-"""What a family of models is: how its `config.json` becomes ours, and where its tensors go."""
+"""What a model family is, and helpers to read the settings that several families share."""
 
 import dataclasses
 import re
@@ -6,96 +6,141 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ppo_jax.models.config import Activation, Rotary, TransformerConfig
-from ppo_jax.models.io.weights import Rule
+from ppo_jax.models.io.weights import Rule, expand
+
+HFConfig = dict[str, Any]  # A parsed `config.json`.
+ConfigFields = dict[str, Any]  # Keyword arguments of `TransformerConfig`.
 
 
 class Family(NamedTuple):
-    """One family.
+    """A family of models: how its `config.json` and its tensors map to our config and parameters.
 
     Attributes:
-      classes: each `model_type`, with the names of its classes in `transformers`: for text, and for a score.
-      config: fields of `TransformerConfig` of a `config.json`; raises ValueError for a switch that the decoder does not have.
-      rules: the table of a config's tensors, names as in the class for text.
-      prefix: what the names of the trunk begin with there; files of the bare trunk lack it.
-      score: the rules of the head of a model that scores, paths as in `models.heads`.
-      ignored: names of stored tensors that are no parameters.
+      classes: for each `model_type`, the names of two classes of `transformers`: the language model
+        and the sequence classifier.
+      config: function from the parsed `config.json` to the fields of `TransformerConfig`. `dtype`
+        and `remat` are set elsewhere, and `init_std` is `initializer_range` if it is left out. The
+        function raises ValueError for a setting that the decoder does not support.
+      rules: function from a config to the table of its tensors, with the names that they have in
+        the language model class.
+      prefix: the start of the names of the trunk's tensors in that class. Files of the trunk alone
+        (without a head) lack it.
+      score: rules of the head of the sequence classifier; the paths are those of `models.heads`.
+      ignored: pattern of the full names of stored tensors that are not parameters.
     """
 
     classes: dict[str, tuple[str, str]]
-    config: Callable[[dict[str, Any]], dict[str, Any]]
+    config: Callable[[HFConfig], ConfigFields]
     rules: Callable[[TransformerConfig], list[Rule]]
     prefix: str
     score: tuple[Rule, ...] = (Rule("score.weight", ("kernel",), transpose=True),)
-    ignored: re.Pattern = re.compile(r"(?!)")
+    ignored: re.Pattern[str] = re.compile(r"(?!)")
+
+    def table(self, config: TransformerConfig) -> list[Rule]:
+        """Return the rules with those of a layer repeated for each layer."""
+        return expand(self.rules(config), config.layers)
+
+    def untied_names(self, config: TransformerConfig) -> set[str]:
+        """Return the names of the tensors that only a model with an untied output matrix needs.
+
+        The file of a tied model may contain them too, as copies of the embedding and output bias.
+        """
+        untied, tied = (
+            {rule.stored for rule in self.rules(dataclasses.replace(config, tied=tied))}
+            for tied in (False, True)
+        )
+        return untied - tied
 
 
-def renamed(rules: list[Rule], names: dict[str, str]) -> list[Rule]:
-    """Another family's rules, where the first of `names` that a stored name begins with has become its own."""
+def renamed(rules: list[Rule], prefixes: dict[str, str]) -> list[Rule]:
+    """Return the rules of another family with the start of every stored name replaced.
 
-    def own(rule: Rule) -> Rule:
-        theirs = next(name for name in names if rule.stored.startswith(f"{name}."))
-        return dataclasses.replace(rule, stored=names[theirs] + rule.stored.removeprefix(theirs))
+    Args:
+      rules: the rules of the other family.
+      prefixes: maps the start of a name, up to a dot, to its replacement. The first entry that
+        matches a name is used; every name needs one.
+    """
 
-    return [own(rule) for rule in rules]
+    def rename(rule: Rule) -> Rule:
+        old = next(prefix for prefix in prefixes if rule.stored.startswith(f"{prefix}."))
+        return dataclasses.replace(rule, stored=prefixes[old] + rule.stored.removeprefix(old))
+
+    return [rename(rule) for rule in rules]
 
 
-def activation(hf: dict[str, Any], key: str, default: str) -> Activation:
-    """The activation that a config names.
+def activation(hf: HFConfig, key: str, default: str) -> Activation:
+    """Return the activation function that a `config.json` names.
+
+    Args:
+      hf: the parsed `config.json`.
+      key: the key of the activation.
+      default: the name to use if the key is missing.
 
     Raises:
-      ValueError: if it is none of ours.
+      ValueError: if the activation is not supported.
     """
     name = hf.get(key) or default
-    if name not in [a.value for a in Activation]:
-        raise ValueError(
-            f"{key} {name!r} is not supported; known: {[a.value for a in Activation]}."
-        )
-    return Activation(name)
+    try:
+        return Activation(name)
+    except ValueError as error:
+        known = [a.value for a in Activation]
+        raise ValueError(f"{key} {name!r} is not supported; known: {known}.") from error
 
 
 def rotary(
     settings: dict[str, Any], *, base: float, head: int, positions: int, share: float | None = None
 ) -> Rotary:
-    """Rotary positions of a config's `rope_parameters` (or the older `rope_scaling`).
+    """Return the rotary position embedding of a config's `rope_parameters` or `rope_scaling`.
 
     Args:
-      settings: those.
-      base: where they hold no `rope_theta`.
-      head: `C`.
-      positions: those that the model was trained on, where they do not say.
-      share: of each head that rotates, where they hold no `partial_rotary_factor`; if None, all of it whatever they hold.
+      settings: those parameters, as `rope_settings` returns them.
+      base: the base of the wavelengths if `settings` has no `rope_theta`.
+      head: `C`, the width of a head.
+      positions: length of the training sequences if `settings` does not give it.
+      share: share of each head that rotates if `settings` has no `partial_rotary_factor`. If None,
+        the whole head rotates and `partial_rotary_factor` is ignored.
 
     Raises:
-      ValueError: for a kind that is not supported.
+      ValueError: if the kind of scaling is not supported.
     """
     kind = settings.get("rope_type") or settings.get("type") or "default"
     base = float(settings.get("rope_theta") or base)
     width = head if share is None else int(head * (settings.get("partial_rotary_factor") or share))
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3.")
-    if kind == "default":
-        return Rotary(base=base, width=width)
-    factor = float(settings["factor"])
-    if kind == "linear":
-        return Rotary(base=base, width=width, scale=factor)
-    old = settings.get("original_max_position_embeddings") or positions
-    bands = (old / settings["low_freq_factor"], old / settings["high_freq_factor"])
-    return Rotary(base=base, width=width, scale=factor, bands=bands)
+    scale = 1.0 if kind == "default" else float(settings["factor"])
+    bands = None
+    if kind == "llama3":
+        length = settings.get("original_max_position_embeddings") or positions
+        bands = (length / settings["low_freq_factor"], length / settings["high_freq_factor"])
+    return Rotary(base=base, width=width, scale=scale, bands=bands)
 
 
-def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
-    """What a config of any age says of its rotary positions."""
+def rope_settings(hf: HFConfig) -> dict[str, Any]:
+    """Return the rotary settings of a `config.json` in the form of its newest version.
+
+    Older files name them `rope_scaling`, and have some of them at the top level.
+    """
     settings = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    if hf.get("rope_theta") is not None:
-        settings.setdefault("rope_theta", hf["rope_theta"])
-    if hf.get("partial_rotary_factor") is not None:
-        settings.setdefault("partial_rotary_factor", hf["partial_rotary_factor"])
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if hf.get(key) is not None:
+            settings.setdefault(key, hf[key])
     return settings
 
 
-def windows(size: int | None, kinds: list[str], layers: int) -> tuple[int | None, ...] | None:
-    """The window of each layer, of a config's `layer_types` or what stands for them."""
+def windows(hf: HFConfig, kinds: list[str]) -> tuple[int | None, ...] | None:
+    """Return the attention window of each layer, or None if no layer has one.
+
+    Args:
+      hf: a config with `sliding_window`, the number of positions that a window contains.
+      kinds: the kind of each layer, as in `layer_types`; those of kind `sliding_attention` have a
+        window.
+
+    Raises:
+      ValueError: if there is not one kind per layer.
+    """
+    size, layers = hf.get("sliding_window", 4096), hf["num_hidden_layers"]
     if len(kinds) != layers:
         raise ValueError(f"layer_types has {len(kinds)} entries for {layers} layers.")
-    found = tuple(size if kind == "sliding_attention" else None for kind in kinds)
-    return found if any(found) else None
+    sizes = tuple(size if kind == "sliding_attention" else None for kind in kinds)
+    return sizes if any(sizes) else None

@@ -1,14 +1,23 @@
-"""Models in GGUF files, read through the `gguf` package: the Llama and Qwen families; `gguf_tokenizer` has the tokenizer."""
+"""Models of the Llama and Qwen families in GGUF files, read with the `gguf` package.
 
-from collections.abc import Iterator, Mapping
+`gguf_tokenizer` reads the tokenizer of such a file.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ppo_jax.models.io.family import rotary
+from ppo_jax.models.io.family import HFConfig, rotary
+from ppo_jax.models.io.weights import TensorReader
 
+# Supported types of tensors, by their names in the `gguf` package.
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Names of modules in a GGUF file and in the Hugging Face format, within a layer and outside.
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -26,14 +35,18 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 
 
 def is_gguf(model: str | Path) -> bool:
+    """Return whether a model is given as a GGUF file, by the end of its name."""
     return str(model).endswith(".gguf")
 
 
 def open_file(file: Path) -> Any:
-    """A `gguf.GGUFReader`.
+    """Open a GGUF file.
+
+    Returns:
+      A `gguf.GGUFReader`.
 
     Raises:
-      ValueError: if the package or the file is missing, or the file is damaged.
+      ValueError: if the `gguf` package is not installed, or the file is missing or damaged.
     """
     try:
         import gguf
@@ -43,82 +56,78 @@ def open_file(file: Path) -> Any:
         ) from error
     if not file.is_file():
         raise ValueError(f"There is no file {file}.")
-    try:
+    with _reading(file):
         return gguf.GGUFReader(file)
-    except Exception as error:  # it trusts its file, so a damaged one can raise anything
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # The reader does not check the file, so it can raise any type.
         raise ValueError(
-            f"{file} is no readable GGUF file: {type(error).__name__}: {error}."
+            f"{file} is not a readable GGUF file: {type(error).__name__}: {error}."
         ) from error
 
 
-def read(file: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
-    """A GGUF file as a `config.json` and tensors by the names of the Hugging Face format.
+def read(file: Path) -> tuple[HFConfig, dict[str, TensorReader]]:
+    """Read a GGUF file as a model in the Hugging Face format.
+
+    Args:
+      file: a file with the weights of a model.
+
+    Returns:
+      The equivalent of its `config.json`, and for each tensor, by its Hugging Face name, the
+      function that reads it and dequantizes it to float32.
 
     Raises:
-      ValueError: if the file is damaged, of another family, or holds a quantisation that is not supported.
+      ValueError: if the file is damaged, or its architecture or quantization is not supported.
     """
     reader = open_file(file)
-    try:
+    with _reading(file):
         fields = {
             name: field.contents()
             for name, field in reader.fields.items()
             if not name.startswith("tokenizer.ggml.merges")
         }
-    except Exception as error:
+    unsupported = sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(TYPES))
+    if unsupported:
         raise ValueError(
-            f"{file} is no readable GGUF file: {type(error).__name__}: {error}."
-        ) from error
-    odd = sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(TYPES))
-    if odd:
-        raise ValueError(
-            f"{file} holds tensors of type {', '.join(odd)}; supported are {', '.join(TYPES)}."
+            f"{file} holds tensors of type {', '.join(unsupported)}; supported are "
+            f"{', '.join(TYPES)}."
         )
     stored = {tensor.name: tensor for tensor in reader.tensors}
     try:
         config = _config(fields, tied="output.weight" not in stored)
         if "rope_freqs.weight" in stored:
-            config["rope_scaling"] = _rope_scaling(
-                np.asarray(stored.pop("rope_freqs.weight").data, np.float64), config, file
-            )
+            factors = np.asarray(stored.pop("rope_freqs.weight").data, np.float64)
+            config["rope_scaling"] = _rope_scaling(factors, config, file)
     except KeyError as error:
         raise ValueError(f"{file} lacks the field {error}.") from error
-    return config, _Tensors(stored, config)
+    rotated = {}
+    if config["model_type"] == "llama":
+        rotated = {
+            "attn_q.weight": config["num_attention_heads"],
+            "attn_k.weight": config["num_key_value_heads"],
+        }
+    return config, {
+        _hf_name(name): functools.partial(_dequantized, tensor, rotated.get(name.split(".", 2)[-1]))
+        for name, tensor in stored.items()
+    }
 
 
-def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    kind = fields["general.architecture"]
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(
-            f"A GGUF of architecture {kind!r} is not supported; known: llama, qwen2, qwen3."
-        )
-    scaled = fields.get(f"{kind}.rope.scale_linear", 1) != 1 or fields.get(
-        f"{kind}.rope.scaling.type"
-    ) not in (None, "none")
-    if scaled or fields.get(f"{kind}.expert_count"):
-        raise ValueError("A GGUF with scaled rotary positions or experts is not supported.")
-
-    def number(name: str, default: Any = None, *, whole: bool = True) -> Any:
-        value = (
-            fields[f"{kind}.{name}"] if default is None else fields.get(f"{kind}.{name}", default)
-        )
-        if (
-            not isinstance(value, int if whole else float | int)
-            or isinstance(value, bool)
-            or not 0 < value < 2**31
-        ):
-            raise ValueError(
-                f"A GGUF's field {kind}.{name} must be a positive {'whole ' * whole}number, not {value!r:.60}."
-            )
-        return value
-
+def _config(fields: dict[str, Any], *, tied: bool) -> HFConfig:
+    """Return the `config.json` for the metadata fields of a file."""
+    kind = _architecture(fields)
+    number = functools.partial(_number, fields, kind)
     width, heads = number("embedding_length"), number("attention.head_count")
     head = number("attention.key_length", max(width // heads, 1))
     if number("rope.dimension_count", head) != head:
         raise ValueError("A GGUF whose heads rotate in part is not supported.")
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    epsilon = number("attention.layer_norm_rms_epsilon", integer=False)
     return {
         "model_type": kind,
-        "architectures": [f"{name}ForCausalLM"],
+        "architectures": [f"{kind.title()}ForCausalLM"],
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "hidden_size": width,
         "num_hidden_layers": number("block_count"),
@@ -127,9 +136,9 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
         "head_dim": head,
         "intermediate_size": number("feed_forward_length"),
         "max_position_embeddings": number("context_length"),
-        # A float32 in the file: 1e-5 there is 9.999999747e-6 read as a double.
-        "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon', whole=False):.6g}"),
-        "rope_theta": number("rope.freq_base", 10000.0, whole=False),
+        # The file stores a float32, in which 1e-5 is 9.999999747e-6 when read as a double.
+        "rms_norm_eps": float(f"{epsilon:.6g}"),
+        "rope_theta": number("rope.freq_base", 10000.0, integer=False),
         "hidden_act": "silu",
         "tie_word_embeddings": tied,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
@@ -139,8 +148,49 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(factors: np.ndarray, config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """What each frequency is divided by, as the settings of Llama 3.1 and later that it comes from."""
+def _architecture(fields: dict[str, Any]) -> str:
+    """Return the architecture of a file, or raise ValueError if the decoder does not support it."""
+    kind = fields["general.architecture"]
+    if kind not in _ARCHITECTURES:
+        raise ValueError(
+            f"A GGUF of architecture {kind!r} is not supported; known: {', '.join(_ARCHITECTURES)}."
+        )
+    if (
+        fields.get(f"{kind}.rope.scale_linear", 1) != 1
+        or fields.get(f"{kind}.rope.scaling.type") not in (None, "none")
+        or fields.get(f"{kind}.expert_count")
+    ):
+        raise ValueError("A GGUF with scaled rotary positions or experts is not supported.")
+    return kind
+
+
+def _number(
+    fields: dict[str, Any], kind: str, name: str, default: Any = None, *, integer: bool = True
+) -> Any:
+    """Return a positive number below 2**31 from the fields of an architecture.
+
+    Raises:
+      KeyError: if the field is missing and has no default.
+      ValueError: if the field has another value.
+    """
+    name = f"{kind}.{name}"
+    value = fields[name] if default is None else fields.get(name, default)
+    if type(value) not in ((int,) if integer else (int, float)) or not 0 < value < 2**31:
+        raise ValueError(
+            f"A GGUF's field {name} must be a positive {'whole ' * integer}number, not "
+            f"{value!r:.60}."
+        )
+    return value
+
+
+def _rope_scaling(factors: np.ndarray, config: HFConfig, file: Path) -> HFConfig:
+    """Return the rope settings of Llama 3.1 and later that give the factors in a file.
+
+    Args:
+      factors: what each frequency is divided by.
+      config: the rest of the config.
+      file: the file, for the message of the ValueError that is raised if no settings give them.
+    """
     settings = {
         "rope_type": "llama3",
         "factor": float(factors.max()),
@@ -154,42 +204,32 @@ def _rope_scaling(factors: np.ndarray, config: dict[str, Any], file: Path) -> di
     )
     if factors.shape != plain.shape or not np.allclose(plain / scaled, factors, rtol=1e-3):
         raise ValueError(
-            f"{file} scales its rotary positions in a way that is not Llama 3.1's; that is not supported."
+            f"{file} scales its rotary positions in a way that is not Llama 3.1's, which is not "
+            "supported."
         )
     return settings
 
 
-class _Tensors(Mapping[str, np.ndarray]):
-    """Tensors under their Hugging Face names, each dequantised to float32 when it is asked for."""
+def _dequantized(tensor: Any, heads: int | None) -> np.ndarray:
+    """Return a tensor in float32.
 
-    def __init__(self, stored: dict[str, Any], config: dict[str, Any]):
-        self._stored = {_hf_name(name): tensor for name, tensor in stored.items()}
-        self._config = config
+    Args:
+      tensor: a `gguf.ReaderTensor`.
+      heads: the number of heads, if the tensor is a query or key matrix of the architecture llama.
+    """
+    import gguf
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        import gguf
-
-        tensor = self._stored[name]
-        array = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        array = array.reshape(tuple(int(n) for n in reversed(tensor.shape)))
-        if self._config["model_type"] == "llama" and name.endswith(
-            ("q_proj.weight", "k_proj.weight")
-        ):
-            heads = self._config[
-                "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
-            ]
-            # GGUF pairs neighbours where the Hugging Face format pairs the halves of a head.
-            array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+    array = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    array = array.reshape(tensor.shape.tolist()[::-1])
+    if heads is None:
         return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
+    # Rotary pairs are neighbours in GGUF, and the two halves of a head in the Hugging Face format.
+    pairs = array.reshape(heads, -1, 2, array.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def _hf_name(name: str) -> str:
+    """Return the Hugging Face name of a GGUF tensor; the names of unknown modules are kept."""
     stem, _, kind = name.rpartition(".")
     if stem.startswith("blk."):
         _, layer, part = stem.split(".", 2)

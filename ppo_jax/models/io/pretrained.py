@@ -1,5 +1,10 @@
-"""Language models as folders that `transformers` reads and writes: `config.json`, safetensors and the tokenizer."""
+"""Language models in folders that `transformers` reads and writes.
 
+Such a folder has `config.json`, safetensors files and the files of the tokenizer. Models in GGUF
+files can be loaded too.
+"""
+
+import dataclasses
 import json
 import logging
 import math
@@ -11,11 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import gguf_format, gguf_tokenizer, weights
+from ppo_jax.models.io import gguf_format, gguf_tokenizer
 from ppo_jax.models.io.families import family_of
-from ppo_jax.models.io.stored import named, read, read_json, resolve
+from ppo_jax.models.io.family import HFConfig
+from ppo_jax.models.io.safetensors_format import writing
+from ppo_jax.models.io.stored import read, read_json, resolve, table_tensors, write
+from ppo_jax.models.io.weights import Rule, TensorReader, from_params, to_params
 from ppo_jax.models.transformer import init_params
 from ppo_jax.sharding import placed
 from ppo_jax.types import Params
@@ -30,174 +39,244 @@ _VOCABULARIES = (
     "sentencepiece.bpe.model",
 )
 
-OUTPUTS = (  # names of the matrix over words, and of a second copy of its bias
-    "lm_head.weight",
-    "embed_out.weight",
-    "lm_head.decoder.weight",
-    "lm_head.decoder.bias",
-    "cls.predictions.decoder.weight",
-    "cls.predictions.decoder.bias",
-    "vocab_projector.weight",
-)
-
 
 class Pretrained(NamedTuple):
-    """A loaded model: our config, our parameters, and its `config.json` and `generation_config.json` to be written back."""
+    """A loaded model, with all that is needed to save it again.
+
+    Attributes:
+      config: the config of the decoder.
+      params: its parameters, float32. Those of a scorer are `{"trunk": ..., "head": ...}`.
+      hf_config: the parsed `config.json`, which is written back when the model is saved.
+      generation: the parsed `generation_config.json`, or None if there is none.
+
+    Example:
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> params = init_params(config, jax.random.key(0))
+      >>> Pretrained(config, params, {"model_type": "gpt2", "eos_token_id": [5, 6]}).end_ids
+      (5, 6)
+    """
 
     config: TransformerConfig
     params: Params
-    hf_config: dict[str, Any]
-    generation: dict[str, Any] | None = None
+    hf_config: HFConfig
+    generation: HFConfig | None = None
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, as the model's own files say."""
-        ids = [(self.generation or {}).get("eos_token_id"), self.hf_config.get("eos_token_id")]
-        return tuple(
-            dict.fromkeys(
-                i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])
-            )
-        )
+        """The ids of the tokens that end a text, from `generation` and then from `hf_config`."""
+        ids: list[int] = []
+        for settings in (self.generation or {}, self.hf_config):
+            end = settings.get("eos_token_id")
+            ids += end if isinstance(end, list) else [] if end is None else [end]
+        return tuple(dict.fromkeys(ids))
 
 
 def load_policy(
-    model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False, mesh: Mesh | None = None
+    model: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> Pretrained:
-    """A language model; parameters float32 whatever the file holds.
+    """Load a language model, to train it or to sample from it.
 
     Args:
       model: a folder, a Hugging Face id or a .gguf file.
-      dtype: compute type.
-      remat: recompute blocks in the backward pass.
-      mesh: where each tensor goes as it is read, by the rules of `models.sharding`.
+      dtype: dtype of the activations and matrix products. The parameters are float32 in any case.
+      remat: whether the backward pass recomputes the activations of each block to save memory.
+      mesh: if given, each tensor is sharded over it as it is read, by the rules of `sharding`.
+
+    Returns:
+      The model; its `params` are those that `language_model(config)` takes.
 
     Raises:
-      ValueError: naming what the folder lacks or the tensors that do not fit.
+      ValueError: if the model cannot be found or read, its architecture is not supported, or its
+        tensors do not fit; the message says which.
+
+    Example:
+      >>> import tempfile
+      >>> from ppo_jax.models.io.families.gpt2 import config_to_hf
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> params = init_params(config, jax.random.key(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_policy(folder, Pretrained(config, params, config_to_hf(config)))
+      ...     loaded = load_policy(folder, dtype=jnp.bfloat16)
+      >>> loaded.config.width, loaded.params["embedding"].dtype.name
+      (4, 'float32')
     """
-    folder, hf, found = read(model)
-    family, config = family_of(hf.get("model_type")), config_of(hf, dtype=dtype, remat=remat)
-    rules = weights.expand(family.rules(config), config.layers)
-    tensors = named(found, rules, family)
-    if config.tied and _has_output_of_its_own(tensors, rules):  # as transformers does since 5.0
+    stored = read(model)
+    hf, family = stored.hf, stored.family
+    config = config_of(hf, dtype=dtype, remat=remat)
+    rules = family.table(config)
+    tensors = table_tensors(stored, rules)
+    # In the file of a tied model these are copies of the embedding and the output bias.
+    copies = family.untied_names(config) if config.tied else set()
+    if not _is_copy(tensors, rules, copies):  # As transformers decides since version 5.0.
         _LOG.warning(
-            "%s says that its output is its embedding, but holds another matrix for it, which is used.",
-            folder,
+            "The config of %s says that the output matrix is the embedding, but the file holds "
+            "another matrix for it, which is used.",
+            stored.path,
         )
-        hf = {**hf, "tie_word_embeddings": False}
-        config = config_of(hf, dtype=dtype, remat=remat)
-        rules = weights.expand(family.rules(config), config.layers)
-        tensors = named(found, rules, family)
-    for name in [name for name in tensors if config.tied and name in OUTPUTS]:
-        del tensors[name]  # a copy of the embedding, or of a bias
-    for name in [name for name in tensors if name.startswith(f"{family.prefix}pooler.")]:
-        del tensors[name]  # says nothing of the next token
-    params = weights.to_params(tensors, rules, placed(shapes_of(config), mesh), source=str(folder))
-    generation = folder / "generation_config.json"
+        hf, copies = {**hf, "tie_word_embeddings": False}, set()
+        config = dataclasses.replace(config, tied=False)
+        rules = family.table(config)
+    for name in list(tensors):
+        if name in copies or name.startswith(f"{family.prefix}pooler."):
+            del tensors[name]  # Only classifiers use the pooler.
+    shapes = placed(shapes_of(config), mesh)
+    params = to_params(tensors, rules, shapes, source=stored.path)
+    generation = stored.path / "generation_config.json"
     return Pretrained(config, params, hf, read_json(generation) if generation.is_file() else None)
 
 
-def _has_output_of_its_own(tensors: Mapping[str, Any], rules: list[weights.Rule]) -> bool:
-    embedding = next(rule.stored for rule in rules if rule.ours == ("embedding",))
-    outputs = [name for name in tensors if name in OUTPUTS and name.endswith("weight")]
-    return embedding in tensors and any(
-        not np.array_equal(tensors[name], tensors[embedding]) for name in outputs
+def _is_copy(tensors: Mapping[str, TensorReader], rules: list[Rule], names: set[str]) -> bool:
+    """Return whether each stored output matrix, of those in `names`, equals the embedding."""
+    embedding = next(rule.stored for rule in rules if rule.paths == ("embedding",))
+    outputs = [name for name in names if name in tensors and name.endswith("weight")]
+    return embedding not in tensors or all(
+        np.array_equal(tensors[output](), tensors[embedding]()) for output in outputs
     )
 
 
 def config_of(
-    hf: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = False
+    hf: HFConfig, *, dtype: DTypeLike = jnp.float32, remat: bool = False
 ) -> TransformerConfig:
-    """Our config of a `config.json`.
+    """Return our config for a parsed `config.json`.
+
+    Args:
+      hf: the parsed `config.json`.
+      dtype: as in `load_policy`.
+      remat: as in `load_policy`.
 
     Raises:
-      ValueError: for a family or a switch that is not supported, or a field that is missing.
+      ValueError: if the family or a setting is not supported, or a field is missing or wrong.
     """
     kind = hf.get("model_type")
-    for name in ("num_hidden_layers", "n_layer", "num_layers"):  # before a list of so many is made
+    # Checked before the family reads the config, because it may make a list of as many entries.
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
         if isinstance(hf.get(name), int) and hf[name] >= 4096:
             raise ValueError(
-                f"The config of a {kind} gives {name}={hf[name]}; at most 4095 layers are read."
+                f"The config of a {kind} has {name}={hf[name]}; at most 4095 layers are supported."
             )
     try:
-        config = TransformerConfig(**family_of(kind).config(hf), dtype=dtype, remat=remat)
+        fields = {"init_std": hf.get("initializer_range", 0.02), **family_of(kind).config(hf)}
+        config = TransformerConfig(**fields, dtype=dtype, remat=remat)
     except KeyError as error:
         raise ValueError(f"The config of a {kind} needs {error}.") from error
     except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(
-            f"The config of a {kind} holds a value of the wrong kind: {error}."
-        ) from error
+        raise ValueError(f"The config of a {kind} has a value of a wrong type: {error}.") from error
     for name in ("vocab_size", "positions", "width", "layers", "heads", "mlp_width"):
-        value = getattr(config, name)
-        if (
-            not isinstance(value, int)
-            or isinstance(value, bool)
-            or not 0 < value < (4096 if name == "layers" else 2**31)
-        ):
+        value, bound = getattr(config, name), 4096 if name == "layers" else 2**31
+        if type(value) is not int or not 0 < value < bound:
             raise ValueError(
-                f"The config of a {kind} gives {name}={value!r}; that must be a positive whole number."
+                f"The config of a {kind} has {name}={value!r}; it must be a positive integer below "
+                f"{bound}."
             )
     return config
 
 
 def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
-    """Writes a folder that `transformers.AutoModelForCausalLM` loads."""
+    """Save a language model in a folder that `transformers.AutoModelForCausalLM` loads.
+
+    Args:
+      folder: the folder to write; it is made if it does not exist.
+      model: the model. Its tensors are saved in float32.
+      tokenizer: a tokenizer of `transformers` to save with it, or None.
+
+    Raises:
+      ValueError: if the folder cannot be written, or the family's table lacks a parameter.
+
+    Example:
+      >>> import tempfile
+      >>> from ppo_jax.models.io.families.gpt2 import config_to_hf
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> params = init_params(config, jax.random.key(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_policy(folder, Pretrained(config, params, config_to_hf(config)))
+      ...     print(*sorted(file.name for file in Path(folder).iterdir()))
+      config.json generation_config.json model.safetensors
+    """
     kind = model.hf_config["model_type"]
     family = family_of(kind)
-    tensors = weights.from_params(
-        model.params, weights.expand(family.rules(model.config), model.config.layers)
-    )
+    tensors = from_params(model.params, family.table(model.config))
     generation = model.generation
     if generation is None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {
             name: model.hf_config[name] for name in ids if model.hf_config.get(name) is not None
         }
-    with weights.writing(folder):
-        write_folder(
-            folder,
-            {**model.hf_config, "architectures": [family.classes[kind][0]]},
-            tensors,
-            tokenizer,
-        )
-        (Path(folder) / "generation_config.json").write_text(
-            json.dumps(generation, indent=2) + "\n"
-        )
+    hf = {**model.hf_config, "architectures": [family.classes[kind][0]]}
+    with writing(folder):
+        write(folder, hf, tensors, tokenizer)
+        file = Path(folder) / "generation_config.json"
+        file.write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def check_tokenizer(tokenizer: Any, config: TransformerConfig) -> None:
-    """Raises ValueError if the tokenizer can produce an id that the model has no word for.
+    """Check that every token of a text has a row in the model's embedding.
 
-    Added tokens that stand for nothing in a text of words, such as Gemma 3's for an image, may be such: `data.check_ids` looks
-    whether any text holds one.
+    Added tokens that never come from a text, such as Gemma 3's token for an image, may have larger
+    ids; `data.check_ids` checks that no text contains one.
+
+    Args:
+      tokenizer: a tokenizer of `transformers`.
+      config: the config of the model.
+
+    Raises:
+      ValueError: if the tokenizer can produce an id that is not below `config.vocab_size`.
     """
     beyond = {i for i in tokenizer.get_vocab().values() if i >= config.vocab_size}
     kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
     used = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
     if beyond & used or beyond - set(getattr(tokenizer, "added_tokens_decoder", ())):
         raise ValueError(
-            f"The tokenizer gives ids up to {max(beyond)}, but the model has vocab_size={config.vocab_size}; use the model's own."
+            f"The tokenizer gives ids up to {max(beyond)}, but the model has "
+            f"vocab_size={config.vocab_size}; use the model's own tokenizer."
         )
 
 
 def count_params(params: Params) -> int:
+    """Return the number of parameters in a tree of arrays or shapes."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer in a model's folder, hub snapshot or .gguf file.
+    """Load the tokenizer of a model.
+
+    Args:
+      model: a folder, a Hugging Face id or a .gguf file.
+
+    Returns:
+      A tokenizer of `transformers`.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if the model has no tokenizer, or it cannot be loaded.
+
+    Example:
+      >>> import tempfile
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> words = Tokenizer(models.WordLevel({"yes": 0, "no": 1}, unk_token="no"))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+      ...     tokenizer = load_tokenizer(folder)
+      >>> tokenizer("yes").input_ids
+      [0]
     """
     try:
         if gguf_format.is_gguf(model):
             return gguf_tokenizer.load_tokenizer(Path(model))
         folder = resolve(model)
-        if not any(
-            (folder / name).is_file() for name in _VOCABULARIES
-        ):  # for some families transformers would invent one
+        # Without a vocabulary file, transformers would invent a tokenizer for some families.
+        if not any((folder / name).is_file() for name in _VOCABULARIES):
             raise ValueError(f"none of {', '.join(_VOCABULARIES)} is there.")
-        from transformers import AutoTokenizer  # slow to import, and `--help` does without
+        from transformers import AutoTokenizer  # Imported here because it is slow.
 
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
@@ -205,22 +284,14 @@ def load_tokenizer(model: str | Path) -> Any:
 
 
 def shapes_of(config: TransformerConfig) -> Params:
-    """The parameters of a config, as shapes; ValueError, if there can be none."""
+    """Return the shapes of a config's parameters, as a tree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: if no model can be made from the config.
+    """
     try:
         return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     except (TypeError, OverflowError, ZeroDivisionError, AttributeError) as error:
         raise ValueError(
-            f"No model can be made of the config {config}: {str(error).splitlines()[0]}"
+            f"No model can be made from the config {config}: {str(error).splitlines()[0]}"
         ) from error
-
-
-def write_folder(folder: str | Path, hf: dict[str, Any], tensors: Any, tokenizer: Any) -> None:
-    """Writes config, float32 tensors and tokenizer."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The tensors are float32 whatever they were read from, and `transformers` loads them as the config says.
-    hf = {name: value for name, value in hf.items() if name != "torch_dtype"} | {"dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    weights.write_safetensors(folder, tensors)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)

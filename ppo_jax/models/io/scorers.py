@@ -1,4 +1,7 @@
-"""Models without an output over words: bare trunks, and those whose head scores a text, as folders that `transformers` knows."""
+"""Models without an output over the vocabulary: trunks, and models whose head scores a text.
+
+Scorers are the sequence classifiers of `transformers`, with one label.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -7,148 +10,217 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from ppo_jax.models import heads
-from ppo_jax.models.io import weights
+from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.families import family_of
-from ppo_jax.models.io.pretrained import OUTPUTS, Pretrained, config_of, shapes_of, write_folder
-from ppo_jax.models.io.stored import named, read
+from ppo_jax.models.io.pretrained import Pretrained, config_of, shapes_of
+from ppo_jax.models.io.safetensors_format import writing
+from ppo_jax.models.io.stored import StoredModel, read, table_tensors, write
+from ppo_jax.models.io.weights import from_params, to_params
 from ppo_jax.sharding import placed
 
 
-def load_trunk(model: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Pretrained:
-    """A model without any head, such as a sentence encoder; ValueError, naming the tensors of the trunk that do not fit."""
-    folder, hf, found = read(model)
-    family = family_of(hf.get("model_type"))
-    config = dataclasses.replace(
-        config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True
-    )
-    rules = weights.expand(family.rules(config), config.layers)
-    tensors = named(found, rules, family)
-    part = lambda name: name.removeprefix(family.prefix).partition(".")[0]
-    trunk = {part(rule.stored) for rule in rules}
-    for name in [name for name in tensors if part(name) not in trunk]:
-        del tensors[name]  # a head
-    return Pretrained(
-        config, weights.to_params(tensors, rules, shapes_of(config), source=str(folder)), hf
-    )
+def _trunk_config(config: TransformerConfig) -> TransformerConfig:
+    """Return the config of the trunk, which has no output layers."""
+    return dataclasses.replace(config, lm_transform=False, tied=True)
+
+
+def load_trunk(
+    model: str | Path, *, dtype: DTypeLike = jnp.float32, remat: bool = False
+) -> Pretrained:
+    """Load a model without its head, such as a sentence encoder.
+
+    Args:
+      model: a folder, a Hugging Face id or a .gguf file.
+      dtype: as in `load_policy`.
+      remat: as in `load_policy`.
+
+    Returns:
+      The model; its `params` are those that `language_model(config).hidden` takes.
+
+    Raises:
+      ValueError: as in `load_policy`, but the tensors of a head are ignored.
+    """
+    stored = read(model)
+    family, config = stored.family, _trunk_config(config_of(stored.hf, dtype=dtype, remat=remat))
+
+    def module(name: str) -> str:
+        return name.removeprefix(family.prefix).partition(".")[0]
+
+    rules = family.table(config)
+    trunk = {module(rule.stored) for rule in rules}
+    tensors = table_tensors(stored, rules)
+    tensors = {name: reader for name, reader in tensors.items() if module(name) in trunk}
+    params = to_params(tensors, rules, shapes_of(config), source=stored.path)
+    return Pretrained(config, params, stored.hf)
 
 
 def load_scorer(
     model: str | Path,
     *,
     label: str | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> Pretrained:
-    """A reward model or separate critic, of a class `...ForSequenceClassification`: `{"trunk": ..., "head": ...}`.
+    """Load a model that scores texts: a reward model, or the start of a separate critic.
 
-    Of a classifier with several labels, `label` is the name or number of the one whose logit is the score.
+    Args:
+      model: a folder, a Hugging Face id or a .gguf file of a `...ForSequenceClassification` class.
+      label: if the classifier has several labels, the name or number (from 0) of the label whose
+        logit is the score.
+      dtype: as in `load_policy`.
+      remat: as in `load_policy`.
+      mesh: as in `load_policy`.
+
+    Returns:
+      The model; its `params` are `{"trunk": ..., "head": ...}`, which `models.heads.reward_model`
+      takes.
+
+    Raises:
+      ValueError: as in `load_policy`, or if there is no head that fits or `label` is not one of the
+        labels.
+
+    Example:
+      >>> import tempfile
+      >>> from ppo_jax.models.io.families.gpt2 import config_to_hf
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> params = heads.init_scorer(config, jax.random.key(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_scorer(folder, Pretrained(config, params, config_to_hf(config)))
+      ...     loaded = load_scorer(folder)
+      >>> loaded.params["head"]["kernel"].shape
+      (4, 1)
     """
-    folder, hf, found = read(model)
-    family = family_of(hf.get("model_type"))
-    config = dataclasses.replace(
-        config_of(hf, dtype=dtype, remat=remat), lm_transform=False, tied=True
-    )
-    rules = weights.expand(family.rules(config), config.layers)
-    head, tensors = {}, named(found, [*rules, *family.score], family)
+    stored = read(model)
+    family, full = stored.family, config_of(stored.hf, dtype=dtype, remat=remat)
+    config = _trunk_config(full)
+    rules = family.table(config)
+    tensors = table_tensors(stored, [*rules, *family.score])
+    head: dict[str, np.ndarray] = {}
     for rule in family.score:
         if rule.stored not in tensors:
-            raise ValueError(f"{folder} needs a tensor {rule.stored} to score a text.")
-        head |= rule.load(np.asarray(tensors.pop(rule.stored)).astype(np.float32))
-    width, count = config.width, head["kernel"].shape[-1] if head["kernel"].ndim else 0
-    fits = {"kernel": (width, count), "bias": (count,)}
+            raise ValueError(f"{stored.path} needs a tensor {rule.stored} to score a text.")
+        head |= rule.load(tensors.pop(rule.stored)().astype(np.float32))
+    for name in family.untied_names(full):
+        tensors.pop(name, None)
+    head = _one_label(head, config.width, label, stored)
+    shapes = placed(shapes_of(config), mesh)
+    trunk = to_params(tensors, rules, shapes, source=stored.path)
+    return Pretrained(config, {"trunk": trunk, "head": unflatten_dict(head, sep="/")}, stored.hf)
+
+
+def _one_label(
+    head: dict[str, np.ndarray], width: int, label: str | None, stored: StoredModel
+) -> dict[str, np.ndarray]:
+    """Check the shapes of a classifier's head, and return it with the output of one label only."""
+    kernel = head["kernel"]
+    labels = kernel.shape[-1] if kernel.ndim else 0
+    outputs = {"kernel": (width, labels), "bias": (labels,)}
     for path, x in head.items():
-        want = fits.get(path, (width, width) if path.endswith("kernel") else (width,))
-        if x.shape != want:
-            raise ValueError(f"{folder} holds a head whose {path} is {x.shape}, not {want}.")
-    at = _column(label, count, hf, folder)
-    head |= {name: x[..., at : at + 1] for name, x in head.items() if name in fits}
-    for name in [name for name in tensors if name in OUTPUTS]:
-        del tensors[name]
-    trunk = weights.to_params(tensors, rules, placed(shapes_of(config), mesh), source=str(folder))
-    return Pretrained(config, {"trunk": trunk, "head": weights.unflatten_dict(head, sep="/")}, hf)
-
-
-def _column(label: str | None, count: int, hf: dict[str, Any], folder: Path) -> int:
-    """Which of a classifier's `count` labels is the score."""
-    if label is None and count == 1:
-        return 0
-    given = hf.get("id2label") or {}
-    names = [
-        str(given.get(str(i), f"LABEL_{i}")) if isinstance(given, dict) else f"LABEL_{i}"
-        for i in range(count)
+        shape = outputs.get(path, (width, width) if path.endswith("kernel") else (width,))
+        if x.shape != shape:
+            raise ValueError(f"{stored.path} holds a head whose {path} is {x.shape}, not {shape}.")
+    given = stored.hf.get("id2label")
+    given = given if isinstance(given, dict) else {}
+    names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(labels)]
+    known = names if label in names else map(str, range(labels))
+    indices = [
+        i for i, name in enumerate(known) if name == label or (label is None and labels == 1)
     ]
-    found = [i for i, name in enumerate(names) if label == name] or [
-        i for i in range(count) if label == str(i)
-    ]
-    if len(found) != 1:
+    if len(indices) != 1:
         raise ValueError(
-            f"{folder} scores by labels ({', '.join(names)}): reward_label must name one, or be its number from 0, not {label!r}."
+            f"{stored.path} scores by labels ({', '.join(names)}): reward_label must name one, or "
+            f"be its number from 0, not {label!r}."
         )
-    return found[0]
+    return {path: x[..., indices] if path in outputs else x for path, x in head.items()}
 
 
 def start_scorer(model: str | Path, key: jax.Array) -> Pretrained:
-    """A reward model that is yet to learn, `{"trunk": ..., "head": ...}`: a model's trunk under a head of its family's kind.
+    """Return an untrained scorer: the trunk of a model under a new head of its family's kind.
 
-    The head is drawn from `key`, but for what the model holds of it, such as BERT's pooler. A BERT reads both ways in it, whatever
-    its config says, for `transformers` takes its score from the first token.
+    Layers of the head that the model has, such as BERT's pooler, are kept. A BERT attends in both
+    directions whatever its config says, because `transformers` scores its first token.
+
+    Args:
+      model: a folder, a Hugging Face id or a .gguf file.
+      key: `[]` typed key, consumed.
+
+    Returns:
+      The model; its `params` are `{"trunk": ..., "head": ...}`.
+
+    Raises:
+      ValueError: as in `load_trunk`.
     """
-    loaded, (_, hf, found) = load_trunk(model), read(model)
-    config, family = loaded.config, family_of(hf.get("model_type"))
-    layer = heads.pooled(
-        {path.partition("/")[0]: None for rule in family.score for path in rule.ours}
-    )
+    loaded, stored = load_trunk(model), read(model)
+    config, hf, family = loaded.config, stored.hf, stored.family
+    layer = heads.pooled({path.partition("/")[0]: None for r in family.score for path in r.paths})
     if layer:
         config, hf = dataclasses.replace(config, causal=False), {**hf, "is_decoder": False}
-    head = weights.flatten_dict(
-        heads.init_pooled_head(config.width, key, layer)
-        if layer
-        else heads.init_head(config.width, key),
-        sep="/",
-    )
-    tensors = named(found, family.score, family)
+        head = flatten_dict(heads.init_pooled_head(config.width, key, layer), sep="/")
+    else:
+        head = heads.init_head(config.width, key)
+    tensors = table_tensors(stored, family.score)
     for rule in family.score:
         if rule.stored in tensors:
-            part = rule.load(np.asarray(tensors[rule.stored]).astype(np.float32))
-            head |= {
-                path: jnp.asarray(x) for path, x in part.items() if x.shape == head[path].shape
-            }  # of one label, as ours
-    return Pretrained(
-        config, {"trunk": loaded.params, "head": weights.unflatten_dict(head, sep="/")}, hf
-    )
+            tensor = tensors[rule.stored]().astype(np.float32)
+            for path, x in rule.load(tensor).items():
+                if x.shape == head[path].shape:  # The output of another number of labels is not.
+                    head[path] = jnp.asarray(x)
+    return Pretrained(config, {"trunk": loaded.params, "head": unflatten_dict(head, sep="/")}, hf)
 
 
 def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
-    """Writes a folder that `transformers.AutoModelForSequenceClassification` loads.
+    """Save a scorer in a folder that `transformers.AutoModelForSequenceClassification` loads.
 
-    There a row ends before its last pad ids, so a config without a pad id gets the tokenizer's, or the end id.
+    That class needs a pad id to find the last token of a text. If the config has none, the
+    tokenizer's pad id or else an end id is saved as the pad id.
+
+    Args:
+      folder: the folder to write; it is made if it does not exist.
+      model: the scorer, whose `params` are `{"trunk": ..., "head": ...}`.
+      tokenizer: a tokenizer of `transformers` to save with it, or None.
+
+    Raises:
+      ValueError: if the folder cannot be written, or the family's table lacks a parameter.
+
+    Example:
+      >>> import tempfile
+      >>> from ppo_jax.models.io.families.gpt2 import config_to_hf
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> params = heads.init_scorer(config, jax.random.key(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_scorer(folder, Pretrained(config, params, config_to_hf(config)))
+      ...     print(*sorted(file.name for file in Path(folder).iterdir()))
+      config.json model.safetensors
     """
     kind = model.hf_config["model_type"]
-    family, config = (
-        family_of(kind),
-        dataclasses.replace(model.config, lm_transform=False, tied=True),
-    )
-    # An output matrix of its own has no place in a model that scores.
+    family, config = family_of(kind), _trunk_config(model.config)
+    # A scorer's files have no place for the output layers of a language model.
     trunk = {
         name: part
         for name, part in model.params["trunk"].items()
         if name != "unembedding" and not name.startswith("lm_")
     }
-    tensors = dict(weights.from_params(trunk, weights.expand(family.rules(config), config.layers)))
-    tensors |= dict(weights.from_params(model.params["head"], family.score))
-    extra = {
+    tensors = dict(from_params(trunk, family.table(config)))
+    tensors |= dict(from_params(model.params["head"], family.score))
+    pads = [model.hf_config.get("pad_token_id")]
+    if tokenizer is not None:
+        pads += [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    hf = {
+        **model.hf_config,
         "architectures": [family.classes[kind][1]],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
+        "pad_token_id": next((i for i in (*pads, *model.end_ids) if i is not None), None),
     }
-    pads = [
-        model.hf_config.get("pad_token_id"),
-        *([] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id]),
-    ]
-    extra["pad_token_id"] = next((i for i in (*pads, *model.end_ids) if i is not None), None)
-    with weights.writing(folder):
-        write_folder(folder, {**model.hf_config, **extra}, tensors.items(), tokenizer)
+    with writing(folder):
+        write(folder, hf, tensors.items(), tokenizer)

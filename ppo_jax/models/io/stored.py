@@ -1,123 +1,177 @@
-"""A model as it is stored, in a folder, a snapshot of the hub or a GGUF file: its `config.json`, and its tensors by name."""
+"""A stored model: where it is, its `config.json`, and its tensors by name.
+
+A model is given as a folder, as the id of a model on the Hugging Face Hub, or as a GGUF file.
+"""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ppo_jax.models.io import gguf_format, weights
+import numpy as np
+
+from ppo_jax.models.io import gguf_format
 from ppo_jax.models.io.families import family_of
-from ppo_jax.models.io.family import Family
+from ppo_jax.models.io.family import Family, HFConfig
+from ppo_jax.models.io.safetensors_format import open_tensors, write_safetensors
+from ppo_jax.models.io.weights import Rule, TensorReader
 
-_SECOND_COPIES = ("consolidated*", "*/*")  # of the weights, in other formats
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+_SECOND_COPIES = ["consolidated*", "*/*"]  # The same weights again, in other formats.
 
 
-def resolve(model: str | Path, files: tuple[str, ...] = _FILES) -> Path:
-    """A local folder as it is, else the snapshot of a Hugging Face id, of these files.
+def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
+    """Return the folder of a model, and download it from the Hugging Face Hub if it is not local.
+
+    Args:
+      model: a folder or a Hugging Face id.
+      files: patterns of the names of the files to download.
 
     Raises:
-      ValueError: if there is neither.
+      ValueError: if there is no such folder and the Hub gives no such model, or if the folder is
+        that of a run, whose model is in a subfolder.
     """
-    if Path(model).is_dir():
-        if (
-            not (Path(model) / "config.json").is_file()
-            or not (Path(model) / "model" / "config.json").is_file()
-        ):
-            return Path(model)
-        raise ValueError(f"{model} is the folder of a run; its model is {Path(model) / 'model'}.")
+    folder = Path(model)
+    if folder.is_dir():
+        if all((path / "config.json").is_file() for path in (folder, folder / "model")):
+            raise ValueError(f"{model} is the folder of a run; its model is {folder / 'model'}.")
+        return folder
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(model), allow_patterns=files, ignore_patterns=_SECOND_COPIES
+                str(model), allow_patterns=list(files), ignore_patterns=_SECOND_COPIES
             )
         )
-    except (
-        Exception
-    ) as error:  # the hub raises many kinds; each means that there is no such model to be had
+    except Exception as error:  # The Hub raises many types; each means that there is no model.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{str(model)!r} is no folder here, nor a model that the hub gives: {reason}"
+            f"{str(model)!r} is not a local folder, and the Hugging Face Hub has no such model: "
+            f"{reason}"
         ) from error
 
 
-def read(model: str | Path) -> tuple[Path, dict[str, Any], Mapping[str, Any]]:
-    """Where a model is, its `config.json` and its tensors, each read when it is asked for."""
+class StoredModel(NamedTuple):
+    """A model that is opened but not loaded.
+
+    Attributes:
+      path: its folder or GGUF file.
+      hf: its `config.json`, or the equivalent of a GGUF file.
+      tensors: for each tensor, by its name in the files, the function that reads it.
+    """
+
+    path: Path
+    hf: HFConfig
+    tensors: dict[str, TensorReader]
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return family_of(self.hf["model_type"])
+
+
+def read(model: str | Path) -> StoredModel:
+    """Open a model.
+
+    Args:
+      model: a folder, a Hugging Face id or a .gguf file.
+
+    Raises:
+      ValueError: if the model cannot be found or read, or its family is not supported.
+    """
     if gguf_format.is_gguf(model):
-        return Path(model), *gguf_format.read(Path(model))
+        return StoredModel(Path(model), *gguf_format.read(Path(model)))
     folder = resolve(model)
-    hf = _config_in(folder)  # before the tensors, so that a family that is unknown is named
-    return folder, hf, weights.StoredTensors(folder)
+    # The config comes first, so that the message for an unsupported family names the family.
+    return StoredModel(folder, _config_in(folder), open_tensors(folder))
 
 
-def _config_in(folder: Path) -> dict[str, Any]:
+def write(
+    folder: str | Path,
+    hf: HFConfig,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    tokenizer: Any = None,
+) -> None:
+    """Write a model to a folder in the Hugging Face format.
+
+    Args:
+      folder: the folder; it is made if it does not exist.
+      hf: the `config.json`.
+      tensors: pairs of a name and a float32 tensor, taken one at a time.
+      tokenizer: a tokenizer of `transformers`, or None.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The saved tensors are float32, and `transformers` loads them in the dtype of the config.
+    hf = {name: value for name, value in hf.items() if name != "torch_dtype"} | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    write_safetensors(folder, tensors)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def read_config(model: str | Path) -> HFConfig:
+    """Return the `config.json` of a model, or its equivalent of a .gguf file, without the weights.
+
+    Raises:
+      ValueError: if there is none, or the family is not supported.
+    """
+    if gguf_format.is_gguf(model):
+        return gguf_format.read(Path(model))[0]
+    return _config_in(resolve(model, ("config.json",)))
+
+
+def _config_in(folder: Path) -> HFConfig:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(
-            f"{folder} holds no config.json, so it is no model in the Hugging Face format."
+            f"{folder} has no config.json, so it is not a model in the Hugging Face format."
         )
     hf = read_json(file)
     family_of(hf.get("model_type"))
     return hf
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> HFConfig:
+    """Return the JSON object in a file.
+
+    Raises:
+      ValueError: if the file cannot be read or contains anything else.
+    """
     try:
         content = json.loads(file.read_text())
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON object.")
+        raise ValueError(f"{file} is not a JSON object.")
     return content
 
 
-def read_config(model: str | Path) -> dict[str, Any]:
-    """The `config.json` of a model, or what a .gguf file says in its place; weights need not be there.
+def table_tensors(model: StoredModel, rules: Iterable[Rule]) -> dict[str, TensorReader]:
+    """Return the readers of a model's tensors by the names that its family's table has for them.
+
+    These differ from the names in the files for norms that were converted from TensorFlow, and for
+    files of the trunk alone, which lack the family's prefix. Tensors that are not parameters are
+    left out, and tensors that the table does not have keep their names.
+
+    Args:
+      model: the model.
+      rules: the table.
 
     Raises:
-      ValueError: if there is none, or its family is not known.
+      ValueError: if two tensors have the same name in the table.
     """
-    return (
-        gguf_format.read(Path(model))[0]
-        if gguf_format.is_gguf(model)
-        else _config_in(resolve(model, ("config.json",)))
-    )
-
-
-def named(stored: Mapping[str, Any], rules: list[weights.Rule], family: Family) -> "_Renamed":
-    """The stored tensors by the names of the table, without those that are no parameters."""
-    known = {rule.stored for rule in rules}
-    today = {name: re.sub(r"\.(gamma|beta)$", _of_norms, name) for name in stored}
-    names = {
-        new if new in known or family.prefix + new not in known else family.prefix + new: name
-        for name, new in today.items()
-    }
-    if len(names) < len(stored):
-        raise ValueError(
-            f"One parameter is stored under two names: {', '.join(sorted(set(stored) - set(names.values())))} is one."
-        )
-    return _Renamed(
-        stored, {new: old for new, old in names.items() if not family.ignored.fullmatch(old)}
-    )
-
-
-def _of_norms(match: re.Match) -> str:
-    """What files converted from TensorFlow call gamma and beta."""
-    return {"gamma": ".weight", "beta": ".bias"}[match.group(1)]
-
-
-class _Renamed(dict):
-    """Tensors under new names, read when they are asked for."""
-
-    def __init__(self, stored: Mapping[str, Any], names: dict[str, str]):
-        super().__init__(names)
-        self._stored = stored
-
-    def __getitem__(self, name: str) -> Any:
-        return self._stored[super().__getitem__(name)]
-
-    def pop(self, name: str) -> Any:
-        return self._stored[super().pop(name)]
+    known, prefix = {rule.stored for rule in rules}, model.family.prefix
+    suffixes = {"gamma": "weight", "beta": "bias"}
+    tensors: dict[str, TensorReader] = {}
+    for name, read_tensor in model.tensors.items():
+        new = re.sub(r"(?<=\.)(gamma|beta)$", lambda match: suffixes[match[0]], name)
+        if new not in known and prefix + new in known:
+            new = prefix + new
+        if new in tensors:
+            raise ValueError(f"One parameter is stored under two names: {name} is one of them.")
+        if not model.family.ignored.fullmatch(name):
+            tensors[new] = read_tensor
+    return tensors

@@ -1,21 +1,23 @@
-"""BERT: as a policy (`is_decoder`, causal), and as an encoder of sentences (`models.encoder`)."""
+"""BERT, as a causal policy (`is_decoder` in its config) or as a sentence encoder."""
 
 import re
-from typing import Any
 
 from ppo_jax.models.config import NormAt, TransformerConfig
-from ppo_jax.models.io.family import Family, activation
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
 from ppo_jax.models.io.weights import Rule, linear, norm
 
 
-def config(hf: dict[str, Any]) -> dict[str, Any]:
+def config(hf: HFConfig) -> ConfigFields:
+    """Return the fields of `TransformerConfig` of a BERT's `config.json`."""
     if hf.get("add_cross_attention"):
         raise ValueError(
-            "A BERT with add_cross_attention=true is an encoder-decoder's half, which is not supported."
+            "A BERT with add_cross_attention=true is part of an encoder-decoder model, which is "
+            "not supported."
         )
     if hf.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(
-            f"position_embedding_type {hf['position_embedding_type']!r} is not supported; known: 'absolute'."
+            f"position_embedding_type {hf['position_embedding_type']!r} is not supported; known: "
+            "'absolute'."
         )
     return {
         "vocab_size": hf.get("vocab_size", 30522),
@@ -32,11 +34,11 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "token_types": hf.get("type_vocab_size", 2),
         "tied": hf.get("tie_word_embeddings", True),
         "lm_transform": True,
-        "init_std": hf.get("initializer_range", 0.02),
     }
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
+    """Return the table of the tensors of a BERT."""
     at, layer = "bert.encoder.layer.{i}", "layer_{i}"
     names = {"q": "query", "k": "key", "v": "value"}
     trunk = [
@@ -57,8 +59,8 @@ def rules(config: TransformerConfig) -> list[Rule]:
     ]
     if not config.lm_transform:
         return trunk
-    # The bias is stored twice; an output matrix of its own adds the second.
-    apart = [
+    # An untied model stores the output matrix, and the output bias under a second name.
+    untied = [
         Rule("cls.predictions.decoder.weight", ("unembedding",)),
         Rule("cls.predictions.decoder.bias", ("lm_bias",)),
     ]
@@ -67,7 +69,7 @@ def rules(config: TransformerConfig) -> list[Rule]:
         *linear("cls.predictions.transform.dense", "lm_dense"),
         *norm("cls.predictions.transform.LayerNorm", "lm_norm"),
         Rule("cls.predictions.bias", ("lm_bias",)),
-        *([] if config.tied else apart),
+        *([] if config.tied else untied),
     ]
 
 
@@ -77,11 +79,10 @@ FAMILY = Family(
     rules=rules,
     prefix="bert.",
     score=(
-        Rule("bert.pooler.dense.weight", ("pooler/kernel",), transpose=True),
-        Rule("bert.pooler.dense.bias", ("pooler/bias",)),
+        *linear("bert.pooler.dense", "pooler"),
         Rule("classifier.weight", ("kernel",), transpose=True),
         Rule("classifier.bias", ("bias",)),
     ),
-    # Stored positions; the other head of a pretraining checkpoint.
+    # A table of position numbers, and the next-sentence head of a pretraining checkpoint.
     ignored=re.compile(r".*\.position_ids|cls\.seq_relationship\..*"),
 )

@@ -1,50 +1,52 @@
-"""DistilBERT: a BERT without token types, with other names; an encoder, never a policy."""
-
-from typing import Any
+"""DistilBERT: a BERT encoder without token types, under other names. It cannot be a policy."""
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.families import bert
-from ppo_jax.models.io.family import Family, activation, renamed
-from ppo_jax.models.io.weights import Rule
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation, renamed
+from ppo_jax.models.io.weights import Rule, linear
 
-_CONFIG = {  # BERT's names of what DistilBERT calls otherwise
+# Keys of the config.json, as named by BERT and by DistilBERT.
+_KEYS = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
     "intermediate_size": "hidden_dim",
 }
+# Settings of BERT that DistilBERT does not have.
 _FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "is_decoder": False, "type_vocab_size": 0}
-_TENSORS = {
+_BERT, _OWN = "bert.encoder.layer.{i}", "distilbert.transformer.layer.{i}"
+# Names of the tensors, as stored by BERT and by DistilBERT.
+_NAMES = {
     "bert.embeddings": "distilbert.embeddings",
-    "bert.encoder.layer.{i}.attention.self.query": "distilbert.transformer.layer.{i}.attention.q_lin",
-    "bert.encoder.layer.{i}.attention.self.key": "distilbert.transformer.layer.{i}.attention.k_lin",
-    "bert.encoder.layer.{i}.attention.self.value": "distilbert.transformer.layer.{i}.attention.v_lin",
-    "bert.encoder.layer.{i}.attention.output.dense": "distilbert.transformer.layer.{i}.attention.out_lin",
-    "bert.encoder.layer.{i}.attention.output.LayerNorm": "distilbert.transformer.layer.{i}.sa_layer_norm",
-    "bert.encoder.layer.{i}.intermediate.dense": "distilbert.transformer.layer.{i}.ffn.lin1",
-    "bert.encoder.layer.{i}.output.dense": "distilbert.transformer.layer.{i}.ffn.lin2",
-    "bert.encoder.layer.{i}.output.LayerNorm": "distilbert.transformer.layer.{i}.output_layer_norm",
+    f"{_BERT}.attention.self.query": f"{_OWN}.attention.q_lin",
+    f"{_BERT}.attention.self.key": f"{_OWN}.attention.k_lin",
+    f"{_BERT}.attention.self.value": f"{_OWN}.attention.v_lin",
+    f"{_BERT}.attention.output.dense": f"{_OWN}.attention.out_lin",
+    f"{_BERT}.attention.output.LayerNorm": f"{_OWN}.sa_layer_norm",
+    f"{_BERT}.intermediate.dense": f"{_OWN}.ffn.lin1",
+    f"{_BERT}.output.dense": f"{_OWN}.ffn.lin2",
+    f"{_BERT}.output.LayerNorm": f"{_OWN}.output_layer_norm",
     "cls.predictions.transform.dense": "vocab_transform",
     "cls.predictions.transform.LayerNorm": "vocab_layer_norm",
 }
 
 
-def config(hf: dict[str, Any]) -> dict[str, Any]:
-    known = {name: hf[own] for name, own in _CONFIG.items() if own in hf}
-    return {
-        **bert.config({"num_hidden_layers": 6, **hf, **known, **_FIXED}),
-        "activation": activation(hf, "activation", "gelu"),
-    }
+def config(hf: HFConfig) -> ConfigFields:
+    """Return the fields of `TransformerConfig` of a DistilBERT's `config.json`."""
+    renamed_keys = {bert_key: hf[key] for bert_key, key in _KEYS.items() if key in hf}
+    fields = bert.config({"num_hidden_layers": 6, **hf, **renamed_keys, **_FIXED})
+    return {**fields, "activation": activation(hf, "activation", "gelu")}
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
-    # There are no token types, and the bias over words is stored once.
+    """Return the table of the tensors of a DistilBERT."""
+    # DistilBERT has no token types, and stores the output matrix and bias as one layer.
     absent = {("type_embedding",), ("lm_bias",), ("unembedding",)}
-    found = renamed([rule for rule in bert.rules(config) if rule.ours not in absent], _TENSORS)
+    shared = renamed([rule for rule in bert.rules(config) if rule.paths not in absent], _NAMES)
     if not config.lm_transform:
-        return found
+        return shared
     matrix = [] if config.tied else [Rule("vocab_projector.weight", ("unembedding",))]
-    return [*found, Rule("vocab_projector.bias", ("lm_bias",)), *matrix]
+    return [*shared, Rule("vocab_projector.bias", ("lm_bias",)), *matrix]
 
 
 FAMILY = Family(
@@ -53,8 +55,7 @@ FAMILY = Family(
     rules=rules,
     prefix="distilbert.",
     score=(
-        Rule("pre_classifier.weight", ("pre_classifier/kernel",), transpose=True),
-        Rule("pre_classifier.bias", ("pre_classifier/bias",)),
+        *linear("pre_classifier", "pre_classifier"),
         Rule("classifier.weight", ("kernel",), transpose=True),
         Rule("classifier.bias", ("bias",)),
     ),

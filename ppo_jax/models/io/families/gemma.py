@@ -1,92 +1,90 @@
-"""Gemma 2 and 3 (text): norms around each sublayer, embeddings times √D, windows on most layers."""
+"""Gemma 2 and 3 (text only).
 
-from typing import Any
+They normalize before and after each sublayer, multiply the embeddings by √D, and give most layers a
+window.
+"""
 
-from ppo_jax.models.config import NormAt, NormKind, TransformerConfig
-from ppo_jax.models.io.family import Family, activation, rope_settings, rotary, windows
-from ppo_jax.models.io.weights import Rule, linear, norm
+from ppo_jax.models.config import NormAt, NormKind, Rotary, TransformerConfig
+from ppo_jax.models.io.families import llama
+from ppo_jax.models.io.family import (
+    ConfigFields,
+    Family,
+    HFConfig,
+    activation,
+    rope_settings,
+    rotary,
+    windows,
+)
+from ppo_jax.models.io.weights import Rule, norm
 
 
-def config(hf: dict[str, Any]) -> dict[str, Any]:
-    third, layers = hf["model_type"] == "gemma3_text", hf["num_hidden_layers"]
-    positions = hf.get("max_position_embeddings", 131072 if third else 8192)
+def config(hf: HFConfig) -> ConfigFields:
+    """Return the fields of `TransformerConfig` of a Gemma's `config.json`."""
     if hf.get("use_bidirectional_attention"):
         raise ValueError(
             "A Gemma with use_bidirectional_attention=true is an encoder, which is not supported."
         )
-    every = hf.get("sliding_window_pattern", 6) if third else 2
-    default = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    settings, local, head = rope_settings(hf), None, hf.get("head_dim", 256)
-    if third:
-        # By kind of layer in newer files; in older ones the settings are those of full attention.
-        both = settings if "full_attention" in settings else {"full_attention": settings}
-        local_base = hf.get("rope_local_base_freq", 10000.0)
-        local = rotary(
-            both.get("sliding_attention") or {}, base=local_base, head=head, positions=positions
-        )
-        settings = both["full_attention"] or {}
+    third = hf["model_type"] == "gemma3_text"
+    positions = hf.get("max_position_embeddings", 131072 if third else 8192)
     return {
-        "vocab_size": hf["vocab_size"],
+        **llama.shared_fields(hf),
         "positions": positions,
-        "width": hf["hidden_size"],
-        "layers": layers,
-        "heads": hf["num_attention_heads"],
         "kv_heads": hf.get("num_key_value_heads", 4),
-        "head_size": head,
-        "mlp_width": hf["intermediate_size"],
+        "head_size": hf.get("head_dim", 256),
         "activation": activation(hf, "hidden_activation", "gelu_pytorch_tanh"),
-        "gated": True,
         "norm": NormKind.RMS_PLUS_1,
         "norm_at": NormAt.AROUND,
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "qk_norm": third,
-        "qkv_bias": hf.get("attention_bias", False),
-        "out_bias": hf.get("attention_bias", False),
         "mlp_bias": False,
-        "learned_positions": False,
-        "rotary": rotary(settings, base=1e6 if third else 1e4, head=head, positions=positions),
-        "local_rotary": local,
-        "windows": windows(
-            hf.get("sliding_window", 4096), hf.get("layer_types") or default, layers
-        ),
+        **_rotaries(hf, positions, third),
+        "windows": windows(hf, _layer_types(hf, third)),
         "tied": hf.get("tie_word_embeddings", True),
         "scale_embedding": True,
         "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        "attention_cap": None
-        if third
-        else hf.get("attn_logit_softcapping", 50.0),  # Gemma 3 takes no notice of it
+        # The code of Gemma 3 ignores this setting.
+        "attention_cap": None if third else hf.get("attn_logit_softcapping", 50.0),
         "logit_cap": hf.get("final_logit_softcapping", None if third else 30.0),
-        "init_std": hf.get("initializer_range", 0.02),
+    }
+
+
+def _layer_types(hf: HFConfig, third: bool) -> list[str]:
+    """Return the kind of attention of each layer; the last of every group has no window."""
+    group = hf.get("sliding_window_pattern", 6) if third else 2
+    return hf.get("layer_types") or [
+        "sliding_attention" if (i + 1) % group else "full_attention"
+        for i in range(hf["num_hidden_layers"])
+    ]
+
+
+def _rotaries(hf: HFConfig, positions: int, third: bool) -> dict[str, Rotary]:
+    """Return the rotary positions of the layers; in Gemma 3, layers with a window have others."""
+    settings, head = rope_settings(hf), hf.get("head_dim", 256)
+    if not third:
+        return {"rotary": rotary(settings, base=1e4, head=head, positions=positions)}
+    # Newer files have settings for each kind of layer; those of older ones are for full attention.
+    by_kind = settings if "full_attention" in settings else {"full_attention": settings}
+    local_base = hf.get("rope_local_base_freq", 10000.0)
+    sliding, full = by_kind.get("sliding_attention") or {}, by_kind["full_attention"] or {}
+    return {
+        "rotary": rotary(full, base=1e6, head=head, positions=positions),
+        "local_rotary": rotary(sliding, base=local_base, head=head, positions=positions),
     }
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
-    at, layer = "model.layers.{i}", "layer_{i}"
-    qk_norms = [
-        rule
-        for x in "qk"
-        for rule in norm(f"{at}.self_attn.{x}_norm", f"{layer}/attn/{x}_norm", bias=False)
-    ]
+    """Return the table of the tensors of a Gemma: that of a Llama, with more norms."""
+    norms = {
+        "post_attention_layernorm": "attn_post_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+    }
     return [
-        Rule("model.embed_tokens.weight", ("embedding",)),
-        *norm(f"{at}.input_layernorm", f"{layer}/attn_norm", bias=False),
+        *(rule for rule in llama.rules(config) if "post_attention_layernorm" not in rule.stored),
         *(
-            r
-            for x in "qkv"
-            for r in linear(f"{at}.self_attn.{x}_proj", f"{layer}/attn/{x}", bias=config.qkv_bias)
+            rule
+            for stored, path in norms.items()
+            for rule in norm(f"model.layers.{{i}}.{stored}", f"layer_{{i}}/{path}", bias=False)
         ),
-        *(qk_norms if config.qk_norm else []),
-        *linear(f"{at}.self_attn.o_proj", f"{layer}/attn/o", bias=config.out_bias),
-        *norm(f"{at}.post_attention_layernorm", f"{layer}/attn_post_norm", bias=False),
-        *norm(f"{at}.pre_feedforward_layernorm", f"{layer}/mlp_norm", bias=False),
-        *(
-            r
-            for x in ("gate", "up", "down")
-            for r in linear(f"{at}.mlp.{x}_proj", f"{layer}/mlp/{x}", bias=False)
-        ),
-        *norm(f"{at}.post_feedforward_layernorm", f"{layer}/mlp_post_norm", bias=False),
-        *norm("model.norm", "final_norm", bias=False),
-        *([] if config.tied else [Rule("lm_head.weight", ("unembedding",))]),
     ]
 
 

@@ -1,17 +1,18 @@
-"""GPT-2. Its kernels are stored `(in, out)`, as ours are."""
+"""GPT-2. Its kernels are stored as `[in, out]`, like ours."""
 
 import re
-from typing import Any
 
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io.family import Family, activation
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
 from ppo_jax.models.io.weights import Rule, linear, norm
 
 
-def config(hf: dict[str, Any]) -> dict[str, Any]:
+def config(hf: HFConfig) -> ConfigFields:
+    """Return the fields of `TransformerConfig` of a GPT-2's `config.json`."""
     if hf.get("add_cross_attention"):
         raise ValueError(
-            "A GPT-2 with add_cross_attention=true is an encoder-decoder's half, which is not supported."
+            "A GPT-2 with add_cross_attention=true is part of an encoder-decoder model, which is "
+            "not supported."
         )
     width = hf.get("n_embd", 768)
     return {
@@ -26,11 +27,11 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "tied": hf.get("tie_word_embeddings", True),
         "attention_scale": None if hf.get("scale_attn_weights", True) else 1.0,
         "scale_attention_by_layer": hf.get("scale_attn_by_inverse_layer_idx", False),
-        "init_std": hf.get("initializer_range", 0.02),
     }
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
+    """Return the table of the tensors of a GPT-2."""
     at, layer = "transformer.h.{i}", "layer_{i}"
     return [
         Rule("transformer.wte.weight", ("embedding",)),
@@ -46,8 +47,16 @@ def rules(config: TransformerConfig) -> list[Rule]:
     ]
 
 
-def config_to_hf(config: TransformerConfig, *, end_id: int | None = None) -> dict[str, Any]:
-    """The `config.json` of a fresh GPT-2; `transformers` reads it. `end_id` begins and ends a text."""
+def config_to_hf(config: TransformerConfig, *, end_id: int | None = None) -> HFConfig:
+    """Return the `config.json` of a new GPT-2, as `transformers` reads it.
+
+    Args:
+      config: a config with GPT-2's architecture.
+      end_id: id of the token that begins and ends a text.
+
+    Returns:
+      A dictionary to be written as JSON.
+    """
     return {
         "bos_token_id": end_id,
         "eos_token_id": end_id,
@@ -74,7 +83,5 @@ FAMILY = Family(
     config=config,
     rules=rules,
     prefix="transformer.",
-    ignored=re.compile(
-        r".*h\.\d+\.attn\.(bias|masked_bias)"
-    ),  # causal masks that older files store
+    ignored=re.compile(r".*h\.\d+\.attn\.(bias|masked_bias)"),  # Causal masks in older files.
 )

@@ -1,14 +1,14 @@
-"""GPT-Neo: layers that see all and layers that see a window take turns, as in GPT-3's locally banded pattern."""
+"""GPT-Neo: layers with full attention alternate with layers that have a window, as in GPT-3."""
 
 import re
-from typing import Any
 
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io.family import Family, activation
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
 from ppo_jax.models.io.weights import Rule, linear, norm
 
 
-def config(hf: dict[str, Any]) -> dict[str, Any]:
+def config(hf: HFConfig) -> ConfigFields:
+    """Return the fields of `TransformerConfig` of a GPT-Neo's `config.json`."""
     layers, width = hf.get("num_layers", 24), hf.get("hidden_size", 2048)
     patterns = hf.get("attention_types", [[["global", "local"], 12]])
     kinds = [kind for pattern, times in patterns for _ in range(times) for kind in pattern]
@@ -25,11 +25,11 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "windows": tuple(hf.get("window_size", 256) if kind == "local" else None for kind in kinds),
         "attention_scale": 1.0,
         "tied": hf.get("tie_word_embeddings", True),
-        "init_std": hf.get("initializer_range", 0.02),
     }
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
+    """Return the table of the tensors of a GPT-Neo."""
     at, layer = "transformer.h.{i}", "layer_{i}"
     return [
         Rule("transformer.wte.weight", ("embedding",)),

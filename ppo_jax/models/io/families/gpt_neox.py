@@ -1,23 +1,23 @@
-"""GPT-NeoX and Pythia: rotary positions on a part of each head; attention and MLP side by side."""
+"""GPT-NeoX and Pythia: a part of each head rotates, and attention and MLP run in parallel."""
 
 import re
-from typing import Any
 
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io.family import Family, activation, rope_settings, rotary
+from ppo_jax.models.io.family import (
+    ConfigFields,
+    Family,
+    HFConfig,
+    activation,
+    rope_settings,
+    rotary,
+)
 from ppo_jax.models.io.weights import Rule, linear, norm
 
 
-def config(hf: dict[str, Any]) -> dict[str, Any]:
+def config(hf: HFConfig) -> ConfigFields:
+    """Return the fields of `TransformerConfig` of a GPT-NeoX's `config.json`."""
     width, heads = hf.get("hidden_size", 6144), hf.get("num_attention_heads", 64)
     positions, bias = hf.get("max_position_embeddings", 2048), hf.get("attention_bias", True)
-    turn = rotary(
-        rope_settings(hf),
-        base=hf.get("rotary_emb_base", 10000.0),
-        head=width // heads,
-        positions=positions,
-        share=hf.get("rotary_pct", 0.25),
-    )
     return {
         "vocab_size": hf.get("vocab_size", 50432),
         "positions": positions,
@@ -31,13 +31,19 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "qkv_bias": bias,
         "out_bias": bias,
         "learned_positions": False,
-        "rotary": turn,
+        "rotary": rotary(
+            rope_settings(hf),
+            base=hf.get("rotary_emb_base", 10000.0),
+            head=width // heads,
+            positions=positions,
+            share=hf.get("rotary_pct", 0.25),
+        ),
         "tied": hf.get("tie_word_embeddings", False),
-        "init_std": hf.get("initializer_range", 0.02),
     }
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
+    """Return the table of the tensors of a GPT-NeoX."""
     at, layer = "gpt_neox.layers.{i}", "layer_{i}"
     qkv = [f"{layer}/attn/{x}" for x in "qkv"]
     return [

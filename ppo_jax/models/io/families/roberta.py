@@ -1,12 +1,11 @@
-"""RoBERTa and XLM-RoBERTa: BERT whose positions begin after the padding id, with other names."""
+"""RoBERTa and XLM-RoBERTa: BERT under other names, with positions that start after the pad id."""
 
 import re
-from typing import Any
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.families import bert
-from ppo_jax.models.io.family import Family, renamed
-from ppo_jax.models.io.weights import Rule
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, renamed
+from ppo_jax.models.io.weights import Rule, linear
 
 _NAMES = {
     "cls.predictions.transform.dense": "lm_head.dense",
@@ -16,10 +15,10 @@ _NAMES = {
 }
 
 
-def config(hf: dict[str, Any]) -> dict[str, Any]:
-    if (
-        hf.get("hidden_act", "gelu") != "gelu"
-    ):  # the output's layer is gelu whatever the blocks have
+def config(hf: HFConfig) -> ConfigFields:
+    """Return the fields of `TransformerConfig` of a RoBERTa's `config.json`."""
+    # The dense layer before the output has GELU whatever the config says, and we have one for all.
+    if hf.get("hidden_act", "gelu") != "gelu":
         raise ValueError(
             f"hidden_act {hf['hidden_act']!r} is not supported in RoBERTa; known: 'gelu'."
         )
@@ -29,6 +28,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
+    """Return the table of the tensors of a RoBERTa."""
     return renamed(bert.rules(config), _NAMES)
 
 
@@ -41,8 +41,7 @@ FAMILY = Family(
     rules=rules,
     prefix="roberta.",
     score=(
-        Rule("classifier.dense.weight", ("pooler/kernel",), transpose=True),
-        Rule("classifier.dense.bias", ("pooler/bias",)),
+        *linear("classifier.dense", "pooler"),
         Rule("classifier.out_proj.weight", ("kernel",), transpose=True),
         Rule("classifier.out_proj.bias", ("bias",)),
     ),
