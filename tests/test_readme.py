@@ -1,102 +1,84 @@
-"""The Python code of the README runs, its table of presets is right, and imports are declared."""
+"""The README: it is short, its commands and its Python run, and dependencies are declared."""
 
 import ast
 import importlib.metadata
+import json
+import os
 import re
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import transformers
-from helpers import tiny_policy, word_tokenizer
+from test_docs import ROOT, code_blocks, documented_metrics, run_python_blocks, save_tiny_gpt2
 
-from ppo_jax.models.io import pretrained
-from ppo_jax.ppo.presets import PRESETS
+README = ROOT / "README.md"
+OPTIONAL_METRICS = {"faults/skipped", "eval/scores", "eval/length_mean", "eval/kl"}
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+
+def test_is_one_page():
+    text = README.read_text()
+    assert 150 <= len(text.splitlines()) <= 200 and len(text.split()) < 1900
+    assert len(re.findall(r"^!\[", text, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\|---", text, re.MULTILINE)) == 1
+
+
+def test_second_command_is_the_check_of_ci():
+    (command,) = [block for block in code_blocks(README, "bash") if "pytest" in block]
+    script = (ROOT / ".ci/run").read_text().splitlines()
+    assert [part.strip() for part in command.split("&&")] == [
+        line for line in script if re.search(r"-m venv|pip install|pytest", line)
+    ]
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
-    """Run all Python blocks in order, with a tiny checkpoint in place of `gpt2`."""
-    pretrained.save_policy(tmp_path / "gpt2", tiny_policy(positions=64), word_tokenizer())
+    """The training run and the loop work, and every metric that they report is documented."""
+    save_tiny_gpt2(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    load = transformers.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        transformers.AutoTokenizer, "from_pretrained", lambda name: load(tmp_path / name)
+    monkeypatch.delitem(sys.modules, "my_reward", raising=False)
+    variables = run_python_blocks(README, tmp_path)
+    lines = (tmp_path / "runs/python/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in lines] == [0, 1]
+    assert float(variables["loss"]) == pytest.approx(0, abs=1e-6)
+    assert int(variables["state"].update) == 3
+    logged = {name for line in lines for name in json.loads(line)} - {"update"}
+    assert set(variables["metrics"]) < logged
+    assert logged == documented_metrics() - OPTIONAL_METRICS
+
+
+@pytest.mark.slow
+def test_own_model_and_reward(tmp_path):
+    """The commands for a user's own reward run as they stand, with a tiny model as GPT-2."""
+    save_tiny_gpt2(tmp_path)
+    (reward,) = [x for x in code_blocks(README, "python") if x.startswith("# my_reward.py")]
+    (tmp_path / "my_reward.py").write_text(reward)
+    (commands,) = [x for x in code_blocks(README, "bash") if "my_reward.py" in x]
+    commands = commands.replace(".venv/bin/ppo-jax", f"{sys.executable} -m ppo_jax.cli")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        if named := re.match(r"# (\w+\.py)\n", block):
-            (tmp_path / named[1]).write_text(block)
-        else:
-            exec(block, names)
-    assert (tmp_path / "runs/python/metrics.jsonl").read_text().count("\n") == 2
-    assert float(names["loss"]) == pytest.approx(0, abs=1e-6)
-    assert int(names["state"].update) == 3 and "policy/clipfrac" in names["metrics"]
+    assert done.returncode == 0, done.stderr
+    assert "The film is|" in done.stdout
+    assert json.loads((tmp_path / "runs/mine/summary.json").read_text())["updates"] == 50
 
 
-def test_the_table_of_presets_equals_the_presets():
-    lines = [line.split("|") for line in README.splitlines() if line.startswith("|")]
-    rows = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
-    presets = [PRESETS[name] for name in ("default", "oai2019", "nplus", "trl")]
-    assert rows["rows an update, epochs x minibatches"] == [
-        f"{c.batch_size}, {c.epochs}x{c.minibatches}" for c in presets
-    ]
-    assert rows["longest response"] == [str(c.max_new_tokens) for c in presets]
-    assert [cell.startswith("yes") for cell in rows["a row samples on after its end token"]] == [
-        not c.stop_at_end for c in presets
-    ]
-    assert rows["first token that may end it"] == [str(c.truncate_after) for c in presets]
-    assert rows["temperature"] == [
-        {1.0: "1", 0.7: "0.7", 0.7 + 1e-7: "0.7 + 1e-7"}[c.temperature] for c in presets
-    ]
-    assert [cell.replace(" the", "").replace(" ", "_") for cell in rows["score is added at"]] == [
-        c.score_at.value for c in presets
-    ]
-    says = {"keep": "keeps its score", "replace": "scores -1"}
-    assert rows["response without an end"] == [says[c.missing_eos.value] for c in presets]
-    adapts = [f", adapts to {c.kl_target:g} nats" if c.kl_target else "" for c in presets]
-    assert rows["KL weight"] == [
-        f"{c.kl_coef}{more}" for c, more in zip(presets, adapts, strict=True)
-    ]
-    assert [cell.startswith("yes") for cell in rows["token rewards whitened"]] == [
-        c.whiten_rewards for c in presets
-    ]
-    assert rows["variance that whitens"] == [
-        "unbiased" if c.unbiased_whitening else "biased" for c in presets
-    ]
-    rates = [
-        f"{c.learning_rate:.0e}".replace("e-0", "e-") + ", decays" * c.decay_learning_rate
-        for c in presets
-    ]
-    assert rows["learning rate"] == rates
-    adam = [f"{c.adam_eps:.0e}".replace("e-0", "e-") + f", {c.weight_decay:g}" for c in presets]
-    assert rows["Adam's epsilon, weight decay"] == adam
-    assert rows["gradient clipped at"] == [
-        "no" if c.max_grad_norm is None else f"{c.max_grad_norm:g}" for c in presets
-    ]
-
-
-def test_imported_packages_are_declared():
-    """The test environment has more packages than a user's, so others would go unnoticed."""
+def test_what_is_imported_is_declared():
+    """The environment of the tests has more packages than that of a user."""
     declared = {
         re.split(r"[ <>=;\[]", line)[0].lower().replace("-", "_")
-        for line in importlib.metadata.requires("ppo_jax")
+        for line in importlib.metadata.requires("ppo_jax") or ()
     }
-    trees = [
-        ast.parse(file.read_text())
-        for file in (Path(__file__).parents[1] / "ppo_jax").rglob("*.py")
-    ]
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "ppo_jax").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"ppo_jax"}
     owners = importlib.metadata.packages_distributions()
     missing = {
-        m
-        for m in modules
-        if not declared & {owner.lower().replace("-", "_") for owner in owners.get(m, ())}
+        module
+        for module in modules
+        if not declared & {owner.lower().replace("-", "_") for owner in owners.get(module, ())}
     }
-    assert missing <= {"numpy", "jaxlib"}, missing  # they come with JAX
-    assert "jinja2" in declared  # transformers needs it for chat templates, but does not require it
+    assert missing <= {"numpy", "jaxlib"}, missing  # JAX requires these.
+    assert "jinja2" in declared  # transformers needs it for chat templates but does not require it.

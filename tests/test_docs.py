@@ -1,0 +1,177 @@
+"""The documentation: its Python runs, its commands parse, its tables and links are right."""
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import tiny_policy, word_tokenizer
+
+import ppo_jax
+from ppo_jax import cli
+from ppo_jax.models.io import pretrained
+from ppo_jax.ppo.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+MORE_PAGES = [*ROOT.glob("experiments/**/*.md"), *ROOT.glob("ppo_jax/**/*.md")]
+
+
+def code_blocks(page: Path, *languages: str) -> list[str]:
+    """Return the code blocks of a page that are marked with one of the languages."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [code for language, code in blocks if language in languages]
+
+
+def save_tiny_gpt2(folder: Path) -> None:
+    """Save a tiny model as `gpt2` in a folder, where the name refers to it and not to the hub."""
+    pretrained.save_policy(folder / "gpt2", tiny_policy(positions=64), word_tokenizer())
+
+
+def run_python_blocks(page: Path, folder: Path) -> dict:
+    """Run the Python blocks of a page as one program, and return its variables.
+
+    A block whose first line is a comment with a file name is written to that file instead.
+    """
+    variables: dict = {"__name__": "page"}
+    for block in code_blocks(page, "python"):
+        if named := re.match(r"# (\w+\.py)\n", block):
+            (folder / named[1]).write_text(block)
+        else:
+            exec(compile(block, str(page), "exec"), variables)
+    return variables
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a tiny model called `gpt2`, from which modules can be imported."""
+    save_tiny_gpt2(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_python_blocks_run(page, folder):
+    run_python_blocks(page, folder)
+
+
+def table_rows(page: Path) -> list[list[str]]:
+    """Return the cells of all table rows of a page."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def documented_metrics() -> set[str]:
+    """Return the names in the table of metrics."""
+    cells = [row[0] for row in table_rows(ROOT / "docs/presets_and_metrics.md")]
+    return {name for cell in cells for name in re.findall(r"`(\w+/\w+)`", cell)}
+
+
+def test_table_of_presets():
+    rows = {row[0]: row[1:] for row in table_rows(ROOT / "docs/presets_and_metrics.md")}
+    presets = [PRESETS[name] for name in ("default", "oai2019", "nplus", "trl")]
+
+    def power(x: float) -> str:
+        return f"{x:.0e}".replace("e-0", "e-")
+
+    assert rows["rows per update, epochs x minibatches"] == [
+        f"{c.batch_size}, {c.epochs}x{c.minibatches}" for c in presets
+    ]
+    assert rows["maximum response length"] == [str(c.max_new_tokens) for c in presets]
+    assert [cell.startswith("yes") for cell in rows["sampling continues after an end token"]] == [
+        not c.stop_at_end for c in presets
+    ]
+    assert rows["first token that may end a response"] == [str(c.truncate_after) for c in presets]
+    temperatures = {1.0: "1", 0.7: "0.7", 0.7 + 1e-7: "0.7 + 1e-7"}
+    assert rows["temperature"] == [temperatures[c.temperature] for c in presets]
+    assert [cell.replace(" the", "").replace(" ", "_") for cell in rows["score is added at"]] == [
+        c.score_at.value for c in presets
+    ]
+    without_end = {"keep": "keeps its score", "replace": "scores -1"}
+    assert rows["response without an end token"] == [
+        without_end[c.missing_eos.value] for c in presets
+    ]
+    adapts = [f", adapts to {c.kl_target:g} nats" if c.kl_target else "" for c in presets]
+    assert rows["KL weight"] == [f"{c.kl_coef}{x}" for c, x in zip(presets, adapts, strict=True)]
+    assert [cell.startswith("yes") for cell in rows["token rewards are whitened"]] == [
+        c.whiten_rewards for c in presets
+    ]
+    assert rows["variance used for whitening"] == [
+        "unbiased" if c.unbiased_whitening else "biased" for c in presets
+    ]
+    assert rows["learning rate"] == [
+        power(c.learning_rate) + ", decays" * c.decay_learning_rate for c in presets
+    ]
+    assert rows["Adam's epsilon, weight decay"] == [
+        f"{power(c.adam_eps)}, {c.weight_decay:g}" for c in presets
+    ]
+    assert rows["gradient clipped at"] == [
+        "no" if c.max_grad_norm is None else f"{c.max_grad_norm:g}" for c in presets
+    ]
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """Return the arguments of each call of `ppo-jax` in the shell blocks of a page."""
+    lines = "\n".join(code_blocks(page, "bash", "console")).splitlines()
+    return [shlex.split(line.split("ppo-jax ", 1)[1]) for line in lines if "/ppo-jax " in line]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_parse(page, monkeypatch):
+    """Each `ppo-jax` command on a page is accepted by the parser; none is executed."""
+    commands = {x for x in vars(cli).values() if isinstance(x, type) and hasattr(x, "run")}
+    called = []
+    for command in commands:
+        monkeypatch.setattr(command, "run", lambda self: called.append(self))
+    for arguments in commands_of(page):
+        cli.main(arguments)
+    assert len(called) == len(commands_of(page))
+
+
+def test_options_exist(monkeypatch):
+    """Each option that the text names in code is an option of a command."""
+    monkeypatch.setenv("COLUMNS", "300")
+    text = "\n".join(page.read_text() for page in PAGES if page.name != "experiments.md")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z](?![\w.-])", prose))
+    subcommands = re.findall(r"`(\w+)`", re.search(r"`ppo-jax sft`.*?describe", text, re.DOTALL)[0])
+    output = io.StringIO()
+    for command in {"sft", "train", "plan", *subcommands}:
+        with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+    known = set(re.findall(r"--[a-z][a-z.-]*", output.getvalue())) | {"--check"}
+    assert len(named) > 15
+    assert named <= known, named - known
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MORE_PAGES], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_contributing_names_files_that_exist():
+    rows = table_rows(ROOT / "CONTRIBUTING.md")[2:]
+    assert len(rows) == 6
+    for kind, new, changed in rows:
+        new_file = ROOT / re.search(r"`(ppo_jax/\S+\.py)`", new)[1]
+        assert new_file.parent.is_dir() and not new_file.exists(), kind
+        changed_file = ROOT / re.search(r"`(ppo_jax/\S+\.py)`", changed)[1]
+        assert changed_file.is_file(), kind
+        for name in re.findall(r"`([A-Za-z_]+)`", changed):
+            assert name in changed_file.read_text(), (kind, name)
+
+
+def test_changelog_has_this_version():
+    assert f"\n## [{ppo_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
