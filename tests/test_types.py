@@ -62,7 +62,8 @@ folder: Path = Path("runs")
 WRONG = """
 import jax
 import jax.numpy as jnp
-from ppo_jax import Agent, LossMetrics, Params, PPOConfig, PPOState, Rollout, Scores, learn, masked_mean
+from ppo_jax import Agent, LossMetrics, Params, PPOConfig, PPOState, Rollout, Scores
+from ppo_jax import learn, masked_mean
 from ppo_jax import no_such_name  # error: attr-defined
 
 values = jnp.zeros((2, 3))
