@@ -54,9 +54,12 @@ def names_in(annotation: ast.expr | None) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.fullmatch(r"[\w.\[\], |]+", node.value):
-                yield from names_in(ast.parse(node.value, mode="eval").body)
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.fullmatch(r"[\w.\[\], |]+", node.value)
+        ):
+            yield from names_in(ast.parse(node.value, mode="eval").body)
 
 
 def annotations_of(function: ast.FunctionDef) -> Iterator[ast.expr | None]:
@@ -65,6 +68,11 @@ def annotations_of(function: ast.FunctionDef) -> Iterator[ast.expr | None]:
     for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
         yield argument.annotation
     yield function.returns
+
+
+def is_public(method: str) -> bool:
+    """Return whether users call a method of this name."""
+    return not method.startswith("_") or method in ("__init__", "__call__")
 
 
 def public_annotations(x: Any) -> Iterator[ast.expr | None]:
@@ -76,9 +84,8 @@ def public_annotations(x: Any) -> Iterator[ast.expr | None]:
         for node in definition.body:
             if isinstance(node, ast.AnnAssign) and not ast.unparse(node.target).startswith("_"):
                 yield node.annotation
-            if isinstance(node, ast.FunctionDef):
-                if not node.name.startswith("_") or node.name in ("__init__", "__call__"):
-                    yield from annotations_of(node)
+            if isinstance(node, ast.FunctionDef) and is_public(node.name):
+                yield from annotations_of(node)
 
 
 def package_names(module: Any) -> set[str]:
@@ -121,7 +128,8 @@ def test_every_type_in_a_public_signature_is_exported():
 
 # --- what is documented ---
 
-SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example|Examples|Source):$")
+SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example|Source)s?:{1,2}$")
+CODE = re.compile(r">>> |\A\n {2,}\S")  # a doctest, or the indented code of `Example::`
 SHAPE = re.compile(r"`[^`]*\[[^`]*\]`")
 DTYPE = re.compile(r"\b(float32|float|int32|int|integer|bool|uint32|key|numeric|dtype)\b")
 
@@ -131,7 +139,7 @@ def sections_of(x: Any) -> dict[str, str]:
     sections, current = {"": ""}, ""
     for line in (inspect.getdoc(x) or "").splitlines():
         if match := SECTION.match(line):
-            current = match[1].replace("Examples", "Example")
+            current = match[1]
             sections[current] = ""
         else:
             sections[current] += line + "\n"
@@ -183,13 +191,13 @@ def problems_of_function(function: Any) -> Iterator[str]:
     for name in sorted(arrays & set(entries)):
         if not SHAPE.search(entries[name]) or not DTYPE.search(entries[name]):
             yield f"shape and dtype of {name}"
-    if "Returns" not in sections and "Yields" not in sections:
-        if annotations and ast.unparse(definition.returns or ast.Constant(None)) != "None":
-            yield "Returns"
+    returns = ast.unparse(definition.returns or ast.Constant(None))
+    if returns != "None" and not {"Returns", "Yields"} & set(sections):
+        yield "Returns"
     keys = {name for name in arrays if "key" in entries.get(name, "")}
     if "Raises" not in sections and (arrays - keys or can_raise(function)):
         yield "Raises"
-    if ">>> " not in sections.get("Example", ""):
+    if not CODE.search(sections.get("Example", "")):
         yield "Example"
 
 
@@ -213,7 +221,7 @@ def problems_of_class(cls: type) -> Iterator[str]:
         yield f"Attributes for {fields - set(entries) - described}"
     if not entries and not described:
         yield "Attributes or Args"
-    if not re.search(r">>> |::\n", inspect.getdoc(cls) or ""):
+    if not CODE.search(sections.get("Example", "")):
         yield "Example"
 
 
