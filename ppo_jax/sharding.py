@@ -1,198 +1,298 @@
-"""Where each parameter and activation lies on a mesh of devices with the axes `data`, `fsdp` and `tensor`.
+"""How arrays are sharded over a mesh of devices with the axes `data`, `fsdp` and `tensor`.
 
-Rows of a batch are spread over `data` and `fsdp`. A parameter is cut over `fsdp` (each layer is gathered when it is used) and over
-`tensor` (heads, and the MLP's width, are computed apart). An axis that does not divide a dimension leaves it whole.
+The rows of a batch are sharded over `data` and `fsdp` together. Each parameter is sharded over
+`fsdp` and gathered when its layer is computed, and over `tensor`, which splits attention by heads
+and the MLP by its hidden width. An array dimension that is not divisible by the size of its mesh
+axis stays replicated over that axis.
+
+The table `RULES` gives the mesh axes of every parameter. A new kind of layer needs a new line there
+and nothing else.
 """
 
+import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax import Array
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from ppo_jax.types import Params
 
 AXES = ("data", "fsdp", "tensor")
+"""Names of the mesh axes, in the order in which every mesh of this package has them."""
+
 BATCH = ("data", "fsdp")
+"""The mesh axes over which the rows of a batch are sharded."""
+
+Axes = tuple[str | tuple[str, ...] | None, ...]
+"""For each dimension of an array, the mesh axis or axes that shard it, or None if it is whole."""
+
+Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
 
 class ShardRule(NamedTuple):
-    """Axes of the dimensions of a parameter whose path ends in `path`, a regular expression."""
+    """The mesh axes of all parameters whose path matches.
+
+    Attributes:
+      path: a regular expression for the last components of the path of a parameter, which is
+        written with slashes, such as `layer_0/attn/q/kernel`.
+      axes: for each dimension of the parameter, the mesh axis that shards it, or None.
+
+    Example:
+      >>> rules = (ShardRule(r"bias", (None,)), *RULES)
+      >>> mesh = AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+      >>> shardings({"mlp": {"up": {"bias": np.zeros(8)}}}, mesh, rules)["mlp"]["up"]["bias"].spec
+      P(None,)
+    """
 
     path: str
     axes: tuple[str | None, ...]
 
 
-# The decoder is the same for all families, so its table is too; parameters of an optimizer end in the same paths.
+# Layers whose output dimension is sharded over `tensor`, and layers that read such an output.
+_COLUMN = r"(attn/(q|k|v)|mlp/(up|gate)|lm_dense|pooler|pre_classifier)"
+_ROW = r"(attn/o|mlp/down)"
+
 RULES = (
     ShardRule(r"(embedding|unembedding)", ("tensor", "fsdp")),
     ShardRule(r"(position|type)_embedding", (None, "fsdp")),
-    ShardRule(
-        r"(attn/(q|k|v)|mlp/(up|gate)|lm_dense|pooler|pre_classifier)/kernel", ("fsdp", "tensor")
-    ),
-    ShardRule(r"(attn/(q|k|v)|mlp/(up|gate)|lm_dense|pooler|pre_classifier)/bias", ("tensor",)),
-    ShardRule(r"(attn/o|mlp/down)/kernel", ("tensor", "fsdp")),
-    ShardRule(r"(attn/o|mlp/down)/bias", (None,)),
-    ShardRule(
-        r"(attn/(q|k|v)|mlp/(up|gate)|lm_dense|pooler|pre_classifier)/lora_a", ("fsdp", None)
-    ),
-    ShardRule(
-        r"(attn/(q|k|v)|mlp/(up|gate)|lm_dense|pooler|pre_classifier)/lora_b", (None, "tensor")
-    ),
-    ShardRule(r"(attn/o|mlp/down)/lora_a", ("tensor", None)),
-    ShardRule(r"(attn/o|mlp/down)/lora_b", (None, "fsdp")),
+    ShardRule(rf"{_COLUMN}/kernel", ("fsdp", "tensor")),
+    ShardRule(rf"{_COLUMN}/bias", ("tensor",)),
+    ShardRule(rf"{_ROW}/kernel", ("tensor", "fsdp")),
+    ShardRule(rf"{_ROW}/bias", (None,)),
+    ShardRule(rf"{_COLUMN}/lora_a", ("fsdp", None)),
+    ShardRule(rf"{_COLUMN}/lora_b", (None, "tensor")),
+    ShardRule(rf"{_ROW}/lora_a", ("tensor", None)),
+    ShardRule(rf"{_ROW}/lora_b", (None, "fsdp")),
     ShardRule(r"\w*norm/(scale|bias)", (None,)),
     ShardRule(r"lm_bias", ("tensor",)),
     ShardRule(r"head/kernel", (None, None)),
     ShardRule(r"head/bias", (None,)),
 )
+"""The rules of all families and of optimizer states, whose paths end in that of a parameter."""
 
 
-def shardings(tree: Any, mesh: Any, rules: tuple[ShardRule, ...] = RULES) -> Any:
-    """The sharding of each array of a tree: parameters, an optimizer's state, a whole `PPOState`. Scalars are everywhere.
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: tuple[ShardRule, ...] = RULES) -> Any:
+    """Return the sharding of every array of a tree of parameters.
+
+    The tree may also be an optimizer state or a whole `PPOState`. Scalars are replicated.
 
     Args:
-      tree: of anything with a `shape`.
-      mesh: a `jax.sharding.Mesh` with the axes `AXES`.
-      rules: the first whose path fits counts.
+      tree: a tree of arrays, or of anything else with a `shape`.
+      mesh: a mesh with the axes `AXES`.
+      rules: the rules; the first one that matches a parameter is used.
+
+    Returns:
+      A tree of `jax.sharding.NamedSharding` with the structure of `tree`.
 
     Raises:
-      ValueError: naming a parameter that no rule matches.
+      ValueError: if no rule matches a parameter, or the matching rule has another number of
+        dimensions. The message names the parameter.
+
+    Example:
+      >>> mesh = AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+      >>> params = {"attn": {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}}
+      >>> shardings(params, mesh)["attn"]["q"]["kernel"].spec
+      P('fsdp', 'tensor')
+    """
+
+    def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        axes = _axes_of(path, len(x.shape), rules) if x.shape else ()
+        return NamedSharding(mesh, _fit(axes, x.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def placed(shapes: Any, mesh: Mesh | None) -> Any:
+    """Add to each shape of a tree of parameters its sharding on a mesh.
+
+    Args:
+      shapes: a tree of `jax.ShapeDtypeStruct`, as from `jax.eval_shape`.
+      mesh: a mesh with the axes `AXES`, or None.
+
+    Returns:
+      The tree with a sharding in every shape. Without a mesh, `shapes` itself.
+
+    Raises:
+      ValueError: if a parameter has no sharding rule, as in `shardings`.
 
     Example:
       >>> mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-      >>> tuple(shardings({"attn": {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}}, mesh)["attn"]["q"]["kernel"].spec)
-      ('fsdp', 'tensor')
+      >>> shapes = {"lm_bias": jax.ShapeDtypeStruct((8,), "float32")}
+      >>> placed(shapes, mesh)["lm_bias"].sharding.spec
+      P('tensor',)
     """
-
-    def place(path: Any, x: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(
-            mesh,
-            PartitionSpec()
-            if not x.shape
-            else _fit(_axes_of(name, len(x.shape), rules), x.shape, mesh),
-        )
-
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def placed(shapes: Any, mesh: Any) -> Any:
-    """Shapes of parameters that say where each is to lie; as they are, without a mesh."""
     if mesh is None:
         return shapes
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
         shardings(shapes, mesh),
     )
 
 
-def put(x: np.ndarray, sharding: Any) -> jax.Array:
-    """A host array onto its devices; each process reads the parts that lie on its own."""
-    return (
-        jax.device_put(x)
-        if sharding is None
-        else jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-    )
+def put(x: np.ndarray, sharding: Sharding | None) -> Array:
+    """Copy a host array to the devices of a sharding.
+
+    With several processes, each process copies only the shards of its own devices.
+
+    Args:
+      x: the whole array, the same in every process.
+      sharding: the sharding of the result. None puts the array on the default device.
+
+    Returns:
+      The array on the devices.
+
+    Example:
+      >>> put(np.arange(3), None)
+      Array([0, 1, 2], dtype=int32)
+    """
+    if sharding is None:
+        return jax.device_put(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def rows_sharding(mesh: Any) -> NamedSharding:
-    """Of arrays whose first dimension is the rows of a batch."""
+def rows_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Return the sharding of arrays whose first dimension is the rows of a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Says how an array inside a compiled function lies on the mesh of `jax.set_mesh`; without one, nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not _is_auto(mesh):
-        return x
-    return jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """Constrain the sharding of an array inside a compiled function.
+
+    The constraint refers to the mesh of `jax.set_mesh`. Axes that the mesh does not have, that do
+    not divide their dimension, or over which the code is already mapped by `jax.vmap`, `shard_map`
+    or `pmap` are left out. Without a mesh this function does nothing.
+
+    Args:
+      x: the array.
+      *axes: for each dimension, from the first on, the mesh axis or axes that shard it, or None.
+        Dimensions without an entry are not sharded.
+
+    Returns:
+      `x` with the constraint.
+
+    Example:
+      >>> mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+      >>> with jax.set_mesh(mesh):
+      ...     jax.jit(lambda x: constrain(2 * x, BATCH, "tensor"))(np.ones((2, 2), np.float32))
+      Array([[2., 2.],
+             [2., 2.]], dtype=float32)
+    """
+    mesh = _automatic_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
 
 
-def constrain_rows(tree: Any) -> Any:
-    """`constrain` for arrays whose first dimension is the rows of a batch."""
+def constrain_rows(tree: Tree) -> Tree:
+    """Constrain a tree of arrays whose first dimension is the rows of a batch."""
     return jax.tree.map(lambda x: constrain(x, BATCH), tree)
 
 
-def constrain_params(tree: Any) -> Any:
-    """`constrain` by the rules, for parameters and gradients."""
-    if not _is_auto(jax.sharding.get_abstract_mesh()):
+def constrain_params(tree: Tree) -> Tree:
+    """Constrain a tree of parameters or gradients by `RULES`."""
+    if _automatic_mesh() is None:
         return tree
-
-    def place(path: Any, x: jax.Array) -> jax.Array:
-        return constrain(
-            x, *_axes_of(jax.tree_util.keystr(path, simple=True, separator="/"), x.ndim, RULES)
-        )
-
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def map_over_data(function: Callable, params: Any, rows: Any, *, parts: int) -> Any:
-    """`function(params, rows, axis_name)` with the rows of each place on `data`; it sums over `parts` parts of them.
-
-    What it returns must be the same everywhere, by its own reductions over `axis_name`: a sum over many parts is then reduced over
-    `data` once, at its end, where the compiler would reduce each part. `fsdp` and `tensor` stay the compiler's, which scatters each
-    part's gradient over `fsdp`: to keep it whole would undo what `fsdp` is for. Where nothing is to be gained, `axis_name` is None.
-    """
-    ours = _free_axes(jax.sharding.get_abstract_mesh())
-    places, count = ours.get("data", 1), len(jax.tree.leaves(rows)[0])
-    if places == 1 or (parts == 1 and any(ours.get(axis, 1) > 1 for axis in ("fsdp", "tensor"))):
-        return function(params, rows, None)
-    if count % (places * parts):
-        raise ValueError(
-            f"A minibatch of {count} rows does not divide into {parts} micro-batches on data={places}."
-        )
-    cut = jax.tree.map(
-        lambda x: constrain(x.reshape(places, -1, *x.shape[1:]), "data", "fsdp"), rows
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: constrain(x, *_axes_of(path, x.ndim, RULES)), tree
     )
-    own = lambda rows: function(params, rows, "data")
-    return jax.vmap(own, out_axes=None, axis_name="data", spmd_axis_name="data")(cut)
 
 
-def _is_auto(mesh: Any) -> bool:
-    return AxisType.Auto in mesh.axis_types
+def map_over_data(
+    function: Callable[[Params, Any, str | None], Result],
+    params: Params,
+    rows: Any,
+    *,
+    parts: int,
+) -> Result:
+    """Call a function once for each shard of the rows over the mesh axis `data`.
+
+    This is for a function that computes `parts` parts one after the other and sums them, such as
+    the gradients of the micro-batches of a minibatch. It gives one all-reduce over `data` per
+    minibatch, where the compiler would insert one per micro-batch. The axes `fsdp` and `tensor` are
+    left to the compiler. It reduce-scatters the gradient of each part over `fsdp`, since a whole
+    gradient on each device would take the memory that `fsdp` saves.
+
+    `function` is called once, with all rows and None as the axis name, if `data` has size 1 or is
+    already mapped, or if there is one part and `fsdp` or `tensor` is larger than 1.
+
+    Args:
+      function: called as `function(params, rows, axis_name)`. It must reduce its results over
+        `axis_name`, by `jax.lax.psum` for example, so that they are equal on all shards.
+      params: passed whole to every call.
+      rows: a tree of arrays whose first dimension is the rows of a batch.
+      parts: how many parts `function` splits its rows into.
+
+    Returns:
+      What `function` returns.
+
+    Raises:
+      ValueError: if the number of rows is not a multiple of `parts` times the size of `data`.
+    """
+    free = _free_axes(jax.sharding.get_abstract_mesh())
+    shards, count = free.get("data", 1), len(jax.tree.leaves(rows)[0])
+    if shards == 1 or (parts == 1 and any(free.get(axis, 1) > 1 for axis in ("fsdp", "tensor"))):
+        return function(params, rows, None)
+    if count % (shards * parts):
+        raise ValueError(
+            f"A minibatch of {count} rows does not divide into {parts} micro-batches on"
+            f" data={shards}; its rows must be a multiple of {shards * parts}."
+        )
+    split = jax.tree.map(
+        lambda x: constrain(x.reshape(shards, -1, *x.shape[1:]), "data", "fsdp"), rows
+    )
+    on_shard = lambda rows: function(params, rows, "data")
+    return jax.vmap(on_shard, out_axes=None, axis_name="data", spmd_axis_name="data")(split)
 
 
-def _free_axes(mesh: Any) -> dict[str, int]:
-    """Sizes of the axes that are the compiler's to use here."""
-    named = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+def _automatic_mesh() -> AbstractMesh | None:
+    """Return the mesh of `jax.set_mesh` if the compiler chooses shardings on it, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if AxisType.Auto in mesh.axis_types else None
+
+
+def _free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Return the sizes of the mesh axes that a sharding constraint may use at this point."""
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {
-        name: size for name, size, kind in named if kind is AxisType.Auto and not _is_mapped(name)
+        name: size for name, size, kind in axes if kind is AxisType.Auto and not _is_mapped(name)
     }
 
 
 def _is_mapped(axis: str) -> bool:
-    """Whether the code that asks runs once for each place on an axis, so that its arrays have no dimension to lie there."""
+    """Whether this code runs inside a `vmap`, `pmap` or `shard_map` over `axis`."""
     try:
         return jax.lax.axis_size(axis) > 0
     except NameError:
         return False
 
 
-def _axes_of(name: str, rank: int, rules: tuple[ShardRule, ...]) -> tuple[str | None, ...]:
+def _axes_of(path: tuple[Any, ...], rank: int, rules: tuple[ShardRule, ...]) -> Axes:
+    """Return the axes of the first rule that matches the path of a parameter."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
     for rule in rules:
         if re.fullmatch(rf"(.*/)?{rule.path}", name):
             if len(rule.axes) != rank:
                 raise ValueError(
-                    f"The sharding rule {rule.path!r} has {len(rule.axes)} axes; the parameter {name} has {rank}."
+                    f"The sharding rule {rule.path!r} has {len(rule.axes)} axes; the parameter"
+                    f" {name} has {rank}."
                 )
             return rule.axes
     raise ValueError(
-        f"No sharding rule matches the parameter {name}; add one to ppo_jax/models/sharding.py."
+        f"No sharding rule matches the parameter {name}; add one to RULES in ppo_jax/sharding.py."
     )
 
 
-def _fit(axes: tuple, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Without the axes that the mesh does not have, that are mapped, and those that do not divide."""
-    ours = _free_axes(mesh)
+def _fit(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Drop the axes that are not free on the mesh or do not divide their dimension."""
+    free = _free_axes(mesh)
     fitted = []
     for axis, size in zip(axes, shape, strict=False):
         names = tuple(
-            name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in ours
+            name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in free
         )
-        count = 1
-        for name in names:
-            count *= ours[name]
-        fitted.append(None if not names or size % count else names if len(names) > 1 else names[0])
+        fitted.append(None if size % math.prod(free[name] for name in names) else names)
     return PartitionSpec(*fitted)

@@ -49,7 +49,7 @@ def test_similarity_is_highest_for_the_target_itself(minilm):
 
 
 def test_an_encoder_cannot_be_a_critic_nor_a_decoder_an_encoder(minilm, tmp_path):
-    with pytest.raises(ValueError, match="must not see the words to come"):
+    with pytest.raises(ValueError, match="must not see later tokens"):
         heads.separate_critic(scorers.load_trunk(assets.minilm()).config)
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
-from ppo_jax.models.layers import product
+from ppo_jax.models.rounding import product
 from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.plan.flops import matmul_flops, products
 from ppo_jax.ppo.scoring import forward_responses

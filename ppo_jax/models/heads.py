@@ -1,128 +1,189 @@
-"""Numbers from hidden states: the value of a state, the score of a text."""
+"""Heads that map hidden states to numbers: critics for the values of states, and reward models."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.types import CriticFn, Params
 
-
-def init_head(width: int, key: jax.Array) -> Params:
-    """A linear map `[D] -> 1` without bias: `{"kernel": [D, 1]}`, drawn at `1 / √(D + 1)` as in Stiennon et al. 2020."""
-    return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
-
-
-_POOLED = {
-    "pooler": jnp.tanh,
-    "pre_classifier": jax.nn.relu,
-}  # the layer below an encoder's head: BERT's, DistilBERT's
+# The dense layer below the head of an encoder, and its activation: BERT's and DistilBERT's.
+_POOLED = {"pooler": jnp.tanh, "pre_classifier": jax.nn.relu}
 
 
 def pooled(head: Params) -> str | None:
-    """The name of the layer below a head, if it has one."""
+    """Return the name of the dense layer below a head, or None if there is none."""
     return next((name for name in _POOLED if name in head), None)
 
 
-def init_pooled_head(width: int, key: jax.Array, layer: str = "pooler") -> Params:
-    """BERT's: a layer with tanh, drawn at its 0.02, below a map as in `init_head`; with biases, which begin at 0.
+def init_head(width: int, key: Array) -> Params:
+    """Return a fresh linear map `[D] -> 1` without bias.
 
-    DistilBERT's `layer` is its `pre_classifier`, with ReLU.
+    Its kernel `[D, 1]` is normal with standard deviation `1 / sqrt(D + 1)`.
+
+    Source: Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325), appendix B.
+    """
+    return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
+
+
+def init_pooled_head(width: int, key: Array, layer: str = "pooler") -> Params:
+    """Return a fresh head above a dense layer, with biases of 0.
+
+    Args:
+      width: width of the hidden states (D).
+      key: `[]` typed key, consumed.
+      layer: `pooler`, BERT's layer with tanh, or `pre_classifier`, DistilBERT's with ReLU. Its
+        kernel is normal with standard deviation 0.02.
     """
     layer_key, key = jax.random.split(key)
-    below = {
+    dense = {
         "kernel": 0.02 * jax.random.normal(layer_key, (width, width)),
         "bias": jnp.zeros(width),
     }
-    return {layer: below, **init_head(width, key), "bias": jnp.zeros(1)}
+    return {layer: dense, **init_head(width, key), "bias": jnp.zeros(1)}
 
 
 def zero_head(width: int) -> Params:
-    """A head that says 0 of everything, as the value heads of Ziegler et al. 2019 begin."""
+    """Return a head that is 0 for all hidden states, the usual start of a value head.
+
+    Source: Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.1.
+
+    Args:
+      width: width of the hidden states (D).
+
+    Returns:
+      The parameters `{"kernel": [D, 1] float32}`.
+
+    Example:
+      >>> zero_head(2)["kernel"]
+      Array([[0.],
+             [0.]], dtype=float32)
+    """
     return {"kernel": jnp.zeros((width, 1))}
 
 
-def apply_head(params: Params, hidden: jax.Array) -> jax.Array:
-    """`[..., D]` hidden states to `[...]` float32: the product with `kernel`, and `bias` and the layer below it where
-    there are any.
+def apply_head(params: Params, hidden: Array) -> Array:
+    """Map hidden states `[..., D]` to numbers `[...]` float32.
+
+    Args:
+      params: a `kernel [D, 1]`, and optionally a `bias [1]` and the dense layer below the head.
+      hidden: the hidden states.
 
     Example:
       >>> apply_head({"kernel": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]]))
       Array([3.], dtype=float32)
     """
-    # A sum of products, not a matrix product: its order of summation is then the same in every program that computes it.
-    over = (1,) * (hidden.ndim - 1) + (-1,)
+    over_last = (1,) * (hidden.ndim - 1) + (-1,)
     hidden = hidden.astype(jnp.float32)
     if layer := pooled(params):
-        hidden = _POOLED[layer](
-            hidden @ params[layer]["kernel"] + params[layer]["bias"].reshape(over)
-        )
-    out = jnp.sum(hidden * params["kernel"][:, 0].reshape(over), axis=-1)
+        dense = params[layer]
+        hidden = _POOLED[layer](hidden @ dense["kernel"] + dense["bias"].reshape(over_last))
+    # A sum of products is added in the same order in every program; a matrix product is not.
+    out = jnp.sum(hidden * params["kernel"][:, 0].reshape(over_last), axis=-1)
     return out + params["bias"][0] if "bias" in params else out
 
 
 def shared_critic() -> CriticFn:
-    """A value head on the policy's own trunk; parameters `{"head": ...}`."""
+    """Return a critic that is a value head on the hidden states of the policy.
 
-    def critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        del tokens, mask
-        return apply_head(params["head"], hidden)
+    Returns:
+      A `ppo_jax.CriticFn` with parameters `{"head": ...}`, for example from `zero_head`.
 
-    return critic
+    Example:
+      >>> params, tokens = {"head": zero_head(4)}, jnp.zeros((2, 5), jnp.int32)
+      >>> shared_critic()(params, jnp.ones((2, 3, 4)), tokens, tokens == 0).shape
+      (2, 3)
+    """
+    return lambda params, hidden, tokens, mask: apply_head(params["head"], hidden)
 
 
 def separate_critic(config: TransformerConfig) -> CriticFn:
-    """A decoder of its own with a value head; parameters `{"trunk": ..., "head": ...}`, as a reward model's.
+    """Return a critic that is a decoder of its own with a value head.
+
+    Args:
+      config: the configuration of the decoder, which is called the trunk.
+
+    Returns:
+      A `ppo_jax.CriticFn` with parameters `{"trunk": ..., "head": ...}` as from `init_scorer`. A
+      reward model has the same parameters, so that a critic can start from one.
 
     Raises:
-      ValueError: if the trunk is an encoder, whose states know the words to come.
+      ValueError: if the trunk is an encoder.
+
+    Example:
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> params, tokens = init_scorer(config, jax.random.key(0)), jnp.zeros((2, 5), jnp.int32)
+      >>> separate_critic(config)(params, jnp.ones((2, 3, 4)), tokens, tokens == 0).shape
+      (2, 3)
     """
     if not config.causal:
         raise ValueError(
-            "A critic must not see the words to come; this trunk is an encoder, not a decoder."
+            "A critic must not see later tokens, but config.causal=False is an encoder; use a"
+            " decoder as the trunk."
         )
     model = language_model(config)
-
-    def critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return apply_head(
-            params["head"], model.hidden(params["trunk"], tokens, mask, last=hidden.shape[1])[0]
-        )
-
-    return critic
+    return lambda params, hidden, tokens, mask: apply_head(
+        params["head"], model.hidden(params["trunk"], tokens, mask, last=hidden.shape[1])[0]
+    )
 
 
-def reward_model(config: TransformerConfig) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-    """A model whose head scores a text: a decoder at its last real token, an encoder at its first.
+def reward_model(config: TransformerConfig) -> Callable[[Params, Array, Array], Array]:
+    """Return a model that scores token sequences.
+
+    The head reads the last real token of a decoder and the first real token of an encoder.
+
+    Args:
+      config: the configuration of the model below the head, which is called the trunk.
 
     Returns:
-      `score(params, tokens [B, S], mask [B, S]) -> [B] float32`; parameters `{"trunk": ..., "head": ...}`.
+      A function `score(params, tokens [B, S], mask [B, S]) -> [B] float32`, for parameters
+      `{"trunk": ..., "head": ...}` as from `init_scorer`.
 
     Example:
-      >>> config = TransformerConfig(vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
-      >>> params = init_scorer(config, jax.random.key(0))
-      >>> reward_model(config)(params, jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)).shape
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> params, tokens = init_scorer(config, jax.random.key(0)), jnp.zeros((2, 3), jnp.int32)
+      >>> reward_model(config)(params, tokens, tokens == 0).shape
       (2,)
     """
     model = language_model(config)
 
-    def score(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def score(params: Params, tokens: Array, mask: Array) -> Array:
         hidden, _ = model.hidden(params["trunk"], tokens, mask)
-        at = (
-            mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-            if config.causal
-            else jnp.argmax(mask, axis=1)
-        )
-        return apply_head(
-            params["head"], jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
-        )
+        if config.causal:
+            position = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        else:
+            position = jnp.argmax(mask, axis=1)
+        state = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
+        return apply_head(params["head"], state)
 
     return score
 
 
-def init_scorer(config: TransformerConfig, key: jax.Array, trunk: Params | None = None) -> Params:
-    """Parameters of a separate critic or a reward model, with a given trunk or a fresh one."""
+def init_scorer(config: TransformerConfig, key: Array, trunk: Params | None = None) -> Params:
+    """Return fresh parameters of a separate critic or a reward model.
+
+    Args:
+      config: the configuration of the trunk.
+      key: `[]` typed key, consumed.
+      trunk: parameters of the trunk, such as those of a policy. None draws fresh ones.
+
+    Returns:
+      The parameters `{"trunk": ..., "head": ...}`, float32.
+
+    Example:
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> init_scorer(config, jax.random.key(0))["head"]["kernel"].shape
+      (4, 1)
+    """
     trunk_key, head_key = jax.random.split(key)
     return {
         "trunk": init_params(config, trunk_key) if trunk is None else trunk,

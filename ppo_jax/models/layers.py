@@ -1,78 +1,29 @@
-"""The parts of a block: linear layers, norms, rotary positions, attention, MLP.
+"""The parts of a transformer block: linear layers, norms, attention and the MLP.
 
-Rounding. Old and new log-probs come from two compiled programs, a forward pass alone and one under a gradient. Left to
-itself, a compiler keeps some bfloat16 intermediates in float32, and not the same ones in both programs; the ratio of a policy
-with itself is then off by percents. So the points of rounding are part of the model: arithmetic runs in float32 between them,
-and `round_to` marks them by `lax.reduce_precision`, which no compiler may drop. Matrix products take rounded operands and
-accumulate in float32, in the gradient too.
+Activations are rounded to the type of the config at fixed points; `models.rounding` says why.
 """
-
-import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ppo_jax.models.config import NormKind, TransformerConfig
+from ppo_jax.models.rounding import mean, product, round_to
 from ppo_jax.sharding import BATCH, constrain
 from ppo_jax.types import KVCache
 
 
-def round_to(x: jax.Array, dtype: Any) -> jax.Array:
-    """Rounds float32 `x` to `dtype`, at this very point of the program (see the top of this file); its gradient passes."""
-    return x if jnp.dtype(dtype) == jnp.float32 else _round(x, dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _round(x: jax.Array, dtype: Any) -> jax.Array:
-    info = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant).astype(
-        dtype
-    )
-
-
-@_round.defjvp
-def _(dtype: Any, x: tuple[jax.Array], tangent: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _round(*x, dtype), tangent[0].astype(
-        dtype
-    )  # without this rule the cotangent, rounded already, is rounded again
-
-
-def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`einsum` of `a` and of `b` rounded to the type of `a`, in float32; each index is in the result or in both."""
-    return (
-        jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-        if a.dtype == jnp.float32
-        else _rounded(spec, a, b)
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, round_to(b, a.dtype), preferred_element_type=jnp.float32)
-
-
-def _rounded_backward(
-    spec: str, operands: tuple[jax.Array, jax.Array], out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """JAX's own rule would multiply the float32 cotangent as it is, in products that run at half the speed of a GPU or less."""
-    (a, b), (left, right, result) = operands, spec.replace("->", ",").split(",")
-    out, rounded = round_to(out, a.dtype), round_to(b, a.dtype)
-    grad_a = jnp.einsum(
-        f"{result},{right}->{left}", out, rounded, preferred_element_type=jnp.float32
-    )
-    grad_b = jnp.einsum(f"{left},{result}->{right}", a, out, preferred_element_type=jnp.float32)
-    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
-
-
-_rounded.defvjp(lambda spec, a, b: (_rounded(spec, a, b), (a, b)), _rounded_backward)
-
-
 class Linear(nn.Module):
-    """`x W + b`, and `+ s (x A) B` where the parameters hold a low-rank part (see `models.lora`).
+    """A linear layer `x W + b`, plus `s (x A) B` if its parameters hold a low-rank adapter.
 
-    Rows are flattened first: XLA's CPU compiler is slow at weight gradients that contract two axes.
+    Adapters are described in `models.lora`.
+
+    Attributes:
+      features: size of the output.
+      config: the configuration of the model.
+      use_bias: whether there is a bias.
+      init_std: standard deviation of a fresh kernel. None means that of the config.
     """
 
     features: int
@@ -81,81 +32,75 @@ class Linear(nn.Module):
     init_std: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
+        """Map `[..., D]` to `[..., features]`."""
         c = self.config
         init = nn.initializers.normal(c.init_std if self.init_std is None else self.init_std)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        # Flattened, because XLA's CPU compiler is slow at weight gradients that contract two axes.
         rows = x.reshape(-1, x.shape[-1])
         out = product("nd,dv->nv", rows, kernel)
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (self.features,))[None, :]
         if self.has_variable("params", "lora_a"):
-            down = round_to(
-                product("nd,dv->nv", rows, self.get_variable("params", "lora_a")), c.dtype
-            )
+            down = product("nd,dv->nv", rows, self.get_variable("params", "lora_a"))
             out = out + c.lora_scale * product(
-                "nd,dv->nv", down, self.get_variable("params", "lora_b")
+                "nd,dv->nv", round_to(down, c.dtype), self.get_variable("params", "lora_b")
             )
         return round_to(out, c.dtype).reshape(*x.shape[:-1], self.features)
 
 
-@jax.jit
-def mean(x: jax.Array) -> jax.Array:
-    """Over the last axis, which stays, of float32.
-
-    XLA's CPU compiler adds in another order where it fuses the sum with what comes before it. So a matrix product, which fuses with
-    nothing, adds there: the same bits in every program.
-
-    Example:
-      >>> mean(jnp.array([[1.0, 3.0]]))
-      Array([[2.]], dtype=float32)
-    """
-    by_product = lambda x: x @ jnp.full((x.shape[-1], 1), 1 / x.shape[-1], jnp.float32)
-    return jax.lax.platform_dependent(
-        x, cpu=by_product, default=functools.partial(jnp.mean, axis=-1, keepdims=True)
-    )
-
-
 class Norm(nn.Module):
-    """Over the last axis, in float32."""
+    """The normalisation of the config, over the last axis and computed in float32."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kind, over = self.config.norm, (1,) * (x.ndim - 1) + (-1,)
-        first = nn.initializers.zeros if kind is NormKind.RMS_PLUS_1 else nn.initializers.ones
-        scale = self.param("scale", first, (x.shape[-1],)).reshape(over)
+    def __call__(self, x: Array) -> Array:
+        """Normalise `x`."""
+        kind, over_last = self.config.norm, (1,) * (x.ndim - 1) + (-1,)
+        init = nn.initializers.zeros if kind is NormKind.RMS_PLUS_1 else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],)).reshape(over_last)
         x = x.astype(jnp.float32)
         if kind is NormKind.LAYER:
             x = x - mean(x)
         x = x * jax.lax.rsqrt(mean(x * x) + self.config.norm_eps)
         x = x * (1 + scale if kind is NormKind.RMS_PLUS_1 else scale)
         if kind is NormKind.LAYER:
-            x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).reshape(over)
+            x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).reshape(over_last)
         return round_to(x, self.config.dtype)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turns each pair `(x_i, x_{i + W/2})` of a head by its angle: `x [B, H, S, C]` float32, `angles [B, S, W/2]`, `W <= C`."""
+def rotate(x: Array, angles: Array) -> Array:
+    """Rotate each pair `(x_i, x_{i + W/2})` of the elements of a head by its angle.
+
+    Args:
+      x: `[B, H, S, C]` float32.
+      angles: `[B, S, W/2]` float32, in radians, with `W <= C`. Elements from `W` on are kept.
+    """
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     half = angles.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def last_positions(x: jax.Array, count: int) -> jax.Array:
-    """`[B, S, ...]` to `[B, count, ...]`."""
+def last_positions(x: Array, count: int) -> Array:
+    """Return the last `count` positions of `[B, S, ...]`."""
     return x if count == x.shape[1] else x[:, x.shape[1] - count :]
 
 
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """`cap · tanh(x / cap)`."""
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """Return `cap * tanh(x / cap)`, or `x` without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Attention(nn.Module):
-    """`K` key/value heads, each of which serves `H / K` query heads."""
+    """Attention with K key/value heads, each of which serves `H / K` query heads.
+
+    Attributes:
+      config: the configuration of the model.
+      layer: index of the block, from 0.
+    """
 
     config: TransformerConfig
     layer: int
@@ -163,84 +108,92 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_BSD: jax.Array,
-        allowed_BSN: jax.Array,
-        angles: jax.Array | None,
+        x_BSD: Array,
+        allowed_BSN: Array,
+        angles: Array | None,
         cache: KVCache | None,
-    ):
-        """Attends from the last S of the new positions to N slots; gives the output and this layer's keys and values."""
+    ) -> tuple[Array, Array, Array]:
+        """Attend from the last S of the new positions.
+
+        Args:
+          x_BSD: hidden states of all new positions, S or more.
+          allowed_BSN: bool, the slots that each of the last S positions attends to.
+          angles: rotary angles `[B, S, W/2]` of all new positions, or None.
+          cache: keys and values of the earlier positions, or None if there are none.
+
+        Returns:
+          The output `[B, S, D]`, and the keys and values `[B, K, N, C]` of this layer with those of
+          the cache.
+        """
         c = self.config
         B, S = allowed_BSN.shape[:2]
         H, K, C = c.heads, c.key_heads, c.head_width
-
-        def heads(name: str, count: int, x: jax.Array) -> jax.Array:
-            x = Linear(count * C, c, use_bias=c.qkv_bias, name=name)(x).reshape(
-                B, x.shape[1], count, C
-            )
-            return constrain(x.transpose(0, 2, 1, 3), BATCH, "tensor")
-
-        scale = C**-0.5 if c.attention_scale is None else c.attention_scale
-        scale = scale / (self.layer + 1) if c.scale_attention_by_layer else scale
-
-        def place(x: jax.Array, name: str) -> jax.Array:
-            x = Norm(c, name=name)(x) if c.qk_norm else x
-            # Half of the scale on each side, as PyTorch does: a parameter whose gradient is small then steps as it does there.
-            x = x.astype(jnp.float32) * scale**0.5
-            return round_to(
-                x if angles is None else rotate(x, last_positions(angles, x.shape[2])), c.dtype
-            )
-
-        q_BHSC = place(heads("q", H, last_positions(x_BSD, S)), "q_norm")
-        k_BKNC, v_BKNC = place(heads("k", K, x_BSD), "k_norm"), heads("v", K, x_BSD)
+        q_BHSC = self._scaled(self._heads("q", H, last_positions(x_BSD, S)), angles, "q_norm")
+        k_BKNC = self._scaled(self._heads("k", K, x_BSD), angles, "k_norm")
+        v_BKNC = self._heads("v", K, x_BSD)
         if cache is not None:
-            at = (0, 0, cache.length, 0)
-            k_BKNC = jax.lax.dynamic_update_slice(cache.keys[self.layer], k_BKNC, at)
-            v_BKNC = jax.lax.dynamic_update_slice(cache.values[self.layer], v_BKNC, at)
-        # Query heads that share a key head stand as rows of one matrix product.
-        q_BKQC, allowed_BQN = (
-            q_BHSC.reshape(B, K, H // K * S, C),
-            jnp.tile(allowed_BSN, (1, H // K, 1)),
-        )
+            start = (0, 0, cache.length, 0)
+            k_BKNC = jax.lax.dynamic_update_slice(cache.keys[self.layer], k_BKNC, start)
+            v_BKNC = jax.lax.dynamic_update_slice(cache.values[self.layer], v_BKNC, start)
+        # The query heads that share a key head become rows of one matrix product.
+        q_BKQC = q_BHSC.reshape(B, K, H // K * S, C)
+        allowed_BQN = jnp.tile(allowed_BSN, (1, H // K, 1))
         logits_BKQN = product("bkqc,bknc->bkqn", q_BKQC, k_BKNC)
+        # The minimum is finite, so that a position of padding that sees no slot does not give NaN.
         logits_BKQN = jnp.where(
             allowed_BQN[:, None], soft_cap(logits_BKQN, c.attention_cap), jnp.finfo(jnp.float32).min
         )
         probs_BKQN = round_to(jax.nn.softmax(logits_BKQN), c.dtype)
-        out_BKQC = product("bkqn,bknc->bkqc", probs_BKQN, v_BKNC)
-        out = (
-            round_to(out_BKQC, c.dtype)
-            .reshape(B, H, S, C)
-            .transpose(0, 2, 1, 3)
-            .reshape(B, S, H * C)
-        )
-        out_BSD = Linear(
-            c.width, c, use_bias=c.out_bias, init_std=c.init_std * (2 * c.layers) ** -0.5, name="o"
-        )(out)
-        return out_BSD, k_BKNC, v_BKNC
+        out_BKQC = round_to(product("bkqn,bknc->bkqc", probs_BKQN, v_BKNC), c.dtype)
+        out = out_BKQC.reshape(B, H, S, C).transpose(0, 2, 1, 3).reshape(B, S, H * C)
+        output = Linear(c.width, c, use_bias=c.out_bias, init_std=c.residual_std, name="o")
+        return output(out), k_BKNC, v_BKNC
+
+    def _heads(self, name: str, count: int, x: Array) -> Array:
+        """Project hidden states `[B, S, D]` to `[B, count, S, C]`."""
+        C = self.config.head_width
+        x = Linear(count * C, self.config, use_bias=self.config.qkv_bias, name=name)(x)
+        x = x.reshape(*x.shape[:2], count, C)
+        return constrain(x.transpose(0, 2, 1, 3), BATCH, "tensor")
+
+    def _scaled(self, x: Array, angles: Array | None, norm: str) -> Array:
+        """Normalise, scale and rotate queries or keys `[B, H, S, C]`."""
+        c = self.config
+        scale = c.head_width**-0.5 if c.attention_scale is None else c.attention_scale
+        if c.scale_attention_by_layer:
+            scale = scale / (self.layer + 1)
+        if c.qk_norm:
+            x = Norm(c, name=norm)(x)
+        # Queries and keys are each multiplied by the square root of the scale, as in PyTorch. Small
+        # gradients are then rounded as there, so that an optimizer takes the same steps.
+        x = x.astype(jnp.float32) * scale**0.5
+        if angles is not None:
+            x = rotate(x, last_positions(angles, x.shape[2]))
+        return round_to(x, c.dtype)
 
 
 class MLP(nn.Module):
+    """The feed-forward network of a block, with a gate if the config has one."""
+
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
+        """Map hidden states `[..., D]` to `[..., D]`."""
         c = self.config
 
-        def activate(up: jax.Array, *gate: jax.Array) -> jax.Array:
+        def activate(up: Array, *gate: Array) -> Array:
             up = up.astype(jnp.float32)
-            return round_to(
-                c.activation(gate[0].astype(jnp.float32)) * up if gate else c.activation(up),
-                c.dtype,
-            )
+            out = c.activation(gate[0].astype(jnp.float32)) * up if gate else c.activation(up)
+            return round_to(out, c.dtype)
 
-        names = ("up", "gate") if c.gated else ("up",)
-        if (
-            jnp.dtype(c.dtype) != jnp.float32
-        ):  # the gradient reads what the activation read: half as much as it would keep
+        # Recomputed in the backward pass, which then keeps the bfloat16 inputs of the activation
+        # instead of its float32 intermediates, half of the memory.
+        if c.low_precision:
             activate = jax.checkpoint(activate)
+        names = ("up", "gate") if c.gated else ("up",)
         up = activate(
             *(Linear(c.mlp_width, c, use_bias=c.mlp_bias, name=name)(x) for name in names)
         )
         up = constrain(up, BATCH, *(None,) * (x.ndim - 2), "tensor")
-        std = c.init_std * (2 * c.layers) ** -0.5
-        return Linear(c.width, c, use_bias=c.mlp_bias, init_std=std, name="down")(up)
+        return Linear(c.width, c, use_bias=c.mlp_bias, init_std=c.residual_std, name="down")(up)

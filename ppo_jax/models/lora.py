@@ -1,11 +1,14 @@
-"""Low-rank adapters (LoRA): small matrices beside frozen linear layers.
+"""Low-rank adapters (LoRA): small matrices that train beside frozen linear layers.
 
     y = x W + b + s (x A) B,    A: [in, r],  B: [r, out],  s = α / r  (or α / √r)
 
-An adapter tree has the paths of the linear layers that it adapts, with `lora_a` and `lora_b` in place of `kernel`; `types.overlay`
-lays it over the base, and `layers.Linear` reads what is there. The base alone is the reference policy: there is no second copy.
+The adapters of a model are a tree with the paths of the linear layers that they adapt, which holds
+`lora_a` and `lora_b` in the place of `kernel`. `types.overlay` combines it with the parameters of
+the model, and `layers.Linear` computes the low-rank part where there is one. The model without
+adapters is the reference policy, so that no second copy of it is needed.
 
-Source: Hu et al. 2021 (https://arxiv.org/abs/2106.09685), eq. 3; α / √r: Kalajdzievski 2023 (https://arxiv.org/abs/2312.03732).
+Source: Hu et al. 2021 (https://arxiv.org/abs/2106.09685), eq. 3; for α / √r Kalajdzievski 2023
+(https://arxiv.org/abs/2312.03732).
 """
 
 import re
@@ -14,40 +17,54 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 
 from ppo_jax.types import Params
 
 
 class LoRA(NamedTuple):
-    """Which layers are adapted, and how: `targets` is searched for in paths such as `layer_0/attn/q`."""
+    """Which layers are adapted, and how.
+
+    Attributes:
+      rank: rank of the adapters (r), at least 1.
+      alpha: the numerator of their scale (α), above 0.
+      targets: regular expression that is searched for in the path of each linear layer, such as
+        `layer_0/attn/q`.
+      stabilised: whether the scale is `alpha / sqrt(rank)` instead of `alpha / rank`.
+
+    Example:
+      >>> LoRA(rank=4, alpha=8.0).scale
+      2.0
+    """
 
     rank: int = 8
     alpha: float = 16.0
     targets: str = r"attn/(q|v)$"
-    stabilised: bool = False  # α / √r
+    stabilised: bool = False
 
     @property
     def scale(self) -> float:
-        """What `TransformerConfig.lora_scale` must be."""
+        """The factor of the low-rank part, which `TransformerConfig.lora_scale` must equal."""
         return self.alpha / (self.rank**0.5 if self.stabilised else self.rank)
 
 
-def init_lora(base: Params, key: jax.Array, lora: LoRA) -> Params:
-    """Fresh adapters, which change nothing: A uniform in ±1/√in, B zero.
+def init_lora(base: Params, key: Array, lora: LoRA) -> Params:
+    """Return fresh adapters, which do not change the model.
 
-    What they add is exactly 0, so the logits keep every bit, compiled or not. On a GPU or TPU a compiler may yet fuse the program
-    otherwise and sum a norm in another order; on a CPU it does not (see `layers.mean`).
+    A is uniform in ±1/√in and B is 0. The low-rank part is then exactly 0, so that on a CPU the
+    logits keep every bit, compiled or not. On a GPU or TPU the compiler may fuse the larger program
+    differently and sum a norm in another order.
 
     Args:
-      base: a model's parameters.
+      base: parameters of a model.
       key: `[]` typed key, consumed.
-      lora: rank and targets.
+      lora: rank, scale and layers of the adapters.
 
     Returns:
-      The adapter tree.
+      The tree of adapters, float32.
 
     Raises:
-      ValueError: if no linear layer matches, or alpha is not positive.
+      ValueError: if the rank is below 1, alpha is not positive, or no linear layer matches.
 
     Example:
       >>> base = {"layer_0": {"attn": {"q": {"kernel": jnp.ones((4, 6))}}}}
@@ -59,50 +76,72 @@ def init_lora(base: Params, key: jax.Array, lora: LoRA) -> Params:
         for path, x in flatten_dict(base, sep="/").items()
         if path.endswith("/kernel")
     }
-    chosen = sorted(path for path in kernels if re.search(lora.targets, path))
-    if not chosen or lora.rank < 1:
+    adapted = sorted(path for path in kernels if re.search(lora.targets, path))
+    if not adapted:
         raise ValueError(
-            f"LoRA of rank {lora.rank} adapts no layer: {lora.targets!r} is found in none of {sorted(kernels)}."
+            f"targets={lora.targets!r} adapts no layer; it must match some of {sorted(kernels)}."
         )
-    if not lora.alpha > 0:
-        raise ValueError(f"LoRA's alpha={lora.alpha} must be above 0.")
+    if lora.rank < 1 or not lora.alpha > 0:
+        raise ValueError(f"rank={lora.rank} must be at least 1, and alpha={lora.alpha} above 0.")
     adapters = {}
-    for path, one in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+    for path, layer_key in zip(adapted, jax.random.split(key, len(adapted)), strict=True):
         rows, columns = kernels[path].shape
-        adapters[f"{path}/lora_a"] = (
-            jax.random.uniform(one, (rows, lora.rank), minval=-1, maxval=1) * rows**-0.5
-        )
+        uniform = jax.random.uniform(layer_key, (rows, lora.rank), minval=-1, maxval=1)
+        adapters[f"{path}/lora_a"] = uniform * rows**-0.5
         adapters[f"{path}/lora_b"] = jnp.zeros((lora.rank, columns))
     return unflatten_dict(adapters, sep="/")
 
 
-def adapt(params: Params, key: jax.Array, lora: LoRA) -> tuple[Params, Params]:
-    """A policy and critic, `{"policy": ..., "critic": ...}`, as what trains and what is frozen.
+def adapt(params: Params, key: Array, lora: LoRA) -> tuple[Params, Params]:
+    """Split a policy and a critic into parameters that train and parameters that are frozen.
 
-    The policy's adapters train, those of a critic with a trunk of its own, and its head. A trunk that starts from the policy is
-    the policy's very arrays: one base in memory.
+    The adapters of the policy train, and so do the head of the critic and, if it has a trunk of its
+    own, the adapters of the trunk. No array is copied: a trunk that starts as the policy shares its
+    frozen arrays with it.
 
     Args:
-      params: of the whole models.
+      params: `{"policy": ..., "critic": ...}`, parameters of the whole models.
       key: `[]` typed key, consumed.
-      lora: rank and targets, for both.
+      lora: rank, scale and layers of the adapters of both models.
 
     Returns:
-      The trees `(params, frozen)` that `iteration` takes.
+      The trees `(params, frozen)`, as `init_state` and `ppo_iteration` take them.
+
+    Raises:
+      ValueError: as `init_lora`.
+
+    Example:
+      >>> model = {"layer_0": {"attn": {"q": {"kernel": jnp.ones((4, 6))}}}}
+      >>> critic = {"trunk": model, "head": {"kernel": jnp.zeros((4, 1))}}
+      >>> params, frozen = adapt({"policy": model, "critic": critic}, jax.random.key(0), LoRA())
+      >>> sorted(params["critic"]), sorted(frozen["critic"])
+      (['head', 'trunk'], ['trunk'])
     """
     policy_key, critic_key = jax.random.split(key)
-    critic = {name: part for name, part in params["critic"].items() if name != "trunk"}
-    frozen = {"policy": params["policy"]}
-    if "trunk" in params["critic"]:
-        critic["trunk"] = init_lora(params["critic"]["trunk"], critic_key, lora)
-        frozen["critic"] = {"trunk": params["critic"]["trunk"]}
+    critic, frozen = dict(params["critic"]), {"policy": params["policy"]}
+    if "trunk" in critic:
+        frozen["critic"] = {"trunk": critic["trunk"]}
+        critic["trunk"] = init_lora(critic["trunk"], critic_key, lora)
     return {"policy": init_lora(params["policy"], policy_key, lora), "critic": critic}, frozen
 
 
 def merge(params: Params, scale: float) -> Params:
-    """Parameters without adapters, whose kernels are `W + s A B`."""
+    """Add adapters to the kernels of their layers, `W + s A B`.
+
+    Args:
+      params: parameters of a model together with adapters, as from `types.overlay`.
+      scale: factor of the low-rank part (s), `LoRA.scale`.
+
+    Returns:
+      Parameters of a model without adapters.
+
+    Example:
+      >>> a, b = jnp.ones((1, 3)), jnp.ones((3, 2))
+      >>> merge({"q": {"kernel": jnp.ones((1, 2)), "lora_a": a, "lora_b": b}}, scale=2.0)
+      {'q': {'kernel': Array([[7., 7.]], dtype=float32)}}
+    """
     flat = flatten_dict(params, sep="/")
     for path in [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]:
-        a, b = flat.pop(f"{path}/lora_a"), flat.pop(f"{path}/lora_b")
-        flat[f"{path}/kernel"] = flat[f"{path}/kernel"] + scale * (a @ b)
+        low_rank = flat.pop(f"{path}/lora_a") @ flat.pop(f"{path}/lora_b")
+        flat[f"{path}/kernel"] = flat[f"{path}/kernel"] + scale * low_rank
     return unflatten_dict(flat, sep="/")
