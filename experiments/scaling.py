@@ -17,7 +17,7 @@ import tyro
 
 from ppo_jax import PPOConfig, make_mesh, parse_mesh
 from ppo_jax.commands.plan import as_json
-from ppo_jax.distributed.meshes import devices_of_rows
+from ppo_jax.distributed.meshes import batch_shards
 from ppo_jax.models.sizes import SIZES
 from ppo_jax.plan import compile as plan
 
@@ -99,7 +99,7 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
         # some meshes otherwise.
         config = dataclasses.replace(config, vocab_size=-(-size.vocab_size // 128) * 128)
     for rows in ROWS if size.width < 4096 else ROWS[-1:]:  # wide models take minutes to compile
-        micro = rows * devices_of_rows(on)
+        micro = rows * batch_shards(on)
         ppo = PPOConfig(
             batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE
         )

@@ -56,7 +56,7 @@ def main(args: list[str] | None = None) -> None:
         prefix = "Another process is probably gone: " if lost else ""
         print(f"ppo-jax: {prefix}{error}", file=sys.stderr)
         if several:
-            processes.end(2)
+            processes.exit_at_once(2)
         raise SystemExit(2) from error
 
 

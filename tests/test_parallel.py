@@ -313,7 +313,7 @@ def gpus(hosts, each):
     ],
 )
 def test_a_mesh_over_hosts_keeps_the_last_axes_within_a_host(shape, distances):
-    found = np.vectorize(lambda device: device.id)(meshes.lay_out(shape, gpus(4, 8)))
+    found = np.vectorize(lambda device: device.id)(meshes.arrange_devices(shape, gpus(4, 8)))
     assert found.shape == shape
     for axis, distance in enumerate(distances):
         assert set(np.diff(found, axis=axis).ravel()) <= {distance}
@@ -321,7 +321,7 @@ def test_a_mesh_over_hosts_keeps_the_last_axes_within_a_host(shape, distances):
 
 def test_hosts_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="do not divide by the number of slices or hosts, 3"):
-        meshes.lay_out(
+        meshes.arrange_devices(
             (8, 1, 1), [device for device in gpus(3, 4) if device.id not in (4, 5, 8, 9)]
         )
 
@@ -342,7 +342,7 @@ def test_mesh_axes_may_share_the_axes_of_a_slice(sizes, fits):
 
 def test_batches_that_do_not_divide_over_devices_are_refused():
     with pytest.raises(
-        SettingError, match="batch_size=12 rows do not spread evenly over 8 devices"
+        SettingError, match="batch_size=12 rows do not divide evenly over 8 devices"
     ):
         meshes.check_rows(dataclasses.replace(PPO, batch_size=12), 8)
     with pytest.raises(SettingError, match="batch_size / minibatches=4 rows"):

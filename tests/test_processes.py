@@ -268,10 +268,10 @@ def test_an_invalid_coordinator_is_refused():
 
 
 def test_differences_between_processes_are_named(monkeypatch):
-    monkeypatch.setattr(processes, "told", lambda text: [text, text])
+    monkeypatch.setattr(processes, "gather_text", lambda text: [text, text])
     processes.check_same({"a": 1, "b": None})
     marks = []
-    monkeypatch.setattr(processes, "told", lambda text: marks.append(text) or marks)
+    monkeypatch.setattr(processes, "gather_text", lambda text: marks.append(text) or marks)
     processes.check_same({"a": 1, "b": None})
     with pytest.raises(ValueError, match="b is not the same in process 1"):
         processes.check_same({"a": 1, "b": 2})
@@ -281,9 +281,9 @@ def test_differences_between_processes_are_named(monkeypatch):
 def test_a_long_message_in_any_script_reaches_the_other_processes(monkeypatch, message):
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
     said = lambda text: ["", text.encode(errors="backslashreplace")[:2048].decode(errors="ignore")]
-    monkeypatch.setattr(processes, "told", said)
+    monkeypatch.setattr(processes, "gather_text", said)
     with pytest.raises(RewardError) as raised:
-        processes.agree(RewardError(message, tuple(range(100))))
+        processes.raise_everywhere(RewardError(message, tuple(range(100))))
     found = str(raised.value).removeprefix("In process 1: ")
     assert len(found) > 60 and message.startswith(found) and raised.value.rows == tuple(range(64))
 
@@ -309,14 +309,14 @@ def wait_for(condition, seconds=120):
 
 def test_one_process_agrees_with_itself():
     assert processes.is_first() and processes.any_process(True) and not processes.any_process(False)
-    processes.agree(None)
+    processes.raise_everywhere(None)
     with pytest.raises(RewardError, match="gone"):
-        processes.agree(RewardError("gone", (3,)))
+        processes.raise_everywhere(RewardError("gone", (3,)))
     done = []
-    processes.first_does(lambda: done.append(1))
+    processes.on_first_process(lambda: done.append(1))
     assert done == [1]
     with pytest.raises(ValueError, match="full"):
-        processes.first_does(
+        processes.on_first_process(
             lambda: json.loads(
                 "full is no JSON" if not done else (_ for _ in ()).throw(ValueError("full"))
             )

@@ -144,7 +144,7 @@ class Train:
         pmap = self.mesh == "pmap"
         mesh = None if pmap else meshes.make_mesh(meshes.parse_mesh(self.mesh))
         mesh = None if mesh is None or mesh.size == 1 else mesh
-        devices = jax.local_device_count() if pmap else meshes.devices_of_rows(mesh)
+        devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
         meshes.check_rows(self.ppo, devices)
         policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
         check_top_k(self.ppo.top_k, policy.config)
@@ -180,7 +180,7 @@ class Train:
 
     def _train(self, trainer: Trainer) -> None:
         done = int(trainer.state.update)
-        processes.say(
+        processes.print_once(
             f"The run in {self.out} continues after {done} updates."
             if done
             else f"A run starts in {self.out}; its first update takes longer because it is compiled."
@@ -188,8 +188,8 @@ class Train:
         state = trainer.run()
         digest = hashing.digest(state.train.params)
         export_result(self.out, trainer, state, base_name=self.model)
-        processes.first_does(lambda: write_summary(self.out, int(state.update), digest))
-        processes.say(
+        processes.on_first_process(lambda: write_summary(self.out, int(state.update), digest))
+        processes.print_once(
             f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
             f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}"
         )

@@ -1,38 +1,106 @@
-"""The compiled steps of an iteration."""
+"""The steps of a PPO iteration, compiled with `jax.jit` for one device or for a mesh."""
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from ppo_jax.distributed.placement import place
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.iteration import Agent, PPOState
 from ppo_jax.sharding import rows_sharding, shardings
-from ppo_jax.types import AdvantageFn, LossFn, Params
+from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
+
+# Without this option XLA may keep in float32 what the model rounds to bfloat16. On a GPU the
+# program would then read and write arrays of twice the size.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 def start_state(
     agent: Agent, params: Params, key: jax.Array, *, updates: int, mesh: Mesh | None
 ) -> PPOState:
-    """`iteration.init_state` from placed parameters; no array of it is one of theirs, since an update donates its state's."""
+    """Build the first `PPOState` on the mesh from a copy of the parameters.
+
+    The parameters are copied because an update donates the arrays of its state. Without the copy,
+    the caller's `params` could not be used after the first update.
+
+    Args:
+      agent: functions and settings of the run.
+      params: `{"policy": ..., "critic": ...}`, already on the mesh.
+      key: `[]` typed key, from which all keys of the run derive.
+      updates: number of updates of the run, which the learning rate's schedule needs.
+      mesh: the mesh, or None for one device.
+    """
     copies = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     return place(iteration.init_state(agent, copies, key, updates=updates), mesh)
 
 
-# What the model rounds, the compiler shall not keep in float32: on a GPU it would write and read arrays of twice the size.
-COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+class SampleStep(Protocol):
+    """The signature of `Steps.sample`."""
+
+    def __call__(
+        self,
+        state: PPOState,
+        prompts: jax.Array,
+        prompt_mask: jax.Array,
+        *,
+        frozen: Params | None = None,
+    ) -> Rollout:
+        """Sample a response to each prompt, as `iteration.sample` does."""
+
+
+class ScoreStep(Protocol):
+    """The signature of `Steps.score`."""
+
+    def __call__(
+        self,
+        state: PPOState,
+        ref_params: Params,
+        rollout: Rollout,
+        *,
+        frozen: Params | None = None,
+    ) -> Scores:
+        """Compute log-probs and values of the responses, as `iteration.score` does."""
+
+
+class LearnStep(Protocol):
+    """The signature of `Steps.learn`."""
+
+    def __call__(
+        self,
+        state: PPOState,
+        rollout: Rollout,
+        scores: Scores,
+        task_scores: jax.Array,
+        token_scores: jax.Array | None = None,
+        *,
+        frozen: Params | None = None,
+    ) -> tuple[PPOState, Metrics]:
+        """Update the parameters, as `iteration.learn` does."""
 
 
 class Steps(NamedTuple):
-    """`iteration.sample`, `score` and `learn`, compiled, without their `agent`."""
+    """The compiled steps of a PPO iteration; `jit_steps` and `pmap_steps` build them.
 
-    sample: Callable
-    score: Callable
-    learn: Callable
+    They take the arguments of the functions in `ppo_jax.ppo.iteration`, without `agent`.
+
+    Attributes:
+      sample: samples a response to each prompt.
+      score: computes log-probs of policy and reference, and values, of the sampled responses.
+      learn: turns scores into advantages and updates the parameters. Under `jit_steps` it donates
+        its first argument, so the old state cannot be used afterwards.
+
+    Example:
+      See `jit_steps`.
+    """
+
+    sample: SampleStep
+    score: ScoreStep
+    learn: LearnStep
 
 
 def jit_steps(
@@ -40,29 +108,84 @@ def jit_steps(
     mesh: Mesh | None = None,
     state: PPOState | None = None,
     *,
-    advantage_fn: AdvantageFn | None = None,
     loss_fn: LossFn | None = None,
+    advantage_fn: AdvantageFn | None = None,
 ) -> Steps:
-    """By `jit`; on a mesh, with the rows spread and `learn`'s new state lying as `state` does."""
-    sample, score, learn = (
-        functools.partial(f, agent) for f in (iteration.sample, iteration.score, iteration.learn)
-    )
-    learn = functools.partial(learn, advantage_fn=advantage_fn, loss_fn=loss_fn)
+    """Compile the steps of a PPO iteration with `jax.jit`.
+
+    On a mesh, the rows of rollouts and scores are sharded over the axes `data` and `fsdp`, and the
+    state keeps the sharding that `ppo_jax.sharding.RULES` gives it.
+
+    Args:
+      agent: the functions of policy and critic, and the settings.
+      mesh: a mesh of `make_mesh`, or None for one device.
+      state: on a mesh, a state (or a tree of `jax.ShapeDtypeStruct`) with the structure of the
+        states that `learn` will get. Only its structure and shapes are used.
+      loss_fn: replaces PPO's loss.
+      advantage_fn: replaces generalized advantage estimation.
+
+    Returns:
+      The three steps. Each is compiled at its first call.
+
+    Raises:
+      ValueError: if no sharding rule matches a parameter of `state`.
+
+    Example:
+      >>> from ppo_jax import PPOConfig, TransformerConfig, init_params, language_model
+      >>> from ppo_jax import shared_critic, zero_head
+      >>> config = TransformerConfig(
+      ...     vocab_size=8, positions=8, width=4, layers=1, heads=1, mlp_width=4)
+      >>> ppo = PPOConfig(batch_size=2, minibatches=1, max_new_tokens=3)
+      >>> agent = Agent(language_model(config), shared_critic(), ppo, stop_ids=(0,), pad_id=0)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(config.width)}}
+      >>> state = start_state(agent, params, jax.random.key(1), updates=1, mesh=None)
+      >>> steps = jit_steps(agent)
+      >>> prompts = jnp.ones((2, 4), int)
+      >>> rollout = steps.sample(state, prompts, prompts > 0)
+      >>> scores = steps.score(state, policy, rollout)
+      >>> state, metrics = steps.learn(state, rollout, scores, jnp.array([1.0, 0.0]))
+      >>> rollout.responses.shape, int(state.update)
+      ((2, 3), 1)
+    """
+    steps = lowerable_steps(agent, mesh, state, loss_fn=loss_fn, advantage_fn=advantage_fn)
+    return Steps(*steps if mesh is None else (_inside(mesh, step) for step in steps))
+
+
+def lowerable_steps(
+    agent: Agent,
+    mesh: Mesh | None = None,
+    state: Any = None,
+    *,
+    loss_fn: LossFn | None = None,
+    advantage_fn: AdvantageFn | None = None,
+) -> tuple[Wrapped, Wrapped, Wrapped]:
+    """Return the jitted `sample`, `score` and `learn`, which can also be lowered.
+
+    The arguments are those of `jit_steps`. On a mesh, call or lower the functions inside
+    `jax.set_mesh(mesh)`; `jit_steps` wraps them so that a caller need not.
+    """
+    sample = functools.partial(iteration.sample, agent)
+    score = functools.partial(iteration.score, agent)
+    learn = functools.partial(iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn)
     jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     if mesh is None:
-        return Steps(jit(sample), jit(score), jit(learn, donate_argnums=0))
-    rows, whole = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    return Steps(
-        _on(mesh, jit(sample, out_shardings=rows)),
-        _on(mesh, jit(score, out_shardings=rows)),
-        _on(mesh, jit(learn, donate_argnums=0, out_shardings=(shardings(state, mesh), whole))),
+        return jit(sample), jit(score), jit(learn, donate_argnums=0)
+    rows, replicated = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    learned = shardings(state, mesh), replicated
+    return (
+        jit(sample, out_shardings=rows),
+        jit(score, out_shardings=rows),
+        jit(learn, donate_argnums=0, out_shardings=learned),
     )
 
 
-def _on(mesh: Mesh, function: Callable) -> Callable:
+def _inside(mesh: Mesh, function: Wrapped) -> Callable[..., Any]:
+    """Wrap a jitted function so that it is called inside `jax.set_mesh(mesh)`."""
+
     @functools.wraps(function)
-    def call(*args, **more):
+    def call(*args: Any, **kwargs: Any) -> Any:
         with jax.set_mesh(mesh):
-            return function(*args, **more)
+            return function(*args, **kwargs)
 
     return call

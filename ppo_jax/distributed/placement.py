@@ -1,4 +1,8 @@
-"""Arrays between the host and the devices of a mesh."""
+"""Move arrays from the host to the devices of a mesh, and back.
+
+Every function also works in several processes. A process then holds the rows of the batch that are
+on its own devices (`local_rows`).
+"""
 
 from typing import Any
 
@@ -12,66 +16,84 @@ from ppo_jax.sharding import put, rows_sharding, shardings
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
-    """Parameters, or a whole `PPOState`, where the rules of `models.sharding` want them."""
+    """Shard parameters, or a whole `PPOState`, over a mesh by the rules of `ppo_jax.sharding`.
+
+    Args:
+      tree: a pytree of arrays, the same in every process.
+      mesh: the mesh; without one, `tree` is returned unchanged.
+
+    Raises:
+      ValueError: if no sharding rule matches a parameter.
+    """
     if mesh is None:
         return tree
-    return (jax.device_put if jax.process_count() == 1 else _put_everywhere)(
-        tree, shardings(tree, mesh)
-    )
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings(tree, mesh))
+    # In several processes `jax.device_put` takes neither typed keys nor process-local arrays.
+    return jax.tree.map(_put_global, tree, shardings(tree, mesh))
 
 
-def _put_everywhere(tree: Any, where: Any) -> Any:
-    """`jax.device_put`, which in several processes takes neither keys nor arrays that each process has for itself."""
-
-    def one(x: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return x if x.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(x)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(put(np.asarray(jax.random.key_data(x)), sharding))
-        return put(np.asarray(x), sharding)
-
-    return jax.tree.map(one, tree, where)
+def _put_global(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Shard one array over the devices of all processes."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return x if x.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(np.asarray(jax.random.key_data(x)), sharding))
+    return put(np.asarray(x), sharding)
 
 
-def rows_here(mesh: Mesh | None, rows: int) -> np.ndarray:
-    """Numbers of those rows of a batch that lie on this process's devices."""
+def local_rows(mesh: Mesh | None, rows: int) -> np.ndarray:
+    """Return the numbers of the rows, of a batch of `rows`, that are on this process's devices."""
     if mesh is None:
         return np.arange(rows)
-    spread = rows_sharding(mesh).addressable_devices_indices_map((rows,))
-    return np.unique(np.concatenate([np.arange(rows)[index[0]] for index in spread.values()]))
+    shards = rows_sharding(mesh).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in shards.values()]))
 
 
 def to_mesh(tree: Any, mesh: Mesh | None) -> Any:
-    """Host arrays `[B, ...]`, spread by rows; a process reads the rows that it holds."""
+    """Shard host arrays `[B, ...]` over a mesh by rows.
+
+    Each process reads the rows of its own devices only. Without a mesh, `tree` is returned
+    unchanged.
+    """
     if mesh is None:
         return tree
-    spread = lambda x: jax.make_array_from_callback(
-        x.shape, rows_sharding(mesh), lambda index: x[index]
-    )
-    return jax.tree.map(spread, tree)
+    return jax.tree.map(lambda x: put(x, rows_sharding(mesh)), tree)
 
 
 def to_host(tree: Any, *, everywhere: bool = True) -> Any:
-    """Numpy arrays, whole in every process, or in the first alone; the others then hold one at a time, and get None for each."""
+    """Return the whole arrays of a tree as numpy arrays.
+
+    Args:
+      tree: a pytree of arrays, which may be sharded over several processes.
+      everywhere: whether every process gets the arrays. If False, only the first process does; the
+        others get None for each array, and hold at most one whole array at a time.
+    """
     keep = everywhere or jax.process_index() == 0
 
-    def whole(x: Any) -> Any:
-        spread = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-        x = multihost_utils.process_allgather(x, tiled=True) if spread else x
+    def gather(x: Any) -> Any:
+        local = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        x = x if local else multihost_utils.process_allgather(x, tiled=True)
         return x if keep else None
 
-    return jax.device_get(jax.tree.map(whole, tree))
+    return jax.device_get(jax.tree.map(gather, tree))
 
 
-def join_rows_here(tree: Any, mesh: Mesh | None, rows: int) -> Any:
-    """Host arrays of this process's rows to those of all `rows` rows, in every process."""
+def gather_rows(tree: Any, mesh: Mesh | None, rows: int) -> Any:
+    """Join the host arrays of all processes into arrays of the whole batch, in every process.
+
+    Args:
+      tree: a pytree of numpy arrays whose rows are `local_rows(mesh, rows)`.
+      mesh: the mesh.
+      rows: number of rows of the whole batch.
+    """
     if jax.process_count() == 1:
         return tree
-    numbers, parts = multihost_utils.process_allgather((rows_here(mesh, rows), tree))
+    numbers, parts = multihost_utils.process_allgather((local_rows(mesh, rows), tree))
 
     def join(x: np.ndarray) -> np.ndarray:
-        whole = np.zeros((rows, *x.shape[2:]), x.dtype)
-        whole[numbers.reshape(-1)] = x.reshape(-1, *x.shape[2:])
-        return whole
+        joined = np.zeros((rows, *x.shape[2:]), x.dtype)
+        joined[numbers.reshape(-1)] = x.reshape(-1, *x.shape[2:])
+        return joined
 
     return jax.tree.map(join, parts)

@@ -1,4 +1,7 @@
-"""Several processes that run one program: how they start, agree and end. With one process, every function is trivial."""
+"""Start several processes that run one program, let them exchange short texts, and stop them.
+
+With one process, every function here does the obvious thing without communication.
+"""
 
 import dataclasses
 import json
@@ -16,70 +19,84 @@ from ppo_jax.errors import Fault, GradientError, NonFiniteError, RewardError, Se
 from ppo_jax.hashing import text_hash
 
 _FAULTS = {kind.kind: kind for kind in (RewardError, NonFiniteError, GradientError)}
-_MESSAGE = 2048  # bytes that `told` carries
+_TEXT_BYTES = 2048  # the longest text that `gather_text` carries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Several processes, each with its own devices; what is left out comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID."""
+    """Several processes that train together, each with its own devices.
+
+    What is not given is read from the environment variables JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. If they are not set either, there is one process.
+
+    Example:
+      >>> Processes().start()  # a single process has nothing to join
+    """
 
     coordinator: str | None = None
-    """HOST:PORT where process 0 listens."""
+    """Address of process 0, as HOST:PORT."""
     count: int | None = None
-    """How many there are."""
+    """Number of processes."""
     index: int | None = None
-    """Number of this one, from 0."""
+    """Number of this process, counted from 0."""
     detect: bool = False
-    """Ask the cluster for all of it (Slurm, Open MPI, Kubernetes, Cloud TPU)."""
+    """Ask the cluster for coordinator, count and index (Slurm, Open MPI, Kubernetes, Cloud TPU)."""
     lost_after_s: int = 30
-    """Seconds of silence after which a process counts as dead, and the others end."""
+    """Seconds without a sign of life after which a process counts as lost and the others stop."""
     join_within_s: int = 300
-    """Seconds within which all must have started, or JAX aborts those that have."""
+    """Seconds within which all processes must start; otherwise JAX aborts those that have."""
 
     def start(self) -> None:
-        """Joins the other processes, before the first use of a device; nothing, if no others are named.
+        """Join the other processes; do nothing if there are none.
+
+        Call this before JAX uses a device for the first time.
 
         Raises:
-          SettingError: if some of coordinator, count and index are missing.
-          ValueError: if the others cannot be reached.
+          SettingError: if some of coordinator, count and index are missing or malformed.
+          ValueError: if the other processes cannot be reached.
         """
-        where = self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+        address = self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
         count = _number(self.count, "JAX_NUM_PROCESSES")
         index = _number(self.index, "JAX_PROCESS_ID")
-        if not self.detect and where is None and count is None and index is None:
+        named = [x is not None for x in (address, count, index)]
+        if not self.detect and not any(named):
             return
-        if not self.detect and None in (where, count, index):
+        if not self.detect and not all(named):
             raise SettingError(
-                f"Several processes need coordinator, count and index, or detect; here are {where}, {count}, {index}."
+                "Several processes need coordinator, count and index, or detect; "
+                f"they are {address}, {count}, {index}."
             )
         for name in ("lost_after_s", "join_within_s"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if where is not None:
-            _check_place(where, listens=index == 0)
-        limits = {
-            "heartbeat_timeout_seconds": self.lost_after_s,
-            "initialization_timeout": self.join_within_s,
-        }
+        if address is not None:
+            _check_address(address, listens=index == 0)
         try:
-            jax.distributed.initialize(where, count, index, **limits)
+            jax.distributed.initialize(
+                address,
+                count,
+                index,
+                heartbeat_timeout_seconds=self.lost_after_s,
+                initialization_timeout=self.join_within_s,
+            )
         except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"The processes do not come together: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"The processes cannot join each other: {reason}") from error
 
 
-def _check_place(where: str, *, listens: bool) -> None:
-    """Raises SettingError if it is no HOST:PORT, ValueError if process 0 cannot listen there, which JAX would not survive."""
-    host, _, port = where.rpartition(":")
+def _check_address(address: str, *, listens: bool) -> None:
+    """Check that an address is HOST:PORT, and that process 0 can listen there.
+
+    JAX would abort the process where it cannot listen.
+    """
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise SettingError(f"coordinator must be HOST:PORT, not {where!r}.")
+        raise SettingError(f"coordinator must be HOST:PORT, not {address!r}.")
     if listens:
-        with socket.socket() as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                one.bind(("", int(port)))
+                probe.bind(("", int(port)))
             except OSError as error:
                 raise ValueError(
                     f"Process 0 cannot listen on port {port}: {error.strerror}."
@@ -87,6 +104,7 @@ def _check_place(where: str, *, listens: bool) -> None:
 
 
 def _number(given: int | None, variable: str) -> int | None:
+    """Return `given`, or else the number in an environment variable."""
     text = os.environ.get(variable)
     if given is not None or text is None:
         return given
@@ -96,85 +114,98 @@ def _number(given: int | None, variable: str) -> int | None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Return whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
-    """Prints, in the first process."""
+def print_once(text: str) -> None:
+    """Print a text in the first process only."""
     if is_first():
         print(text, flush=True)
 
 
-def told(text: str) -> list[str]:
-    """What each process says, in all of them; cut to 2,048 bytes.
+def gather_text(text: str) -> list[str]:
+    """Return the texts of all processes, in every process.
+
+    All processes must call this together. A text is cut to 2,048 bytes.
 
     Example:
-      >>> told("here")
+      >>> gather_text("here")
       ['here']
     """
     if jax.process_count() == 1:
         return [text]
-    line = np.zeros(_MESSAGE, np.uint8)
-    data = np.frombuffer(text.encode(errors="backslashreplace")[:_MESSAGE], np.uint8)
-    line[: data.size] = data
+    padded = np.zeros(_TEXT_BYTES, np.uint8)
+    data = np.frombuffer(text.encode(errors="backslashreplace")[:_TEXT_BYTES], np.uint8)
+    padded[: data.size] = data
     return [
         bytes(row).rstrip(b"\0").decode(errors="ignore")
-        for row in multihost_utils.process_allgather(line)
+        for row in multihost_utils.process_allgather(padded)
     ]
 
 
 def any_process(flag: bool) -> bool:
-    """Whether it is so in any."""
-    return "1" in told("1" if flag else "0")
+    """Return whether `flag` is True in any process."""
+    return "1" in gather_text("1" if flag else "0")
 
 
-def agree(fault: Fault | None) -> None:
-    """Raises in every process the fault of the first that has one."""
+def raise_everywhere(fault: Fault | None) -> None:
+    """Raise a fault of one process in all processes; None in all of them raises nothing.
+
+    Raises:
+      Fault: that of the first process that has one. With several processes it is a new object of
+        the same class, whose message names the process.
+    """
     if jax.process_count() == 1:
         if fault is not None:
             raise fault
         return
-    mine = "" if fault is None else _as_line(fault)
-    for number, text in enumerate(told(mine)):
+    for number, text in enumerate(gather_text("" if fault is None else _to_json(fault))):
         if text:
             kind, rows, message = json.loads(text)
             raise _FAULTS[kind](f"In process {number}: {message}", tuple(rows)) from fault
 
 
-def _as_line(fault: Fault) -> str:
-    """A fault as JSON, with as much of its message as `told` carries."""
-    message, line = str(fault), ""
-    while not line or len(line.encode(errors="backslashreplace")) > _MESSAGE:
-        line = json.dumps([fault.kind, list(fault.rows[:64]), message], ensure_ascii=False)
+def _to_json(fault: Fault) -> str:
+    """Write a fault as JSON, with as much of its message as `gather_text` carries."""
+    message, text = str(fault), ""
+    while not text or len(text.encode(errors="backslashreplace")) > _TEXT_BYTES:
+        text = json.dumps([fault.kind, list(fault.rows[:64]), message], ensure_ascii=False)
         message = message[: len(message) * 3 // 4]
-    return line
+    return text
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raises ValueError in every process, naming it, if one has another value than the first."""
-    names = sorted(values)
-    said = told("".join(text_hash(name, values[name])[:6] for name in names))
-    for number, marks in enumerate(said):
-        if marks != said[0]:
-            at = next(
-                (
-                    i
-                    for i in range(len(names))
-                    if marks[6 * i : 6 * i + 6] != said[0][6 * i : 6 * i + 6]
-                ),
-                0,
-            )
-            raise ValueError(
-                f"{names[at]} is not the same in process {number} as in process 0; all need the same command and files."
-            )
+    """Check that all processes have the same values.
 
-
-def first_does(call: Callable[[], Any]) -> None:
-    """`call` in the first process while the others wait.
+    Args:
+      values: numpy arrays, or objects with a stable `repr`, by name.
 
     Raises:
-      ValueError: in all of them, with the message of that which the first raised.
+      ValueError: in every process, naming the first value that is not the same.
+    """
+    names = sorted(values)
+    # 6 hexadecimal digits of each value's hash, so that many values fit in one text.
+    first, *others = gather_text("".join(text_hash(name, values[name])[:6] for name in names))
+    for number, hashes in enumerate(others, 1):
+        if hashes != first:
+            differing = (
+                name
+                for i, name in enumerate(names)
+                if hashes[6 * i : 6 * i + 6] != first[6 * i : 6 * i + 6]
+            )
+            raise ValueError(
+                f"{next(differing, names[0])} is not the same in process {number} as in process 0; "
+                "start all processes with the same command and files."
+            )
+
+
+def on_first_process(call: Callable[[], Any]) -> None:
+    """Run `call` in the first process while the others wait for it.
+
+    Raises:
+      ValueError: in the other processes, with the message of what `call` raised. In the first
+        process, the ValueError or OSError that `call` raised.
     """
     message, error = "", None
     if is_first():
@@ -182,13 +213,13 @@ def first_does(call: Callable[[], Any]) -> None:
             call()
         except (ValueError, OSError) as raised:
             message, error = str(raised) or type(raised).__name__, raised
-    message = told(message)[0]
+    message = gather_text(message)[0]
     if message:
-        raise (ValueError(message) if error is None else error)
+        raise error or ValueError(message)
 
 
-def end(status: int) -> None:
-    """Leaves at once: no waiting for the others, as one that fails would otherwise do at the interpreter's end."""
+def exit_at_once(status: int) -> None:
+    """End this process without waiting for the others, as the interpreter's normal end would."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

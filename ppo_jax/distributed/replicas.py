@@ -1,75 +1,132 @@
-"""The steps of an iteration under `jax.pmap`."""
+"""The steps of a PPO iteration under `jax.pmap`, for programs that are built on it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.iteration import Agent, PPOState
-from ppo_jax.types import AdvantageFn, LossFn, Params
+from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
+
+_AXIS = "devices"
 
 
 def pmap_steps(
     agent: Agent,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
     *,
-    advantage_fn: AdvantageFn | None = None,
     loss_fn: LossFn | None = None,
+    advantage_fn: AdvantageFn | None = None,
 ) -> Steps:
-    """By `pmap`: a replica of everything on each device, rows spread, gradients and averages summed over the devices.
+    """Compile the steps of a PPO iteration with `jax.pmap`.
 
-    The same results as `jit_steps` with all devices on `data`, which is to be preferred: only a mesh can cut parameters, and JAX
-    keeps `pmap` for what exists. Use this one inside programs that are built on `pmap`. One process.
+    Every device holds a replica of all parameters, and the rows of the batch are split over the
+    devices. Gradients and averages are summed over the devices, so the result agrees with
+    `jit_steps` on a mesh that has all devices on its `data` axis.
+
+    Prefer `jit_steps`: only a mesh can shard parameters, and JAX maintains `pmap` for existing
+    programs only. `pmap_steps` works in one process and does not donate the state.
+
+    Args:
+      agent: the functions of policy and critic, and the settings. `batch_size` must be a multiple
+        of the number of devices.
+      devices: the devices to use; by default all of this process.
+      loss_fn: replaces PPO's loss.
+      advantage_fn: replaces generalized advantage estimation.
+
+    Returns:
+      The three steps. They take and return arrays of the whole batch.
+
+    Raises:
+      TypeError: when a step is called with rows that do not divide by the number of devices.
+
+    Example:
+      >>> from ppo_jax import PPOConfig, TransformerConfig, init_params, language_model
+      >>> from ppo_jax import init_state, shared_critic, zero_head
+      >>> config = TransformerConfig(
+      ...     vocab_size=8, positions=8, width=4, layers=1, heads=1, mlp_width=4)
+      >>> ppo = PPOConfig(batch_size=2, minibatches=1, max_new_tokens=3)
+      >>> agent = Agent(language_model(config), shared_critic(), ppo, stop_ids=(0,), pad_id=0)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(config.width)}}
+      >>> state = init_state(agent, params, jax.random.key(1), updates=1)
+      >>> prompts = jnp.ones((2, 4), int)
+      >>> pmap_steps(agent, jax.devices()[:1]).sample(state, prompts, prompts > 0).responses.shape
+      (2, 3)
     """
     devices = jax.local_devices() if devices is None else devices
-    n, axis = len(devices), "devices"
-    cut = functools.partial(
-        jax.tree.map, lambda x: jnp.asarray(x).reshape(n, x.shape[0] // n, *x.shape[1:])
+    learn_agent = functools.partial(
+        iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn, axis_name=_AXIS
     )
-    join = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
-    mapped = functools.partial(jax.pmap, axis_name=axis, devices=devices)
-
-    def own_sample(state, frozen, prompts, mask, row_ids):
-        return iteration.sample(agent, state, prompts, mask, row_ids=row_ids, frozen=frozen)
-
-    def own_score(state, ref_params, frozen, rollout):
-        return iteration.score(agent, state, ref_params, rollout, frozen=frozen)
-
-    def own_learn(state, frozen, rollout, scores, task_scores, token_scores):
-        more = {
-            "frozen": frozen,
-            "advantage_fn": advantage_fn,
-            "loss_fn": loss_fn,
-            "axis_name": axis,
-        }
-        return iteration.learn(agent, state, rollout, scores, task_scores, token_scores, **more)
-
-    all_sample = mapped(own_sample, in_axes=(None, None, 0, 0, 0))
-    all_score = mapped(own_score, in_axes=(None, None, None, 0))
-    all_learn = mapped(own_learn, in_axes=(None, None, 0, 0, 0, 0), out_axes=None)
+    sample_rows = _map_rows(functools.partial(iteration.sample, agent), devices, replicated=1)
+    score_rows = _map_rows(functools.partial(iteration.score, agent), devices, replicated=2)
+    learn_rows = _map_rows(learn_agent, devices, replicated=1, out_axes=None)
 
     def sample(
-        state: PPOState, prompts: jax.Array, mask: jax.Array, *, frozen: Params | None = None
-    ):
-        return join(all_sample(state, frozen, *cut((prompts, mask, np.arange(len(prompts))))))
+        state: PPOState, prompts: jax.Array, prompt_mask: jax.Array, *, frozen: Params | None = None
+    ) -> Rollout:
+        # Row numbers in the whole batch, so that samples do not depend on the number of devices.
+        row_ids = jnp.arange(len(prompts))
+        return sample_rows(state, prompts, prompt_mask, row_ids=row_ids, frozen=frozen)
 
-    def score(state: PPOState, ref_params: Params, rollout, *, frozen: Params | None = None):
-        return join(all_score(state, ref_params, frozen, cut(rollout)))
+    def score(
+        state: PPOState, ref_params: Params, rollout: Rollout, *, frozen: Params | None = None
+    ) -> Scores:
+        return score_rows(state, ref_params, rollout, frozen=frozen)
 
     def learn(
         state: PPOState,
-        rollout,
-        scores,
-        task_scores,
-        token_scores=None,
+        rollout: Rollout,
+        scores: Scores,
+        task_scores: jax.Array,
+        token_scores: jax.Array | None = None,
         *,
         frozen: Params | None = None,
-    ):
-        return all_learn(state, frozen, *cut((rollout, scores, task_scores, token_scores)))
+    ) -> tuple[PPOState, Metrics]:
+        return learn_rows(state, rollout, scores, task_scores, token_scores, frozen=frozen)
 
     return Steps(sample, score, learn)
+
+
+def _map_rows(
+    function: Callable[..., Any],
+    devices: Sequence[jax.Device],
+    *,
+    replicated: int,
+    out_axes: int | None = 0,
+) -> Callable[..., Any]:
+    """Map a function over devices.
+
+    Args:
+      function: takes positional arguments, `frozen`, and other keyword arguments.
+      devices: the devices to map over.
+      replicated: how many of the first arguments are replicated, as `frozen` is. All others are
+        split over the devices by rows.
+      out_axes: 0 to join the rows of the results; None if the results are equal on all devices.
+
+    Returns:
+      A function with the arguments of `function`, which take and return whole batches.
+    """
+    mapped = jax.pmap(
+        lambda shared, frozen, args, kwargs: function(*shared, *args, frozen=frozen, **kwargs),
+        axis_name=_AXIS,
+        devices=devices,
+        in_axes=(None, None, 0, 0),
+        out_axes=out_axes,
+    )
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.asarray(x).reshape(len(devices), -1, *x.shape[1:])
+
+    def call(*args: Any, frozen: Params | None, **kwargs: Any) -> Any:
+        rows = jax.tree.map(split, (args[replicated:], kwargs))
+        results = mapped(args[:replicated], frozen, *rows)
+        if out_axes is None:
+            return results
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+    return call

@@ -130,7 +130,7 @@ def compile_iteration(
     Returns:
       By name, `rollout`, `scoring` and `update`: the program, or why there is none.
     """
-    meshes.check_rows(ppo, meshes.devices_of_rows(mesh))
+    meshes.check_rows(ppo, meshes.batch_shards(mesh))
     if adapters is not None:
         config = dataclasses.replace(config, lora_scale=adapters.scale)
     own_critic = heads.shared_critic() if critic == "shared" else heads.separate_critic(config)

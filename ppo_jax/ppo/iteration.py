@@ -170,6 +170,7 @@ def learn(
     frozen: Params | None = None,
     advantage_fn: AdvantageFn | None = None,
     loss_fn: LossFn | None = None,
+    advantage_fn: AdvantageFn | None = None,
     axis_name: str | None = None,
 ) -> tuple[PPOState, Metrics]:
     """Task scores `[B]` (and `[B, R]` of tokens) to rewards, advantages and `epochs x minibatches` steps.

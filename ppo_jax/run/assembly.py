@@ -71,7 +71,7 @@ class Learner(NamedTuple):
     @property
     def row_devices(self) -> int:
         """Number of devices over which the rows of a batch are sharded."""
-        return jax.local_device_count() if self.pmap else meshes.devices_of_rows(self.mesh)
+        return jax.local_device_count() if self.pmap else meshes.batch_shards(self.mesh)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> data.Prompts:
         """Tokenizes prompts for this learner's policy.

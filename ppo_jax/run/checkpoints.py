@@ -103,7 +103,7 @@ class Checkpoints:
         }
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
         try:
-            processes.first_does(lambda: self._check_room(arrays))
+            processes.on_first_process(lambda: self._check_room(arrays))
             if not self._manager.save(step, args=items):
                 raise OSError(f"Orbax refuses to write it beside {self.steps()}.")
         except (
@@ -158,7 +158,7 @@ class Checkpoints:
                 )
                 mismatch = "" if _is_damage(error) else reason
             mismatch, reason = (
-                next(filter(None, processes.told(text)), "") for text in (mismatch, reason)
+                next(filter(None, processes.gather_text(text)), "") for text in (mismatch, reason)
             )
             if mismatch:
                 raise CheckpointError(mismatch)
@@ -167,7 +167,7 @@ class Checkpoints:
             reasons.append(reason)
             if step is None:
                 _LOG.warning("%s It is renamed to %d.damaged.", reason, number)
-                processes.first_does(functools.partial(self._set_aside, number))
+                processes.on_first_process(functools.partial(self._set_aside, number))
                 self._manager.reload()
         damaged = sorted(path.name for path in self.folder.glob("*.damaged*"))
         but = f" but {', '.join(damaged)}; delete the run's folder to start afresh"

@@ -121,7 +121,7 @@ class Collector(NamedTuple):
             )
         except Fault as error:
             fault = error.with_rows([int(own[i]) for i in error.rows])
-        processes.agree(fault)
+        processes.raise_everywhere(fault)
         return placement.join_rows_here(scores, mesh, total)
 
 

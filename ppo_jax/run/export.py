@@ -45,7 +45,7 @@ def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: st
                 "writes it."
             ) from error
 
-    processes.first_does(write_or_advise)
+    processes.on_first_process(write_or_advise)
 
 
 def write_summary(out: Path, updates: int, digest: str) -> None:

@@ -51,7 +51,7 @@ def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
         # Checked again, because another process may have written there and ended in between.
         check_free(folder, resume=resume != "no")
 
-    processes.first_does(claim_and_lock)
+    processes.on_first_process(claim_and_lock)
     if processes.any_process(not folder.is_dir()):
         raise ValueError(
             f"{folder} is not visible to all processes; they need one folder that each of them sees."
@@ -100,7 +100,7 @@ def open_run(
         cut_back(folder, notes.get("sizes", {}))
         config.write(folder, first_update=update)
 
-    processes.first_does(prepare_files)
+    processes.on_first_process(prepare_files)
     log: RunLog | NoLog = NoLog()
     if processes.is_first():
         log = RunLog(

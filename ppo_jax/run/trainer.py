@@ -235,7 +235,7 @@ class Trainer:
         if self._is_due(loop.save_every, update) or is_best or stop:
             self.save()
         if stop and update + 1 < loop.updates:
-            processes.say(
+            processes.print_once(
                 f"Stopped by a signal after {update + 1} updates; --resume auto continues the run."
             )
             raise SystemExit(faults.STOPPED)
