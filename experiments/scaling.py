@@ -8,6 +8,7 @@ device that fits into memory. Studies in DIR are not compiled again.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 import tyro
 
 from ppo_jax import PPOConfig, make_mesh, parse_mesh
-from ppo_jax.commands.plan import as_json
 from ppo_jax.distributed.meshes import batch_shards
 from ppo_jax.models.sizes import SIZES
-from ppo_jax.plan import compile as plan
+from ppo_jax.plan.compile import compile_iteration
+from ppo_jax.plan.extrapolation import extrapolate
+from ppo_jax.plan.report import advice, as_json
+from ppo_jax.plan.topology import CHIPS, make_topology
 
 PROMPT, RESPONSE = 512, 128
 ROWS = (4, 1)  # rows of a micro-batch on each device, tried in this order
@@ -90,8 +93,8 @@ def _read(file: Path) -> list[dict]:
 
 def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
     """Compile a study with the first of `ROWS` that fits, or else the last; return its row."""
-    chip = plan.CHIPS[topology.partition(":")[0]]
-    on = make_mesh(parse_mesh(mesh), plan.make_topology(topology))
+    chip = CHIPS[topology.partition(":")[0]]
+    on = make_mesh(parse_mesh(mesh), make_topology(topology))
     size = SIZES[model](model)
     config = dataclasses.replace(size, dtype=jnp.bfloat16, remat=size.width >= 2048)
     if model.startswith("gpt3"):
@@ -103,8 +106,11 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
         ppo = PPOConfig(
             batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE
         )
-        programs = plan.extrapolate(config, depths, ppo, on, chip, prompt_tokens=PROMPT)
-        fits = not plan.advice(programs, chip)
+        compile_model = functools.partial(
+            compile_iteration, ppo=ppo, mesh=on, chip=chip, prompt_tokens=PROMPT
+        )
+        programs = extrapolate(compile_model, config, depths)
+        fits = not advice(programs, chip)
         if fits:
             break
     return {
@@ -115,8 +121,8 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
         "batch_size": ppo.batch_size,
         "fits": fits,
         "memory": chip.memory,
-        "advice": plan.advice(programs, chip),
-        **{name: as_json(program) for name, program in programs.items()},
+        "advice": advice(programs, chip),
+        **as_json(programs),
     }
 
 

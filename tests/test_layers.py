@@ -10,7 +10,7 @@ import pytest
 from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
 from ppo_jax.models.rounding import product
 from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.plan.flops import matmul_flops, products
+from ppo_jax.plan.flops import matmul_eqns, matmul_flops
 from ppo_jax.ppo.scoring import forward_responses
 
 CONFIG = TransformerConfig(
@@ -40,7 +40,7 @@ def logprob(params, config=CONFIG):
 
 def test_products_in_a_gradient_have_bfloat16_operands():
     params = init_params(CONFIG, jax.random.key(0))
-    found = products(jax.make_jaxpr(jax.grad(logprob))(params).jaxpr)
+    found = matmul_eqns(jax.make_jaxpr(jax.grad(logprob))(params).jaxpr)
     found = [
         eqn for eqn in found if 1 not in eqn.invars[1].aval.shape
     ]  # on a CPU, the mean of a norm is a float32 product with a column
@@ -146,13 +146,13 @@ def test_positions_are_padded_to_a_size_that_gpus_multiply_fast():
     np.testing.assert_array_equal(found[MASK], by_hand[:, :12][MASK])
     shapes = [
         eqn.outvars[0].aval.shape
-        for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, config).jaxpr)
+        for eqn in matmul_eqns(jax.make_jaxpr(hidden, static_argnums=1)(params, config).jaxpr)
     ]
     assert (100, 2, 16, 16) in shapes  # attention
     plain = dataclasses.replace(config, dtype=jnp.float32)
     shapes = [
         eqn.outvars[0].aval.shape
-        for eqn in products(jax.make_jaxpr(hidden, static_argnums=1)(params, plain).jaxpr)
+        for eqn in matmul_eqns(jax.make_jaxpr(hidden, static_argnums=1)(params, plain).jaxpr)
     ]
     assert (100, 2, 12, 12) in shapes
 

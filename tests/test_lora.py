@@ -185,7 +185,9 @@ def test_only_adapters_train_and_the_base_is_the_reference(tmp_path):
 
 def test_unusable_adapters_are_refused(tmp_path):
     loaded = load("llama", tmp_path / "base")
-    with pytest.raises(ValueError, match="targets='nothing' adapts no layer; it must match some of"):
+    with pytest.raises(
+        ValueError, match="targets='nothing' adapts no layer; it must match some of"
+    ):
         lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(targets="nothing"))
     for alpha in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"alpha={alpha} above 0"):

@@ -91,7 +91,7 @@ def test_info_reads_only_the_config_and_checks_prompt_tokens(tmp_path, capsys, m
 
 def test_memory_estimates_fall_with_adapters_remat_and_micro_batches():
     config, ppo = sizes.gpt3("gpt3-125m"), PPOConfig(batch_size=64)
-    memory = lambda config=config, ppo=ppo, adapters=None: models.memory(
+    memory = lambda config=config, ppo=ppo, adapters=None: models.estimate_memory(
         config, ppo, prompt_tokens=64, critic="separate", adapters=adapters
     )
     estimate = memory()
@@ -109,7 +109,7 @@ def test_memory_estimates_fall_with_adapters_remat_and_micro_batches():
         == estimate[activations]
     )
     assert (
-        memory(config=models.describe("gpt3-125m", "float32", True)[1])[activations]
+        memory(config=models.load_config("gpt3-125m", "float32", True)[1])[activations]
         < 0.3 * estimate[activations]
     )
 

@@ -21,7 +21,7 @@ from ppo_jax.hashing import digest
 from ppo_jax.models import heads, lora
 from ppo_jax.models.io import pretrained
 from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.plan.compile import make_topology
+from ppo_jax.plan.topology import make_topology
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
 

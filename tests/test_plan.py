@@ -17,10 +17,11 @@ import pytest
 from helpers import family_peer
 
 from ppo_jax.models.transformer import init_params
-from ppo_jax.plan import compile as plan
-from ppo_jax.plan import hlo
+from ppo_jax.plan import hlo, report
+from ppo_jax.plan.compile import Program, TooLarge
 from ppo_jax.plan.flops import matmul_flops
-from ppo_jax.plan.memory import describe
+from ppo_jax.plan.memory import load_config
+from ppo_jax.plan.topology import CHIPS
 
 HF_LLAMA = {
     "model_type": "llama",
@@ -157,7 +158,7 @@ def test_plans_of_two_depths_extrapolate(tmp_path, model):
         (["--model", "gpt2", "--depths", "4", "2"], "depths must be"),
         (
             ["--model", "gpt2", "--depths", "2", "13"],
-            "depths must lie within the model's 12 layers",
+            "depths must be two numbers of layers, the smaller first, within the model's 12 layers",
         ),
         (["--model", "gpt2", "--prompt-tokens", "0"], "prompt_tokens"),
     ],
@@ -169,16 +170,16 @@ def test_an_impossible_plan_is_refused_in_one_sentence(args, message):
 
 
 def test_advice_for_programs_that_do_not_fit():
-    chip = plan.CHIPS["v5e"]
+    chip = CHIPS["v5e"]
     gib = 2**30
-    program = lambda peak, needed: plan.Program(
+    program = lambda peak, needed: Program(
         "update", 2 * gib, 0, peak * gib, needed * gib, 1.0, 1, 1.0, {}, 1.0
     )
-    assert plan.advice({"update": program(3, 8)}, chip) == []
-    assert "micro-batch" in plan.advice({"update": program(20, 21)}, chip)[0]
-    assert "larger fsdp" in plan.advice({"update": program(3, 40)}, chip)[0]
-    assert "rollout-rows" in plan.advice({"rollout": plan.TooLarge("no")}, chip)[0]
-    assert "larger fsdp" in plan.advice({"update": plan.TooLarge("no", 14 * gib)}, chip)[0]
+    assert report.advice({"update": program(3, 8)}, chip) == []
+    assert "micro-batch" in report.advice({"update": program(20, 21)}, chip)[0]
+    assert "larger fsdp" in report.advice({"update": program(3, 40)}, chip)[0]
+    assert "rollout-rows" in report.advice({"rollout": TooLarge("no")}, chip)[0]
+    assert "larger fsdp" in report.advice({"update": TooLarge("no", 14 * gib)}, chip)[0]
 
 
 def test_all_bytes_of_a_reduced_gradient_are_counted(tmp_path, model):
@@ -187,7 +188,7 @@ def test_all_bytes_of_a_reduced_gradient_are_counted(tmp_path, model):
         tmp_path, "--model", model, "--topology", "v5e:2x2", "--mesh", "data=4"
     )
     shapes = jax.eval_shape(
-        lambda: init_params(describe(str(model), "bfloat16", False)[1], jax.random.key(0))
+        lambda: init_params(load_config(str(model), "bfloat16", False)[1], jax.random.key(0))
     )
     gradient = 2 * sum(
         4 * x.size for x in jax.tree.leaves(shapes)

@@ -27,7 +27,7 @@ from experiments.benchmarks import work as work_
 from experiments.benchmarks.work import WORKS, Work
 from ppo_jax import init_params
 from ppo_jax.plan.flops import matmul_flops
-from ppo_jax.plan.memory import memory, size_of
+from ppo_jax.plan.memory import estimate_memory, size_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def measure(options: Phases) -> dict[str, Any]:
         return {"compile_s": compile_s}
     peak, times, rates = _iterations(work, compiled, options.runs)
     rate, bandwidth = statistics.median(rates), memory_bandwidth()
-    account = memory(
+    account = estimate_memory(
         work.config, work.ppo, prompt_tokens=work.prompt_tokens, critic=work.critic, adapters=None
     )
     return {

@@ -1,4 +1,4 @@
-"""`ppo-jax info` and `ppo-jax convert`."""
+"""The commands `ppo-jax info` and `ppo-jax convert`."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from ppo_jax.commands.train import Adapters
 from ppo_jax.models import lora
 from ppo_jax.models.io import adapter_files, gguf_format, pretrained, stored
 from ppo_jax.models.transformer import init_params
-from ppo_jax.plan.memory import check_prompt, describe, memory
+from ppo_jax.plan.memory import check_prompt, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.assembly import load_model
 from ppo_jax.types import overlay
@@ -19,21 +19,26 @@ from ppo_jax.types import overlay
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Read a language model in any format that is known and write it in the Hugging Face format, float32 safetensors."""
+    """Write a language model in the Hugging Face format, as float32 safetensors.
+
+    The model may be in any format that `ppo-jax train` reads.
+    """
 
     model: str
-    """A folder, a Hugging Face id or a .gguf file."""
+    """The model to convert: a folder, a Hugging Face id or a .gguf file."""
     out: Path
-    """Folder to write."""
+    """Folder to write the model to. It must not exist."""
     adapter: Path | None = None
-    """An adapter in peft's format to merge into it."""
+    """Folder of an adapter in peft's format, to merge into the model."""
 
     def run(self) -> None:
+        """Read the model, merge the adapter, and write the result to `out`."""
         if self.out.exists():
             raise ValueError(f"{self.out} exists already; choose another folder.")
         if gguf_format.is_gguf(self.out):
             raise ValueError(
-                f"convert writes a folder in the Hugging Face format, no GGUF file; {self.out} names a .gguf."
+                f"convert writes a folder in the Hugging Face format, no GGUF file; choose a name "
+                f"without .gguf for out={self.out}."
             )
         _check_language_model(self.model)
         policy, tokenizer = load_model(self.model, causal=False)
@@ -43,11 +48,11 @@ class Convert:
             )
             policy = policy._replace(params=lora.merge(overlay(policy.params, adapters), scale))
         pretrained.save_policy(self.out, policy, tokenizer)
-        print(f"{self.out} holds the model as transformers loads it.")
+        print(f"The model is in {self.out}, in the format that transformers loads.")
 
 
 def _check_language_model(model: str) -> None:
-    """Raises ValueError for a model whose config says that it scores a text, or is an encoder alone."""
+    """Raise ValueError if the config is that of a classifier, or of an encoder without a head."""
     hf = stored.read_config(model)
     name = str((hf.get("architectures") or [""])[0])
     bare = (
@@ -57,38 +62,41 @@ def _check_language_model(model: str) -> None:
     )
     if bare or name.endswith("ForSequenceClassification"):
         raise ValueError(
-            f"convert takes language models; {model} is a {name}, without an output over words. Encoders and reward "
-            "models in safetensors are read as they are."
+            f"convert takes language models; {model} is a {name}, without logits of tokens. "
+            "Encoders and reward models in safetensors need no conversion."
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info:
-    """A model's family, parameters, and what a PPO step with it needs in memory; weights are not read."""
+    """Show a model's family and sizes, and estimate the memory of a PPO step with it."""
 
     model: tyro.conf.Positional[str]
-    """A folder, a Hugging Face id, a .gguf file, or a published size, such as gpt2-xl, llama3-8b or gpt3-1.3b."""
+    """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl,
+    llama3-8b or gpt3-1.3b. Its weights are not read."""
     prompt_tokens: int = 64
-    """Longest prompt."""
+    """Number of tokens of the longest prompt."""
     critic: Literal["shared", "separate"] = "separate"
-    """A value head on the policy's trunk, or a critic of its own."""
+    """shared: a value head on the policy's trunk. separate: a model of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type."""
+    """Type to compute in. Parameters are always float32."""
     remat: bool = False
-    """Recompute activations in the backward pass."""
+    """Recompute activations in the backward pass to save memory."""
     lora: Adapters = dataclasses.field(default_factory=Adapters)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def run(self) -> None:
-        kind, config = describe(self.model, self.dtype, self.remat)
+        """Print the model's sizes and the estimate of the memory."""
+        family, config = load_config(self.model, self.dtype, self.remat)
         check_prompt(self.prompt_tokens, self.ppo, config)
         trunk = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-        print(f"{self.model}: {kind}, {pretrained.count_params(trunk):,} parameters")
+        print(f"{self.model}: {family}, {pretrained.count_params(trunk):,} parameters")
         print(
-            f"{config.layers} layers, width {config.width}, {config.heads} heads of {config.head_width}, "
-            f"{config.key_heads} key/value heads, vocabulary {config.vocab_size:,}, {config.positions:,} positions"
+            f"{config.layers} layers, width {config.width}, {config.heads} heads of "
+            f"{config.head_width}, {config.key_heads} key/value heads, vocabulary "
+            f"{config.vocab_size:,}, {config.positions:,} positions"
         )
-        parts = memory(
+        parts = estimate_memory(
             config,
             self.ppo,
             prompt_tokens=self.prompt_tokens,

@@ -58,10 +58,10 @@ class Processes:
         address = self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
         count = _number(self.count, "JAX_NUM_PROCESSES")
         index = _number(self.index, "JAX_PROCESS_ID")
-        named = [x is not None for x in (address, count, index)]
-        if not self.detect and not any(named):
+        named = (address, count, index)
+        if not self.detect and named == (None, None, None):
             return
-        if not self.detect and not all(named):
+        if not self.detect and None in named:
             raise SettingError(
                 "Several processes need coordinator, count and index, or detect; "
                 f"they are {address}, {count}, {index}."
@@ -93,14 +93,12 @@ def _check_address(address: str, *, listens: bool) -> None:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise SettingError(f"coordinator must be HOST:PORT, not {address!r}.")
     if listens:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", int(port)))
-            except OSError as error:
-                raise ValueError(
-                    f"Process 0 cannot listen on port {port}: {error.strerror}."
-                ) from error
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ValueError(
+                f"Process 0 cannot listen on port {port}: {error.strerror}."
+            ) from error
 
 
 def _number(given: int | None, variable: str) -> int | None:
@@ -135,13 +133,9 @@ def gather_text(text: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    padded = np.zeros(_TEXT_BYTES, np.uint8)
-    data = np.frombuffer(text.encode(errors="backslashreplace")[:_TEXT_BYTES], np.uint8)
-    padded[: data.size] = data
-    return [
-        bytes(row).rstrip(b"\0").decode(errors="ignore")
-        for row in multihost_utils.process_allgather(padded)
-    ]
+    data = text.encode(errors="backslashreplace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 def any_process(flag: bool) -> bool:

@@ -1,6 +1,7 @@
 """The steps of a PPO iteration under `jax.pmap`, for programs that are built on it."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.iteration import Agent, PPOState
-from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
+from ppo_jax.types import AdvantageFn, LossFn, Params, Rollout
 
 _AXIS = "devices"
+_REPLICATED = ("state", "ref_params", "frozen")  # arguments of the steps that are no rows
 
 
 def pmap_steps(
@@ -59,12 +61,10 @@ def pmap_steps(
       (2, 3)
     """
     devices = jax.local_devices() if devices is None else devices
-    learn_agent = functools.partial(
+    learn = functools.partial(
         iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn, axis_name=_AXIS
     )
-    sample_rows = _map_rows(functools.partial(iteration.sample, agent), devices, replicated=1)
-    score_rows = _map_rows(functools.partial(iteration.score, agent), devices, replicated=2)
-    learn_rows = _map_rows(learn_agent, devices, replicated=1, out_axes=None)
+    sample_rows = _map_rows(functools.partial(iteration.sample, agent), devices)
 
     def sample(
         state: PPOState, prompts: jax.Array, prompt_mask: jax.Array, *, frozen: Params | None = None
@@ -73,58 +73,40 @@ def pmap_steps(
         row_ids = jnp.arange(len(prompts))
         return sample_rows(state, prompts, prompt_mask, row_ids=row_ids, frozen=frozen)
 
-    def score(
-        state: PPOState, ref_params: Params, rollout: Rollout, *, frozen: Params | None = None
-    ) -> Scores:
-        return score_rows(state, ref_params, rollout, frozen=frozen)
-
-    def learn(
-        state: PPOState,
-        rollout: Rollout,
-        scores: Scores,
-        task_scores: jax.Array,
-        token_scores: jax.Array | None = None,
-        *,
-        frozen: Params | None = None,
-    ) -> tuple[PPOState, Metrics]:
-        return learn_rows(state, rollout, scores, task_scores, token_scores, frozen=frozen)
-
-    return Steps(sample, score, learn)
+    score = _map_rows(functools.partial(iteration.score, agent), devices)
+    return Steps(sample, score, _map_rows(learn, devices, out_axes=None))
 
 
 def _map_rows(
-    function: Callable[..., Any],
-    devices: Sequence[jax.Device],
-    *,
-    replicated: int,
-    out_axes: int | None = 0,
+    function: Callable[..., Any], devices: Sequence[jax.Device], out_axes: int | None = 0
 ) -> Callable[..., Any]:
-    """Map a function over devices.
+    """Map a step over devices.
 
     Args:
-      function: takes positional arguments, `frozen`, and other keyword arguments.
+      function: a step. Its arguments `state`, `ref_params` and `frozen` are replicated, and all
+        others are split over the devices by rows.
       devices: the devices to map over.
-      replicated: how many of the first arguments are replicated, as `frozen` is. All others are
-        split over the devices by rows.
       out_axes: 0 to join the rows of the results; None if the results are equal on all devices.
 
     Returns:
-      A function with the arguments of `function`, which take and return whole batches.
+      A function with the arguments of `function`, which takes and returns whole batches.
     """
     mapped = jax.pmap(
-        lambda shared, frozen, args, kwargs: function(*shared, *args, frozen=frozen, **kwargs),
+        lambda replicated, rows: function(**replicated, **rows),
         axis_name=_AXIS,
         devices=devices,
-        in_axes=(None, None, 0, 0),
+        in_axes=(None, 0),
         out_axes=out_axes,
     )
+    signature = inspect.signature(function)
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.asarray(x).reshape(len(devices), -1, *x.shape[1:])
 
-    def call(*args: Any, frozen: Params | None, **kwargs: Any) -> Any:
-        rows = jax.tree.map(split, (args[replicated:], kwargs))
-        results = mapped(args[:replicated], frozen, *rows)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        rows = signature.bind(*args, **kwargs).arguments
+        replicated = {name: rows.pop(name) for name in _REPLICATED if name in rows}
+        results = mapped(replicated, jax.tree.map(split, dict(rows)))
         if out_axes is None:
             return results
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)

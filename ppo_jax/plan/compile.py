@@ -1,107 +1,73 @@
-"""A PPO iteration compiled for TPUs that are not there: what each chip would hold, compute and send.
+"""A PPO iteration compiled for the chips of a mesh, and what each chip would hold and compute.
 
-The compiler is the TPU's own (package `libtpu`); nothing runs, and no parameter exists: shapes suffice.
+Nothing runs and no parameter is allocated: the compiler needs shapes only.
 """
 
 import dataclasses
 import functools
-import importlib.util
-import math
-import os
-import re
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.stages import Traced
 
 from ppo_jax.distributed import compilation, meshes
-from ppo_jax.errors import SettingError
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.plan import hlo
-from ppo_jax.plan.flops import matmul_flops
+from ppo_jax.plan.flops import jaxpr_flops
+from ppo_jax.plan.memory import size_of
+from ppo_jax.plan.topology import Chip
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.sharding import placed, rows_sharding, shardings
-
-
-class Chip(NamedTuple):
-    """Of one JAX device: a chip, or on v4, as the compiler sees it without its joined mode, one of a chip's two cores."""
-
-    memory: float  # GiB that programs may use, as the compiler says
-    peak: float  # TFLOP/s in bfloat16, as published
-    clock: float  # GHz: the peak over what the matrix units multiply and add a cycle
-
-
-CHIPS = {
-    "v4": Chip(15.25, 137.5, 1.05),
-    "v5e": Chip(15.75, 197, 1.5),
-    "v5p": Chip(95.74, 459, 1.75),
-    "v6e": Chip(31.25, 918, 1.75),
-}
-
-
-# Or the compiler looks for the TPU that it is on.
-_ALONE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from ppo_jax.sharding import placed, rows_sharding
 
 
 class Program(NamedTuple):
-    """One compiled phase, per chip; bytes."""
+    """What one compiled phase of an iteration takes on each chip; memory is in bytes.
+
+    Attributes:
+      name: `rollout`, `scoring` or `update`.
+      arguments: memory of the program's arguments.
+      temporary: memory of intermediate results.
+      peak: largest memory of arguments, results and intermediate results at any moment.
+      needed: the peak, with whatever else stays on the chip meanwhile.
+      flops: floating-point operations of matrix products, if every response has its greatest
+        length and the chips share the work evenly (but see `report.indivisible_sizes`).
+      moved: bytes read from and written to main memory, an upper bound.
+      seconds: the compiler's estimate of the time, without waiting for other chips.
+      collectives: number and bytes of the collective operations, by kind.
+      compile_s: seconds that the compilation took.
+    """
 
     name: str
     arguments: int
     temporary: int
-    peak: int  # arguments, results and temporaries at the fullest moment
-    needed: int  # the peak, and what else lies on the chip meanwhile
-    flops: (
-        float  # of matrix products, a response at its longest, shared evenly (but see `undivided`)
-    )
-    moved: int  # a bound from above
-    seconds: float  # of the compiler's estimate, without waiting for other chips
+    peak: int
+    needed: int
+    flops: float
+    moved: int
+    seconds: float
     collectives: dict[str, hlo.Collective]
     compile_s: float
 
 
-class TooLarge(Exception):
-    """The compiler found no way to fit a program; says what it said, and how many bytes lie on a chip before any program runs."""
+class TooLarge(NamedTuple):
+    """A phase that the compiler cannot fit into a chip's memory.
 
-    def __init__(self, said: str, resident: int = 0):
-        super().__init__(said)
-        self.resident = resident
-
-
-def make_topology(name: str) -> list[Any]:
-    """Devices of a slice such as "v5e:4x4" (see `CHIPS`).
-
-    Raises:
-      SettingError: if there is no such slice, or no compiler for it.
+    Attributes:
+      reason: the compiler's message.
+      resident: bytes of parameters and optimizer state on each chip, before any program runs.
     """
-    if name.partition(":")[0] not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", name):
-        raise SettingError(
-            f"topology must be like v5e:4x4, of the chips {', '.join(CHIPS)}; not {name!r}."
-        )
-    for key, value in _ALONE.items():
-        os.environ.setdefault(key, value)
-    from jax.experimental import topologies
 
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except Exception as error:  # of several kinds; libtpu missing is one
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        lacks = (
-            ""
-            if importlib.util.find_spec("libtpu")
-            else " (libtpu comes with pip install 'ppo-jax[tpu-aot]')"
-        )
-        raise SettingError(f"No compiler for {name}: {reason}{lacks}") from error
+    reason: str
+    resident: int = 0
+
+
+Programs = dict[str, Program | TooLarge]
 
 
 def compile_iteration(
@@ -114,219 +80,118 @@ def compile_iteration(
     critic: str = "separate",
     adapters: lora.LoRA | None = None,
     stop_ids: tuple[int, ...] = (0,),
-) -> dict[str, Program | TooLarge]:
-    """Compiles rollout, scoring and update for the chips of `mesh`.
+) -> Programs:
+    """Compile rollout, scoring and update for the chips of a mesh.
 
     Args:
-      config: of policy, reference and critic.
+      config: the model of policy, reference and critic.
       ppo: settings of the iteration.
-      mesh: of `meshes.make_mesh(sizes, make_topology(...))`.
-      chip: what each device is.
-      prompt_tokens: `P`.
-      critic: "shared" or "separate".
-      adapters: if only these train.
-      stop_ids: end a response; the account is of the longest all the same.
+      mesh: a mesh of the devices of `make_topology`.
+      chip: what each device offers.
+      prompt_tokens: `P`, the length of every prompt.
+      critic: `shared` for a value head on the policy's trunk, `separate` for a model of its own.
+      adapters: low-rank adapters to train instead of all parameters.
+      stop_ids: tokens that end a response. The figures assume that none does before the last token.
 
     Returns:
-      By name, `rollout`, `scoring` and `update`: the program, or why there is none.
+      For each of `rollout`, `scoring` and `update`, the program or the reason why there is none.
+
+    Raises:
+      SettingError: if the batch does not divide over the mesh.
     """
     meshes.check_rows(ppo, meshes.batch_shards(mesh))
     if adapters is not None:
         config = dataclasses.replace(config, lora_scale=adapters.scale)
-    own_critic = heads.shared_critic() if critic == "shared" else heads.separate_critic(config)
-    agent = iteration.Agent(language_model(config), own_critic, ppo, stop_ids, 0)
-    state, frozen, reference = _shapes(agent, config, critic, adapters, mesh)
-    # Under adapters, policy and critic have one frozen trunk, which programs take twice.
-    twice = 0 if frozen is None or critic == "shared" else _size(frozen["critic"]["trunk"])
-    resident = _size((state, frozen, reference if frozen is None else None)) - twice
-    B, rows = ppo.batch_size, rows_sharding(mesh)
-    row = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=rows)
-    of_rows = functools.partial(jax.tree.map, lambda x: row(x.dtype, *x.shape[1:]))
-    functions = (iteration.sample, iteration.score, iteration.learn)
-    sample, score, learn = (
-        functools.partial(f, agent)
-        if frozen is None
-        else functools.partial(_frozen_first, f, agent)
-        for f in functions
-    )
-    further = () if frozen is None else (frozen,)
-    prompts = (row(jnp.int32, prompt_tokens), row(bool, prompt_tokens))
-    whole = NamedSharding(mesh, PartitionSpec())
+    critic_fn = heads.shared_critic() if critic == "shared" else heads.separate_critic(config)
+    agent = iteration.Agent(language_model(config), critic_fn, ppo, stop_ids, 0)
+    state, frozen, reference = _state_shapes(agent, config, critic, adapters, mesh)
+    sample, score, learn = compilation.lowerable_steps(agent, mesh, state)
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        sharding = rows_sharding(mesh)
+        return jax.ShapeDtypeStruct((ppo.batch_size, *shape), dtype, sharding=sharding)
+
+    # With adapters, policy and critic share a frozen trunk, which is two arguments of a program.
+    shared = 0 if frozen is None or critic == "shared" else size_of(frozen["critic"]["trunk"])
+    resident = size_of((state, frozen, reference if frozen is None else None)) - shared
+    prompts = (rows(jnp.int32, prompt_tokens), rows(bool, prompt_tokens))
+    by_rows = functools.partial(jax.tree.map, lambda x: rows(x.dtype, *x.shape[1:]))
+    measure = functools.partial(_measure, mesh=mesh, chip=chip, resident=resident, ppo=ppo)
     with jax.set_mesh(mesh):
-        rollout = of_rows(jax.eval_shape(sample, *further, state, *prompts))
-        scores = of_rows(jax.eval_shape(score, *further, state, reference, rollout))
-        phases = {
-            "rollout": (sample, (*further, state, *prompts), {"out_shardings": rows}),
-            "scoring": (score, (*further, state, reference, rollout), {"out_shardings": rows}),
-            "update": (
-                learn,
-                (*further, state, rollout, scores, row(jnp.float32)),
-                {"out_shardings": (shardings(state, mesh), whole), "donate_argnums": len(further)},
-            ),
-        }
-        of = lambda name: (resident, 0 if name == "rollout" else twice, ppo.max_new_tokens - 1)
+        sampled = sample.trace(state, *prompts, frozen=frozen)
+        rollout = by_rows(sampled.out_info)
+        scored = score.trace(state, reference, rollout, frozen=frozen)
+        scores = by_rows(scored.out_info)
+        learned = learn.trace(state, rollout, scores, rows(jnp.float32), frozen=frozen)
         return {
-            name: _compile(name, *phase, mesh, chip, *of(name)) for name, phase in phases.items()
+            "rollout": measure("rollout", sampled),
+            "scoring": measure("scoring", scored, shared=shared),
+            "update": measure("update", learned, shared=shared),
         }
 
 
-def extrapolate(
-    config: TransformerConfig, depths: tuple[int, int], *args: Any, **more: Any
-) -> dict[str, Program | TooLarge]:
-    """`compile_iteration` for a model too deep to compile here: compiled with fewer layers twice, and every figure taken further
-    along a straight line. Where memory is short the compiler would schedule otherwise, so a peak is an estimate, mostly from above.
+def _state_shapes(
+    agent: iteration.Agent,
+    config: TransformerConfig,
+    critic: str,
+    adapters: lora.LoRA | None,
+    mesh: Mesh,
+) -> tuple[Any, Any, Any]:
+    """Shapes and shardings of the state, the frozen parameters, and the reference."""
 
-    Args:
-      config: of the whole model.
-      depths: two numbers of layers, at which it is compiled; multiples of the pattern of its windows.
-      args, more: as for `compile_iteration`, without its config.
-    """
-    few, many = (compile_iteration(_cut(config, depth), *args, **more) for depth in depths)
-    share = (config.layers - depths[0]) / (depths[1] - depths[0])
-    return {name: _further(few[name], many[name], share) for name in few}
-
-
-def _cut(config: TransformerConfig, layers: int) -> TransformerConfig:
-    return dataclasses.replace(
-        config, layers=layers, windows=config.windows and config.windows[:layers]
-    )
-
-
-def _further(few: Program | TooLarge, many: Program | TooLarge, share: float) -> Program | TooLarge:
-    if isinstance(few, TooLarge) or isinstance(many, TooLarge):
-        return few if isinstance(few, TooLarge) else many
-    line = lambda a, b: type(a)(a + share * (b - a))
-    none = hlo.Collective(0, 0)
-    collectives = {
-        kind: hlo.Collective(
-            *map(line, few.collectives.get(kind, none), many.collectives.get(kind, none))
-        )
-        for kind in {**few.collectives, **many.collectives}
-    }
-    numbers = {
-        name: line(a, b)
-        for name, a, b in zip(Program._fields, few, many, strict=True)
-        if isinstance(a, int | float)
-    }
-    return few._replace(**numbers, collectives=collectives)._replace(
-        compile_s=few.compile_s + many.compile_s
-    )
-
-
-def _frozen_first(function, agent, frozen, *args):
-    return function(agent, *args, frozen=frozen)
-
-
-def _shapes(agent, config, critic, adapters, mesh):
-    """State, frozen parameters and reference, as shapes that say where each lies."""
-
-    def params():
-        trunk = init_params(config, jax.random.key(0))
-        return {
-            "policy": trunk,
-            "critic": {"head": heads.zero_head(config.width)}
-            if critic == "shared"
-            else heads.init_scorer(config, jax.random.key(0)),
+    def init() -> tuple[Any, Any, Any]:
+        key, frozen = jax.random.key(0), None
+        head = {"head": heads.zero_head(config.width)}
+        params = {
+            "policy": init_params(config, key),
+            "critic": head if critic == "shared" else heads.init_scorer(config, key),
         }
+        reference = params["policy"]
+        if adapters is not None:
+            params, frozen = lora.adapt(params, key, adapters)
+            reference = frozen["policy"]
+        return iteration.init_state(agent, params, key, updates=1), frozen, reference
 
-    own, frozen = jax.eval_shape(params), None
-    reference = own["policy"]
-    if adapters is not None:
-        own, frozen = jax.eval_shape(lambda p: lora.adapt(p, jax.random.key(0), adapters), own)
-        reference = frozen["policy"]
-    state = jax.eval_shape(
-        lambda p: iteration.init_state(agent, p, jax.random.key(0), updates=1), own
-    )
-    return tuple(
-        None if tree is None else placed(tree, mesh) for tree in (state, frozen, reference)
-    )
+    return placed(jax.eval_shape(init), mesh)
 
 
-def _compile(
+def _measure(
     name: str,
-    function,
-    args,
-    options,
+    traced: Traced,
+    *,
     mesh: Mesh,
     chip: Chip,
+    ppo: PPOConfig,
     resident: int,
-    twice: int,
-    trips: int,
+    shared: int = 0,
 ) -> Program | TooLarge:
+    """Compile one phase; `shared` bytes of its arguments are counted once too often."""
     start = time.perf_counter()
     try:
-        compiled = (
-            jax.jit(function, compiler_options=compilation.COMPILER_OPTIONS, **options)
-            .lower(*args)
-            .compile()
-        )
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return TooLarge(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "), resident)
-    seconds = time.perf_counter() - start
-    memory, done = compiled.memory_analysis(), hlo.account(compiled.as_text())
-    inputs = memory.argument_size_in_bytes - twice
+    compile_s = time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()  # never None on a TPU
+    account = hlo.account(compiled.as_text() or "")
+    arguments = memory.argument_size_in_bytes - shared
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = max(
-        memory.peak_memory_in_bytes - twice,
-        inputs
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        memory.peak_memory_in_bytes - shared, arguments + memory.temp_size_in_bytes + results
     )
+    # Decoding samples all tokens but the first, which follows from the pass over the prompt.
+    flops = jaxpr_flops(traced.jaxpr.jaxpr, while_trips=ppo.max_new_tokens - 1)
     return Program(
         name,
-        inputs,
+        arguments,
         memory.temp_size_in_bytes,
         peak,
-        needed=max(peak, resident + peak - inputs),
-        flops=matmul_flops(function, *args, while_trips=trips) / mesh.size,
-        moved=done.bytes,
-        seconds=done.cycles / (chip.clock * 1e9),
-        collectives=done.collectives,
-        compile_s=seconds,
+        needed=max(peak, resident + peak - arguments),
+        flops=flops / mesh.size,
+        moved=account.bytes,
+        seconds=account.cycles / (chip.clock * 1e9),
+        collectives=account.collectives,
+        compile_s=compile_s,
     )
-
-
-def _size(tree: Any) -> int:
-    """Bytes of arrays on each chip."""
-    here = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return sum(math.prod(here(x)) * getattr(x.dtype, "itemsize", 4) for x in jax.tree.leaves(tree))
-
-
-def undivided(config: TransformerConfig, mesh: Mesh) -> list[str]:
-    """What `tensor` does not divide, and all its chips compute alike: the FLOPs of a chip are then more than its share."""
-    tensor = mesh.shape["tensor"]
-    sizes = {
-        "heads": config.heads,
-        "key/value heads": config.key_heads,
-        "MLP width": config.mlp_width,
-        "vocabulary": config.vocab_size,
-    }
-    return [f"{name} {size}" for name, size in sizes.items() if size % tensor]
-
-
-def advice(programs: dict[str, Program | TooLarge], chip: Chip) -> list[str]:
-    """What to change where a program does not fit; nothing if all do."""
-    lines, room = [], chip.memory * 2**30
-    for name, program in programs.items():
-        if isinstance(program, Program) and program.needed <= room:
-            continue
-        resident = (
-            program.needed - (program.peak - program.arguments)
-            if isinstance(program, Program)
-            else program.resident
-        )
-        if resident > 0.8 * room:
-            lines.append(
-                f"{name}: parameters and optimizer fill the chip; larger fsdp or tensor, more chips, --critic shared or "
-                "--lora.rank."
-            )
-        elif name == "rollout":
-            lines.append(f"{name}: the cache; fewer --ppo.rollout-rows, or more chips.")
-        else:
-            lines.append(
-                f"{name}: activations or logits; a smaller --ppo.micro-batch, --remat, --ppo.logit-chunk, or larger fsdp "
-                "or tensor."
-            )
-    return lines

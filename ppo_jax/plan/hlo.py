@@ -1,15 +1,18 @@
-"""What a compiled program does, read from its text: each loop's body counted as often as it runs, which XLA's own sums do not do.
+"""Count what a compiled program does, from the text of its HLO.
 
-The text is not a stable interface; what is not recognised counts nothing.
+XLA's own sums count the body of a loop once. Here it counts as often as the loop runs.
+
+The text of HLO is not a stable interface. An operation that is not recognized counts as nothing.
 """
 
+import dataclasses
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {
-    f"{kind}{n}": n for kind in "suf" for n in (8, 16, 32, 64)
+    f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)
 }
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)")
@@ -22,6 +25,8 @@ _COLLECTIVE = re.compile(
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# Operations that move no data themselves: their inputs and outputs share memory, or the
+# computations that they call count instead.
 _FREE = {
     "parameter",
     "tuple",
@@ -36,138 +41,173 @@ _FREE = {
 }
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collective operations of one kind.
+
+    Attributes:
+      count: how many of them run.
+      bytes: sum of their sizes. The size of one is that of its result or of its operands, whichever
+        is larger.
+    """
+
     count: int
-    bytes: int  # of the whole arrays that each leaves or, where it scatters, reads; summed
+    bytes: int
 
 
 class Account(NamedTuple):
-    """What one device does in one call of a program."""
+    """What one device does in one call of a program.
 
-    collectives: dict[str, Collective]  # by kind
-    bytes: int  # read and written in main memory by each operation: a bound from above, since slices count their whole operand
-    cycles: int  # the TPU compiler's own estimate of its operations, where it gives one
+    Attributes:
+      collectives: the collective operations by kind, such as `all-reduce`.
+      bytes: bytes that all operations read from and write to main memory. This is an upper bound,
+        since an operation that reads a slice counts its whole operand.
+      cycles: the TPU compiler's estimate of clock cycles; 0 from other compilers.
+    """
+
+    collectives: dict[str, Collective]
+    bytes: int
+    cycles: int
+
+
+class _Instruction(NamedTuple):
+    """One line of HLO, `%name = type opcode(rest`."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands."""
+        return re.findall(r"%([\w.-]+)", self.rest.split(")")[0])
+
+
+_Computations = dict[str, list[_Instruction]]
 
 
 def account(text: str) -> Account:
-    """Sums over the text of a compiled program (`compiled.as_text()`). A loop that may end early counts as if it did not.
+    """Count what a program does, from its text (`compiled.as_text()`).
+
+    A loop that may end early counts as if it did not.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> step = lambda x, _: (x @ x, None)
-      >>> compiled = jax.jit(lambda x: jax.lax.scan(step, x, length=5)[0]).lower(jnp.ones((8, 8))).compile()
-      >>> account(compiled.as_text()).collectives
+      >>> loop = jax.jit(lambda x: jax.lax.scan(step, x, length=5)[0])
+      >>> account(loop.lower(jnp.ones((8, 8))).compile().as_text()).collectives
       {}
     """
-    computations, entry, types = _parse(text)
-    times, fused = _times(computations, entry)
-    found: dict[tuple, tuple[str, int, int]] = {}
+    computations, entry = _parse(text)
+    runs, fused = _count_runs(computations, entry)
+    types = {x.name: x.type for instructions in computations.values() for x in instructions}
     moved = cycles = 0
-    for name, instructions in computations.items():
-        for own, kind, opcode, rest in instructions:
-            match = _COLLECTIVE.fullmatch(opcode)
-            if match:
-                read, left = sum(_bytes(t) for t in _operands(rest, types)), _bytes(kind)
-                left -= (
-                    read if match.group(2) and match.group(1) != "all-reduce" else 0
-                )  # the start of one names what it reads too
-                # One that is spread over several fusions, to run beside them, stands in each of them, on its own channel.
-                channel = _CHANNEL.search(rest) if name in fused else None
-                key = (channel.group(1), match.group(1), max(read, left)) if channel else (own,)
-                found[key] = (
-                    match.group(1),
-                    max(read, left),
-                    max(times[name], found.get(key, (0, 0, 0))[2]),
-                )
-            if name in fused:
-                continue
-            estimate = _CYCLES.search(rest)
-            cycles += times[name] * int(estimate.group(1)) if estimate else 0
-            if opcode not in _FREE:
-                moved += times[name] * sum(
-                    _bytes(t, memory=0) for t in (kind, *_operands(rest, types))
-                )
-    kinds = defaultdict(lambda: Collective(0, 0))
-    for kind, size, count in found.values():
-        kinds[kind] = Collective(kinds[kind].count + count, kinds[kind].bytes + count * size)
-    return Account(dict(kinds), moved, cycles)
+    for name in computations.keys() - fused:
+        for x in computations[name]:
+            if estimate := _CYCLES.search(x.rest):
+                cycles += runs[name] * int(estimate.group(1))
+            if x.opcode not in _FREE:
+                moved += runs[name] * sum(_traffic(x, types, memory=0))
+    return Account(_collectives(computations, runs, fused, types), moved, cycles)
 
 
-def _parse(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str, dict[str, str]]:
-    """Instructions `(name, type, opcode, rest)` by computation; the entry's name; the type of each instruction."""
-    computations, types, entry, current = {}, {}, "", []
+def _parse(text: str) -> tuple[_Computations, str]:
+    """Return the instructions of each computation, and the name of the entry computation."""
+    computations: _Computations = {}
+    entry, current = "", list[_Instruction]()
     for line in text.splitlines():
-        head = _COMPUTATION.match(line)
-        if head:
+        if head := _COMPUTATION.match(line):
             current = computations[head.group(2)] = []
             entry = head.group(2) if head.group(1) else entry
         elif match := _INSTRUCTION.match(line):
-            current.append(match.groups())
-            types[match.group(1)] = match.group(2)
-    return computations, entry, types
+            current.append(_Instruction(*match.groups()))
+    return computations, entry
 
 
-def _times(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
-    """How often each computation runs, and those that are part of one operation."""
-    calls = {name: [] for name in computations}
-    fused = set()
+def _count_runs(computations: _Computations, entry: str) -> tuple[dict[str, int], set[str]]:
+    """Return how often each computation runs, and those that are part of a single operation."""
+    calls: dict[str, list[tuple[str, int]]] = {name: [] for name in computations}
+    fused: set[str] = set()
     for name, instructions in computations.items():
-        for _, _, opcode, rest in instructions:
+        for x in instructions:
             called = {
-                role: re.findall(r"[\w.-]+", one or more)
-                for role, one, more in _CALLED.findall(rest)
+                role: re.findall(r"[\w.-]+", single or several)
+                for role, single, several in _CALLED.findall(x.rest)
             }
-            trips = (
-                _trips(computations.get(called["condition"][0], []))
-                if opcode == "while" and "condition" in called
-                else 1
-            )
+            trips = 1
+            if x.opcode == "while" and "condition" in called:
+                trips = _trips(computations.get(called["condition"][0], []))
             for role, names in called.items():
                 calls[name] += [(other, trips) for other in names if other in computations]
-                if role in ("calls", "to_apply") and opcode != "call":
+                if role in ("calls", "to_apply") and x.opcode != "call":
                     fused.update(names)
-    times = defaultdict(int)
+    runs: dict[str, int] = defaultdict(int)
 
     def run(name: str, count: int) -> None:
-        times[name] += count
+        runs[name] += count
         for other, trips in calls[name]:
             run(other, count * trips)
 
     run(entry, 1)
-    return times, fused
+    return runs, fused
 
 
-def _trips(condition: list[tuple[str, str, str, str]]) -> int:
-    """The bound of `counter < bound` in a loop's condition; 1 if there is none. Ours count from 0, or from 1 in decoding."""
-    whole = lambda kind, opcode: opcode == "constant" and kind.startswith("s32")
+def _trips(condition: list[_Instruction]) -> int:
+    """Return the bound of `counter < bound` in the condition of a loop, or 1 if there is none.
+
+    The loops of this package count from 0, except decoding, which counts from 1.
+    """
     constants = {
-        name: int(rest.split(")")[0])
-        for name, kind, opcode, rest in condition
-        if whole(kind, opcode)
+        x.name: int(x.rest.split(")")[0])
+        for x in condition
+        if x.opcode == "constant" and x.type.startswith("s32")
     }
-    for _, _, opcode, rest in condition:
-        if opcode == "compare" and "direction=LT" in rest:
-            bounds = [
-                constants[name]
-                for name in re.findall(r"%([\w.-]+)", rest.split(")")[0])
-                if name in constants
-            ]
+    for x in condition:
+        if x.opcode == "compare" and "direction=LT" in x.rest:
+            bounds = [constants[name] for name in x.operands if name in constants]
             if bounds:
                 return max(bounds)
     return max(constants.values(), default=1)
 
 
-def _operands(rest: str, types: dict[str, str]) -> list[str]:
-    return [types[name] for name in re.findall(r"%([\w.-]+)", rest.split(")")[0]) if name in types]
+def _collectives(
+    computations: _Computations, runs: dict[str, int], fused: set[str], types: dict[str, str]
+) -> dict[str, Collective]:
+    """Count the collective operations by kind."""
+    found: dict[tuple[str, str, int], int] = {}
+    for name, instructions in computations.items():
+        for x in instructions:
+            if not (match := _COLLECTIVE.fullmatch(x.opcode)):
+                continue
+            kind, start = match.groups()
+            read, written = _traffic(x, types)
+            if start and kind != "all-reduce":  # the type of its result names its operands too
+                written -= read
+            # XLA splits an operation over several fusions to overlap it with computation. It then
+            # appears in each of them, on a channel of its own, and counts once.
+            channel = _CHANNEL.search(x.rest) if name in fused else None
+            key = (channel.group() if channel else x.name, kind, max(read, written))
+            found[key] = max(runs[name], found.get(key, 0))
+    counts, sizes = Counter[str](), Counter[str]()
+    for (_, kind, size), count in found.items():
+        counts[kind] += count
+        sizes[kind] += count * size
+    return {kind: Collective(counts[kind], sizes[kind]) for kind in counts}
+
+
+def _traffic(x: _Instruction, types: dict[str, str], memory: int | None = None) -> tuple[int, int]:
+    """Return the bytes of the operands and of the result of an instruction."""
+    read = sum(_bytes(types[name], memory) for name in x.operands if name in types)
+    return read, _bytes(x.type, memory)
 
 
 def _bytes(kind: str, memory: int | None = None) -> int:
-    """Of all arrays of a type, or of those in one memory space."""
+    """Return the bytes of all arrays of a type, or of those in one memory space (0 is main)."""
     total = 0
     for name, shape, layout in _ARRAY.findall(kind):
         space = re.search(r"S\((\d+)\)", layout)
         if memory is None or (int(space.group(1)) if space else 0) == memory:
-            total += (
-                math.prod(int(size) for size in shape.split(",") if size) * _BITS.get(name, 0) // 8
-            )
+            size = math.prod(int(axis) for axis in shape.split(",") if axis)
+            total += size * _BITS.get(name, 0) // 8
     return total

@@ -1,7 +1,8 @@
-"""Memory of a PPO step, by arithmetic."""
+"""An estimate of the memory of a PPO step, from the sizes of its arrays."""
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,14 @@ from ppo_jax.models.transformer import init_params
 from ppo_jax.ppo.settings import PPOConfig
 
 
-def describe(model: str, dtype: str, remat: bool) -> tuple[str, TransformerConfig]:
-    """Family and config of a model or of a published size."""
+def load_config(model: str, dtype: str, remat: bool) -> tuple[str, TransformerConfig]:
+    """Return the family and the config of a model, without reading its weights.
+
+    Args:
+      model: a folder, a Hugging Face id, a .gguf file, or a published size such as `gpt2-xl`.
+      dtype: the type to compute in.
+      remat: whether to recompute activations in the backward pass.
+    """
     if model in sizes.SIZES:
         size = sizes.SIZES[model]
         return size.__name__, dataclasses.replace(size(model), dtype=jnp.dtype(dtype), remat=remat)
@@ -24,16 +31,20 @@ def describe(model: str, dtype: str, remat: bool) -> tuple[str, TransformerConfi
 
 
 def check_prompt(prompt_tokens: int, ppo: PPOConfig, config: TransformerConfig) -> None:
-    """Raises SettingError if no prompt of so many tokens, with a response, fits the model's positions."""
+    """Check that a prompt of this length and its response fit the model's positions.
+
+    Raises:
+      SettingError: if they do not.
+    """
     room = config.positions - ppo.max_new_tokens
     if not 1 <= prompt_tokens <= room:
         raise SettingError(
-            f"prompt_tokens={prompt_tokens} must lie in 1 .. {room}, the model's {config.positions} positions less "
-            f"max_new_tokens={ppo.max_new_tokens}."
+            f"prompt_tokens={prompt_tokens} must lie in 1 .. {room}, the model's "
+            f"{config.positions} positions less max_new_tokens={ppo.max_new_tokens}."
         )
 
 
-def memory(
+def estimate_memory(
     config: TransformerConfig,
     ppo: PPOConfig,
     *,
@@ -41,47 +52,47 @@ def memory(
     critic: str,
     adapters: lora.LoRA | None,
 ) -> dict[str, int]:
-    """Bytes that a PPO step holds, by what for: an account of arrays, not a measurement.
+    """Estimate the bytes that a PPO step holds on one device, by their use.
 
-    Activations count what a block keeps for its backward pass, per token: 10 vectors of the model's width, 3 of the MLP's, the
-    attention's weights (once per head and position); with `remat`, the block's input alone and one block in full.
+    The activations that a block keeps for its backward pass are, for each token, 10 vectors of the
+    model's width, 3 of the MLP's width, and the attention weights of each head. With `remat`, a
+    block keeps only its input, and one block at a time keeps the rest.
+
+    Args:
+      config: the model of policy, reference and critic.
+      ppo: settings of the iteration.
+      prompt_tokens: `P`, the length of every prompt.
+      critic: `shared` for a value head on the policy's trunk, `separate` for a model of its own.
+      adapters: low-rank adapters to train instead of all parameters.
     """
     trunk = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     scorer = jax.eval_shape(lambda: heads.init_scorer(config, jax.random.key(0)))
-    params = {
-        "policy": trunk,
-        "critic": scorer if critic == "separate" else {"head": scorer["head"]},
-    }
-    base = size_of(params) + size_of(trunk)  # and the reference
-    if adapters is not None:
+    separate = critic == "separate"
+    params = {"policy": trunk, "critic": scorer if separate else {"head": scorer["head"]}}
+    if adapters is not None:  # policy, critic and reference then share one frozen trunk
         params, _ = jax.eval_shape(lambda p: lora.adapt(p, jax.random.key(0), adapters), params)
-        base = size_of(trunk) + size_of(params)  # one frozen trunk for policy, critic and reference
-    each, tokens = jnp.dtype(config.dtype).itemsize, prompt_tokens + ppo.max_new_tokens
-    rows, towers = ppo.rows_at_a_time, 2 if critic == "separate" else 1
-    block = (
-        rows * tokens * (10 * config.width + 3 * config.mlp_width + config.heads * tokens) * each
-    )
-    kept = (
-        config.layers * rows * tokens * config.width * each + block
-        if config.remat
-        else config.layers * block
-    )
-    positions = ppo.logit_chunk or ppo.max_new_tokens
+    trained = size_of(params)
+    itemsize, tokens = jnp.dtype(config.dtype).itemsize, prompt_tokens + ppo.max_new_tokens
+    micro_tokens = ppo.rows_at_a_time * tokens
+    token = 10 * config.width + 3 * config.mlp_width + config.heads * tokens
+    block = micro_tokens * token * itemsize
+    kept = config.layers * (micro_tokens * config.width * itemsize if config.remat else block)
+    logits = ppo.rows_at_a_time * (ppo.logit_chunk or ppo.max_new_tokens) * config.vocab_size
+    cache = config.layers * ppo.batch_size * tokens * config.key_heads * config.head_width
     return {
-        "parameters and reference": base,
-        "gradients": size_of(params),
-        "AdamW's moments": 2 * size_of(params),
-        "activations of a micro-batch": towers * kept,
-        "logits of a micro-batch": 3 * rows * positions * config.vocab_size * 4,
-        "key/value cache of the rollout": 2
-        * config.layers
-        * ppo.batch_size
-        * tokens
-        * config.key_heads
-        * config.head_width
-        * each,
+        "parameters and reference": trained + size_of(trunk),
+        "gradients": trained,
+        "AdamW's moments": 2 * trained,
+        "activations of a micro-batch": (1 + separate) * (kept + config.remat * block),
+        "logits of a micro-batch": 3 * logits * 4,
+        "key/value cache of the rollout": 2 * cache * itemsize,
     }
 
 
-def size_of(tree) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def size_of(tree: Any) -> int:
+    """Return the bytes that the arrays of a tree, or their shapes, take on each device."""
+
+    def shape(x: Any) -> tuple[int, ...]:
+        return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+
+    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -17,8 +17,8 @@ from ppo_jax.errors import (
     Fault,
     GradientError,
     NonFiniteError,
-    RewardError,
     NonFiniteParametersError,
+    RewardError,
 )
 from ppo_jax.ops.rewards import ScaleState, running_scale
 from ppo_jax.types import Rollout, Scores

@@ -1,0 +1,92 @@
+"""The figures of compiled programs as text and JSON, and advice where a program does not fit."""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.plan.compile import Program, Programs, TooLarge
+from ppo_jax.plan.topology import Chip
+
+
+def summary(programs: Programs, config: TransformerConfig, mesh: Mesh, chip: Chip) -> str:
+    """Describe the programs for a reader, and end with whether they fit and what to change."""
+    lines = [line for name, program in programs.items() for line in _lines(name, program, chip)]
+    if sizes := indivisible_sizes(config, mesh):
+        lines.append(
+            f"tensor={mesh.shape['tensor']} does not divide {', '.join(sizes)}; "
+            "every chip computes these in full, beyond its share."
+        )
+    problems = advice(programs, chip)
+    lines += ["It does not fit:", *(f"  {x}" for x in problems)] if problems else ["It fits."]
+    return "\n".join(lines)
+
+
+def _lines(name: str, program: Program | TooLarge, chip: Chip) -> list[str]:
+    if isinstance(program, TooLarge):
+        return [f"{name}: does not compile: {program.reason}"]
+    gib = lambda size: f"{size / 2**30:.3f} GiB"
+    share = program.flops / (program.seconds * chip.peak * 1e12) if program.seconds else 0
+    return [
+        f"{name} (compiled in {program.compile_s:.0f} s)",
+        f"  arguments {gib(program.arguments)}, temporary {gib(program.temporary)}, "
+        f"peak {gib(program.peak)}; with all else on the chip {gib(program.needed)}",
+        f"  {program.flops / 1e12:.3f} TFLOP, at most {gib(program.moved)} moved; the compiler's "
+        f"estimate {program.seconds:.3f} s ({share:.0%} of the chip's bfloat16 peak)",
+        *(
+            f"  {kind}: {c.count} of {gib(c.bytes)} together"
+            for kind, c in sorted(program.collectives.items())
+        ),
+    ]
+
+
+def as_json(programs: Programs) -> dict[str, Any]:
+    """Return the figures as objects that `json` can write, by the names of the programs."""
+    return {
+        name: {"too_large": program.reason}
+        if isinstance(program, TooLarge)
+        else program._asdict()
+        | {"collectives": {kind: vars(c) for kind, c in program.collectives.items()}}
+        for name, program in programs.items()
+    }
+
+
+def indivisible_sizes(config: TransformerConfig, mesh: Mesh) -> list[str]:
+    """Name the sizes of a model that the mesh axis `tensor` does not divide.
+
+    All chips of that axis compute the parts with these sizes in full, so a chip then does more
+    than the share that `Program.flops` gives.
+    """
+    sizes = {
+        "heads": config.heads,
+        "key/value heads": config.key_heads,
+        "MLP width": config.mlp_width,
+        "vocabulary": config.vocab_size,
+    }
+    return [f"{name} {size}" for name, size in sizes.items() if size % mesh.shape["tensor"]]
+
+
+def advice(programs: Programs, chip: Chip) -> list[str]:
+    """Say what to change for each program that does not fit; the list is empty if all fit."""
+    lines, memory = [], chip.memory * 2**30
+    for name, program in programs.items():
+        if isinstance(program, TooLarge):
+            resident = program.resident
+        elif program.needed > memory:
+            resident = program.needed - (program.peak - program.arguments)
+        else:
+            continue
+        if resident > 0.8 * memory:
+            change = (
+                "parameters and optimizer state fill the chip; use a larger fsdp or tensor, more "
+                "chips, --critic shared or --lora.rank."
+            )
+        elif name == "rollout":
+            change = "the key/value cache is too large; use fewer --ppo.rollout-rows or more chips."
+        else:
+            change = (
+                "activations or logits are too large; use a smaller --ppo.micro-batch, --remat, "
+                "--ppo.logit-chunk, or a larger fsdp or tensor."
+            )
+        lines.append(f"{name}: {change}")
+    return lines

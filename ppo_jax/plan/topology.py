@@ -1,0 +1,71 @@
+"""Slices of TPUs to compile for, which need not be attached to this machine.
+
+The compiler is the TPU's own, from the package `libtpu`.
+"""
+
+import importlib.util
+import os
+import re
+from typing import NamedTuple
+
+import jax
+
+from ppo_jax.errors import SettingError
+
+
+class Chip(NamedTuple):
+    """What one JAX device of a TPU slice offers.
+
+    A device is a chip. On v4 the compiler sees each of a chip's two cores as a device.
+
+    Attributes:
+      memory: memory that programs may use, in GiB, as the compiler reports it.
+      peak: published peak rate of bfloat16 arithmetic, in TFLOP/s.
+      clock: clock rate in GHz: the peak rate divided by the operations of one cycle.
+    """
+
+    memory: float
+    peak: float
+    clock: float
+
+
+CHIPS = {
+    "v4": Chip(15.25, 137.5, 1.05),
+    "v5e": Chip(15.75, 197, 1.5),
+    "v5p": Chip(95.74, 459, 1.75),
+    "v6e": Chip(31.25, 918, 1.75),
+}
+
+# Without these variables, libtpu looks for a TPU that this machine is a host of.
+_NO_TPU_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def make_topology(name: str) -> list[jax.Device]:
+    """Return the devices of a TPU slice, to compile for.
+
+    Args:
+      name: kind of chip (see `CHIPS`) and shape of the slice, such as `v5e:4x4`.
+
+    Raises:
+      SettingError: if the name has another form, there is no such slice, or libtpu is missing.
+    """
+    if name.partition(":")[0] not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", name):
+        raise SettingError(
+            f"topology must be like v5e:4x4, with a chip of {', '.join(CHIPS)}; it is {name!r}."
+        )
+    for variable, value in _NO_TPU_HOST.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # JAX and libtpu raise several kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not importlib.util.find_spec("libtpu"):
+            reason += " (libtpu comes with pip install 'ppo-jax[tpu-aot]')"
+        raise SettingError(f"No compiler for {name}: {reason}") from error
