@@ -1,5 +1,6 @@
 """Compare one PPO update with that of TRL 1.10, whose conventions tests/golden/README.md lists."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from flax.traverse_util import flatten_dict
 from ppo_jax.models import heads
 from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ops import losses
+from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt, apply_missing_eos
 from ppo_jax.ppo.loss import ppo_loss_fn
+from ppo_jax.ppo.methods import gae
 from ppo_jax.ppo.scoring import forward_responses, make_experience
 from ppo_jax.ppo.update import ppo_update
 from ppo_jax.types import Rollout, Scores
@@ -92,8 +96,7 @@ def experience(step, rollout):
         scores,
         jnp.asarray(step["scores"]),
         kl_coef=META["kl_coef"],
-        gamma=META["gamma"],
-        lam=META["gae_lambda"],
+        advantage_fn=gae(gamma=META["gamma"], lam=META["gae_lambda"]),
         score_at=ScoreAt.AFTER_LAST_TOKEN,
         unbiased=True,
     )
@@ -119,14 +122,15 @@ def test_parameters_after_the_step(step, experience, models):
         eps=META["adam_eps"],
         weight_decay=0.0,
     )
+    clip = {"clip_low": META["clip"], "clip_high": META["clip"]}
     loss_fn = ppo_loss_fn(
         model,
         critic,
+        functools.partial(
+            losses.ppo_loss, **clip, value_clip=META["value_clip"], vf_coef=META["vf_coef"]
+        ),
+        functools.partial(policy_metrics, **clip),
         temperature=TEMPERATURE,
-        clip_low=META["clip"],
-        clip_high=META["clip"],
-        value_clip=META["value_clip"],
-        vf_coef=META["vf_coef"],
     )
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
     update = jax.jit(lambda s, e, k: ppo_update(s, e, k, loss_fn=loss_fn, epochs=1, minibatches=1))

@@ -35,6 +35,7 @@ from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.metrics import explained_variance
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.loss import ppo_loss_fn
+from ppo_jax.ppo.methods import Loss
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import RewardError, TextReward, TokenReward, check_scores
 from ppo_jax.reward_functions.loading import load_reward
@@ -697,11 +698,8 @@ def test_a_custom_loss_is_used_and_checked_on_resume(tmp_path):
         loss, metrics = ppo_loss_fn(
             language_model(model),
             heads.separate_critic(model),
+            *Loss.PPO.function(PPOConfig(value_clip=None, vf_coef=1.0)),
             temperature=1.0,
-            clip_low=0.2,
-            clip_high=0.2,
-            value_clip=None,
-            vf_coef=1.0,
         )(params, batch, counts)
         return 0.0 * loss, metrics
 

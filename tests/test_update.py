@@ -12,13 +12,27 @@ from flax.training.train_state import TrainState
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.ops import losses
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
+from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ppo.loss import ppo_loss_fn
+from ppo_jax.ppo.methods import gae
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.update import ppo_update, shuffled_minibatches
 
 ROWS = 16
+LOSS = (
+    functools.partial(
+        losses.ppo_loss,
+        clip_low=0.2,
+        clip_high=0.2,
+        value_clip=0.2,
+        vf_coef=0.1,
+        entropy_coef=0.01,
+    ),
+    functools.partial(policy_metrics, clip_low=0.2, clip_high=0.2),
+)
 
 
 @functools.cache
@@ -60,7 +74,11 @@ def small_problem(dtype=jnp.float32):
     )(params, rollout)
     np.testing.assert_array_equal(scores.kl, 0)  # of the model with itself
     experience, _ = make_experience(
-        rollout, scores, jax.random.normal(key, (ROWS,)), kl_coef=0.1, gamma=1.0, lam=0.95
+        rollout,
+        scores,
+        jax.random.normal(key, (ROWS,)),
+        kl_coef=0.1,
+        advantage_fn=gae(gamma=1.0, lam=0.95),
     )
     return model, critic, params, experience
 
@@ -77,16 +95,7 @@ def run(
 ):
     model, critic, params, made = small_problem(dtype)
     loss_fn = ppo_loss_fn(
-        model,
-        critic,
-        temperature=0.7,
-        clip_low=0.2,
-        clip_high=0.2,
-        value_clip=0.2,
-        vf_coef=0.1,
-        entropy_coef=0.01,
-        aggregation=aggregation,
-        chunk=chunk,
+        model, critic, *LOSS, temperature=0.7, aggregation=aggregation, chunk=chunk
     )
     state = TrainState.create(
         apply_fn=None, params=params, tx=optax.sgd(0.05) if tx is None else tx
@@ -172,16 +181,7 @@ def test_non_finite_parameters_are_reported():
 
 def test_eight_devices_by_pmap_equal_one():
     model, critic, params, experience = small_problem()
-    loss_fn = ppo_loss_fn(
-        model,
-        critic,
-        temperature=0.7,
-        clip_low=0.2,
-        clip_high=0.2,
-        value_clip=0.2,
-        vf_coef=0.1,
-        entropy_coef=0.01,
-    )
+    loss_fn = ppo_loss_fn(model, critic, *LOSS, temperature=0.7)
     state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.05))
     spread = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), experience)
     update = jax.pmap(

@@ -1,13 +1,11 @@
-"""Gradient of a minibatch, a micro-batch at a time."""
-
-from typing import Any
+"""The gradient of a minibatch, accumulated over micro-batches and devices."""
 
 import jax
 import jax.numpy as jnp
 
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
 from ppo_jax.ops.metrics import add_parts
-from ppo_jax.ppo.scoring import split_rows
+from ppo_jax.ppo.batching import split_rows
 from ppo_jax.sharding import constrain_params
 from ppo_jax.types import Counts, Experience, LossFn, LossMetrics, Params
 
@@ -16,23 +14,26 @@ def minibatch_gradient(
     loss_fn: LossFn,
     params: Params,
     batch: Experience,
+    axis_name: str | None = None,
     *,
     micro_batches: int = 1,
     aggregation: Aggregation = BY_TOKEN,
-    axis_name: str | None = None,
 ) -> tuple[Params, LossMetrics]:
-    """Gradient and metrics of a minibatch, a micro-batch at a time, with one reduction over devices at the end.
+    """Computes the gradient and the metrics of a minibatch, one micro-batch at a time.
+
+    Under `axis_name`, gradients are reduced over devices once per minibatch, after all
+    micro-batches.
 
     Args:
-      loss_fn: the part that a micro-batch has in the loss.
-      params: what the gradient is of.
-      batch: the minibatch; its rows are a multiple of `micro_batches`.
-      micro_batches: how many parts.
-      aggregation: how the loss counts.
-      axis_name: mapped axis over which the minibatch is spread.
+      loss_fn: the loss of a micro-batch; these add up to the loss of the minibatch.
+      params: the parameters to differentiate with respect to.
+      batch: the minibatch, `[B, ...]` arrays.
+      axis_name: mapped axis over which the minibatch is split.
+      micro_batches: number of micro-batches; it must divide `B`.
+      aggregation: the mean over tokens that `loss_fn` uses.
 
     Returns:
-      The gradient, like `params`, and the metrics of the whole minibatch.
+      The gradient, a pytree like `params`, and the metrics of the whole minibatch.
     """
     counts = Counts(
         tokens=BY_TOKEN.count(batch.response_mask, axis_name=axis_name),
@@ -40,14 +41,15 @@ def minibatch_gradient(
         value=aggregation.count(batch.value_mask, axis_name=axis_name),
     )
 
-    def part(micro_batch: Experience) -> tuple[Params, LossMetrics]:
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, micro_batch, counts)
-        return constrain_params(
-            grads
-        ), metrics  # else the compiler may add up whole gradients on each device
+    def part(rows: Experience) -> tuple[Params, LossMetrics]:
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows, counts)
+        # Without the constraint the compiler may add up unsharded gradients on every device.
+        return constrain_params(grads), metrics
 
-    def add(total, micro_batch):
-        grads, metrics = part(micro_batch)
+    def add(
+        total: tuple[Params, LossMetrics], rows: Experience
+    ) -> tuple[tuple[Params, LossMetrics], None]:
+        grads, metrics = part(rows)
         return (jax.tree.map(jnp.add, total[0], grads), add_parts(total[1], metrics)), None
 
     if micro_batches == 1:
@@ -55,14 +57,8 @@ def minibatch_gradient(
     else:
         parts = split_rows(batch, micro_batches)
         shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+        (grads, metrics), _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
     if axis_name is not None:
         grads, mean = jax.lax.psum((grads, metrics.mean), axis_name)
         metrics = LossMetrics(mean, jax.lax.pmax(metrics.max, axis_name))
     return grads, metrics
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Whether no number of any array is an infinity or NaN: `[]` bool."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()

@@ -1,94 +1,72 @@
-"""The PPO iteration, on one screen: sample, score, turn scores into experience, learn.
+"""The PPO iteration on one screen: sample responses, score them, and learn from the scores.
 
-Everything that changes is in `PPOState`; `sample`, `score` and `learn` are pure, and `Trainer` (in `train`) compiles them once.
+`ppo_iteration` is the whole of it, and `sample`, `score` and `learn` are its stages. All are pure
+functions of a `PPOState`. What a method computes is a function handed to a stage or named by a
+setting, so a new advantage estimator, loss or KL estimator needs no change here: see `ppo.methods`.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-from flax.training.train_state import TrainState
 
 from ppo_jax.errors import SettingError
-from ppo_jax.ops.kl import KLState
 from ppo_jax.ops.metrics import experience_metrics
 from ppo_jax.ops.rewards import ScaleState, apply_missing_eos, running_scale
-from ppo_jax.ppo import update
-from ppo_jax.ppo.loss import ppo_loss_fn
+from ppo_jax.ppo.batching import map_rows
+from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.rollout import generate
-from ppo_jax.ppo.scoring import join_rows, make_experience, score_rollout, split_rows
-from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.types import (
-    AdvantageFn,
-    CriticFn,
-    LanguageModel,
-    LossFn,
-    Metrics,
-    Params,
-    Rollout,
-    Scores,
-    overlay,
-)
-
-_SAMPLE, _SHUFFLE = 0, 1  # one key a purpose
-_INIT = 2**32 - 1  # no update has this number
+from ppo_jax.ppo.scoring import make_experience, score_rollout
+from ppo_jax.ppo.state import SAMPLE, SHUFFLE, Agent, PPOState
+from ppo_jax.ppo.state import init_key as init_key
+from ppo_jax.ppo.state import init_state as init_state
+from ppo_jax.ppo.update import ppo_update, schedule_at
+from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores, overlay
 
 
-@flax.struct.dataclass
-class PPOState:
-    """All that changes in a run, and all that a checkpoint holds beside the data's position.
+@functools.partial(jax.jit, static_argnames=("agent", "reward"))
+def ppo_iteration(
+    agent: Agent,
+    state: PPOState,
+    ref_params: Params,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    reward: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> tuple[PPOState, Rollout, Metrics]:
+    """Runs a whole iteration as one compiled program, for a reward function that JAX can trace.
 
-    Attributes:
-      train: parameters `{"policy": ..., "critic": ...}` and optimizer state.
-      kl: the KL controller's.
-      scale: running moments of the scores.
-      key: `[]` typed key, the root; never drawn from itself.
-      update: `[]` int32, updates done.
+    Args:
+      agent: model, critic and settings; static.
+      state: the state before the iteration.
+      ref_params: parameters of the reference policy.
+      prompts: `[B, P]` int32, padded on the left.
+      prompt_mask: `[B, P]` bool, real tokens.
+      reward: `reward(tokens [B, T], mask [B, T], response_mask [B, R])` returns scores `[B]`;
+        static.
+
+    Returns:
+      The new state, the rollout and the metrics.
+
+    Example:
+      >>> from ppo_jax import *
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=26, width=4, layers=1, heads=2, mlp_width=16)
+      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), (0,), pad_id=0)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(4)}}
+      >>> state = init_state(agent, params, jax.random.key(1), updates=1)
+      >>> prompts = jnp.array([[1, 2]] * 64)
+      >>> length = lambda tokens, mask, response_mask: response_mask.sum(1).astype(jnp.float32)
+      >>> state, *_ = ppo_iteration(agent, state, policy, prompts, prompts > 0, length)
+      >>> int(state.update)
+      1
     """
-
-    train: TrainState
-    kl: KLState
-    scale: ScaleState
-    key: jax.Array
-    update: jax.Array
-
-    @property
-    def policy(self) -> Params:
-        return self.train.params["policy"]
-
-    def key_for(self, purpose: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(self.key, self.update), purpose)
-
-
-class Agent(NamedTuple):
-    """What is fixed while compiled: the functions of the policy and critic, and the settings."""
-
-    model: LanguageModel
-    critic: CriticFn
-    config: PPOConfig
-    stop_ids: tuple[int, ...]
-    pad_id: int
-
-
-def init_key(seed: int, part: int) -> jax.Array:
-    """`[]` typed key for `part` of the new parameters, apart from all keys of a run with that seed.
-
-    Children of `jax.random.key(seed)` itself would be the keys of the first updates: `split` and `fold_in` give the same ones.
-    """
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _INIT), part)
-
-
-def init_state(agent: Agent, params: Params, key: jax.Array, *, updates: int) -> PPOState:
-    """The state before the first of `updates` updates, from `{"policy": ..., "critic": ...}`."""
-    train = TrainState.create(
-        apply_fn=agent.model.hidden, params=params, tx=agent.config.optimizer(updates)
-    )
-    train = train.replace(step=jnp.int32(0))
-    return PPOState(
-        train, agent.config.controller().init(), running_scale().init(), key, jnp.int32(0)
-    )
+    rollout = sample(agent, state, prompts, prompt_mask)
+    scores = score(agent, state, ref_params, rollout)
+    task_scores = reward(rollout.tokens, rollout.mask, rollout.response_mask)
+    state, metrics = learn(agent, state, rollout, scores, task_scores)
+    return state, rollout, metrics
 
 
 def sample(
@@ -100,23 +78,46 @@ def sample(
     row_ids: jax.Array | None = None,
     frozen: Params | None = None,
 ) -> Rollout:
-    """A response to each of `B` left-padded prompts `[B, P]`; `row_ids [B]` number them in the global batch.
+    """Samples a response to each prompt.
 
-    Here and below, `frozen` holds parameters that do not train: the state's lie over them (see `types.overlay`, `models.lora`).
+    Args:
+      agent: model, critic and settings.
+      state: the state before the update; its policy samples.
+      prompts: `[B, P]` int32, padded on the left.
+      prompt_mask: `[B, P]` bool, real tokens; the last position of every row must be one.
+      row_ids: `[B]` int32, numbers of the rows in the global batch; `0 .. B-1` by default.
+      frozen: parameters `{"policy": ...}` that are not trained, such as the weights under LoRA
+        adapters; those of the state are laid over them (see `types.overlay`).
+
+    Returns:
+      The rollout.
+
+    Raises:
+      ValueError: if the settings forbid the whole vocabulary.
+      AssertionError: if `prompts` and `prompt_mask` differ in shape, or are not int and bool.
+
+    Example:
+      >>> from ppo_jax import *
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=26, width=4, layers=1, heads=2, mlp_width=16)
+      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), (0,), pad_id=0)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(4)}}
+      >>> state = init_state(agent, params, jax.random.key(1), updates=1)
+      >>> sample(agent, state, jnp.array([[1, 2]]), jnp.array([[True, True]])).responses.shape
+      (1, 24)
     """
-    c, params, key = (
-        agent.config,
-        overlay(frozen, state.train.params)["policy"],
-        state.key_for(_SAMPLE),
-    )
+    c, key = agent.config, state.key_for(SAMPLE)
+    params = overlay(frozen, state.train.params)["policy"]
 
-    def some(rows: tuple[jax.Array, jax.Array, jax.Array]) -> Rollout:
+    def sample_rows(rows: tuple[jax.Array, jax.Array, jax.Array]) -> Rollout:
+        prompts, prompt_mask, row_ids = rows
         return generate(
             agent.model,
             params,
             key,
-            rows[0],
-            rows[1],
+            prompts,
+            prompt_mask,
             max_new_tokens=c.max_new_tokens,
             min_new_tokens=c.min_new_tokens,
             stop_ids=agent.stop_ids,
@@ -126,14 +127,11 @@ def sample(
             top_p=c.top_p,
             stop_at_end=c.stop_at_end,
             truncate_after=c.truncate_after,
-            row_ids=rows[2],
+            row_ids=row_ids,
         )
 
-    B = len(prompts)
-    rows = (prompts, prompt_mask, jnp.arange(B) if row_ids is None else row_ids)
-    if c.rollout_rows is None or c.rollout_rows >= B:
-        return some(rows)
-    return join_rows(jax.lax.map(some, split_rows(rows, B // c.rollout_rows)))
+    row_ids = jnp.arange(len(prompts)) if row_ids is None else row_ids
+    return map_rows(sample_rows, (prompts, prompt_mask, row_ids), c.rollout_rows)
 
 
 def score(
@@ -144,7 +142,35 @@ def score(
     *,
     frozen: Params | None = None,
 ) -> Scores:
-    """What policy, reference and critic say of the responses; it needs no task score, so it runs while that is made."""
+    """Computes log-probs, values, entropies and KL of a rollout.
+
+    It does not need the task's scores, so it can run on the device while the host computes them.
+
+    Args:
+      agent: model, critic and settings.
+      state: the state before the update, which sampled the rollout.
+      ref_params: parameters of the reference policy.
+      rollout: `B` sampled responses.
+      frozen: parameters that are not trained, as in `sample`.
+
+    Returns:
+      The scores under policy, reference and critic.
+
+    Raises:
+      AssertionError: if the critic does not return values of shape `[B, R]`.
+
+    Example:
+      >>> from ppo_jax import *
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=26, width=4, layers=1, heads=2, mlp_width=16)
+      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), (0,), pad_id=0)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(4)}}
+      >>> state = init_state(agent, params, jax.random.key(1), updates=1)
+      >>> rollout = sample(agent, state, jnp.array([[1, 2]]), jnp.array([[True, True]]))
+      >>> score(agent, state, policy, rollout).kl.max()  # the policy is still the reference
+      Array(0., dtype=float32)
+    """
     c = agent.config
     return score_rollout(
         agent.model,
@@ -167,35 +193,66 @@ def learn(
     task_scores: jax.Array,
     token_scores: jax.Array | None = None,
     *,
-    frozen: Params | None = None,
     advantage_fn: AdvantageFn | None = None,
     loss_fn: LossFn | None = None,
-    advantage_fn: AdvantageFn | None = None,
+    frozen: Params | None = None,
     axis_name: str | None = None,
 ) -> tuple[PPOState, Metrics]:
-    """Task scores `[B]` (and `[B, R]` of tokens) to rewards, advantages and `epochs x minibatches` steps.
+    """Turns the scores of a rollout into advantages and takes the optimizer steps of one update.
 
-    `loss_fn` stands in for PPO's loss. Under a mapped `axis_name` the rows are this device's share of the batch, and all averages
-    are global.
+    Args:
+      agent: model, critic and settings.
+      state: the state before the update, which sampled the rollout.
+      rollout: `B` sampled responses.
+      scores: their log-probs, values and KL, from `score`.
+      task_scores: `[B]` float32, the task's score of each response.
+      token_scores: `[B, R]` float32, the task's scores of single tokens, in addition; `None` for
+        none.
+      advantage_fn: advantage estimator to use instead of the one that the settings name.
+      loss_fn: loss to use instead of the one that the settings name.
+      frozen: parameters that are not trained, as in `sample`.
+      axis_name: mapped axis over which the rows are split; the rows are then this device's share of
+        the batch, and all means are over the whole batch.
+
+    Returns:
+      The new state and the metrics.
+
+    Raises:
+      SettingError: if there are `token_scores` and the settings scale or clip scores.
+      ValueError: if the minibatches and micro-batches do not divide the number of rows.
+      AssertionError: if shapes disagree, those that `advantage_fn` returns included.
+
+    Example:
+      >>> from ppo_jax import *
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=26, width=4, layers=1, heads=2, mlp_width=16)
+      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), (0,), pad_id=0)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(4)}}
+      >>> state = init_state(agent, params, jax.random.key(1), updates=1)
+      >>> prompts = jnp.array([[1, 2]] * 64)
+      >>> rollout = sample(agent, state, prompts, prompts > 0)
+      >>> scores = score(agent, state, policy, rollout)
+      >>> task_scores = (rollout.responses == 5).sum(1).astype(jnp.float32)
+      >>> state, metrics = learn(agent, state, rollout, scores, task_scores)
+      >>> metrics["optimizer/steps"]
+      Array(16., dtype=float32)
     """
-    c = agent.config
-    final = apply_missing_eos(
-        task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty
-    )
-    if token_scores is not None and (c.scale_scores or c.score_clip is not None):
-        raise SettingError(
-            "scale_scores and score_clip are of scores of whole responses; leave them off where tokens are scored."
-        )
-    scale, scaled = running_scale().update(state.scale, final, axis_name=axis_name)
-    final = scaled if c.scale_scores else final
-    final = final if c.score_clip is None else jnp.clip(final, -c.score_clip, c.score_clip)
+    c, total_scores = agent.config, task_scores
+    scale, final_scores = _final_scores(agent, state, rollout, task_scores, axis_name)
+    if token_scores is not None:
+        if c.scale_scores or c.score_clip is not None:
+            raise SettingError(
+                "scale_scores and score_clip are for scores of whole responses; leave them off "
+                "where tokens are scored."
+            )
+        total_scores = task_scores + jnp.where(rollout.response_mask, token_scores, 0).sum(axis=1)
     experience, rewards = make_experience(
         rollout,
         scores,
-        final,
+        final_scores,
         kl_coef=state.kl.coef,
-        gamma=c.gamma,
-        lam=c.lam,
+        advantage_fn=advantage_fn or c.advantage.function(c),
         score_at=c.score_at,
         token_scores=token_scores,
         whiten_rewards=c.whiten_rewards,
@@ -203,61 +260,41 @@ def learn(
         unbiased=c.unbiased_whitening,
         axis_name=axis_name,
     )
-    loss_fn = loss_fn or ppo_loss_fn(
-        agent.model,
-        agent.critic,
-        temperature=c.temperature,
-        clip_low=c.clip_low,
-        clip_high=c.clip_high,
-        value_clip=c.value_clip,
-        vf_coef=c.vf_coef,
-        entropy_coef=c.entropy_coef,
-        dual_clip=c.dual_clip,
-        aggregation=c.weighting.aggregation,
-        chunk=c.logit_chunk,
-    )
-    due = update.schedule_at(state.train, state.update * (c.epochs * c.minibatches))
-    train, learned = update.ppo_update(
-        due,
+    train, learned = ppo_update(
+        schedule_at(state.train, state.update * (c.epochs * c.minibatches)),
         experience,
-        state.key_for(_SHUFFLE),
+        state.key_for(SHUFFLE),
+        loss_fn=loss_fn or agent_loss_fn(agent),
         epochs=c.epochs,
         minibatches=c.minibatches,
         micro_batches=c.micro_batches,
-        aggregation=c.weighting.aggregation,
+        aggregation=c.weighting.function,
         target_kl=c.target_kl,
         skip_nonfinite=c.skip_nonfinite,
         axis_name=axis_name,
-        loss_fn=loss_fn,
         frozen=frozen,
     )
-    total = (
-        task_scores
-        if token_scores is None
-        else task_scores + jnp.where(rollout.response_mask, token_scores, 0).sum(axis=1)
+    before = experience_metrics(
+        rollout, scores, experience, rewards, total_scores, axis_name=axis_name
     )
-    seen = experience_metrics(rollout, scores, experience, rewards, total, axis_name=axis_name)
-    kl_state = c.controller().update(state.kl, seen["objective/kl"], c.batch_size)
-    metrics = {**seen, **learned, "objective/kl_coef": state.kl.coef}
+    kl_state = c.controller().update(state.kl, before["objective/kl"], c.batch_size)
+    metrics = {**before, **learned, "objective/kl_coef": state.kl.coef}
     return PPOState(train, kl_state, scale, state.key, state.update + 1), metrics
 
 
-@functools.partial(jax.jit, static_argnames=("agent", "reward"))
-def ppo_iteration(
+def _final_scores(
     agent: Agent,
     state: PPOState,
-    ref_params: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    reward,
-):
-    """The whole iteration as one program, for a jittable `reward(tokens, mask, response_mask) -> [B]`.
-
-    Returns:
-      The new state, the rollout and the metrics.
-    """
-    rollout = sample(agent, state, prompts, prompt_mask)
-    scores = score(agent, state, ref_params, rollout)
-    task_scores = reward(rollout.tokens, rollout.mask, rollout.response_mask)
-    state, metrics = learn(agent, state, rollout, scores, task_scores)
-    return state, rollout, metrics
+    rollout: Rollout,
+    task_scores: jax.Array,
+    axis_name: str | None,
+) -> tuple[ScaleState, jax.Array]:
+    """Applies the rule for a missing EOS, scaling and clipping to the task's scores, `[B]`."""
+    c = agent.config
+    final = apply_missing_eos(
+        task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty
+    )
+    # The moments are updated in any case, so that the state is the same whatever the settings.
+    scale, scaled = running_scale().update(state.scale, final, axis_name=axis_name)
+    final = scaled if c.scale_scores else final
+    return scale, final if c.score_clip is None else jnp.clip(final, -c.score_clip, c.score_clip)

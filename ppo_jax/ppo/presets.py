@@ -1,10 +1,15 @@
-"""Settings of published work."""
+"""Settings of published work, taken from the code that each work released.
+
+The README says what no setting can express, and what of each work is not reproduced.
+"""
 
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt
 from ppo_jax.ppo.settings import PPOConfig
 
-# The settings of the released code of each work, checked against it; what no setting can say stands in the README.
-OAI2019 = PPOConfig(  # openai/lm-human-preferences, sentiment and descriptiveness
+# Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (arXiv:1909.08593):
+# https://github.com/openai/lm-human-preferences, launch.py, the tasks sentiment and
+# descriptiveness.
+OAI2019 = PPOConfig(
     batch_size=512,
     epochs=4,
     minibatches=1,
@@ -23,8 +28,9 @@ OAI2019 = PPOConfig(  # openai/lm-human-preferences, sentiment and descriptivene
     max_grad_norm=None,
 )
 
-
-NPLUS = PPOConfig(  # vwxyzjn/summarize_from_feedback_details, ppo.py
+# Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031):
+# https://github.com/vwxyzjn/summarize_from_feedback_details, ppo.py.
+NPLUS = PPOConfig(
     batch_size=512,
     epochs=4,
     minibatches=1,
@@ -40,8 +46,9 @@ NPLUS = PPOConfig(  # vwxyzjn/summarize_from_feedback_details, ppo.py
     max_grad_norm=None,
 )
 
-
-TRL = PPOConfig(  # trl.experimental.ppo 1.10, with stop_token="eos" and the batch of its example for one device
+# TRL 1.10: https://github.com/huggingface/trl, trl.experimental.ppo, with stop_token="eos" and the
+# batch size of its example on one device.
+TRL = PPOConfig(
     batch_size=64,
     epochs=4,
     minibatches=1,
@@ -56,5 +63,5 @@ TRL = PPOConfig(  # trl.experimental.ppo 1.10, with stop_token="eos" and the bat
     max_grad_norm=None,
 )
 
-
 PRESETS = {"default": PPOConfig(), "oai2019": OAI2019, "nplus": NPLUS, "trl": TRL}
+"""Settings by the name that the command's option `--preset` takes."""

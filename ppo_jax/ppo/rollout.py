@@ -1,7 +1,6 @@
-"""Sampling of responses: prefill and cached decode in one compiled program."""
+"""Sampling of responses: prefill and decoding with a key/value cache, in one compiled program."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -14,15 +13,15 @@ from ppo_jax.types import KVCache, LanguageModel, Params, Rollout
 
 
 class _Decoding(NamedTuple):
-    """The state of the decode loop, after `t` tokens of the response."""
+    """The state of the decode loop after `t` tokens of the response."""
 
     t: jax.Array  # [] int32
-    token: jax.Array  # [B] int32, the newest
-    done: jax.Array  # [B] bool, ended at or before the newest
+    token: jax.Array  # [B] int32, the newest token
+    done: jax.Array  # [B] bool, whether the response has ended
     tokens: jax.Array  # [B, R] int32
     mask: jax.Array  # [B, R] bool
     logprobs: jax.Array  # [B, R] float32
-    cache: KVCache
+    cache: KVCache | None
 
 
 def generate(
@@ -44,41 +43,50 @@ def generate(
     stop_at_end: bool = True,
     truncate_after: int = 0,
 ) -> Rollout:
-    """Samples a response to each prompt. The loop ends early once every row has ended.
+    """Samples a response to each prompt.
 
-    Row `i` draws token `t` with `fold_in(fold_in(key, row_ids[i]), t)`, so its sample does not depend on the other rows, on
-    how a batch is split, or on the number of devices.
+    Row `i` draws token `t` with the key `fold_in(fold_in(key, row_ids[i]), t)`, so its sample does
+    not depend on the other rows, on how a batch is split, or on the number of devices. The loop
+    ends early once every row has ended.
 
     Args:
       model: functions of the policy.
-      params: its parameters.
+      params: parameters of the policy.
       key: `[]` typed key, consumed.
-      prompts: `[B, P]` int32, left-padded.
-      prompt_mask: `[B, P]` bool; every row holds a real token, and its last position is one.
-      max_new_tokens: `R`.
-      stop_ids: token ids that end a response and belong to it (EOS, end of turn, ...).
-      pad_id: fills what follows an end; any id, it is never read.
-      min_new_tokens: no stop id is drawn before this many tokens.
-      temperature, top_k, top_p: see `sampling.process_logits`.
-      greedy: take the likeliest token instead; `temperature` and filters then only shape `logprobs`.
-      row_ids: `[B]` int32 global numbers of the rows, by default `0 .. B-1`.
-      stop_at_end: if false, rows go on to `R` tokens after a stop id, and all of them are real (Ziegler et al. 2019 sample so
-        and cut the text afterwards); `ended` still tells.
-      truncate_after: stop ids among the first so many tokens of a response are words like others.
+      prompts: `[B, P]` int32, padded on the left.
+      prompt_mask: `[B, P]` bool, real tokens; the last position of every row must be one.
+      max_new_tokens: `R`, the largest length of a response.
+      stop_ids: ids of the tokens that end a response and belong to it, such as EOS.
+      pad_id: id that fills the positions after the end of a response. It may be any id.
+      min_new_tokens: number of first tokens among which no stop id is sampled.
+      temperature: divides the logits; positive.
+      top_k: sample only among this many most likely tokens; `None` for all.
+      top_p: sample only among the most likely tokens whose probabilities sum to this; `None` for
+        all.
+      greedy: take the most likely token instead of sampling. `temperature`, `top_k` and `top_p`
+        then affect only `logprobs`.
+      row_ids: `[B]` int32, numbers of the rows in the global batch; `0 .. B-1` by default.
+      stop_at_end: if false, sampling goes on after a stop id to `R` tokens, all of them real.
+        (Ziegler et al. 2019 sample so and truncate the text afterwards.)
+      truncate_after: number of first tokens among which a stop id does not end the response.
 
     Returns:
-      The rollout; `logprobs` are of the distribution drawn from, after temperature and filters.
+      The rollout. Its `logprobs` are of the distribution that was sampled from, after temperature
+      and filters.
 
     Raises:
-      ValueError: if `max_new_tokens` is not positive, `temperature` not positive, or `min_new_tokens` over the maximum.
+      ValueError: if `max_new_tokens` or `temperature` is not positive, `min_new_tokens` is not in
+        `0 .. max_new_tokens`, or `min_new_tokens` forbids the whole vocabulary.
+      AssertionError: if `prompts` and `prompt_mask` differ in shape, or are not int and bool.
 
     Example:
       >>> from ppo_jax import TransformerConfig, init_params, language_model
-      >>> config = TransformerConfig(vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
       >>> model, params = language_model(config), init_params(config, jax.random.key(0))
       >>> prompts = jnp.array([[0, 3], [2, 5]])
-      >>> generate(model, params, jax.random.key(1), prompts, jnp.array([[False, True], [True, True]]),
-      ...     max_new_tokens=4).responses.shape
+      >>> generate(model, params, jax.random.key(1), prompts, prompts > 0, max_new_tokens=4
+      ...     ).responses.shape
       (2, 4)
     """
     chex.assert_rank([prompts, prompt_mask], 2)
@@ -86,8 +94,9 @@ def generate(
     chex.assert_type([prompts, prompt_mask], [int, bool])
     if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens or temperature <= 0:
         raise ValueError(
-            "generate needs max_new_tokens >= 1, 0 <= min_new_tokens <= max_new_tokens and temperature > 0, not "
-            f"max_new_tokens={max_new_tokens}, min_new_tokens={min_new_tokens}, temperature={temperature}."
+            "generate needs max_new_tokens >= 1, 0 <= min_new_tokens <= max_new_tokens and "
+            f"temperature > 0, not max_new_tokens={max_new_tokens}, "
+            f"min_new_tokens={min_new_tokens}, temperature={temperature}."
         )
     B, P = prompts.shape
     row_ids = jnp.arange(B) if row_ids is None else row_ids
@@ -96,26 +105,14 @@ def generate(
     process = functools.partial(
         sampling.process_logits, temperature=temperature, top_k=top_k, top_p=top_p
     )
-    draw = functools.partial(
-        _draw, process=process, stop_ids=stop_ids, min_new_tokens=min_new_tokens, greedy=greedy
-    )
 
     def advance(state: _Decoding, hidden: jax.Array) -> _Decoding:
-        """Draws token `t` from the hidden states `[B, D]` that precede it."""
-        token, logprob = draw(row_keys, model.logits(params, hidden), state.t)
-        real = ~state.done
-        return state._replace(
-            t=state.t + 1,
-            token=jnp.where(real, token, pad_id),
-            done=state.done
-            | (_is_stop(token, stop_ids) & (state.t >= truncate_after) if stop_at_end else False),
-            tokens=state.tokens.at[:, state.t].set(jnp.where(real, token, pad_id)),
-            mask=state.mask.at[:, state.t].set(real),
-            logprobs=state.logprobs.at[:, state.t].set(jnp.where(real, logprob, 0)),
-        )
-
-    def unfinished(state: _Decoding) -> jax.Array:
-        return (state.t < max_new_tokens) & ~jnp.all(state.done)
+        """Samples token `t` from the hidden states `[B, D]` before it."""
+        logits = model.logits(params, hidden)
+        logits = process(_forbid_stops(logits, stop_ids, state.t, min_new_tokens))
+        token, logprob = _draw(row_keys, constrain(logits, BATCH), state.t, greedy)
+        ends = _is_stop(token, stop_ids) & (state.t >= truncate_after) if stop_at_end else False
+        return _append(state, token, logprob, ends, pad_id)
 
     def step(state: _Decoding) -> _Decoding:
         hidden, cache = model.hidden(
@@ -124,19 +121,11 @@ def generate(
         return advance(state._replace(cache=cache), hidden[:, 0])
 
     # The last token is never read, so the cache needs no slot for it.
-    hidden, cache = model.hidden(
-        params, prompts, prompt_mask, model.init_cache(B, P + max_new_tokens - 1), last=1
-    )
-    empty = _Decoding(
-        t=jnp.int32(0),
-        token=prompts[:, -1],
-        done=jnp.zeros(B, bool),
-        tokens=jnp.full((B, max_new_tokens), pad_id, jnp.int32),
-        mask=jnp.zeros((B, max_new_tokens), bool),
-        logprobs=jnp.zeros((B, max_new_tokens), jnp.float32),
-        cache=cache,
-    )
-    final = jax.lax.while_loop(unfinished, step, advance(empty, hidden[:, -1]))
+    empty = model.init_cache(B, P + max_new_tokens - 1)
+    hidden, cache = model.hidden(params, prompts, prompt_mask, empty, last=1)
+    start = advance(_start(prompts, max_new_tokens, pad_id, cache), hidden[:, -1])
+    unfinished = lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done)
+    final = jax.lax.while_loop(unfinished, step, start)
     return Rollout(
         tokens=jnp.concatenate([prompts, final.tokens], axis=1),
         mask=jnp.concatenate([prompt_mask, final.mask], axis=1),
@@ -146,26 +135,57 @@ def generate(
     )
 
 
+def _start(
+    prompts: jax.Array, max_new_tokens: int, pad_id: int, cache: KVCache | None
+) -> _Decoding:
+    """Returns the state after the prompts were read and before any token was sampled."""
+    B, R = len(prompts), max_new_tokens
+    return _Decoding(
+        t=jnp.int32(0),
+        token=prompts[:, -1],
+        done=jnp.zeros(B, bool),
+        tokens=jnp.full((B, R), pad_id, jnp.int32),
+        mask=jnp.zeros((B, R), bool),
+        logprobs=jnp.zeros((B, R), jnp.float32),
+        cache=cache,
+    )
+
+
+def _append(
+    state: _Decoding, token: jax.Array, logprob: jax.Array, ends: jax.Array | bool, pad_id: int
+) -> _Decoding:
+    """Adds a sampled token to the rows that have not ended, and padding to the others."""
+    real = ~state.done
+    token = jnp.where(real, token, pad_id)
+    return state._replace(
+        t=state.t + 1,
+        token=token,
+        done=state.done | ends,
+        tokens=state.tokens.at[:, state.t].set(token),
+        mask=state.mask.at[:, state.t].set(real),
+        logprobs=state.logprobs.at[:, state.t].set(jnp.where(real, logprob, 0)),
+    )
+
+
+def _forbid_stops(
+    logits: jax.Array, stop_ids: tuple[int, ...], t: jax.Array, min_new_tokens: int
+) -> jax.Array:
+    """Sets the logits of stop ids to `-inf` while `t < min_new_tokens`."""
+    if not min_new_tokens or not stop_ids:
+        return logits
+    if len(set(stop_ids)) >= logits.shape[-1]:
+        raise ValueError(
+            f"min_new_tokens={min_new_tokens} leaves nothing to draw, because all "
+            f"{logits.shape[-1]} tokens of the vocabulary are stop ids."
+        )
+    stops = jnp.asarray(stop_ids)
+    return logits.at[:, stops].set(jnp.where(t < min_new_tokens, -jnp.inf, logits[:, stops]))
+
+
 def _draw(
-    row_keys: jax.Array,
-    logits: jax.Array,
-    t: jax.Array,
-    *,
-    process: Callable[[jax.Array], jax.Array],
-    stop_ids: tuple[int, ...],
-    min_new_tokens: int,
-    greedy: bool,
+    row_keys: jax.Array, logits: jax.Array, t: jax.Array, greedy: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
-    if min_new_tokens and stop_ids:
-        if len(set(stop_ids)) >= logits.shape[-1]:
-            raise ValueError(
-                f"min_new_tokens={min_new_tokens} leaves nothing to draw: all {logits.shape[-1]} words are stop ids."
-            )
-        too_early = t < min_new_tokens
-        stops = jnp.asarray(stop_ids)
-        logits = logits.at[:, stops].set(jnp.where(too_early, -jnp.inf, logits[:, stops]))
-    logits = constrain(process(logits), BATCH)
+    """Draws token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
     if greedy:
         return jax.vmap(sampling.greedy_token)(logits)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, t)
@@ -173,8 +193,6 @@ def _draw(
 
 
 def _is_stop(tokens: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
-    return (
-        jnp.isin(tokens, jnp.asarray(stop_ids, jnp.int32))
-        if stop_ids
-        else jnp.zeros(tokens.shape, bool)
-    )
+    if not stop_ids:
+        return jnp.zeros(tokens.shape, bool)
+    return jnp.isin(tokens, jnp.asarray(stop_ids, jnp.int32))

@@ -1,22 +1,38 @@
-"""Teacher-forced log-probs, entropies and values of responses; and the experience that one update learns from."""
+"""Scoring of a rollout, and the experience that an update learns from."""
 
-from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.ops import kl as kl_
-from ppo_jax.ops.advantages import generalized_advantage_estimation
+from ppo_jax.ops.kl import kl_k1, reads_logits
 from ppo_jax.ops.logprobs import chunked_logprobs_and_entropy
 from ppo_jax.ops.masked import masked_whiten
 from ppo_jax.ops.rewards import ScoreAt, token_rewards
-from ppo_jax.types import CriticFn, Experience, LanguageModel, Params, Rollout, Scores
+from ppo_jax.ppo.batching import map_rows
+from ppo_jax.types import (
+    AdvantageFn,
+    CriticFn,
+    Experience,
+    KLEstimatorFn,
+    LanguageModel,
+    Params,
+    Rollout,
+    Scores,
+)
 
 
 class Forward(NamedTuple):
-    """`logprobs`, `values` and `entropies` of each response token, `[B, R]` float32; the states' `hidden`, `[B, R, D]`."""
+    """What one forward pass gives for each response token.
+
+    Attributes:
+      logprobs: `[B, R]` float32, log-probs of the tokens, in nats.
+      values: `[B, R]` float32, values of the states before the tokens.
+      entropies: `[B, R]` float32, entropies of the next-token distributions, in nats.
+      hidden: `[B, R, D]` hidden states before the tokens.
+    """
 
     logprobs: jax.Array
     values: jax.Array
@@ -35,24 +51,40 @@ def forward_responses(
     temperature: float,
     chunk: int | None = None,
 ) -> Forward:
-    """One forward pass over `[prompt | response]`: what the policy and the critic say of each response token.
+    """Computes log-probs, values and entropies of responses in one forward pass.
 
-    Both the acting and the learning side call this function, at the same micro-batch shape, so a policy's ratio to itself is 1.
+    Scoring and the loss both call this function, and with the same micro-batch shape, so that the
+    probability ratio of an unchanged policy is 1.
 
     Args:
-      model, critic: functions of the policy and of the critic.
+      model: functions of the policy.
+      critic: function of the critic.
       params: `{"policy": ..., "critic": ...}`.
-      tokens: `[B, T]` int32.
-      mask: `[B, T]` bool.
+      tokens: `[B, T]` int32, `[prompt | response]`.
+      mask: `[B, T]` bool, real tokens.
       prompt_length: `P`.
-      temperature: that of sampling.
-      chunk: positions whose logits exist at a time (see `logprobs.chunked_logprobs_and_entropy`).
+      temperature: sampling temperature; positive.
+      chunk: number of response positions whose logits are in memory at a time; `None` for all.
 
     Returns:
       A `Forward`.
+
+    Raises:
+      AssertionError: if the critic does not return values of shape `[B, R]`.
+
+    Example:
+      >>> from ppo_jax import *
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(4)}}
+      >>> tokens = jnp.array([[3, 1, 4, 1, 5]])
+      >>> forward_responses(language_model(config), shared_critic(), params, tokens, tokens > 0, 2,
+      ...     temperature=1.0).logprobs.shape
+      (1, 3)
     """
     inputs, input_mask = tokens[:, :-1], mask[:, :-1]
-    # The states before the response's tokens: the last of all positions but the very last (see `logprobs.response_view`).
+    # The states before the response's tokens are the last R of the T - 1 inputs.
     hidden, _ = model.hidden(
         params["policy"], inputs, input_mask, last=tokens.shape[1] - prompt_length
     )
@@ -68,21 +100,6 @@ def forward_responses(
     return Forward(logprobs, values, entropies, hidden)
 
 
-def split_rows(tree, parts: int):
-    """`[B, ...]` arrays to `[parts, B / parts, ...]`; part `i` takes rows `i, i + parts, ...`.
-
-    The stride keeps each part spread over the devices that hold the batch in contiguous blocks.
-    """
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), tree
-    )
-
-
-def join_rows(tree):
-    """The inverse of `split_rows`."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
 def score_rollout(
     model: LanguageModel,
     critic: CriticFn,
@@ -91,65 +108,82 @@ def score_rollout(
     rollout: Rollout,
     *,
     temperature: float,
-    kl_estimator: Callable[[jax.Array, jax.Array], jax.Array] = kl_.kl_k1,
+    kl_estimator: KLEstimatorFn = kl_k1,
     micro_batch: int | None = None,
     chunk: int | None = None,
     ref_model: LanguageModel | None = None,
 ) -> Scores:
-    """Log-probs under policy and reference, values, entropies and KL of a rollout, a micro-batch at a time.
+    """Computes log-probs under policy and reference, values, entropies and KL of a rollout.
 
     Args:
-      model, critic: functions of the policy and of the critic.
+      model: functions of the policy.
+      critic: function of the critic.
       params: `{"policy": ..., "critic": ...}`.
-      ref_params: the reference policy's, of the shape of `params["policy"]` (or what `ref_model` takes).
+      ref_params: parameters of the reference policy.
       rollout: `B` sampled responses.
-      temperature: that of sampling, for policy and reference alike.
-      kl_estimator: one of `ppo_jax.ops.kl`; `kl_full` reads the logits of both.
-      micro_batch: rows at a time, dividing `B`; that of the update, or log-probs round differently. `None` takes all.
-      chunk: positions whose logits exist at a time; ignored by `kl_full`.
-      ref_model: functions of the reference, if they are not the policy's.
+      temperature: sampling temperature, applied to policy and reference; positive.
+      kl_estimator: per-token estimate of the KL from the reference, such as those of
+        `ppo_jax.ops.kl`. It gets the log-probs `[b, R]` of both models, or, if `kl.reads_logits`
+        says so, their logits `[b, R, V]` float32 divided by the temperature, and returns `[b, R]`.
+      micro_batch: number of rows at a time; it must divide `B`. Use that of the update, or
+        log-probs round differently. `None` for all.
+      chunk: number of response positions whose logits are in memory at a time; `None` for all. An
+        estimator that reads logits gets those of all positions nevertheless.
+      ref_model: functions of the reference policy, if they are not those of the policy.
 
     Returns:
-      The scores.
-    """
-    B, P = rollout.tokens.shape[0], rollout.prompt_length
-    ref_model = model if ref_model is None else ref_model
-    no_critic: CriticFn = lambda params, hidden, tokens, mask: jnp.zeros(
-        hidden.shape[:2], jnp.float32
-    )
+      The scores, `[B, R]` float32 each; all but the values are 0 outside the response mask.
 
-    def score(rows) -> Scores:
+    Raises:
+      AssertionError: if `critic` or `kl_estimator` returns an array of a wrong shape.
+
+    Example:
+      >>> from ppo_jax import *
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(4)}}
+      >>> prompts, model = jnp.array([[3, 1], [2, 5]]), language_model(config)
+      >>> rollout = generate(model, policy, jax.random.key(1), prompts, prompts > 0,
+      ...     max_new_tokens=3)
+      >>> scores = score_rollout(model, shared_critic(), params, policy, rollout,
+      ...     temperature=1.0, kl_estimator=kl_k3)
+      >>> scores.kl  # a policy does not differ from itself
+      Array([[0., 0., 0.],
+             [0., 0., 0.]], dtype=float32)
+    """
+    ref_model = model if ref_model is None else ref_model
+
+    def score(rows: tuple[jax.Array, jax.Array, jax.Array]) -> Scores:
         tokens, mask, real = rows
-        out = forward_responses(
-            model, critic, params, tokens, mask, P, temperature=temperature, chunk=chunk
-        )
-        ref = forward_responses(
-            ref_model,
-            no_critic,
-            {"policy": ref_params, "critic": None},
-            tokens,
-            mask,
-            P,
+        forward = functools.partial(
+            forward_responses,
+            tokens=tokens,
+            mask=mask,
+            prompt_length=rollout.prompt_length,
             temperature=temperature,
             chunk=chunk,
         )
-        if kl_estimator is kl_.kl_full:
-            logits, ref_logits = (
-                model.logits(params["policy"], out.hidden),
-                ref_model.logits(ref_params, ref.hidden),
-            )
-            kl = kl_.kl_full(logits, ref_logits, temperature=temperature)
+        out = forward(model, critic, params)
+        ref = forward(ref_model, _no_critic, {"policy": ref_params, "critic": None})
+        if reads_logits(kl_estimator):
+            logits = model.logits(params["policy"], out.hidden)
+            ref_logits = ref_model.logits(ref_params, ref.hidden)
+            kl = kl_estimator(*(x.astype(jnp.float32) / temperature for x in (logits, ref_logits)))
         else:
             kl = kl_estimator(out.logprobs, ref.logprobs)
+        chex.assert_shape(kl, real.shape)
         logprobs, ref_logprobs, kl, entropies = (
             jnp.where(real, x, 0) for x in (out.logprobs, ref.logprobs, kl, out.entropies)
         )
         return Scores(logprobs, ref_logprobs, kl, entropies, out.values)
 
-    rows = (rollout.tokens, rollout.mask, rollout.response_mask)
-    if micro_batch is None or micro_batch >= B:  # a device's share of the rows may be smaller
-        return score(rows)
-    return join_rows(jax.lax.map(score, split_rows(rows, B // micro_batch)))
+    return map_rows(score, (rollout.tokens, rollout.mask, rollout.response_mask), micro_batch)
+
+
+def _no_critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Gives the reference, whose values nobody needs, values of 0."""
+    return jnp.zeros(hidden.shape[:2], jnp.float32)
 
 
 def make_experience(
@@ -158,8 +192,7 @@ def make_experience(
     task_scores: jax.Array,
     *,
     kl_coef: float | jax.Array,
-    gamma: float,
-    lam: float,
+    advantage_fn: AdvantageFn,
     score_at: ScoreAt = ScoreAt.LAST_TOKEN,
     token_scores: jax.Array | None = None,
     whiten_rewards: bool = False,
@@ -167,21 +200,39 @@ def make_experience(
     unbiased: bool = False,
     axis_name: str | None = None,
 ) -> tuple[Experience, jax.Array]:
-    """Rewards, advantages and returns of a scored rollout.
+    """Computes rewards, advantages and returns of a scored rollout.
 
     Args:
       rollout: `B` sampled responses.
-      scores: what the models say of them.
+      scores: their log-probs, values and KL, from `score_rollout`.
       task_scores: `[B]` float32, the task's score of each response.
-      kl_coef, score_at, token_scores: see `rewards.token_rewards`.
-      gamma, lam: see `advantages.generalized_advantage_estimation`.
-      whiten_rewards: scale the token rewards to variance 1, keeping their mean.
-      whiten_advantages: scale and shift the advantages to variance 1, mean 0; the returns are made before.
-      unbiased: which variance whitens.
-      axis_name: mapped axis over which the rows are spread; the moments are global.
+      kl_coef: weight of the KL penalty; a number or `[]` float32.
+      advantage_fn: advantage estimator, such as `methods.gae(gamma=1.0, lam=0.95)`. Its mask holds
+        the response tokens and the step of the score.
+      score_at: the step whose reward includes the score.
+      token_scores: `[B, R]` float32, scores of single tokens, added to the rewards; `None` for
+        none.
+      whiten_rewards: scale the rewards to variance 1 and keep their mean.
+      whiten_advantages: scale and shift the advantages, but not the returns, to variance 1 and mean
+        0.
+      unbiased: divide by `n - 1` instead of `n` in the variances.
+      axis_name: mapped axis over which the rows are split; the moments of whitening are then
+        global.
 
     Returns:
-      The experience, and the token rewards, `[B, R]` float32.
+      The experience, and the rewards `[B, R]` float32.
+
+    Raises:
+      AssertionError: if shapes disagree, those that `advantage_fn` returns included.
+
+    Example:
+      >>> from ppo_jax.ppo.methods import gae
+      >>> tokens, x = jnp.array([[3, 1, 4]]), jnp.zeros((1, 2))
+      >>> rollout = Rollout(tokens, tokens > 0, tokens[:, 1:] > 0, x, jnp.array([True]))
+      >>> experience, rewards = make_experience(rollout, Scores(x, x, x, x, x), jnp.array([2.0]),
+      ...     kl_coef=0.1, advantage_fn=gae(gamma=1.0, lam=0.5), whiten_advantages=False)
+      >>> experience.advantages
+      Array([[1., 2.]], dtype=float32)
     """
     mask = rollout.response_mask
     rewards, steps = token_rewards(
@@ -192,9 +243,8 @@ def make_experience(
             rewards, steps, shift_mean=False, unbiased=unbiased, axis_name=axis_name
         )
     values = jnp.where(steps, scores.values, 0)
-    advantages, returns = generalized_advantage_estimation(
-        rewards, values, steps, gamma=gamma, lam=lam
-    )
+    advantages, returns = advantage_fn(rewards, values, steps, rollout=rollout, scores=scores)
+    chex.assert_equal_shape([advantages, returns, mask])
     if whiten_advantages:
         advantages = masked_whiten(advantages, mask, unbiased=unbiased, axis_name=axis_name)
     experience = Experience(

@@ -1,7 +1,10 @@
-"""Settings of a PPO run, and the presets. Only the stateful edge reads these; the numerics take plain keywords."""
+"""The settings of a PPO iteration, and the objects that are built from them.
+
+Only `ppo.iteration` and the code around it read settings; the numeric functions take plain
+keywords.
+"""
 
 import dataclasses
-import enum
 import functools
 from collections.abc import Callable
 
@@ -11,240 +14,241 @@ import optax
 
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.ops import kl
-from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, Aggregation
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt
+from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting
 
-
-class KLEstimator(enum.Enum):
-    """Which per-token estimate of the KL is the penalty (see `ppo_jax.ops.kl`)."""
-
-    K1 = "k1"
-    K2 = "k2"
-    K3 = "k3"
-    ABS = "abs"
-    FULL = "full"
-
-    @property
-    def function(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        return {
-            KLEstimator.K1: kl.kl_k1,
-            KLEstimator.K2: kl.kl_k2,
-            KLEstimator.K3: kl.kl_k3,
-            KLEstimator.ABS: kl.kl_abs,
-            KLEstimator.FULL: kl.kl_full,
-        }[self]
-
-
-class Weighting(enum.Enum):
-    """Whether each token or each response weighs alike in the loss."""
-
-    TOKEN = "token"
-    SEQUENCE = "sequence"
-
-    @property
-    def aggregation(self) -> Aggregation:
-        return BY_TOKEN if self is Weighting.TOKEN else BY_SEQUENCE
+# What a setting must be, the test of it, and the names of the settings that must be so, unless they
+# are None.
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "be positive",
+        lambda x: x > 0,
+        "batch_size epochs minibatches max_new_tokens temperature kl_horizon learning_rate",
+    ),
+    (
+        "be positive, or none",
+        lambda x: x > 0,
+        "micro_batch rollout_rows logit_chunk top_k value_clip kl_target score_clip target_kl "
+        "max_grad_norm",
+    ),
+    (
+        "not be negative",
+        lambda x: x >= 0,
+        "truncate_after clip_high vf_coef entropy_coef kl_coef missing_eos_penalty warmup_steps "
+        "adam_eps weight_decay",
+    ),
+    ("lie in 0 .. 1", lambda x: 0 <= x <= 1, "clip_low gamma lam"),
+    ("lie in 0 .. 1 and be above 0", lambda x: 0 < x <= 1, "top_p"),
+    ("lie in 0 .. 1 and be below 1", lambda x: 0 <= x < 1, "adam_b1 adam_b2"),
+    ("be over 1, or none", lambda x: x > 1, "dual_clip"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """Everything that shapes a PPO iteration."""
+    """The settings of a PPO iteration.
+
+    The sentence below each field documents it, and is its help on the command line.
+
+    Raises:
+      SettingError: if a setting is out of range, or one that must divide another does not.
+
+    Example:
+      >>> config = PPOConfig(batch_size=32, minibatches=2, micro_batch=4)
+      >>> config.minibatch_size, config.micro_batches
+      (16, 4)
+    """
 
     batch_size: int = 64
-    """Responses sampled an update."""
+    """Each update samples this many responses."""
     epochs: int = 4
-    """Passes over them."""
+    """Each update makes this many passes over its responses."""
     minibatches: int = 4
-    """Optimizer steps a pass."""
+    """Each epoch is divided into this many minibatches, with one optimizer step each."""
     micro_batch: int | None = None
-    """Rows whose activations exist at a time; none: a whole minibatch."""
+    """Gradients are accumulated over micro-batches of this many responses, which bounds the memory
+    of activations. None: a whole minibatch at once."""
     rollout_rows: int | None = None
-    """Rows sampled at a time, which bounds the cache; none: the whole batch."""
+    """Responses are sampled this many at a time, which bounds the memory of the key/value cache.
+    None: the whole batch at once."""
     logit_chunk: int | None = None
-    """Response positions whose logits exist at a time; none: all."""
+    """Logits are computed for this many response positions at a time, which bounds their memory.
+    None: all positions at once."""
     max_new_tokens: int = 24
-    """Longest response, in tokens."""
+    """A response is at most this many tokens long."""
     min_new_tokens: int = 0
-    """A response cannot end before this many tokens."""
+    """End tokens are not sampled among this many first tokens of a response."""
     stop_at_end: bool = True
-    """Stop a row at its end token; if false, sample on and let the score alone see the cut text."""
+    """Stop sampling a response at its end token. If false, sampling goes on to max_new_tokens and
+    all of these tokens are trained on, but the reward still reads the text only up to the end
+    token."""
     truncate_after: int = 0
-    """End tokens among this many first ones are words like others (min_new_tokens forbids them instead)."""
+    """An end token does not end the response if it is among this many first tokens, where it is an
+    ordinary token. (The option min_new_tokens keeps end tokens from being sampled there.)"""
     temperature: float = 1.0
-    """Of sampling and of every log-prob. Filters (top_k, top_p, min_new_tokens) shape the samples alone: the update's log-probs are
-    of the whole distribution, and the metric sampler/logprob_gap_mean shows the distance."""
+    """Sampling temperature, applied to the log-probabilities of the policy and the reference too.
+    In contrast, top_k, top_p and min_new_tokens only restrict sampling: log-probabilities are of
+    the unrestricted distribution, and the metric sampler/logprob_gap_mean shows the difference."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens."""
+    """Sample only among this many most likely tokens. None: no limit."""
     top_p: float | None = None
-    """Sample within this probability mass."""
+    """Sample only among the most likely tokens whose probabilities sum to this (nucleus sampling).
+    None: no limit."""
+    advantage: Advantage = Advantage.GAE
+    """Advantage estimator: gae is generalized advantage estimation."""
+    loss: Loss = Loss.PPO
+    """Loss of a minibatch: ppo is the clipped surrogate objective with value loss and entropy
+    bonus."""
     clip_low: float = 0.2
-    """How far below 1 the probability ratio still pays."""
+    """Lower clip: the probability ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
-    """How far above 1 it does."""
+    """Upper clip: the probability ratio is clipped at 1 + clip_high."""
     dual_clip: float | None = None
-    """Bound on the loss of bad tokens, over 1."""
+    """Dual clip: a token of advantage A < 0 adds at most dual_clip * |A| to the policy loss
+    (arXiv:1912.09729). It must be over 1. None: no bound."""
     value_clip: float | None = 0.2
-    """Clip of the values around the old ones."""
+    """The value loss clips values to at most this distance from the values of the rollout. None: no
+    clip."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus, which is subtracted from the loss."""
     weighting: Weighting = Weighting.TOKEN
-    """What weighs alike in the loss."""
+    """The loss is a mean in which each token has the same weight (token) or each response
+    (sequence)."""
     gamma: float = 1.0
-    """Discount a token."""
+    """Discount per token."""
     lam: float = 0.95
-    """Lambda of generalized advantage estimation."""
+    """Lambda of generalized advantage estimation (arXiv:1506.02438): 0 has the least variance, 1
+    the least bias."""
     whiten_rewards: bool = False
-    """Scale token rewards to variance 1."""
+    """Scale token rewards to variance 1 and keep their mean."""
     whiten_advantages: bool = True
     """Scale and shift advantages to variance 1 and mean 0."""
     unbiased_whitening: bool = False
-    """Divide variances by n - 1."""
+    """Divide by n - 1 instead of n in the variances that rewards and advantages are whitened
+    with."""
     kl_coef: float = 0.05
-    """Weight of the KL penalty (the first one, if it adapts)."""
+    """Weight of the KL penalty, or its initial value if kl_target is set (metric
+    objective/kl_coef)."""
     kl_target: float | None = None
-    """Adapt the weight to hold this KL, in nats a response; none: a fixed weight."""
+    """Adapt the weight of the KL penalty so that objective/kl stays near this, in nats per response
+    (arXiv:1909.08593). None: the weight is constant."""
     kl_horizon: float = 10000.0
-    """Responses over which an adapting weight moves by 20 %."""
+    """An adaptive weight of the KL penalty changes by at most about 20 % over this many
+    responses."""
     kl_estimator: KLEstimator = KLEstimator.K1
-    """Per-token estimate of the KL in the penalty."""
+    """Estimate of each token's KL in the penalty: k1, k2 and k3 (joschu.net/blog/kl-approx.html),
+    abs (absolute value of k1), or full (exact, from the logits of the policy and the reference)."""
     score_at: ScoreAt = ScoreAt.LAST_TOKEN
-    """Which step receives the score."""
+    """The step whose reward includes the score: the last token of the response, the index after it,
+    or the last index, max_new_tokens - 1."""
     missing_eos: MissingEOS = MissingEOS.KEEP
-    """What becomes of the score of a response that did not end."""
+    """A response without an end token keeps its score (keep), has missing_eos_penalty subtracted
+    from it (penalize), or gets -missing_eos_penalty instead (replace)."""
     missing_eos_penalty: float = 1.0
-    """How much, for that."""
+    """Penalty for a response without an end token, if missing_eos is penalize or replace."""
     score_clip: float | None = None
-    """Clip scores to this magnitude."""
+    """Scores are clipped to at most this absolute value, after any scaling. None: no clip."""
     scale_scores: bool = False
     """Divide scores by their running standard deviation."""
     target_kl: float | None = None
-    """Stop an update once a minibatch moved the policy this far, in nats a token."""
+    """Stop an update early: a minibatch whose policy/approx_kl exceeds this, in nats per token, and
+    all later ones of the update take no step. None: never."""
     skip_nonfinite: bool = True
-    """Leave out a step whose gradient is not finite."""
+    """Take no step on a minibatch whose gradient is not finite (metric optimizer/skipped)."""
     learning_rate: float = 1e-5
-    """Peak learning rate."""
+    """Learning rate after warm-up and before decay."""
     decay_learning_rate: bool = False
-    """Decay it linearly to 0 over the run, by a step an update, whether or not all of its steps are taken."""
+    """Decay the learning rate linearly to 0 over the updates of the run. It counts the steps of
+    early stopped updates too."""
     warmup_steps: int = 0
-    """Optimizer steps over which it rises from 0."""
+    """The learning rate rises linearly from 0 over this many optimizer steps."""
     adam_b1: float = 0.9
-    """First moment's decay."""
+    """Decay rate of AdamW's first moment."""
     adam_b2: float = 0.999
-    """Second moment's decay."""
+    """Decay rate of AdamW's second moment."""
     adam_eps: float = 1e-8
-    """Adam's epsilon."""
+    """Epsilon of AdamW, added to the square root of the second moment."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay."""
+    """Decoupled weight decay of AdamW."""
     max_grad_norm: float | None = 1.0
-    """Clip the gradient's global norm."""
+    """Gradients are scaled down to at most this global norm (metric optimizer/grad_norm). None:
+    never."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Checks every setting."""
         check_numbers(self)
-        for name in (
-            "batch_size",
-            "epochs",
-            "minibatches",
-            "max_new_tokens",
-            "temperature",
-            "learning_rate",
-            "kl_horizon",
+        for rule, holds, names in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise SettingError(f"{name} must {rule}, but is {value}.")
+        for name, of, rows in (
+            ("minibatches", "batch_size", self.batch_size),
+            ("micro_batch", "batch_size / minibatches", self.minibatch_size),
+            ("rollout_rows", "batch_size", self.batch_size),
         ):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")
-        for name in ("adam_b1", "adam_b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingError(
-                    f"{name} must lie in 0 .. 1, and below 1, not {getattr(self, name)}."
-                )
-        for name in ("adam_eps", "entropy_coef"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name} must not be negative, but is {getattr(self, name)}.")
-        if self.top_p == 0:
-            raise SettingError("top_p must be above 0.")
-        for name in (
-            "micro_batch",
-            "rollout_rows",
-            "logit_chunk",
-            "top_k",
-            "kl_target",
-            "score_clip",
-            "target_kl",
-            "value_clip",
-            "max_grad_norm",
-        ):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise SettingError(f"{name} must be positive, or none, not {getattr(self, name)}.")
-        for name in (
-            "kl_coef",
-            "vf_coef",
-            "missing_eos_penalty",
-            "clip_high",
-            "truncate_after",
-            "warmup_steps",
-            "weight_decay",
-        ):
-            if not getattr(self, name) >= 0:
-                raise SettingError(f"{name} must not be negative, but is {getattr(self, name)}.")
-        for name in ("gamma", "lam", "top_p", "clip_low"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"{name} must lie in 0 .. 1, not {getattr(self, name)}.")
-        if self.batch_size % self.minibatches:
-            raise SettingError(
-                f"minibatches={self.minibatches} must divide batch_size={self.batch_size}."
-            )
-        if self.minibatch_size % (self.micro_batch or self.minibatch_size):
-            raise SettingError(
-                f"micro_batch={self.micro_batch} must divide a minibatch of {self.minibatch_size} rows."
-            )
-        if self.batch_size % (self.rollout_rows or self.batch_size):
-            raise SettingError(
-                f"rollout_rows={self.rollout_rows} must divide batch_size={self.batch_size}."
-            )
+            value = getattr(self, name)
+            if value is not None and rows % value:
+                raise SettingError(f"{name}={value} must divide {of}={rows}.")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise SettingError(
-                f"min_new_tokens={self.min_new_tokens} must lie in 0 .. max_new_tokens={self.max_new_tokens}."
+                f"min_new_tokens={self.min_new_tokens} must lie in 0 .. "
+                f"max_new_tokens={self.max_new_tokens}."
             )
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise SettingError(f"dual_clip must be over 1, or none, not {self.dual_clip}.")
 
     @property
     def minibatch_size(self) -> int:
+        """Responses per optimizer step."""
         return self.batch_size // self.minibatches
 
     @property
     def rows_at_a_time(self) -> int:
+        """Responses per forward and backward pass."""
         return self.micro_batch or self.minibatch_size
 
     @property
     def micro_batches(self) -> int:
+        """Forward and backward passes per optimizer step."""
         return self.minibatch_size // self.rows_at_a_time
 
     def controller(self) -> kl.KLController:
+        """Returns the controller of the KL penalty's weight."""
         if self.kl_target is None:
             return kl.fixed_kl(self.kl_coef)
         return kl.adaptive_kl(self.kl_coef, target=self.kl_target, horizon=self.kl_horizon)
 
     def optimizer(self, updates: int) -> optax.GradientTransformation:
-        """AdamW with warm-up, decay and clipping, for a run of `updates` updates; the same object for the same settings."""
+        """Returns AdamW with warm-up, decay and gradient clipping.
+
+        Args:
+          updates: number of updates over which the learning rate decays.
+
+        Returns:
+          The optimizer; equal settings give the same object.
+        """
         return _optimizer(self, updates)
 
 
-@functools.lru_cache(
-    maxsize=16
-)  # states of two optimizers are of two types, and what was compiled for one does not take the other
-def _optimizer(c: PPOConfig, updates: int) -> optax.GradientTransformation:
-    def rate(step: jax.Array) -> jax.Array:
-        warm = jnp.minimum((step + 1) / c.warmup_steps, 1.0) if c.warmup_steps else 1.0
-        left = 1 - (step // (c.epochs * c.minibatches)) / updates if c.decay_learning_rate else 1.0
-        return c.learning_rate * warm * left
+# Cached, because a new optimizer object would force a recompilation: it is a static field of the
+# train state, and its functions compare by identity.
+@functools.lru_cache(maxsize=16)
+def _optimizer(config: PPOConfig, updates: int) -> optax.GradientTransformation:
+    steps_per_update = config.epochs * config.minibatches
+
+    def rate(step: jax.Array) -> jax.Array | float:
+        warm = jnp.minimum((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+        left = 1 - (step // steps_per_update) / updates if config.decay_learning_rate else 1.0
+        return config.learning_rate * warm * left
 
     adam = optax.adamw(
-        rate, b1=c.adam_b1, b2=c.adam_b2, eps=c.adam_eps, weight_decay=c.weight_decay
+        rate,
+        b1=config.adam_b1,
+        b2=config.adam_b2,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
     )
-    return (
-        adam
-        if c.max_grad_norm is None
-        else optax.chain(optax.clip_by_global_norm(c.max_grad_norm), adam)
-    )
+    if config.max_grad_norm is None:
+        return adam
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam)

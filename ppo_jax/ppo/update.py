@@ -1,8 +1,6 @@
-"""One PPO update: epochs of freshly shuffled minibatches, each a sum over micro-batches and one optimizer step.
+"""One PPO update: a scan over shuffled minibatches, with one optimizer step for each."""
 
-A new loss is a function `(params, batch, counts) -> (loss, LossMetrics)`; `ppo_loss_fn` below makes the standard one.
-"""
-
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,32 +10,53 @@ import optax
 from flax.training.train_state import TrainState
 
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
-from ppo_jax.ppo.gradients import all_finite, minibatch_gradient
+from ppo_jax.ppo.gradients import minibatch_gradient
 from ppo_jax.sharding import constrain_rows, map_over_data
 from ppo_jax.types import Experience, LossFn, LossMetrics, Metrics, Params, overlay
 
 
 def schedule_at(state: TrainState, step: jax.Array) -> TrainState:
-    """Sets the learning rate's schedule to `step`, so that it counts the steps that were due and not those that were taken."""
+    """Moves the learning-rate schedule of a train state to a step.
+
+    The schedule then counts the steps of the updates that are done, not the steps that were taken:
+    an early stop or a skipped step does not delay the decay.
+
+    Args:
+      state: train state with an optimizer of optax.
+      step: `[]` int32, the step to move to.
+
+    Returns:
+      The train state; unchanged if its learning rate is constant.
+    """
 
     def is_schedule(path: tuple, _: Any) -> bool:
         return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
     if not optax.tree.get_all_with_path(state.opt_state, "count", is_schedule):
-        return state  # a constant rate
+        return state
     return state.replace(opt_state=optax.tree.set(state.opt_state, is_schedule, count=step))
 
 
 def shuffled_minibatches(
     key: jax.Array, rows: int, *, epochs: int, minibatches: int, axis_name: str | None = None
 ) -> jax.Array:
-    """Row numbers of each minibatch: `[epochs · minibatches, rows / minibatches]` int32, a fresh permutation each epoch.
+    """Draws the row numbers of each minibatch, with a new permutation of the rows in each epoch.
 
-    Under `axis_name`, the part of each minibatch that this device takes.
+    Args:
+      key: `[]` typed key, consumed.
+      rows: number of rows in the whole batch.
+      epochs: number of passes over the rows.
+      minibatches: number of minibatches per epoch; it must divide `rows`.
+      axis_name: mapped axis over which each minibatch is split.
+
+    Returns:
+      `[epochs * minibatches, rows / minibatches]` int32; under `axis_name` only the columns of this
+      device.
 
     Example:
-      >>> sorted(shuffled_minibatches(jax.random.key(0), 4, epochs=1, minibatches=2).ravel().tolist())
-      [0, 1, 2, 3]
+      >>> order = shuffled_minibatches(jax.random.key(0), 4, epochs=1, minibatches=2)
+      >>> order.shape, sorted(order.ravel().tolist())
+      ((2, 2), [0, 1, 2, 3])
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(epochs))
     order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys).reshape(
@@ -64,129 +83,143 @@ def ppo_update(
     axis_name: str | None = None,
     frozen: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Learns from one batch of experience: `epochs x minibatches` optimizer steps, compiled as one scan.
+    """Trains on one batch of experience with `epochs * minibatches` optimizer steps.
 
     Args:
-      state: parameters and optimizer state; clip gradients in its `tx` (`optax.clip_by_global_norm`).
-      experience: `B` rows, fixed.
+      state: parameters and optimizer state. To clip gradients, chain `optax.clip_by_global_norm`
+        into its optimizer.
+      experience: `B` rows, the same ones for all epochs.
       key: `[]` typed key of the shuffles, consumed.
-      loss_fn: the loss, e.g. of `ppo_loss_fn`.
-      epochs: passes over the rows.
-      minibatches: optimizer steps an epoch; divides `B`.
-      micro_batches: parts of a minibatch whose gradients are added before its one step; divides `B / minibatches`.
-      aggregation: how the loss counts; that of `loss_fn`.
-      target_kl: once a minibatch's `policy/approx_kl` is beyond it, that step and all later ones are not taken.
-      skip_nonfinite: a step whose gradient holds an infinity or NaN is not taken.
-      axis_name: mapped axis over which the rows are spread; `B` is then this device's share.
-      frozen: parameters that do not train; the state's lie over them.
+      loss_fn: the loss of a micro-batch, such as `ppo_loss_fn` makes. Its metrics must include the
+        means `policy/approx_kl` and `policy/clipfrac` and the maximum `policy/ratio_error_max`.
+      epochs: number of passes over the rows.
+      minibatches: number of optimizer steps per epoch; it must divide `B`.
+      micro_batches: number of parts of a minibatch whose gradients are added up before its
+        optimizer step; it must divide `B / minibatches`.
+      aggregation: the mean over tokens that `loss_fn` uses.
+      target_kl: a minibatch whose `policy/approx_kl` exceeds this (nats per token), and all later
+        ones, take no step. `None` for no limit.
+      skip_nonfinite: take no step on a minibatch whose gradient is not finite.
+      axis_name: mapped axis over which the rows are split; `B` is then the share of this device.
+      frozen: parameters that are not trained; those of the state are laid over them.
 
     Returns:
-      The new state, and metrics: means over the minibatches whose gradient was computed, maxima over the same,
-      `policy/first_ratio_error_max` of the first minibatch alone, `optimizer/steps` taken, `optimizer/skipped` as not finite,
-      `optimizer/stopped` (0 or 1) at the target KL, `optimizer/finite` (0 or 1) of the new parameters, `optimizer/grad_norm`
-      before clipping.
+      The new state, and metrics: means and maxima over the minibatches whose gradient was computed,
+      `policy/first_ratio_error_max` and `policy/first_clipfrac` of the first minibatch,
+      `optimizer/grad_norm` before clipping, the numbers of steps taken (`optimizer/steps`) and of
+      gradients that were not finite (`optimizer/skipped`), and as 0 or 1 whether the update stopped
+      early (`optimizer/stopped`) and whether all new parameters are finite (`optimizer/finite`).
 
     Raises:
-      ValueError: if `minibatches` and `micro_batches` do not divide the rows.
+      ValueError: if `minibatches * micro_batches` does not divide the number of rows.
+
+    Source:
+      Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), algorithm 1.
+
+    Example:
+      >>> from ppo_jax.types import LossMetrics
+      >>> x, mask = jnp.ones((4, 2)), jnp.ones((4, 2), bool)
+      >>> experience = Experience(x, mask, mask, mask, x, x, x, x)
+      >>> names = ("policy/approx_kl", "policy/clipfrac")
+      >>> def loss_fn(params, batch, counts):
+      ...     loss = jnp.sum(params["w"] * batch.returns) / counts.tokens
+      ...     return loss, LossMetrics(dict.fromkeys(names, loss), {"policy/ratio_error_max": loss})
+      >>> state = TrainState.create(
+      ...     apply_fn=None, params={"w": jnp.float32(1)}, tx=optax.sgd(0.25))
+      >>> state, metrics = ppo_update(
+      ...     state, experience, jax.random.key(0), loss_fn=loss_fn, epochs=1, minibatches=2)
+      >>> state.params["w"], metrics["optimizer/steps"]
+      (Array(0.5, dtype=float32, weak_type=True), Array(2., dtype=float32))
     """
     if axis_name is not None:
         experience = jax.lax.all_gather(experience, axis_name, tiled=True)
     rows = experience.tokens.shape[0]
     if rows % (minibatches * micro_batches):
         raise ValueError(
-            f"{rows} rows do not divide into minibatches={minibatches} of micro_batches={micro_batches}."
+            f"The {rows} rows cannot be split into minibatches={minibatches} of "
+            f"micro_batches={micro_batches} each."
         )
     order = shuffled_minibatches(
         key, rows, epochs=epochs, minibatches=minibatches, axis_name=axis_name
     )
+    gradient = functools.partial(
+        minibatch_gradient,
+        lambda params, *args: loss_fn(overlay(frozen, params), *args),
+        micro_batches=micro_batches,
+        aggregation=aggregation,
+    )
 
-    def take_step(state: TrainState, rows_of: jax.Array) -> tuple[TrainState, _Step]:
-        batch = constrain_rows(jax.tree.map(lambda x: x[rows_of], experience))
-
-        def gradient(
-            params: tuple[Params, Params | None], batch: Experience, data_axis: str | None
-        ):
-            return minibatch_gradient(
-                lambda own, rows, counts: loss_fn(overlay(params[1], own), rows, counts),
-                params[0],
-                batch,
-                micro_batches=micro_batches,
-                aggregation=aggregation,
-                axis_name=axis_name or data_axis,
-            )
-
-        trees = (state.params, frozen)
+    def take_step(state: TrainState, row_numbers: jax.Array) -> tuple[TrainState, _Step]:
+        batch = constrain_rows(jax.tree.map(lambda x: x[row_numbers], experience))
         grads, metrics = (
-            map_over_data(gradient, trees, batch, parts=micro_batches)
+            map_over_data(gradient, state.params, batch, parts=micro_batches)
             if axis_name is None
-            else gradient(trees, batch, None)
+            else gradient(state.params, batch, axis_name)
         )
-        norm = optax.tree.norm(grads)
-        beyond = (
-            jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
-        )
-        new = state.apply_gradients(grads=grads)
-        bad = ~jnp.isfinite(norm) if skip_nonfinite else jnp.bool_(False)
-        if target_kl is not None or skip_nonfinite:
-            new = jax.tree.map(lambda a, b: jnp.where(beyond | bad, a, b), state, new)
-        return new, _Step(
-            metrics,
-            norm,
-            computed=jnp.bool_(True),
-            taken=~(beyond | bad),
-            bad=bad & ~beyond,
-            beyond=beyond,
-        )
+        return _apply_gradients(state, grads, metrics, target_kl, skip_nonfinite)
 
-    def step(carry, rows_of):
+    def step(carry: tuple[TrainState, jax.Array], row_numbers: jax.Array) -> tuple[Any, _Step]:
         state, stopped = carry
         if target_kl is None:
-            state, done = take_step(state, rows_of)
+            state, report = take_step(state, row_numbers)
         else:
-            state, done = jax.lax.cond(stopped, _no_step(take_step), take_step, state, rows_of)
-        return (state, stopped | done.beyond), done
+            no_step = functools.partial(_no_step, take_step)
+            state, report = jax.lax.cond(stopped, no_step, take_step, state, row_numbers)
+        return (state, stopped | report.beyond), report
 
     (state, stopped), steps = jax.lax.scan(step, (state, jnp.bool_(False)), order)
-    return state, {
-        **_summary(steps, stopped),
-        "optimizer/finite": all_finite(state.params).astype(jnp.float32),
-    }
+    return state, _summary(state, stopped, steps)
 
 
 class _Step(NamedTuple):
-    """What one minibatch reports; flags are `[]` bool."""
+    """What one minibatch reports."""
 
     metrics: LossMetrics
-    norm: jax.Array
-    computed: jax.Array
-    taken: jax.Array
-    bad: jax.Array
-    beyond: jax.Array
+    computed: jax.Array  # [] bool, the gradient was computed
+    beyond: jax.Array  # [] bool, the target KL was exceeded
+    bad: jax.Array  # [] bool, it was not, but the gradient was not finite
 
 
-def _no_step(take_step: Callable) -> Callable:
-    """Leaves the state and reports zeros of `take_step`'s shapes."""
+def _apply_gradients(
+    state: TrainState,
+    grads: Params,
+    metrics: LossMetrics,
+    target_kl: float | None,
+    skip_nonfinite: bool,
+) -> tuple[TrainState, _Step]:
+    """Takes the optimizer step, unless the target KL is exceeded or the gradient is not finite."""
+    norm = optax.tree.norm(grads)
+    beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
+    bad = ~jnp.isfinite(norm) if skip_nonfinite else jnp.bool_(False)
+    new = state.apply_gradients(grads=grads)
+    if target_kl is not None or skip_nonfinite:
+        new = jax.tree.map(lambda old, new: jnp.where(beyond | bad, old, new), state, new)
+    metrics = LossMetrics({**metrics.mean, "optimizer/grad_norm": norm}, metrics.max)
+    return new, _Step(metrics, jnp.bool_(True), beyond, bad & ~beyond)
 
-    def same(state, rows_of):
-        report = jax.eval_shape(take_step, state, rows_of)[1]
-        return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report)
 
-    return same
+def _no_step(
+    take_step: Callable, state: TrainState, row_numbers: jax.Array
+) -> tuple[TrainState, _Step]:
+    """Leaves the state as it is and reports zeros, in the place of `take_step`."""
+    report = jax.eval_shape(take_step, state, row_numbers)[1]
+    return state, jax.tree.map(jnp.zeros_like, report)
 
 
-def _summary(steps: _Step, stopped: jax.Array) -> Metrics:
-    """Reports of all minibatches, stacked, to one number a name."""
-    count = jnp.sum(steps.computed, dtype=jnp.float32)  # the others are zeros
-    mean = {
-        name: jnp.sum(x) / count
-        for name, x in {**steps.metrics.mean, "optimizer/grad_norm": steps.norm}.items()
-    }
+def _summary(state: TrainState, stopped: jax.Array, steps: _Step) -> Metrics:
+    """Reduces the stacked reports of all minibatches to one number per metric."""
+    mean, largest = steps.metrics
+    # Minibatches after an early stop report zeros, so they add nothing to the sums.
+    count = jnp.sum(steps.computed, dtype=jnp.float32)
+    taken = steps.computed & ~steps.beyond & ~steps.bad
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
     return {
-        **mean,
-        **{name: jnp.max(x) for name, x in steps.metrics.max.items()},
-        "policy/first_ratio_error_max": steps.metrics.max["policy/ratio_error_max"][0],
-        "policy/first_clipfrac": steps.metrics.mean["policy/clipfrac"][0],
-        "optimizer/steps": jnp.sum(steps.taken, dtype=jnp.float32),
+        **{name: jnp.sum(x) / count for name, x in mean.items()},
+        **{name: jnp.max(x) for name, x in largest.items()},
+        "policy/first_ratio_error_max": largest["policy/ratio_error_max"][0],
+        "policy/first_clipfrac": mean["policy/clipfrac"][0],
+        "optimizer/steps": jnp.sum(taken, dtype=jnp.float32),
         "optimizer/skipped": jnp.sum(steps.bad, dtype=jnp.float32),
         "optimizer/stopped": stopped.astype(jnp.float32),
+        "optimizer/finite": finite.astype(jnp.float32),
     }

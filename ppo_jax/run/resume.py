@@ -10,6 +10,7 @@ from typing import Any
 from ppo_jax import data
 from ppo_jax.distributed import processes
 from ppo_jax.hashing import digest, text_hash
+from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.files import read_json, write_json
@@ -147,6 +148,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         isinstance(config["settings"].get(part), dict | None) for part in _FREE
     ):
         raise ValueError(f"{folder / 'config.json'} is not the configuration of a run.")
+    # A setting that was added to the package after the run began has its default.
+    config["settings"]["ppo"] = plain(PPOConfig()) | (config["settings"].get("ppo") or {})
     return config
 
 

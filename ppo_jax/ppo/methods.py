@@ -1,0 +1,106 @@
+"""The methods that a setting can choose by name.
+
+Each line of an enumeration pairs a name with an implementation. To add a method to the package,
+write its function in a file of its own, import it here and add one line to the enumeration. The
+command line then offers it too. A method that only one program uses needs no line here: hand the
+function itself to `learn`, `make_experience`, `score_rollout` or `ppo_loss_fn`.
+"""
+
+import enum
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+
+from ppo_jax.ops import kl, losses
+from ppo_jax.ops.advantages import generalized_advantage_estimation
+from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, Aggregation
+from ppo_jax.ops.metrics import policy_metrics
+from ppo_jax.types import AdvantageFn, KLEstimatorFn, LossMetrics, ResponseLossFn
+
+if TYPE_CHECKING:
+    from ppo_jax.ppo.settings import PPOConfig
+
+
+def gae(*, gamma: float, lam: float) -> AdvantageFn:
+    """Makes generalized advantage estimation an `AdvantageFn`.
+
+    Args:
+      gamma: discount per token.
+      lam: λ, which trades bias (0) for variance (1).
+
+    Returns:
+      The estimator; it needs neither the rollout nor the scores.
+
+    Source:
+      Schulman et al. 2015 (https://arxiv.org/abs/1506.02438), equations 11-16.
+    """
+    estimate = functools.partial(generalized_advantage_estimation, gamma=gamma, lam=lam)
+    return lambda rewards, values, mask, *, rollout, scores: estimate(rewards, values, mask)
+
+
+def clipped_ppo(config: "PPOConfig") -> tuple[ResponseLossFn, Callable[..., LossMetrics]]:
+    """Binds the hyper-parameters of `losses.ppo_loss` and of its metrics to those of the settings.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      The loss of `[B, R]` arrays and its metrics, as `ppo_loss_fn` takes them.
+    """
+    low, high = config.clip_low, config.clip_high
+    loss = functools.partial(
+        losses.ppo_loss,
+        clip_low=low,
+        clip_high=high,
+        value_clip=config.value_clip,
+        vf_coef=config.vf_coef,
+        entropy_coef=config.entropy_coef,
+        dual_clip=config.dual_clip,
+    )
+    return loss, functools.partial(policy_metrics, clip_low=low, clip_high=high)
+
+
+class _Method(enum.Enum):
+    """An enumeration of methods; the value of a member is its name in JSON files and options."""
+
+    function: Any
+
+    def __new__(cls, value: str, function: Any) -> Self:
+        """Makes the member of one line, `NAME = value, function`."""
+        member = object.__new__(cls)
+        member._value_ = value
+        member.function = function
+        return member
+
+
+class KLEstimator(_Method):
+    """The per-token estimate of the KL divergence that is penalized; `function` computes it."""
+
+    function: KLEstimatorFn
+    K1 = "k1", kl.kl_k1
+    K2 = "k2", kl.kl_k2
+    K3 = "k3", kl.kl_k3
+    ABS = "abs", kl.kl_abs
+    FULL = "full", kl.kl_full
+
+
+class Advantage(_Method):
+    """The advantage estimator; `function` makes it from the settings."""
+
+    function: Callable[["PPOConfig"], AdvantageFn]
+    GAE = "gae", lambda config: gae(gamma=config.gamma, lam=config.lam)
+
+
+class Loss(_Method):
+    """The loss of a minibatch and its metrics; `function` makes both from the settings."""
+
+    function: Callable[["PPOConfig"], tuple[ResponseLossFn, Callable[..., LossMetrics]]]
+    PPO = "ppo", clipped_ppo
+
+
+class Weighting(_Method):
+    """Whether each token or each response has equal weight in the loss; `function` averages so."""
+
+    function: Aggregation
+    TOKEN = "token", BY_TOKEN
+    SEQUENCE = "sequence", BY_SEQUENCE

@@ -1,0 +1,122 @@
+"""What a PPO iteration works on: the agent, which never changes, and the state, which does."""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.training.train_state import TrainState
+
+from ppo_jax.ops.kl import KLState
+from ppo_jax.ops.rewards import ScaleState, running_scale
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.types import CriticFn, LanguageModel, Params
+
+SAMPLE, SHUFFLE = 0, 1  # the purposes of `PPOState.key_for`
+_INIT = 2**32 - 1  # larger than the number of any update
+
+
+class PPOState(flax.struct.PyTreeNode):
+    """All that changes in a run; a checkpoint holds it and the position in the data.
+
+    Attributes:
+      train: parameters `{"policy": ..., "critic": ...}` and the optimizer's state.
+      kl: state of the controller of the KL penalty's weight.
+      scale: running moments of the scores.
+      key: `[]` typed key, the root of all keys of the run. It is never drawn from itself.
+      update: `[]` int32, number of updates done.
+
+    Example:
+      >>> train = TrainState(0, None, {"policy": {}, "critic": {}}, None, None)
+      >>> state = PPOState(
+      ...     train, KLState(0.05), running_scale().init(), jax.random.key(0), jnp.int32(0))
+      >>> state.replace(update=state.update + 1).update
+      Array(1, dtype=int32)
+    """
+
+    train: TrainState
+    kl: KLState
+    scale: ScaleState
+    key: jax.Array
+    update: jax.Array
+
+    @property
+    def policy(self) -> Params:
+        """Parameters of the policy that are trained."""
+        return self.train.params["policy"]
+
+    def key_for(self, purpose: int) -> jax.Array:
+        """Returns the `[]` typed key of this update for a purpose, `SAMPLE` or `SHUFFLE`."""
+        return jax.random.fold_in(jax.random.fold_in(self.key, self.update), purpose)
+
+
+class Agent(NamedTuple):
+    """All that is fixed while a run goes on, and static while it is compiled.
+
+    Attributes:
+      model: functions of the policy.
+      critic: function of the critic.
+      config: the settings.
+      stop_ids: ids of the tokens that end a response, such as EOS.
+      pad_id: id that fills the positions after the end of a response.
+
+    Example:
+      >>> from ppo_jax import *
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), (0,), pad_id=0)
+      >>> agent.config.batch_size
+      64
+    """
+
+    model: LanguageModel
+    critic: CriticFn
+    config: PPOConfig
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def init_key(seed: int, part: int) -> jax.Array:
+    """Makes a key for initializing a part of the parameters, unlike any key of a run with the seed.
+
+    Args:
+      seed: seed of the run.
+      part: number of the part.
+
+    Returns:
+      `[]` typed key.
+    """
+    # Children of jax.random.key(seed) would not do: `split` and `fold_in` give the same children,
+    # and those of `fold_in` are the keys of the first updates.
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _INIT), part)
+
+
+def init_state(agent: Agent, params: Params, key: jax.Array, *, updates: int) -> PPOState:
+    """Makes the state before the first update.
+
+    Args:
+      agent: model, critic and settings.
+      params: `{"policy": ..., "critic": ...}`, the parameters that are trained. The state holds
+        these same arrays, so an update that donates its state deletes them.
+      key: `[]` typed key, the root of all keys of the run.
+      updates: number of updates of the run, over which the learning rate decays if the settings say
+        so.
+
+    Returns:
+      The state.
+
+    Example:
+      >>> from ppo_jax import *
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), (0,), pad_id=0)
+      >>> policy = init_params(config, jax.random.key(0))
+      >>> params = {"policy": policy, "critic": {"head": zero_head(4)}}
+      >>> init_state(agent, params, jax.random.key(1), updates=10).kl.coef
+      Array(0.05, dtype=float32)
+    """
+    config = agent.config
+    train = TrainState.create(
+        apply_fn=agent.model.hidden, params=params, tx=config.optimizer(updates)
+    ).replace(step=jnp.int32(0))
+    return PPOState(train, config.controller().init(), running_scale().init(), key, jnp.int32(0))

@@ -1,0 +1,115 @@
+"""Methods as functions: those that settings name, and a user's own in their place."""
+
+import functools
+import json
+
+import everything
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_update import world
+
+from ppo_jax.ops import kl
+from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting, gae
+from ppo_jax.ppo.scoring import make_experience, score_rollout
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.run.files import plain, read_json, write_json
+from ppo_jax.types import Rollout, Scores
+
+
+@pytest.mark.parametrize("kind", [Advantage, KLEstimator, Loss, Weighting])
+def test_a_name_stands_in_json_and_finds_its_method(kind):
+    for member in kind:
+        assert kind(member.value) is member and isinstance(member.value, str)
+        assert json.dumps(plain(member)) == f'"{member.value}"'
+        assert repr(member) == f"<{kind.__name__}.{member.name}: {member.value!r}>"
+        assert member.function is not None
+
+
+@functools.cache
+def rollout_and_scores():
+    keys = jax.random.split(jax.random.key(0), 6)
+    mask = jnp.arange(5)[None, :] < jnp.array([[5], [3], [1], [4]])
+    tokens = jax.random.randint(keys[0], (4, 7), 1, 97)
+    seen = jnp.concatenate([jnp.ones((4, 2), bool), mask], axis=1)
+    rollout = Rollout(tokens, seen, mask, jnp.zeros((4, 5)), mask[:, 0])
+    return rollout, Scores(*(jax.random.normal(k, (4, 5)) for k in keys[1:]))
+
+
+def experience(advantage_fn, **options):
+    rollout, scores = rollout_and_scores()
+    options = {"kl_coef": 0.1, "whiten_advantages": False} | options
+    return make_experience(rollout, scores, jnp.arange(4.0), advantage_fn=advantage_fn, **options)[
+        0
+    ]
+
+
+def test_an_estimator_gets_the_rollout_and_the_scores():
+    def estimate(rewards, values, mask, *, rollout, scores):
+        assert rollout is rollout_and_scores()[0] and scores is rollout_and_scores()[1]
+        total = jnp.where(mask, rewards, 0).sum(axis=1, keepdims=True)
+        return jnp.broadcast_to(total, mask.shape), values + total
+
+    made = experience(estimate)
+    expected = (
+        jnp.arange(4.0)
+        - 0.1 * jnp.where(made.response_mask, rollout_and_scores()[1].kl, 0).sum(axis=1)
+    )[:, None]
+    np.testing.assert_allclose(
+        made.advantages, jnp.where(made.response_mask, expected, 0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        made.returns, jnp.where(made.value_mask, made.values + expected, 0), rtol=1e-5
+    )
+
+
+def test_the_settings_estimator_is_gae_with_their_discounts():
+    config = PPOConfig(gamma=0.9, lam=0.8)
+    named, plainly = (
+        experience(f) for f in (config.advantage.function(config), gae(gamma=0.9, lam=0.8))
+    )
+    np.testing.assert_array_equal(named.advantages, plainly.advantages)
+    assert (named.advantages != experience(gae(gamma=1.0, lam=0.8)).advantages).any()
+
+
+def test_an_estimator_of_a_wrong_shape_is_refused():
+    def estimate(rewards, values, mask, *, rollout, scores):
+        return rewards[:, :1], values[:, :1]
+
+    with pytest.raises(AssertionError):
+        experience(estimate)
+
+
+def scored(kl_estimator):
+    model, critic, params, batch = world()
+    reference = jax.tree.map(lambda x: x * 1.1, params["policy"])
+    rollout = Rollout(
+        batch.tokens, batch.mask, batch.response_mask, batch.logprobs, batch.response_mask[:, 0]
+    )
+    return score_rollout(
+        model, critic, params, reference, rollout, temperature=0.7, kl_estimator=kl_estimator
+    ).kl
+
+
+def test_an_estimator_that_reads_logits_may_be_a_partial_function():
+    exact = scored(kl.kl_full)
+    np.testing.assert_array_equal(scored(functools.partial(kl.kl_full, temperature=1.0)), exact)
+    assert (exact >= 0).all() and (exact > 0).any()
+    np.testing.assert_allclose(exact.sum(), scored(kl.kl_k1).sum(), rtol=0.5)
+
+
+def test_a_kl_estimator_of_a_wrong_shape_is_refused():
+    with pytest.raises(AssertionError):
+        scored(lambda logprobs, ref_logprobs: (logprobs - ref_logprobs).sum(axis=1))
+
+
+def test_a_run_from_before_a_setting_goes_on(tmp_path):
+    whole = everything.trainer(tmp_path / "whole", updates=2, eval_every=0).run()
+    everything.trainer(tmp_path / "half", updates=1, eval_every=0).run()
+    config = read_json(tmp_path / "half/config.json")
+    for name in ("advantage", "loss"):
+        del config["settings"]["ppo"][name]
+    write_json(tmp_path / "half/config.json", config)
+    half = everything.trainer(tmp_path / "half", updates=2, eval_every=0, resume="yes").run()
+    jax.tree.map(np.testing.assert_array_equal, half.train.params, whole.train.params)
