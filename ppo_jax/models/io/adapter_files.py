@@ -130,7 +130,8 @@ def _combined(flat: dict[str, Any], rule: Rule) -> tuple[np.ndarray, np.ndarray]
 def _settings(lora: LoRA, ranks: dict[str, int], kind: str, base_name: str) -> HFConfig:
     """Return the `adapter_config.json` of adapters with these ranks."""
     other_ranks = {f"^{re.escape(m)}$": rank for m, rank in ranks.items() if rank != lora.rank}
-    power = 0.5 if lora.stabilised else 1  # By which alpha must grow for the scale to stay.
+    # The scale of a layer with another rank stays the same if alpha grows with this power of it.
+    power = 0.5 if lora.stabilised else 1
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -16,7 +16,7 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_DIGITS = {"qwen2": "", "llama-bpe": "{1,3}"}  # How many digits the pattern takes at a time.
+_DIGITS = {"qwen2": "", "llama-bpe": "{1,3}"}  # The quantifier of digits in the pattern.
 _SPLITS = ("default", "gpt-2", "smollm", *_DIGITS)
 _CONTROL, _USER_DEFINED = 3, 4  # Types of tokens in a GGUF file.
 
