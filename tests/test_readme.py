@@ -30,6 +30,7 @@ def test_second_command_is_the_check_of_ci():
     ]
 
 
+@pytest.mark.slow
 def test_python_blocks_run(tmp_path, monkeypatch):
     """The training run and the loop work, and every metric that they report is documented."""
     save_tiny_gpt2(tmp_path)
