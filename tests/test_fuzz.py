@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import FULL_PPO, tiny_policy, word_tokenizer
+from helpers import FULL_PPO, command_line, tiny_policy, word_tokenizer
 
 from ppo_jax import cli, data
 from ppo_jax.commands.runs import compare
@@ -94,6 +94,17 @@ def assert_sentence(error):
     assert len(text) > 15 and " " in text, repr(text)
 
 
+FIELDS = [
+    *(f"ppo.{name.replace('_', '-')}" for name in vars(FULL_PPO)),
+    *("loop.updates", "loop.keep", "loop.save-every", "loop.faults.reward-timeout-s"),
+    *("lora.rank", "lora.alpha", "dtype", "preset", "resume", "no-such-option"),
+]
+VALUES = [
+    *("nan", "inf", "-inf", "-1", "0", "1e999", "", "None", "🙂", "[]", "true", "9" * 30, "0x10"),
+    *("1e-400", "7", "--"),
+]
+
+
 @pytest.mark.parametrize("part", range(5))
 def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
     """Set options of `ppo-jax train` to valid and invalid values.
@@ -119,57 +130,15 @@ def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
         "def f(prompts, responses):\n    return [0.0] * len(responses)\n"
     )
     (tmp_path / "p.txt").write_text("a b\nc\n")
-    base = [
-        "train",
-        "--model",
-        str(model),
-        "--prompts",
-        str(tmp_path / "p.txt"),
-        "--reward",
-        f"{tmp_path / 'r.py'}:f",
-        "--ppo.max-new-tokens",
-        "8",
-        "--ppo.batch-size",
-        "8",
-        "--loop.no-tensorboard",
-    ]
+    given = {"model": model, "prompts": tmp_path / "p.txt", "reward": f"{tmp_path / 'r.py'}:f"}
+    sizes = {"ppo.max-new-tokens": 8, "ppo.batch-size": 8}
+    base = [*command_line("train", **given, **sizes), "--loop.no-tensorboard"]
     rng = random.Random(part)
-    fields = [
-        *(f"ppo.{name.replace('_', '-')}" for name in vars(FULL_PPO)),
-        "loop.updates",
-        "loop.keep",
-        "loop.save-every",
-        "loop.faults.reward-timeout-s",
-        "lora.rank",
-        "lora.alpha",
-        "dtype",
-        "preset",
-        "resume",
-        "no-such-option",
-    ]
-    values = [
-        "nan",
-        "inf",
-        "-inf",
-        "-1",
-        "0",
-        "1e999",
-        "",
-        "None",
-        "🙂",
-        "[]",
-        "true",
-        "9" * 30,
-        "0x10",
-        "1e-400",
-        "7",
-        "--",
-    ]
     for number in range(70):
         args = [
             x
             for _ in range(rng.choice((1, 2)))
-            for x in (f"--{rng.choice(fields)}", rng.choice(values))
+            for x in (f"--{rng.choice(FIELDS)}", rng.choice(VALUES))
         ]
         out = tmp_path / str(number)
         with pytest.raises(SystemExit) as stop:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import has_zero_gradient, tiny_policy, word_tokenizer
+from helpers import command_line, has_zero_gradient, options, tiny_policy, word_tokenizer
 
 from ppo_jax.commands.runs import compare
 from ppo_jax.distributed import processes
@@ -44,6 +44,12 @@ def folder(tmp_path_factory):
     return place
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start(
     folder,
     out,
@@ -56,15 +62,12 @@ def start(
     nap=0.0,
     last=None,
     last_in=None,
-    **options,
+    **more,
 ):
     """Start `count` processes of one run.
 
     The last process may have additional options (`last`) or another working folder (`last_in`).
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     given = {
         "model": "model",
         "prompts": "prompts.txt",
@@ -81,43 +84,30 @@ def start(
         "ppo.adam-eps": 1e-5,
         "mesh": mesh,
         "processes.lost-after-s": 10,
-        **options,
+        **more,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "ppo_jax.cli",
-        "train",
-        "--loop.no-progress",
-        "--loop.no-tensorboard",
-    ]
-    command += options(given)
+    command = [sys.executable, "-m", "ppo_jax.cli", *command_line("train", **given)]
+    command += ["--loop.no-progress", "--loop.no-tensorboard"]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NAP": str(nap)}
-    env |= {
-        "ROWS": str(16 // count if rows is None else rows),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
+    rows = 16 // count if rows is None else rows
+    env = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NAP": str(nap), "ROWS": str(rows)}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    if count > 1:
+        env["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
+        env["JAX_NUM_PROCESSES"] = str(count)
     started = []
     for index in range(count):
-        named = {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(count),
-            "JAX_PROCESS_ID": str(index),
-        }
-        env_here = env | (named if count > 1 else {})
+        number = {"JAX_PROCESS_ID": str(index)} if count > 1 else {}
+        is_last = index == count - 1
         with (folder / f"{out}.{index}.log").open("w") as log:
-            more = (
-                [str(x) for name, value in (last or {}).items() for x in (f"--{name}", value)]
-                if index == count - 1
-                else []
+            process = subprocess.Popen(
+                command + options(last or {}) if is_last else command,
+                cwd=last_in if last_in and is_last else folder,
+                env=os.environ | env | number,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
-            place = last_in if last_in and index == count - 1 else folder
-            started.append(
-                subprocess.Popen(
-                    command + more, cwd=place, env=env_here, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
+        started.append(process)
     return started
 
 
