@@ -57,7 +57,13 @@ from .ppo.reward_model import (
     regression_loss as regression_loss,
     ordinal_loss as ordinal_loss,
 )
-from .ppo.methods import KLEstimator as KLEstimator
+from .ppo.methods import (
+    Advantage as Advantage,
+    KLEstimator as KLEstimator,
+    Loss as Loss,
+    clipped_ppo as clipped_ppo,
+    gae as gae,
+)
 from .ops.kl import (
     kl_abs as kl_abs,
     kl_full as kl_full,

@@ -61,7 +61,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _preset(args: list[str]) -> PPOConfig:
-    """The settings of the preset that is named on the command line; an unknown one is tyro's error."""
+    """The settings of the preset on the command line; tyro reports a preset that does not exist."""
     words = itertools.chain.from_iterable(
         a.split("=", 1) if a.startswith("--preset=") else [a] for a in args
     )
@@ -88,7 +88,7 @@ def _commands(ppo: PPOConfig) -> Any:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs for the next start, unless JAX's own settings say where or whether."""
+    """Keeps compiled programs for the next start, unless JAX's settings say otherwise."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))

@@ -1,1 +1,4 @@
-"""The subcommands of `ppo-jax`: a dataclass each, whose fields are its options and whose `run` does the work."""
+"""The subcommands of `ppo-jax`.
+
+Each is a dataclass: its fields are the options, and `run` calls the library and prints.
+"""

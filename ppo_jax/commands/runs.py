@@ -130,7 +130,7 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
     earlier = [step for step in checkpoints.steps() if step <= update]
     if not earlier and update > 0:
         print(
-            f"{run_folder} has no checkpoint at or before update {update}, so all updates before it "
+            f"{run_folder} has no checkpoint at or before update {update}; all updates before it "
             "are repeated.",
             file=sys.stderr,
         )

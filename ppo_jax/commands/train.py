@@ -183,7 +183,7 @@ class Train:
         processes.print_once(
             f"The run in {self.out} continues after {done} updates."
             if done
-            else f"A run starts in {self.out}; its first update takes longer because it is compiled."
+            else f"A run starts in {self.out}; the first update takes longer, as it is compiled."
         )
         state = trainer.run()
         digest = hashing.digest(state.train.params)

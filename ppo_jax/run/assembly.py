@@ -1,4 +1,4 @@
-"""Assembles what a run learns: a model, a critic, adapters, settings and a mesh become a `Learner`."""
+"""Assembles a `Learner` from a model, a critic, adapters, settings and a mesh."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Learner(NamedTuple):
       >>> from ppo_jax import language_model, shared_critic, zero_head
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
-      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), stop_ids=(0,), pad_id=0)
+      >>> agent = Agent(language_model(config), shared_critic(), PPOConfig(), (0,), 0)
       >>> policy = init_params(config, jax.random.key(0))
       >>> params = {"policy": policy, "critic": {"head": zero_head(config.width)}}
       >>> Learner(agent, params, tokenizer=None).frozen is None
@@ -241,7 +241,7 @@ def load_model(
 def encode_for(
     rows: Sequence[dict[str, Any]], tokenizer: Any, config: TransformerConfig, new_tokens: int
 ) -> data.Prompts:
-    """Tokenizes prompts for a model, and checks that it has all their tokens and room to respond."""
+    """Tokenizes prompts for a model, and checks its vocabulary and its number of positions."""
     prompts = data.encode_prompts(
         rows,
         tokenizer,

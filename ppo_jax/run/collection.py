@@ -109,7 +109,7 @@ class Collector(NamedTuple):
 
     def _ask(self, batch: Collection) -> TaskScores:
         mesh, total = self.learner.mesh, len(batch.texts)
-        own = placement.rows_here(mesh, total)
+        own = placement.local_rows(mesh, total)
         rollout = jax.tree.map(lambda x: x[own], batch.host_rollout)
         prompts, texts = batch.prompts.take(own), [batch.texts[i] for i in own]
         fault, scores = None, None
@@ -122,7 +122,7 @@ class Collector(NamedTuple):
         except Fault as error:
             fault = error.with_rows([int(own[i]) for i in error.rows])
         processes.raise_everywhere(fault)
-        return placement.join_rows_here(scores, mesh, total)
+        return placement.gather_rows(scores, mesh, total)
 
 
 def response_texts(agent: Agent, tokenizer: Any, rollout: Rollout) -> list[str]:

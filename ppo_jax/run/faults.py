@@ -23,7 +23,7 @@ from ppo_jax.errors import (
 from ppo_jax.ops.rewards import ScaleState, running_scale
 from ppo_jax.types import Rollout, Scores
 
-# Exit status after a signal, with a checkpoint written: EX_TEMPFAIL ("try again later") of sysexits.h.
+# Exit status after a signal, with a checkpoint written: EX_TEMPFAIL of sysexits.h, "try again".
 STOPPED = 75
 
 Result = TypeVar("Result")
@@ -118,7 +118,7 @@ def check_steps(metrics: dict[str, float]) -> None:
 def check_scale(state: ScaleState, scores: np.ndarray) -> None:
     """Raises RewardError if scores `[B]` would make the running moments of the scores infinite."""
     new, _ = running_scale().update(jax.device_get(state), jnp.asarray(scores))
-    if not np.isfinite(jax.device_get(list(new))).all():
+    if not np.isfinite(jax.device_get(jax.tree.leaves(new))).all():
         worst = int(np.abs(scores).argmax())
         raise RewardError(
             f"The score {scores[worst]:g} of response {worst} is too large for scale_scores.",
@@ -136,7 +136,7 @@ def check_end(train: TrainState) -> None:
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGINT only set `received`; a second one ends the process."""
+    """While entered, a first SIGTERM or SIGINT sets `received`; a second one ends the process."""
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -1,4 +1,4 @@
-"""Opens a run's folder: claims and locks it, restores the newest checkpoint, and starts the logs."""
+"""Opens a run's folder: locks it, restores the newest checkpoint, and starts the logs."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -54,7 +54,7 @@ def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
     processes.on_first_process(claim_and_lock)
     if processes.any_process(not folder.is_dir()):
         raise ValueError(
-            f"{folder} is not visible to all processes; they need one folder that each of them sees."
+            f"{folder} is not visible to all processes; they need a folder that each of them sees."
         )
     return locks[0] if locks else None
 
@@ -93,7 +93,7 @@ def open_run(
     update = int(state.update)
     if update > loop.updates:
         raise SettingError(
-            f"The run in {folder} has already made {update} updates; updates={loop.updates} is fewer."
+            f"The run in {folder} has made {update} updates already; updates={loop.updates} is fewer."
         )
 
     def prepare_files() -> None:

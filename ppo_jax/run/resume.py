@@ -164,8 +164,9 @@ def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Di
       The name of each such setting, and its two values.
 
     Example:
-      >>> runs = [{"ppo": {"lam": lam}, "loop": {"save_every": n}} for lam, n in ((0.9, 1), (1.0, 2))]
-      >>> list(setting_differences(*runs))
+      >>> old = {"ppo": {"lam": 0.9}, "loop": {"save_every": 1}}
+      >>> new = {"ppo": {"lam": 1.0}, "loop": {"save_every": 2}}
+      >>> list(setting_differences(old, new))
       [('ppo.lam', 0.9, 1.0)]
     """
     # The number of updates shapes the result only where the learning rate decays over them.

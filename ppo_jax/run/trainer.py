@@ -1,4 +1,4 @@
-"""The stateful train loop: it carries a `PPOState`, asks the reward on the host and writes a run."""
+"""The stateful train loop, which carries a `PPOState` and writes the files of a run."""
 
 import sys
 import time
@@ -48,7 +48,8 @@ class Trainer:
 
         learner = assemble(*load_model("gpt2"), PPOConfig(), critic="shared")
         prompts = learner.encode(read_rows("prompts.txt"))
-        trainer = Trainer(learner, prompts, TextReward(reward), out=Path("runs/a"), loop=LoopConfig())
+        reward, out = TextReward(function), Path("runs/a")
+        trainer = Trainer(learner, prompts, reward, out=out, loop=LoopConfig(updates=50))
         state = trainer.run()
     """
 
@@ -206,7 +207,7 @@ class Trainer:
         return self.state
 
     def save(self) -> None:
-        """Writes a checkpoint with all that the run needs to go on; none before the first update."""
+        """Writes a checkpoint of the run, unless no update has been made."""
         if int(self.state.update) == 0:
             return
         notes = {"sizes": self.log.sizes(), "unevaluated": self._unevaluated, "best": self._best}
@@ -288,7 +289,7 @@ class Trainer:
         self.state = self.state.replace(update=self.state.update + 1)
 
     def _check_learned(self, update: int, metrics: dict[str, float], batch: Collection) -> None:
-        """Writes a fault if a loss, a gradient or a parameter is not finite, and stops if need be."""
+        """Writes a fault if a loss, gradient or parameter is not finite, and may stop the run."""
         try:
             faults.check_steps(metrics)
         except Fault as fault:

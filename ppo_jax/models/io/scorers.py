@@ -171,7 +171,7 @@ def start_scorer(model: str | Path, key: jax.Array) -> Pretrained:
         if rule.stored in tensors:
             tensor = tensors[rule.stored]().astype(np.float32)
             for path, x in rule.load(tensor).items():
-                # The output layer of a classifier with several labels does not fit, and is not kept.
+                # The output layer of a classifier with several labels does not fit and is dropped.
                 if x.shape == head[path].shape:
                     head[path] = jnp.asarray(x)
     return Pretrained(config, {"trunk": loaded.params, "head": unflatten_dict(head, sep="/")}, hf)
