@@ -34,6 +34,7 @@ from ppo_jax import (
 )
 from ppo_jax.models.io import encoder
 from ppo_jax.models.io.pretrained import Pretrained
+from ppo_jax.reward_functions.likeness import LikenessReward
 from ppo_jax.run.files import claim, lock, write_json
 
 N_REWARD = 3000  # sentences for the reward
@@ -115,7 +116,7 @@ def make_reward(settings: Settings, scored: list[assets.ScoredSentence]) -> Text
     """Return the reward: predicted human scores, or similarity to a sentence."""
     embed = encoder.load_encoder(assets.minilm(), length=48)
     if settings.like is not None:
-        return TextReward(encoder.LikenessReward(embed, settings.like))
+        return TextReward(LikenessReward(embed, settings.like))
     print("Learning the human scores", flush=True)
     texts, scores = [row.sentence for row in scored], [row.score for row in scored]
     return TextReward(HumanScore(embed, texts, scores))
