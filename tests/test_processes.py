@@ -192,8 +192,8 @@ def test_if_a_process_dies_the_others_end_and_the_run_can_be_resumed(folder, alo
     at = time.monotonic()
     assert started[1 - dies].wait(60) not in (0, None)
     assert time.monotonic() - at < 60
-    said = (folder / f"{out}.{1 - dies}.log").read_text()
-    assert "process" in said.lower()
+    printed = (folder / f"{out}.{1 - dies}.log").read_text()
+    assert "process" in printed.lower()
     run(folder, out, 1, devices=4, mesh="data=2,fsdp=2", resume="auto")
     assert_same_run(folder / out, alone)
 
@@ -270,8 +270,8 @@ def test_differences_between_processes_are_named(monkeypatch):
 @pytest.mark.parametrize("message", ["x" * 5000, "\u9519" * 900, '"\\' * 900, "\x01\udc80" * 900])
 def test_a_long_message_in_any_script_reaches_the_other_processes(monkeypatch, message):
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
-    said = lambda text: ["", text.encode(errors="backslashreplace")[:2048].decode(errors="ignore")]
-    monkeypatch.setattr(processes, "gather_text", said)
+    cut = lambda text: text.encode(errors="backslashreplace")[:2048].decode(errors="ignore")
+    monkeypatch.setattr(processes, "gather_text", lambda text: ["", cut(text)])
     with pytest.raises(RewardError) as raised:
         processes.raise_everywhere(RewardError(message, tuple(range(100))))
     found = str(raised.value).removeprefix("In process 1: ")

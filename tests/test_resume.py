@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -32,11 +33,16 @@ def run_to_digest(run):
     return digest(run.run().train.params)
 
 
+class FinishedRun(NamedTuple):
+    folder: Path
+    digest: str
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """Return the folder of an uninterrupted run with all its checkpoints, and its digest."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, run_to_digest(full_trainer(folder, updates=UPDATES, keep=UPDATES))
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return FinishedRun(folder, run_to_digest(full_trainer(folder, updates=UPDATES, keep=UPDATES)))
 
 
 def lines(folder, name):
@@ -48,12 +54,12 @@ def same_files(a, b):
     return all(lines(a, name) == lines(b, name) for name in ("metrics.jsonl", "samples.jsonl"))
 
 
-def killed_after(whole, folder, step):
+def killed_after(source, folder, step):
     """Copy a run as if it had been killed after checkpoint `step`.
 
     The copy has half a line in `metrics.jsonl` and an unfinished checkpoint.
     """
-    shutil.copytree(whole, folder)
+    shutil.copytree(source, folder)
     for place in (folder / "checkpoints").iterdir():
         if place.name.isdigit() and int(place.name) > step:
             shutil.rmtree(place)
@@ -63,48 +69,57 @@ def killed_after(whole, folder, step):
     return folder
 
 
-def test_the_run_uses_everything_that_a_checkpoint_holds(whole):
-    rows = [row for row in lines(whole[0], "metrics.jsonl") if "objective/kl" in row]
+def test_the_run_uses_everything_that_a_checkpoint_holds(uninterrupted):
+    rows = [row for row in lines(uninterrupted.folder, "metrics.jsonl") if "objective/kl" in row]
     assert len({row["objective/kl_coef"] for row in rows}) > UPDATES // 2
     assert any(row["optimizer/stopped"] for row in rows) and any(
         not row["optimizer/stopped"] for row in rows
     )
-    assert sum("eval/scores" in row for row in lines(whole[0], "metrics.jsonl")) == 4
+    assert sum("eval/scores" in row for row in lines(uninterrupted.folder, "metrics.jsonl")) == 4
 
 
-def test_a_second_run_is_the_same(whole, tmp_path):
-    assert run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, keep=UPDATES)) == whole[1]
-    assert compare(whole[0], tmp_path / "run") == []
-    assert same_files(whole[0], tmp_path / "run")
+def test_a_second_run_is_the_same(uninterrupted, tmp_path):
+    assert (
+        run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, keep=UPDATES))
+        == uninterrupted.digest
+    )
+    assert compare(uninterrupted.folder, tmp_path / "run") == []
+    assert same_files(uninterrupted.folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("step", range(1, UPDATES))
-def test_resume_from_every_checkpoint(whole, tmp_path, step):
-    folder = killed_after(whole[0], tmp_path / "run", step)
+def test_resume_from_every_checkpoint(uninterrupted, tmp_path, step):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", step)
     run = full_trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)
     assert int(run.state.update) == step
-    assert run_to_digest(run) == whole[1]
-    assert same_files(whole[0], folder)
+    assert run_to_digest(run) == uninterrupted.digest
+    assert same_files(uninterrupted.folder, folder)
 
 
-def test_a_finished_run_can_be_extended(whole, tmp_path):
+def test_a_finished_run_can_be_extended(uninterrupted, tmp_path):
     first = full_trainer(tmp_path / "run", updates=5)
     first.run()
-    assert run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
+    assert (
+        run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto"))
+        == uninterrupted.digest
+    )
 
 
-def test_a_fresh_run_does_not_overwrite_checkpoints(whole, tmp_path):
-    shutil.copytree(whole[0] / "checkpoints", tmp_path / "run/checkpoints")
+def test_a_fresh_run_does_not_overwrite_checkpoints(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted.folder / "checkpoints", tmp_path / "run/checkpoints")
     with pytest.raises(ValueError, match="holds another run"):
         full_trainer(tmp_path / "run", updates=UPDATES)
 
 
-def test_auto_starts_a_fresh_run_if_there_is_no_checkpoint(whole, tmp_path):
+def test_auto_starts_a_fresh_run_if_there_is_no_checkpoint(uninterrupted, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"update": 0}\n')
     (tmp_path / "run/config.json").write_text("{")
-    assert run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto")) == whole[1]
-    assert same_files(whole[0], tmp_path / "run")
+    assert (
+        run_to_digest(full_trainer(tmp_path / "run", updates=UPDATES, resume="auto"))
+        == uninterrupted.digest
+    )
+    assert same_files(uninterrupted.folder, tmp_path / "run")
     with pytest.raises(ValueError, match="no checkpoint"):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty/config.json").write_bytes((tmp_path / "run/config.json").read_bytes())
@@ -149,8 +164,8 @@ def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_damaged_checkpoint_is_reported_and_skipped(whole, tmp_path, damage, caplog):
-    folder = killed_after(whole[0], tmp_path / "run", 6)
+def test_a_damaged_checkpoint_is_reported_and_skipped(uninterrupted, tmp_path, damage, caplog):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 6)
     file = max(
         (p for p in (folder / "checkpoints/6/state").rglob("*") if p.is_file()),
         key=lambda p: p.stat().st_size,
@@ -166,7 +181,7 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(whole, tmp_path, damage, c
             file.unlink()
     run = full_trainer(folder, updates=UPDATES, resume="auto", keep=UPDATES)
     assert int(run.state.update) == 5 and "Checkpoint 6 in" in caplog.text
-    assert run_to_digest(run) == whole[1] and same_files(whole[0], folder)
+    assert run_to_digest(run) == uninterrupted.digest and same_files(uninterrupted.folder, folder)
     assert (folder / "checkpoints/6.damaged").is_dir()
 
 
@@ -185,8 +200,8 @@ def test_a_run_with_only_damaged_checkpoints_is_not_restarted(tmp_path):
 @pytest.mark.parametrize(
     "option, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)]
 )
-def test_a_change_of_random_number_generation_is_refused(whole, tmp_path, option, value):
-    folder = killed_after(whole[0], tmp_path / "run", 6)
+def test_a_change_of_random_number_generation_is_refused(uninterrupted, tmp_path, option, value):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 6)
     before = getattr(jax.config, option)
     jax.config.update(option, value)
     try:
@@ -199,12 +214,12 @@ def test_a_change_of_random_number_generation_is_refused(whole, tmp_path, option
     assert (
         not list((folder / "checkpoints").glob("*.damaged"))
         and run_to_digest(full_trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES))
-        == whole[1]
+        == uninterrupted.digest
     )
 
 
-def test_a_checkpoint_of_other_shapes_is_not_treated_as_damaged(whole, tmp_path):
-    folder = killed_after(whole[0], tmp_path / "run", 6)
+def test_a_checkpoint_of_other_shapes_is_not_treated_as_damaged(uninterrupted, tmp_path):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 6)
     run = full_trainer(tmp_path / "other", adapters=False)
     checkpoints = Checkpoints(folder / "checkpoints")
     with pytest.raises(
@@ -217,8 +232,8 @@ def test_a_checkpoint_of_other_shapes_is_not_treated_as_damaged(whole, tmp_path)
     )
 
 
-def test_other_versions_are_warned_about(whole, tmp_path, caplog):
-    folder = killed_after(whole[0], tmp_path / "run", 6)
+def test_other_versions_are_warned_about(uninterrupted, tmp_path, caplog):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 6)
     config = read_json(folder / "config.json")
     config["processes"][-1]["versions"]["jaxlib"] = "0.0.1"
     write_json(folder / "config.json", config)
@@ -226,15 +241,15 @@ def test_other_versions_are_warned_about(whole, tmp_path, caplog):
     assert "versions.jaxlib was 0.0.1 when the run in" in caplog.text
 
 
-def test_a_run_folder_without_hashes_is_refused(whole, tmp_path):
-    folder = killed_after(whole[0], tmp_path / "run", 6)
+def test_a_run_folder_without_hashes_is_refused(uninterrupted, tmp_path):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 6)
     write_json(folder / "config.json", read_json(folder / "config.json") | {"hashes": {}})
     with pytest.raises(ValueError, match="had the hash None"):
         full_trainer(folder, updates=UPDATES, resume="yes")
 
 
-def test_fewer_updates_than_already_done_are_refused(whole, tmp_path):
-    folder = killed_after(whole[0], tmp_path / "run", 6)
+def test_fewer_updates_than_already_done_are_refused(uninterrupted, tmp_path):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 6)
     with pytest.raises(SettingError, match="has 6 updates behind it already; updates=5 is fewer"):
         full_trainer(folder, updates=5, resume="yes")
 
@@ -279,11 +294,11 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
         ({"reward": sorted}, "The reward of the run"),
     ],
 )
-def test_a_change_that_affects_the_result_is_refused(whole, tmp_path, changes, message):
-    folder = killed_after(whole[0], tmp_path / "run", 6)
+def test_a_change_that_affects_the_result_is_refused(uninterrupted, tmp_path, changes, message):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 6)
     with pytest.raises(ValueError, match=message):
         full_trainer(folder, updates=UPDATES, resume="yes", **changes)
-    assert len(lines(whole[0], "samples.jsonl")) == len(
+    assert len(lines(uninterrupted.folder, "samples.jsonl")) == len(
         (folder / "samples.jsonl").read_text().splitlines()
     )
     free = full_trainer(
@@ -359,7 +374,7 @@ def wait_for(condition, process, seconds=120.0):
         time.sleep(0.002)
 
 
-def test_a_signal_ends_a_run_after_its_update(whole, tmp_path):
+def test_a_signal_ends_a_run_after_its_update(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start(folder, 500)
@@ -441,8 +456,8 @@ def test_digests_depend_on_every_bit_but_not_on_sharding():
     assert len(seen) == 15
 
 
-def test_a_renamed_checkpoint_is_skipped(whole, tmp_path, caplog):
-    killed_after(whole[0], tmp_path / "run", 4)
+def test_a_renamed_checkpoint_is_skipped(uninterrupted, tmp_path, caplog):
+    killed_after(uninterrupted.folder, tmp_path / "run", 4)
     (tmp_path / "run/checkpoints/3").rename(tmp_path / "aside")
     (tmp_path / "run/checkpoints/4").rename(tmp_path / "run/checkpoints/9")
     (tmp_path / "aside").rename(tmp_path / "run/checkpoints/3")
@@ -461,8 +476,8 @@ def test_a_checkpoint_that_orbax_does_not_write_is_an_error(tmp_path, monkeypatc
         run.run()
 
 
-def test_lines_changed_since_the_checkpoint_are_refused(whole, tmp_path):
-    killed_after(whole[0], tmp_path / "run", 3)
+def test_lines_changed_since_the_checkpoint_are_refused(uninterrupted, tmp_path):
+    killed_after(uninterrupted.folder, tmp_path / "run", 3)
     file = tmp_path / "run/metrics.jsonl"
     file.write_bytes(b" " + file.read_bytes())
     before = file.read_bytes()
@@ -480,8 +495,8 @@ def test_a_file_named_checkpoints_is_refused(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_another_number_of_cores_is_warned_about(whole, tmp_path, caplog, monkeypatch):
-    killed_after(whole[0], tmp_path / "run", 3)
+def test_another_number_of_cores_is_warned_about(uninterrupted, tmp_path, caplog, monkeypatch):
+    killed_after(uninterrupted.folder, tmp_path / "run", 3)
     monkeypatch.setattr(provenance, "_cores", lambda: 99)
     full_trainer(tmp_path / "run", resume="yes", updates=6)
     assert "cpu_cores was" in caplog.text and "is 99 now: the last bits may differ" in caplog.text
