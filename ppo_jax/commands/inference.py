@@ -1,8 +1,8 @@
 """`ppo-jax generate` and `ppo-jax evaluate`."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from ppo_jax.run.assembly import check_top_k, encode_for, load_model, stop_ids
 from ppo_jax.types import Rollout
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How responses are drawn."""
 
@@ -89,7 +89,7 @@ class Sampling:
             yield out, batch, data.decode(tokenizer, out.tokens, mask, start=out.prompt_length)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Generate(Sampling):
     """Continue prompts with a model."""
 
@@ -102,7 +102,7 @@ class Generate(Sampling):
                 print(f"{prompt}|{response}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluate(Sampling):
     """Mean reward of a model's responses to held-out prompts."""
 

@@ -1,15 +1,15 @@
 """The commands `ppo-jax info` and `ppo-jax convert`."""
 
-import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import jax
 import tyro
 
-from ppo_jax.commands.train import Adapters
 from ppo_jax.models import lora
 from ppo_jax.models.io import adapter_files, gguf_format, pretrained, stored
+from ppo_jax.models.lora import LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import check_prompt, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
@@ -17,7 +17,7 @@ from ppo_jax.run.assembly import load_model
 from ppo_jax.types import overlay
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Convert:
     """Write a language model in the Hugging Face format, as float32 safetensors.
 
@@ -67,7 +67,7 @@ def _check_language_model(model: str) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Info:
     """Show a model's family and sizes, and estimate the memory of a PPO step with it."""
 
@@ -82,8 +82,8 @@ class Info:
     """Type to compute in. Parameters are always float32."""
     remat: bool = False
     """Recompute activations in the backward pass to save memory."""
-    lora: Adapters = dataclasses.field(default_factory=Adapters)
-    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    lora: LoRA = LoRA(rank=0)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def run(self) -> None:
         """Print the model's sizes and the estimate of the memory."""
@@ -101,7 +101,7 @@ class Info:
             self.ppo,
             prompt_tokens=self.prompt_tokens,
             critic=self.critic,
-            adapters=self.lora.settings(),
+            adapters=self.lora if self.lora.rank else None,
         )
         print("Memory of a PPO step (estimate):")
         for name, size in {**parts, "together": sum(parts.values())}.items():

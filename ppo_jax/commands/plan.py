@@ -7,8 +7,8 @@ from typing import Literal
 
 import jax
 
-from ppo_jax.commands.train import Adapters
 from ppo_jax.distributed.meshes import make_mesh, parse_mesh
+from ppo_jax.models.lora import LoRA
 from ppo_jax.plan import report
 from ppo_jax.plan.compile import compile_iteration
 from ppo_jax.plan.extrapolation import extrapolate
@@ -50,7 +50,7 @@ class Plan:
     layer."""
     out: Path | None = None
     """JSON file to write the figures to as well."""
-    lora: Adapters = dataclasses.field(default_factory=Adapters)
+    lora: LoRA = LoRA(rank=0)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def run(self) -> None:
@@ -70,7 +70,7 @@ class Plan:
             chip=chip,
             prompt_tokens=self.prompt_tokens,
             critic=self.critic,
-            adapters=self.lora.settings(),
+            adapters=self.lora if self.lora.rank else None,
         )
         if self.depths is None:
             programs = compile_model(config)

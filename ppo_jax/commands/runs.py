@@ -1,8 +1,8 @@
 """`ppo-jax replay` and `ppo-jax compare`: repeat an update of a run, or compare two runs."""
 
-import dataclasses
 import json
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -20,7 +20,7 @@ from ppo_jax.run.serialize import revive
 from ppo_jax.run.trainer import Trainer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Compare:
     """Compare two runs bit by bit: settings, metrics, tokens and final parameters.
 
@@ -46,7 +46,7 @@ class Compare:
         raise SystemExit(1 if found else 0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Replay:
     """Repeat one update of a run of `ppo-jax train`, to the same bits.
 
@@ -95,7 +95,7 @@ class Replay:
             raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
         check_free(self.out)
         try:
-            command = dataclasses.replace(revive(Train, stored), out=self.out, resume="no")
+            command = replace(revive(Train, stored), out=self.out, resume="no")
         except (SettingError, TypeError, ValueError) as error:
             raise ValueError(
                 f"The settings in {self.run_folder / 'config.json'} are not those of a run: {error}"
@@ -135,7 +135,7 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
             file=sys.stderr,
         )
     samples = command.ppo.batch_size
-    loop = dataclasses.replace(command.loop, samples=samples, tensorboard=False, wandb_project=None)
+    loop = replace(command.loop, samples=samples, tensorboard=False, wandb_project=None)
     trainer = command.build(command.out, loop)
     for step in reversed(earlier):
         try:

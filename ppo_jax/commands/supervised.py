@@ -1,7 +1,7 @@
 """`ppo-jax sft` and `ppo-jax reward`: the stages before PPO."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +23,7 @@ from ppo_jax.run.serialize import plain
 Rows = list[dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """What supervised stages share."""
 
@@ -115,7 +115,7 @@ class Fit:
         return params
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SFT(Fit):
     """Supervised fine-tuning on rows {"prompt": ..., "response": ...}; only the response is learned. Without a prompt, all is.
 
@@ -171,7 +171,7 @@ def _last_turn(row: dict[str, Any]) -> tuple[Any, str]:
     return prompt, response
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Reward(Fit):
     """A reward model from pairs or from scores. Rows may hold a "prompt", which is read before the answer.
 

@@ -1,8 +1,7 @@
 """`ppo-jax train`."""
 
 import contextlib
-import dataclasses
-import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from ppo_jax import data, hashing
 from ppo_jax.data.chat import as_chat
 from ppo_jax.distributed import meshes, processes
 from ppo_jax.distributed.processes import Processes
-from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.errors import SettingError
 from ppo_jax.models.lora import LoRA
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import load_reward
@@ -27,39 +26,7 @@ from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.trainer import Trainer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapters:
-    """Low-rank adapters (LoRA) over the frozen model, which is then the reference policy too."""
-
-    rank: int = 0
-    """Rank of each adapter; 0 trains the whole model without adapters."""
-    alpha: float = 16.0
-    """The low-rank product is scaled by alpha / rank."""
-    targets: str = r"attn/(q|v)$"
-    """Regular expression that is searched for in the paths of the linear layers, such as
-    layer_0/attn/q or layer_0/mlp/up; the matching layers are adapted."""
-    stabilised: bool = False
-    """Scale the low-rank product by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "lora.")
-        if self.rank < 0:
-            raise SettingError(f"lora.rank must not be negative, but is {self.rank}.")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise SettingError(
-                f"lora.targets {self.targets!r} is no regular expression: {error}."
-            ) from error
-
-    def settings(self) -> LoRA | None:
-        """The adapters' settings, or None without adapters."""
-        if not self.rank:
-            return None
-        return LoRA(self.rank, self.alpha, self.targets, self.stabilised)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Fine-tune a language model by PPO on your prompts and reward."""
 
@@ -112,10 +79,10 @@ class Train:
     """How devices share the work, such as data=2,fsdp=4. The axes data and fsdp shard the rows of a
     batch; fsdp and tensor shard the parameters. An axis that is left out is 1, except that data
     takes the remaining devices. pmap runs a replica on each device of one process."""
-    processes: Processes = dataclasses.field(default_factory=Processes)
-    lora: Adapters = dataclasses.field(default_factory=Adapters)
-    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    processes: Processes = field(default_factory=Processes)
+    lora: LoRA = LoRA(rank=0)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def run(self) -> None:
         """Trains, and writes the model and the summary."""
@@ -154,7 +121,7 @@ class Train:
             tokenizer,
             self.ppo,
             critic=self.critic,
-            lora=self.lora.settings(),
+            lora=self.lora if self.lora.rank else None,
             mesh=mesh,
             pmap=pmap,
             seed=self.loop.seed,

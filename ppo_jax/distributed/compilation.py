@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
@@ -21,7 +23,7 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 def start_state(
-    agent: Agent, params: Params, key: jax.Array, *, updates: int, mesh: Mesh | None
+    agent: Agent, params: Params, key: Array, *, updates: int, mesh: Mesh | None
 ) -> PPOState:
     """Build the first `PPOState` on the mesh from a copy of the parameters.
 
@@ -45,8 +47,8 @@ class SampleStep(Protocol):
     def __call__(
         self,
         state: PPOState,
-        prompts: jax.Array,
-        prompt_mask: jax.Array,
+        prompts: Array,
+        prompt_mask: Array,
         *,
         frozen: Params | None = None,
     ) -> Rollout:
@@ -75,8 +77,8 @@ class LearnStep(Protocol):
         state: PPOState,
         rollout: Rollout,
         scores: Scores,
-        task_scores: jax.Array,
-        token_scores: jax.Array | None = None,
+        task_scores: Array,
+        token_scores: Array | None = None,
         *,
         frozen: Params | None = None,
     ) -> tuple[PPOState, Metrics]:
@@ -165,10 +167,10 @@ def lowerable_steps(
     The arguments are those of `jit_steps`. On a mesh, call or lower the functions inside
     `jax.set_mesh(mesh)`; `jit_steps` wraps them so that a caller need not.
     """
-    sample = functools.partial(iteration.sample, agent)
-    score = functools.partial(iteration.score, agent)
-    learn = functools.partial(iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn)
-    jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    sample = partial(iteration.sample, agent)
+    score = partial(iteration.score, agent)
+    learn = partial(iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn)
+    jit = partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     if mesh is None:
         return jit(sample), jit(score), jit(learn, donate_argnums=0)
     rows, replicated = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())

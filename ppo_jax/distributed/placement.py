@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -33,9 +34,9 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(_put_global, tree, shardings(tree, mesh))
 
 
-def _put_global(x: Any, sharding: NamedSharding) -> jax.Array:
+def _put_global(x: Any, sharding: NamedSharding) -> Array:
     """Shard one array over the devices of all processes."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if isinstance(x, Array) and not x.is_fully_addressable:
         return x if x.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(put(np.asarray(jax.random.key_data(x)), sharding))
@@ -72,7 +73,7 @@ def to_host(tree: Any, *, everywhere: bool = True) -> Any:
     keep = everywhere or jax.process_index() == 0
 
     def gather(x: Any) -> Any:
-        local = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        local = not isinstance(x, Array) or x.is_fully_addressable or x.is_fully_replicated
         x = x if local else multihost_utils.process_allgather(x, tiled=True)
         return x if keep else None
 

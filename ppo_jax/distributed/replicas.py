@@ -1,12 +1,13 @@
 """The steps of a PPO iteration under `jax.pmap`, for programs that are built on it."""
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.ppo import iteration
@@ -61,19 +62,19 @@ def pmap_steps(
       (2, 3)
     """
     devices = jax.local_devices() if devices is None else devices
-    learn = functools.partial(
+    learn = partial(
         iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn, axis_name=_AXIS
     )
-    sample_rows = _map_rows(functools.partial(iteration.sample, agent), devices)
+    sample_rows = _map_rows(partial(iteration.sample, agent), devices)
 
     def sample(
-        state: PPOState, prompts: jax.Array, prompt_mask: jax.Array, *, frozen: Params | None = None
+        state: PPOState, prompts: Array, prompt_mask: Array, *, frozen: Params | None = None
     ) -> Rollout:
         # Row numbers in the whole batch, so that samples do not depend on the number of devices.
         row_ids = jnp.arange(len(prompts))
         return sample_rows(state, prompts, prompt_mask, row_ids=row_ids, frozen=frozen)
 
-    score = _map_rows(functools.partial(iteration.score, agent), devices)
+    score = _map_rows(partial(iteration.score, agent), devices)
     return Steps(sample, score, _map_rows(learn, devices, out_axes=None))
 
 
@@ -100,7 +101,7 @@ def _map_rows(
     )
     signature = inspect.signature(function)
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: Array) -> Array:
         return jnp.asarray(x).reshape(len(devices), -1, *x.shape[1:])
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ The points of rounding are therefore part of the model. Arithmetic between them 
 take rounded operands and accumulate in float32, in the gradient as well.
 """
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def round_to(x: Array, dtype: DTypeLike) -> Array:
     return x if jnp.dtype(dtype) == jnp.float32 else _round(x, dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _round(x: Array, dtype: DTypeLike) -> Array:
     info = jnp.finfo(dtype)
     rounded = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
@@ -53,7 +53,7 @@ def product(spec: str, a: Array, b: Array) -> Array:
     return _rounded(spec, a, b)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rounded(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, round_to(b, a.dtype), preferred_element_type=jnp.float32)
 
@@ -65,7 +65,7 @@ def _rounded_backward(spec: str, operands: tuple[Array, Array], out: Array) -> t
     """
     (a, b), (left, right, result) = operands, spec.replace("->", ",").split(",")
     out, rounded = round_to(out, a.dtype), round_to(b, a.dtype)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
     grad_a = einsum(f"{result},{right}->{left}", out, rounded)
     grad_b = einsum(f"{left},{result}->{right}", a, out)
     return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
@@ -88,5 +88,5 @@ def mean(x: Array) -> Array:
     """
     by_product = lambda x: x @ jnp.full((x.shape[-1], 1), 1 / x.shape[-1], jnp.float32)
     return jax.lax.platform_dependent(
-        x, cpu=by_product, default=functools.partial(jnp.mean, axis=-1, keepdims=True)
+        x, cpu=by_product, default=partial(jnp.mean, axis=-1, keepdims=True)
     )

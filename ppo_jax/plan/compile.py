@@ -4,8 +4,8 @@ Nothing runs and no parameter is allocated: the compiler needs shapes only.
 """
 
 import dataclasses
-import functools
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -115,8 +115,8 @@ def compile_iteration(
     shared = 0 if frozen is None or critic == "shared" else size_of(frozen["critic"]["trunk"])
     resident = size_of((state, frozen, reference if frozen is None else None)) - shared
     prompts = (rows(jnp.int32, prompt_tokens), rows(bool, prompt_tokens))
-    by_rows = functools.partial(jax.tree.map, lambda x: rows(x.dtype, *x.shape[1:]))
-    measure = functools.partial(_measure, mesh=mesh, chip=chip, resident=resident, ppo=ppo)
+    by_rows = partial(jax.tree.map, lambda x: rows(x.dtype, *x.shape[1:]))
+    measure = partial(_measure, mesh=mesh, chip=chip, resident=resident, ppo=ppo)
     with jax.set_mesh(mesh):
         sampled = sample.trace(state, *prompts, frozen=frozen)
         rollout = by_rows(sampled.out_info)

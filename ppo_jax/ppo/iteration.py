@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ppo_jax.errors import SettingError
 from ppo_jax.ops.metrics import experience_metrics
@@ -30,9 +31,9 @@ def ppo_iteration(
     agent: Agent,
     state: PPOState,
     ref_params: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    reward: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    prompts: Array,
+    prompt_mask: Array,
+    reward: Callable[[Array, Array, Array], Array],
 ) -> tuple[PPOState, Rollout, Metrics]:
     """Runs a whole iteration as one compiled program, for a reward function that JAX can trace.
 
@@ -72,10 +73,10 @@ def ppo_iteration(
 def sample(
     agent: Agent,
     state: PPOState,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
+    prompts: Array,
+    prompt_mask: Array,
     *,
-    row_ids: jax.Array | None = None,
+    row_ids: Array | None = None,
     frozen: Params | None = None,
 ) -> Rollout:
     """Samples a response to each prompt.
@@ -110,7 +111,7 @@ def sample(
     c, key = agent.config, state.key_for(SAMPLE)
     params = overlay(frozen, state.train.params)["policy"]
 
-    def sample_rows(rows: tuple[jax.Array, jax.Array, jax.Array]) -> Rollout:
+    def sample_rows(rows: tuple[Array, Array, Array]) -> Rollout:
         prompts, prompt_mask, row_ids = rows
         return generate(
             agent.model,
@@ -190,8 +191,8 @@ def learn(
     state: PPOState,
     rollout: Rollout,
     scores: Scores,
-    task_scores: jax.Array,
-    token_scores: jax.Array | None = None,
+    task_scores: Array,
+    token_scores: Array | None = None,
     *,
     advantage_fn: AdvantageFn | None = None,
     loss_fn: LossFn | None = None,
@@ -286,9 +287,9 @@ def _final_scores(
     agent: Agent,
     state: PPOState,
     rollout: Rollout,
-    task_scores: jax.Array,
+    task_scores: Array,
     axis_name: str | None,
-) -> tuple[ScaleState, jax.Array]:
+) -> tuple[ScaleState, Array]:
     """Applies the rule for a missing EOS, scaling and clipping to the task's scores, `[B]`."""
     c = agent.config
     final = apply_missing_eos(

@@ -1,7 +1,7 @@
 """The loss of a language model and its critic as a function of their parameters."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import chex
 import jax
@@ -84,8 +84,8 @@ def ppo_loss_fn(
             returns=batch.returns,
             mask=batch.response_mask,
             value_mask=batch.value_mask,
-            aggregate=functools.partial(aggregation.mean, count=counts.policy),
-            value_aggregate=functools.partial(aggregation.mean, count=counts.value),
+            aggregate=partial(aggregation.mean, count=counts.policy),
+            value_aggregate=partial(aggregation.mean, count=counts.value),
         )
         chex.assert_shape(total, ())
         moved = metrics(out.logprobs, batch.logprobs, batch.response_mask, count=counts.tokens)

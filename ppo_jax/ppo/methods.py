@@ -7,8 +7,8 @@ function itself to `learn`, `make_experience`, `score_rollout` or `ppo_loss_fn`.
 """
 
 import enum
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from ppo_jax.ops import kl, losses
@@ -34,7 +34,7 @@ def gae(*, gamma: float, lam: float) -> AdvantageFn:
     Source:
       Schulman et al. 2015 (https://arxiv.org/abs/1506.02438), equations 11-16.
     """
-    estimate = functools.partial(generalized_advantage_estimation, gamma=gamma, lam=lam)
+    estimate = partial(generalized_advantage_estimation, gamma=gamma, lam=lam)
     return lambda rewards, values, mask, *, rollout, scores: estimate(rewards, values, mask)
 
 
@@ -48,7 +48,7 @@ def clipped_ppo(config: "PPOConfig") -> tuple[ResponseLossFn, Callable[..., Loss
       The loss of `[B, R]` arrays and its metrics, as `ppo_loss_fn` takes them.
     """
     low, high = config.clip_low, config.clip_high
-    loss = functools.partial(
+    loss = partial(
         losses.ppo_loss,
         clip_low=low,
         clip_high=high,
@@ -57,7 +57,7 @@ def clipped_ppo(config: "PPOConfig") -> tuple[ResponseLossFn, Callable[..., Loss
         entropy_coef=config.entropy_coef,
         dual_clip=config.dual_clip,
     )
-    return loss, functools.partial(policy_metrics, clip_low=low, clip_high=high)
+    return loss, partial(policy_metrics, clip_low=low, clip_high=high)
 
 
 class _Method(enum.Enum):

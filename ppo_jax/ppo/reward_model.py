@@ -3,11 +3,12 @@
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 
 def bradley_terry_loss(
-    chosen: jax.Array, rejected: jax.Array, *, margin: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
+    chosen: Array, rejected: Array, *, margin: float = 0.0
+) -> tuple[Array, Array]:
     """`-E[log σ(r_chosen - r_rejected - margin)]`, and the share of pairs in the right order.
 
     Args:
@@ -31,7 +32,7 @@ def bradley_terry_loss(
     )
 
 
-def regression_loss(scores: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def regression_loss(scores: Array, targets: Array) -> tuple[Array, Array]:
     """Mean squared error, and the share of signs that agree.
 
     Args:
@@ -46,9 +47,7 @@ def regression_loss(scores: jax.Array, targets: jax.Array) -> tuple[jax.Array, j
     return jnp.mean((scores - targets) ** 2), jnp.mean(agree.astype(jnp.float32))
 
 
-def ordinal_loss(
-    scores: jax.Array, classes: jax.Array, thresholds: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def ordinal_loss(scores: Array, classes: Array, thresholds: Array) -> tuple[Array, Array]:
     """Cumulative-link loss: `P(class > k) = σ(score - θ_k)`, so that one score orders all classes.
 
     Args:

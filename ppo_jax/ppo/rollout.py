@@ -6,6 +6,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ppo_jax.ops import sampling
 from ppo_jax.sharding import BATCH, constrain
@@ -15,21 +16,21 @@ from ppo_jax.types import KVCache, LanguageModel, Params, Rollout
 class _Decoding(NamedTuple):
     """The state of the decode loop after `t` tokens of the response."""
 
-    t: jax.Array  # [] int32
-    token: jax.Array  # [B] int32, the newest token
-    done: jax.Array  # [B] bool, whether the response has ended
-    tokens: jax.Array  # [B, R] int32
-    mask: jax.Array  # [B, R] bool
-    logprobs: jax.Array  # [B, R] float32
+    t: Array  # [] int32
+    token: Array  # [B] int32, the newest token
+    done: Array  # [B] bool, whether the response has ended
+    tokens: Array  # [B, R] int32
+    mask: Array  # [B, R] bool
+    logprobs: Array  # [B, R] float32
     cache: KVCache | None
 
 
 def generate(
     model: LanguageModel,
     params: Params,
-    key: jax.Array,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
+    key: Array,
+    prompts: Array,
+    prompt_mask: Array,
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...] = (),
@@ -39,7 +40,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     greedy: bool = False,
-    row_ids: jax.Array | None = None,
+    row_ids: Array | None = None,
     stop_at_end: bool = True,
     truncate_after: int = 0,
 ) -> Rollout:
@@ -106,7 +107,7 @@ def generate(
         sampling.process_logits, temperature=temperature, top_k=top_k, top_p=top_p
     )
 
-    def advance(state: _Decoding, hidden: jax.Array) -> _Decoding:
+    def advance(state: _Decoding, hidden: Array) -> _Decoding:
         """Samples token `t` from the hidden states `[B, D]` before it."""
         logits = model.logits(params, hidden)
         logits = process(_forbid_stops(logits, stop_ids, state.t, min_new_tokens))
@@ -135,9 +136,7 @@ def generate(
     )
 
 
-def _start(
-    prompts: jax.Array, max_new_tokens: int, pad_id: int, cache: KVCache | None
-) -> _Decoding:
+def _start(prompts: Array, max_new_tokens: int, pad_id: int, cache: KVCache | None) -> _Decoding:
     """Returns the state after the prompts were read and before any token was sampled."""
     B, R = len(prompts), max_new_tokens
     return _Decoding(
@@ -152,7 +151,7 @@ def _start(
 
 
 def _append(
-    state: _Decoding, token: jax.Array, logprob: jax.Array, ends: jax.Array | bool, pad_id: int
+    state: _Decoding, token: Array, logprob: Array, ends: Array | bool, pad_id: int
 ) -> _Decoding:
     """Adds a sampled token to the rows that have not ended, and padding to the others."""
     real = ~state.done
@@ -167,9 +166,7 @@ def _append(
     )
 
 
-def _forbid_stops(
-    logits: jax.Array, stop_ids: tuple[int, ...], t: jax.Array, min_new_tokens: int
-) -> jax.Array:
+def _forbid_stops(logits: Array, stop_ids: tuple[int, ...], t: Array, min_new_tokens: int) -> Array:
     """Sets the logits of stop ids to `-inf` while `t < min_new_tokens`."""
     if not min_new_tokens or not stop_ids:
         return logits
@@ -182,9 +179,7 @@ def _forbid_stops(
     return logits.at[:, stops].set(jnp.where(t < min_new_tokens, -jnp.inf, logits[:, stops]))
 
 
-def _draw(
-    row_keys: jax.Array, logits: jax.Array, t: jax.Array, greedy: bool
-) -> tuple[jax.Array, jax.Array]:
+def _draw(row_keys: Array, logits: Array, t: Array, greedy: bool) -> tuple[Array, Array]:
     """Draws token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
     if greedy:
         return jax.vmap(sampling.greedy_token)(logits)
@@ -192,7 +187,7 @@ def _draw(
     return jax.vmap(sampling.sample_token)(keys, logits)
 
 
-def _is_stop(tokens: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
+def _is_stop(tokens: Array, stop_ids: tuple[int, ...]) -> Array:
     if not stop_ids:
         return jnp.zeros(tokens.shape, bool)
     return jnp.isin(tokens, jnp.asarray(stop_ids, jnp.int32))

@@ -4,8 +4,8 @@ import functools
 from typing import NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ppo_jax.ops.kl import kl_k1, reads_logits
 from ppo_jax.ops.logprobs import chunked_logprobs_and_entropy
@@ -34,18 +34,18 @@ class Forward(NamedTuple):
       hidden: `[B, R, D]` hidden states before the tokens.
     """
 
-    logprobs: jax.Array
-    values: jax.Array
-    entropies: jax.Array
-    hidden: jax.Array
+    logprobs: Array
+    values: Array
+    entropies: Array
+    hidden: Array
 
 
 def forward_responses(
     model: LanguageModel,
     critic: CriticFn,
     params: Params,
-    tokens: jax.Array,
-    mask: jax.Array,
+    tokens: Array,
+    mask: Array,
     prompt_length: int,
     *,
     temperature: float,
@@ -154,7 +154,7 @@ def score_rollout(
     """
     ref_model = model if ref_model is None else ref_model
 
-    def score(rows: tuple[jax.Array, jax.Array, jax.Array]) -> Scores:
+    def score(rows: tuple[Array, Array, Array]) -> Scores:
         tokens, mask, real = rows
         forward = functools.partial(
             forward_responses,
@@ -181,7 +181,7 @@ def score_rollout(
     return map_rows(score, (rollout.tokens, rollout.mask, rollout.response_mask), micro_batch)
 
 
-def _no_critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def _no_critic(params: Params, hidden: Array, tokens: Array, mask: Array) -> Array:
     """Gives the reference, whose values nobody needs, values of 0."""
     return jnp.zeros(hidden.shape[:2], jnp.float32)
 
@@ -189,17 +189,17 @@ def _no_critic(params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.A
 def make_experience(
     rollout: Rollout,
     scores: Scores,
-    task_scores: jax.Array,
+    task_scores: Array,
     *,
-    kl_coef: float | jax.Array,
+    kl_coef: float | Array,
     advantage_fn: AdvantageFn,
     score_at: ScoreAt = ScoreAt.LAST_TOKEN,
-    token_scores: jax.Array | None = None,
+    token_scores: Array | None = None,
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
     unbiased: bool = False,
     axis_name: str | None = None,
-) -> tuple[Experience, jax.Array]:
+) -> tuple[Experience, Array]:
     """Computes rewards, advantages and returns of a scored rollout.
 
     Args:

@@ -1,13 +1,14 @@
 """Supervised fine-tuning, and the compiled loop of gradient steps that it shares with reward-model training."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
+from jax import Array
 
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.masked import masked_mean
@@ -15,8 +16,8 @@ from ppo_jax.types import LanguageModel, Params
 
 
 def sft_loss(
-    model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array, loss_mask: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    model: LanguageModel, params: Params, tokens: Array, mask: Array, loss_mask: Array
+) -> tuple[Array, Array]:
     """Mean negative log-prob of the marked tokens, and the share of them that the model would have guessed.
 
         L = - Σ loss_mask_t log π(x_t | x_<t) / Σ loss_mask_t
@@ -47,8 +48,8 @@ def learned_tokens(tokens: np.ndarray, mask: np.ndarray, loss_mask: np.ndarray) 
     return float((mask & loss_mask)[:, 1:].sum())
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn", donate_argnums=(0,))
-def _epoch(state: TrainState, batches, *, loss_fn) -> tuple[TrainState, jax.Array]:
+@partial(jax.jit, static_argnames="loss_fn", donate_argnums=(0,))
+def _epoch(state: TrainState, batches, *, loss_fn) -> tuple[TrainState, Array]:
     def step(state, batch):
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *batch)
         return state.apply_gradients(grads=grads), loss
@@ -56,13 +57,13 @@ def _epoch(state: TrainState, batches, *, loss_fn) -> tuple[TrainState, jax.Arra
     return jax.lax.scan(step, state, batches)
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
+@partial(jax.jit, static_argnames="loss_fn")
 def _evaluate(params: Params, batch, *, loss_fn):
     return loss_fn(params, *batch)
 
 
 def fit(
-    loss_fn: Callable[..., tuple[jax.Array, jax.Array]],
+    loss_fn: Callable[..., tuple[Array, Array]],
     params: Params,
     arrays: tuple[np.ndarray, ...],
     *,
@@ -116,7 +117,7 @@ def fit(
 
 
 def evaluate_loss(
-    loss_fn: Callable[..., tuple[jax.Array, jax.Array]],
+    loss_fn: Callable[..., tuple[Array, Array]],
     params: Params,
     arrays: tuple[np.ndarray, ...],
     *,

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
+from jax import Array
 
 from ppo_jax.ops.kl import KLState
 from ppo_jax.ops.rewards import ScaleState, running_scale
@@ -37,15 +38,15 @@ class PPOState(flax.struct.PyTreeNode):
     train: TrainState
     kl: KLState
     scale: ScaleState
-    key: jax.Array
-    update: jax.Array
+    key: Array
+    update: Array
 
     @property
     def policy(self) -> Params:
         """Parameters of the policy that are trained."""
         return self.train.params["policy"]
 
-    def key_for(self, purpose: int) -> jax.Array:
+    def key_for(self, purpose: int) -> Array:
         """Returns the `[]` typed key of this update for a purpose, `SAMPLE` or `SHUFFLE`."""
         return jax.random.fold_in(jax.random.fold_in(self.key, self.update), purpose)
 
@@ -76,7 +77,7 @@ class Agent(NamedTuple):
     pad_id: int
 
 
-def init_key(seed: int, part: int) -> jax.Array:
+def init_key(seed: int, part: int) -> Array:
     """Makes a key for initializing a part of the parameters, unlike any key of a run with the seed.
 
     Args:
@@ -91,7 +92,7 @@ def init_key(seed: int, part: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _INIT), part)
 
 
-def init_state(agent: Agent, params: Params, key: jax.Array, *, updates: int) -> PPOState:
+def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPOState:
     """Makes the state before the first update.
 
     Args:

@@ -1,13 +1,14 @@
 """One PPO update: a scan over shuffled minibatches, with one optimizer step for each."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
+from jax import Array
 
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
 from ppo_jax.ppo.gradients import minibatch_gradient
@@ -15,7 +16,7 @@ from ppo_jax.sharding import constrain_rows, map_over_data
 from ppo_jax.types import Experience, LossFn, LossMetrics, Metrics, Params, overlay
 
 
-def schedule_at(state: TrainState, step: jax.Array) -> TrainState:
+def schedule_at(state: TrainState, step: Array) -> TrainState:
     """Moves the learning-rate schedule of a train state to a step.
 
     The schedule then counts the steps of the updates that are done, not the steps that were taken:
@@ -38,8 +39,8 @@ def schedule_at(state: TrainState, step: jax.Array) -> TrainState:
 
 
 def shuffled_minibatches(
-    key: jax.Array, rows: int, *, epochs: int, minibatches: int, axis_name: str | None = None
-) -> jax.Array:
+    key: Array, rows: int, *, epochs: int, minibatches: int, axis_name: str | None = None
+) -> Array:
     """Draws the row numbers of each minibatch, with a new permutation of the rows in each epoch.
 
     Args:
@@ -71,7 +72,7 @@ def shuffled_minibatches(
 def ppo_update(
     state: TrainState,
     experience: Experience,
-    key: jax.Array,
+    key: Array,
     *,
     loss_fn: LossFn,
     epochs: int,
@@ -142,14 +143,14 @@ def ppo_update(
     order = shuffled_minibatches(
         key, rows, epochs=epochs, minibatches=minibatches, axis_name=axis_name
     )
-    gradient = functools.partial(
+    gradient = partial(
         minibatch_gradient,
         lambda params, *args: loss_fn(overlay(frozen, params), *args),
         micro_batches=micro_batches,
         aggregation=aggregation,
     )
 
-    def take_step(state: TrainState, row_numbers: jax.Array) -> tuple[TrainState, _Step]:
+    def take_step(state: TrainState, row_numbers: Array) -> tuple[TrainState, _Step]:
         batch = constrain_rows(jax.tree.map(lambda x: x[row_numbers], experience))
         grads, metrics = (
             map_over_data(gradient, state.params, batch, parts=micro_batches)
@@ -158,12 +159,12 @@ def ppo_update(
         )
         return _apply_gradients(state, grads, metrics, target_kl, skip_nonfinite)
 
-    def step(carry: tuple[TrainState, jax.Array], row_numbers: jax.Array) -> tuple[Any, _Step]:
+    def step(carry: tuple[TrainState, Array], row_numbers: Array) -> tuple[Any, _Step]:
         state, stopped = carry
         if target_kl is None:
             state, report = take_step(state, row_numbers)
         else:
-            no_step = functools.partial(_no_step, take_step)
+            no_step = partial(_no_step, take_step)
             state, report = jax.lax.cond(stopped, no_step, take_step, state, row_numbers)
         return (state, stopped | report.beyond), report
 
@@ -175,9 +176,9 @@ class _Step(NamedTuple):
     """What one minibatch reports."""
 
     metrics: LossMetrics
-    computed: jax.Array  # [] bool, the gradient was computed
-    beyond: jax.Array  # [] bool, the target KL was exceeded
-    bad: jax.Array  # [] bool, it was not, but the gradient was not finite
+    computed: Array  # [] bool, the gradient was computed
+    beyond: Array  # [] bool, the target KL was exceeded
+    bad: Array  # [] bool, it was not, but the gradient was not finite
 
 
 def _apply_gradients(
@@ -199,14 +200,14 @@ def _apply_gradients(
 
 
 def _no_step(
-    take_step: Callable, state: TrainState, row_numbers: jax.Array
+    take_step: Callable, state: TrainState, row_numbers: Array
 ) -> tuple[TrainState, _Step]:
     """Leaves the state as it is and reports zeros, in the place of `take_step`."""
     report = jax.eval_shape(take_step, state, row_numbers)[1]
     return state, jax.tree.map(jnp.zeros_like, report)
 
 
-def _summary(state: TrainState, stopped: jax.Array, steps: _Step) -> Metrics:
+def _summary(state: TrainState, stopped: Array, steps: _Step) -> Metrics:
     """Reduces the stacked reports of all minibatches to one number per metric."""
     mean, largest = steps.metrics
     # Minibatches after an early stop report zeros, so they add nothing to the sums.

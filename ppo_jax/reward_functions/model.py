@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
+from jax import Array
 
 from ppo_jax import data
 from ppo_jax.data import chat
@@ -23,7 +23,7 @@ class ModelReward(NamedTuple):
     Prompts that came as messages go, with the response as their answer, through its tokenizer's own chat template, if it has one.
     """
 
-    score: Callable[[Any, jax.Array, jax.Array], jax.Array]  # jitted `models.heads.reward_model`
+    score: Callable[[Any, Array, Array], Array]  # jitted `models.heads.reward_model`
     params: Any
     tokenizer: Any
     length: int  # tokens that a text is cut to, on the tokenizer's `truncation_side`

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
 from ppo_jax import data
 from ppo_jax.errors import RewardError
@@ -16,7 +17,7 @@ class TokenReward(NamedTuple):
     """A jittable `function(tokens [B, T], mask [B, T], response_mask [B, R])`: scores `[B]`, or scores of tokens `[B, R]`, or
     both as a pair."""
 
-    function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array | tuple[jax.Array, jax.Array]]
+    function: Callable[[Array, Array, Array], Array | tuple[Array, Array]]
 
     def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
         try:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import enum
-import functools
 import importlib.metadata
 import inspect
 import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def _identity(thing: Any, parents: tuple[int, ...]) -> Iterator[str]:
         yield tokenizer_hash(thing)
     elif callable(thing) or isinstance(thing, tuple) or dataclasses.is_dataclass(thing):
         thing = inspect.unwrap(thing)
-        if not isinstance(thing, tuple | functools.partial):
+        if not isinstance(thing, tuple | partial):
             code = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
             yield f"{_file_hash(code)} {getattr(code, '__qualname__', None)}"
         for part in _parts(thing):
@@ -84,7 +84,7 @@ def _parts(thing: Any) -> Iterator[Any]:
     """Yields the values that a function or an object holds."""
     if isinstance(thing, tuple):
         yield from thing
-    elif isinstance(thing, functools.partial):
+    elif isinstance(thing, partial):
         yield from (thing.func, *thing.args, *_flat(thing.keywords))
     elif inspect.ismethod(thing):
         yield from (thing.__self__, thing.__func__)

@@ -1,7 +1,7 @@
 """The settings of the train loop."""
 
-import dataclasses
 import threading
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo_jax.errors import SettingError, check_numbers
@@ -9,7 +9,7 @@ from ppo_jax.errors import SettingError, check_numbers
 OnFault = Literal["stop", "skip"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Faults:
     """What the run does when something goes wrong.
 
@@ -41,7 +41,7 @@ class Faults:
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long a run trains and what it writes.
 
@@ -70,7 +70,7 @@ class LoopConfig:
     """Weights & Biases project to log to as well."""
     progress: bool = True
     """Show a progress bar on standard error, or print a line per update if it is no terminal."""
-    faults: Faults = dataclasses.field(default_factory=Faults)
+    faults: Faults = field(default_factory=Faults)
     """What the run does when something goes wrong."""
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ppo_jax import data
 from ppo_jax.models.config import TransformerConfig
@@ -14,7 +15,7 @@ from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.types import Params
 
-EmbeddingFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
+EmbeddingFn = Callable[[Params, Array, Array], Array]
 
 
 def sentence_embedding(config: TransformerConfig) -> EmbeddingFn:
@@ -33,7 +34,7 @@ def sentence_embedding(config: TransformerConfig) -> EmbeddingFn:
     """
     model = language_model(config)
 
-    def embed(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def embed(params: Params, tokens: Array, mask: Array) -> Array:
         hidden, _ = model.hidden(params, tokens, mask)
         total = jnp.sum(jnp.where(mask[..., None], hidden.astype(jnp.float32), 0), axis=1)
         mean = total / jnp.sum(mask, axis=1)[:, None]

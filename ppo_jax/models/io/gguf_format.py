@@ -4,8 +4,8 @@
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def read(file: Path) -> tuple[HFConfig, dict[str, TensorReader]]:
             "attn_k.weight": config["num_key_value_heads"],
         }
     return config, {
-        _hf_name(name): functools.partial(_dequantized, tensor, rotated.get(name.split(".", 2)[-1]))
+        _hf_name(name): partial(_dequantized, tensor, rotated.get(name.split(".", 2)[-1]))
         for name, tensor in stored.items()
     }
 
@@ -119,7 +119,7 @@ def read(file: Path) -> tuple[HFConfig, dict[str, TensorReader]]:
 def _config(fields: dict[str, Any], *, tied: bool) -> HFConfig:
     """Return the `config.json` for the metadata fields of a file."""
     kind = _architecture(fields)
-    number = functools.partial(_number, fields, kind)
+    number = partial(_number, fields, kind)
     width, heads = number("embedding_length"), number("attention.head_count")
     head = number("attention.key_length", max(width // heads, 1))
     if number("rope.dimension_count", head) != head:
