@@ -9,8 +9,8 @@ from helpers import tiny_policy, word_tokenizer
 from tokenizers import AddedToken, processors
 
 from ppo_jax import data
-from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.data import chat
+from ppo_jax.data.examples import encode_demonstrations, encode_judgements
 from ppo_jax.models.io import pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
 from ppo_jax.run.assembly import stop_ids
@@ -44,7 +44,9 @@ def test_messages_and_texts_of_a_chat_are_rendered_by_the_template():
     assert prompts.tokens[prompts.mask].tolist() == chat_tokenizer().convert_tokens_to_ids(
         ["a", "b", "c", "t", "a"]
     )
-    plain = encode(chat.as_chat([{"prompt": "b c"}, {"prompt": messages}]), chat_tokenizer())
+    plain = encode(
+        chat.as_user_messages([{"prompt": "b c"}, {"prompt": messages}]), chat_tokenizer()
+    )
     assert plain.texts == ["u b c t a "] * 2
     assert encode([{"prompt": "b c"}], chat_tokenizer()).texts == [
         "b c"
@@ -59,13 +61,13 @@ def test_messages_need_a_template():
 def test_stop_tokens_are_those_of_model_template_and_user(tmp_path):
     words, model = chat_tokenizer(), tiny_policy()._replace(generation={"eos_token_id": [3, 0]})
     turn = words.convert_tokens_to_ids("t")
-    assert chat.end_of_turn(words) == (turn,) and chat.end_of_turn(word_tokenizer()) == ()
+    assert chat.end_of_turn_ids(words) == (turn,) and chat.end_of_turn_ids(word_tokenizer()) == ()
     assert stop_ids(words, model, ("b",)) == (0, 3, turn, words.convert_tokens_to_ids("b"))
     pretrained.save_policy(tmp_path, model, words)
     assert pretrained.load_policy(tmp_path).end_ids == model.end_ids == (3, 0)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == model.generation
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert again.chat_template == TEMPLATE and chat.end_of_turn(again) == (turn,)
+    assert again.chat_template == TEMPLATE and chat.end_of_turn_ids(again) == (turn,)
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -116,7 +118,7 @@ def test_the_end_of_turn_token_is_found_in_any_template(tmp_path, template, foun
     assert turn not in words.all_special_ids
     words.save_pretrained(tmp_path)
     for each in (words, transformers.AutoTokenizer.from_pretrained(tmp_path)):
-        assert chat.end_of_turn(each) == ((turn,) if found else ())
+        assert chat.end_of_turn_ids(each) == ((turn,) if found else ())
 
 
 def test_a_template_with_a_date_gives_the_same_text_every_day():
@@ -133,12 +135,12 @@ def test_a_template_may_expect_content_in_parts():
         "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}"
         " t {% endfor %}"
     )
-    assert encode(chat.as_chat([{"prompt": "b c"}]), words).texts == ["b c t "]
+    assert encode(chat.as_user_messages([{"prompt": "b c"}]), words).texts == ["b c t "]
     words.chat_template = "{% for m in messages %}{{ m.content|upper }} t {% endfor %}"
-    assert encode(chat.as_chat([{"prompt": "b c"}]), words).texts == ["B C t "]
+    assert encode(chat.as_user_messages([{"prompt": "b c"}]), words).texts == ["B C t "]
 
 
-def test_a_column_named_messages_does_not_make_a_chat(tmp_path):
+def test_a_column_named_messages_does_not_make_a_chat():
     words = chat_tokenizer()
     words.add_special_tokens({"bos_token": "<s>"})
     words.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -167,38 +169,37 @@ ANSWER = [{"role": "assistant", "content": "c d"}]
         ("b", ANSWER),
     ],
 )
-def test_supervised_rows_of_messages_are_rendered_by_the_template(tmp_path, prompt, answer):
+def test_supervised_rows_of_messages_are_rendered_by_the_template(prompt, answer):
     words, row = chat_tokenizer(), {"prompt": prompt, "response": answer, "score": 1}
     ids = words.convert_tokens_to_ids
-    stage = SFT(model="", data=tmp_path, out=tmp_path)
-    tokens, mask, learned = stage.encode([row], words, 16)
+    tokens, mask, learned = encode_demonstrations([row], words, length=16)
     assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"]) and tokens[
         learned
     ].tolist() == ids(["c", "d", "t"])
-    stage = Reward(model="", data=tmp_path, out=tmp_path, learn_from="scores")
-    tokens, mask, _ = stage.encode([row], words, 16)
+    tokens, mask, _ = encode_judgements([row], words, "scores", length=16)
     assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"])
 
 
-def test_all_messages_before_the_answer_are_kept(tmp_path):
+def test_all_messages_before_the_answer_are_kept():
     system = [{"role": "system", "content": "e f"}]
     row = {"prompt": system, "response": QUESTION + ANSWER}
-    tokens, mask, _ = SFT(model="", data=tmp_path, out=tmp_path).encode([row], chat_tokenizer(), 16)
+    tokens, mask, _ = encode_demonstrations([row], chat_tokenizer(), length=16)
     assert tokens[mask].tolist() == chat_tokenizer().convert_tokens_to_ids(
         ["s", "e", "f", "t", "a", "b", "t", "a", "c", "d", "t"]
     )
     assert (
-        chat.conversation(system, QUESTION + ANSWER, chat_tokenizer()) == "s e f t u b t a c d t "
+        chat.render_conversation(system, QUESTION + ANSWER, chat_tokenizer())
+        == "s e f t u b t a c d t "
     )
 
 
-def test_a_response_in_parts_is_refused(tmp_path):
+def test_a_response_in_parts_is_refused():
     row = {
         "prompt": QUESTION,
         "response": [{"role": "assistant", "content": [{"type": "text", "text": "c"}]}],
     }
     with pytest.raises(ValueError, match="last message needs a text as its content"):
-        SFT(model="", data=tmp_path, out=tmp_path).encode([row], chat_tokenizer(), 16)
+        encode_demonstrations([row], chat_tokenizer(), length=16)
 
 
 def test_a_reward_model_reads_a_chat_through_its_own_template():
@@ -222,7 +223,9 @@ def test_a_reward_model_reads_a_chat_through_its_own_template():
         ids(["e", "a", "f", "b", "a", "f", "c"]),
     ]  # "bc" and "u" are not in the vocabulary
     own.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(RewardError, match="own chat template fails: The tokenizer"):
+    with pytest.raises(
+        RewardError, match="reward model cannot read every response: The tokenizer's chat template"
+    ):
         reward()
     own.chat_template = None
     del seen[:]

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import data
-from ppo_jax.commands.supervised import SFT, Reward
+from ppo_jax.data.examples import encode_demonstrations, encode_judgements
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
 from ppo_jax.run.assembly import stop_ids
@@ -65,36 +65,37 @@ def test_the_start_token_is_not_added_twice():
     assert prompt_ids(framing_tokenizer("$A", eos_token="?"), "a a b") == [A, A, B]
 
 
-def sft_rows(tmp_path, tokenizer, **row):
-    stage = SFT(model="", data=tmp_path, out=tmp_path)
-    tokens, mask, learned = stage.encode([row], tokenizer, 8)
+def sft_rows(tokenizer, **row):
+    tokens, mask, learned = encode_demonstrations([row], tokenizer, length=8)
     return tokens[mask].tolist(), learned[mask].tolist()
 
 
-def test_supervised_rows_have_one_start_and_one_end_token(tmp_path):
-    assert sft_rows(tmp_path, with_start_token(), prompt="a b", response="c") == (
+def test_supervised_rows_have_one_start_and_one_end_token():
+    assert sft_rows(with_start_token(), prompt="a b", response="c") == (
         [START, A, B, C, 0],
         [False] * 3 + [True] * 2,
     )
-    assert sft_rows(tmp_path, with_start_token(), response="c") == ([START, C, 0], [True] * 3)
-    assert sft_rows(tmp_path, with_start_and_separator(), prompt="a b", response="c") == (
+    assert sft_rows(with_start_token(), response="c") == ([START, C, 0], [True] * 3)
+    assert sft_rows(with_start_and_separator(), prompt="a b", response="c") == (
         [START, A, B, C, SEP],
         [False] * 3 + [True] * 2,
     )
-    assert sft_rows(tmp_path, with_start_and_separator(), response="c") == (
+    assert sft_rows(with_start_and_separator(), response="c") == (
         [START, C, SEP],
         [True] * 3,
     )
 
 
-def test_a_reward_model_is_trained_and_used_on_the_same_tokens(tmp_path):
+def test_a_reward_model_is_trained_and_used_on_the_same_tokens():
     seen = []
     score = lambda params, tokens, mask: seen.append(tokens[mask].tolist()) or np.zeros(len(tokens))
-    stage = Reward(model="", data=tmp_path, out=tmp_path, learn_from="scores")
     for text in ("a b", "<s> a b"):
         ModelReward(score, None, with_start_and_separator(), 16, 0).score_texts([text])
-        tokens, mask, _ = stage.encode(
-            [{"prompt": text[:-1], "response": "b", "score": 0}], with_start_and_separator(), 16
+        tokens, mask, _ = encode_judgements(
+            [{"prompt": text[:-1], "response": "b", "score": 0}],
+            with_start_and_separator(),
+            "scores",
+            length=16,
         )
         assert seen.pop() == tokens[mask].tolist() == [START, A, B, SEP]
 
@@ -205,7 +206,7 @@ def test_tokens_outside_the_vocabulary_are_refused():
     data.check_ids(np.array([[1, 2], [3, 4]]), 5)
     with pytest.raises(
         ValueError,
-        match="Text 1 holds the token 4, for which the model, with vocab_size=4, has no word",
+        match="holds the token id 4, but the model's vocabulary has only vocab_size=4 tokens",
     ):
         data.check_ids(np.array([[1, 2], [3, 4]]), 4)
 
@@ -220,6 +221,6 @@ def test_a_token_outside_the_reward_models_vocabulary_is_a_reward_error():
         2,
     )
     with pytest.raises(
-        RewardError, match="The reward model cannot read it all: Text 0 holds the token"
+        RewardError, match="The reward model cannot read every response: Text 0 holds the token id"
     ):
         reward.score_texts(["a b"])

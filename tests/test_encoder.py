@@ -265,6 +265,6 @@ def test_a_distilbert_config_uses_its_own_names_and_defaults(tmp_path):
 def test_a_reward_function_has_no_labels():
     with pytest.raises(
         ValueError,
-        match=r"reward_label=GOOD is of a reward model's labels; my.py:score is a function\.",
+        match=r"reward_label=GOOD selects a label of a reward model, but my.py:score is a func",
     ):
         load_reward("my.py:score", label="GOOD")

@@ -211,7 +211,7 @@ def evaluate_command(folder, **given):
             "Row 0 needs a class 0, 1, 2, ... in 'score', not 0.5",
         ),
         ([{"response": "a", "score": 0}], "--learn-from classes", "single class"),
-        ([{"chosen": "a"}], "", "Row 0 needs a text in its column 'rejected'"),
+        ([{"chosen": "a"}], "", "needs a text or messages in its column 'rejected'"),
         ([{"chosen": "a", "rejected": ""}], "", "no text in 'rejected'"),
     ],
 )
@@ -390,7 +390,7 @@ def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
     [
         ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"prompts": "empty.txt"}, "no prompt"),
-        ({"prompts": "broken.jsonl"}, "needs a text in its column 'prompt'"),
+        ({"prompts": "broken.jsonl"}, "needs a text or messages in its column 'prompt'"),
         ({"prompts": "long.txt"}, "exceeds the model's 16 positions"),
         ({"reward": "reward.py:nothing"}, "no function 'nothing'"),
         ({"reward": "none.py:score"}, "does not exist"),
@@ -536,7 +536,7 @@ def run_supervised(folder, command, rows, **given):
             "sft",
             [{"response": "a", "prompt": 5}] * 2,
             {},
-            "Row 0 of .* needs a text or messages in its column 'prompt', not 5",
+            "Row 0 of .* needs a text or messages in its column 'prompt', but is .*5",
         ),
         (
             "reward",
@@ -628,7 +628,7 @@ def test_added_tokens_outside_the_models_vocabulary_are_refused_in_texts(folder,
         with pytest.raises(SystemExit):
             cli.main(arguments)
         assert (
-            "holds the token 21, for which the model, with vocab_size=21, has no word"
+            "holds the token id 21, but the model's vocabulary has only vocab_size=21 tokens"
             in capsys.readouterr().err
         )
     words.add_special_tokens({"pad_token": "<pad>"})

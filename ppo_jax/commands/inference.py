@@ -1,16 +1,18 @@
-"""`ppo-jax generate` and `ppo-jax evaluate`."""
+"""The commands `ppo-jax generate` and `ppo-jax evaluate`, which sample responses to prompts."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
+import tyro
 
 from ppo_jax import data
-from ppo_jax.data.chat import as_chat
+from ppo_jax.data.chat import as_user_messages
+from ppo_jax.data.rows import Row
 from ppo_jax.data.text import pad_id
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models.transformer import language_model
@@ -20,112 +22,125 @@ from ppo_jax.run.assembly import check_top_k, encode_for, load_model, stop_ids
 from ppo_jax.types import Rollout
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How responses are drawn."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How responses are sampled."""
 
-    model: str
-    """A folder or a Hugging Face id in safetensors, or a .gguf file."""
     max_new_tokens: int = 32
-    """Longest response."""
+    """Greatest number of tokens of a response."""
     temperature: float = 1.0
-    """Of sampling."""
+    """Sampling temperature."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens."""
+    """Sample only among the k most probable tokens."""
     top_p: float | None = None
-    """Sample within this probability mass."""
+    """Sample only among the most probable tokens whose total probability reaches p."""
     greedy: bool = False
-    """Take the likeliest token."""
+    """Take the most probable token instead of sampling."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of the samples."""
     chat: bool = False
     """Put each prompt as a user's message through the tokenizer's chat template."""
     stop_tokens: tuple[str, ...] = ()
     """Further tokens that end a response."""
     batch_size: int = 64
-    """Responses at a time; the samples do not depend on it."""
+    """Number of responses sampled at once. The samples do not depend on it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_numbers(self)
         if self.batch_size < 1:
             raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
 
-    def sample(
-        self, rows: list[dict[str, Any]]
-    ) -> Iterator[tuple[Rollout, data.Prompts, list[str]]]:
-        """Responses to prompts, a batch at a time."""
-        policy, tokenizer = load_model(self.model)
-        check_top_k(self.top_k, policy.config)
-        prompts = encode_for(
-            as_chat(rows) if self.chat else rows, tokenizer, policy.config, self.max_new_tokens
-        )
-        generate = functools.partial(
+
+def sample_responses(
+    model: str, rows: list[Row], options: SamplingOptions
+) -> Iterator[tuple[Rollout, data.Prompts, list[str]]]:
+    """Load a model and sample one response to each prompt.
+
+    Args:
+      model: a folder or a Hugging Face id in safetensors, or a .gguf file.
+      rows: the prompts, as `data.read_rows` returns them.
+      options: how to sample.
+
+    Yields:
+      For each batch the responses as arrays, their prompts, and the responses as texts.
+
+    Raises:
+      ValueError: if the model cannot be loaded, or a prompt or an option does not fit it.
+    """
+    policy, tokenizer = load_model(model)
+    check_top_k(options.top_k, policy.config)
+    rows = as_user_messages(rows) if options.chat else rows
+    prompts = encode_for(rows, tokenizer, policy.config, options.max_new_tokens)
+    generate = jax.jit(
+        functools.partial(
             rollout.generate,
             language_model(policy.config),
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=stop_ids(tokenizer, policy, self.stop_tokens),
+            max_new_tokens=options.max_new_tokens,
+            stop_ids=stop_ids(tokenizer, policy, options.stop_tokens),
             pad_id=pad_id(tokenizer),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            greedy=self.greedy,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            greedy=options.greedy,
         )
-        generate = jax.jit(generate)
-        size = min(self.batch_size, len(prompts))
-        for first in range(0, len(prompts), size):
-            ids = np.arange(
-                first, first + size
-            )  # past the end the first prompts come again, so one shape is compiled
-            batch = prompts.take(ids % len(prompts))
-            out = generate(
-                policy.params, jax.random.key(self.seed), batch.tokens, batch.mask, row_ids=ids
-            )
-            keep = min(size, len(prompts) - first)
-            out, batch = (
-                jax.tree.map(lambda x, keep=keep: x[:keep], out),
-                batch.take(np.arange(keep)),
-            )
-            mask = np.concatenate([batch.mask, out.response_mask], axis=1)
-            yield out, batch, data.decode(tokenizer, out.tokens, mask, start=out.prompt_length)
+    )
+    size, key = min(options.batch_size, len(prompts)), jax.random.key(options.seed)
+    for first in range(0, len(prompts), size):
+        # The last batch is filled up with the first prompts, so that one shape is compiled.
+        ids = np.arange(first, first + size)
+        batch = prompts.take(ids % len(prompts))
+        out = generate(policy.params, key, batch.tokens, batch.mask, row_ids=ids)
+        kept = np.arange(min(size, len(prompts) - first))
+        out, batch = jax.tree.map(lambda x, n=len(kept): x[:n], out), batch.take(kept)
+        mask = np.concatenate([batch.mask, out.response_mask], axis=1)
+        yield out, batch, data.decode(tokenizer, out.tokens, mask, start=out.prompt_length)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generate(Sampling):
-    """Continue prompts with a model."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue prompts with a model, and print prompt|response for each."""
 
+    model: str
+    """A folder or a Hugging Face id in safetensors, or a .gguf file."""
     prompts: list[str]
     """One or more texts."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
 
     def run(self) -> None:
-        for _, batch, responses in self.sample(data.read_rows(self.prompts)):
+        """Sample and print the responses."""
+        rows = data.read_rows(self.prompts)
+        for _, batch, responses in sample_responses(self.model, rows, self.sampling):
             for prompt, response in zip(batch.texts, responses, strict=True):
                 print(f"{prompt}|{response}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(Sampling):
-    """Mean reward of a model's responses to held-out prompts."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Print the mean reward of a model's responses to held-out prompts."""
 
+    model: str
+    """A folder or a Hugging Face id in safetensors, or a .gguf file."""
     prompts: Path
-    """A text file or .jsonl, as for train."""
+    """A text file (one prompt a line) or .jsonl (one object a line, with a column "prompt")."""
     reward: str
-    """As for train."""
+    """my_file.py:function; or a reward model, as a folder or a Hugging Face id."""
     reward_given: Literal["text", "tokens"] = "text"
-    """As for train."""
+    """Whether the function is called with texts or with arrays of tokens, as in ppo-jax train."""
     reward_label: str | None = None
-    """As for train."""
+    """Label whose logit is the score, for a reward model with several labels: name or number."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
 
     def run(self) -> None:
-        rows, reward = (
-            data.read_rows(self.prompts),
-            load_reward(self.reward, self.reward_given, self.reward_label),
-        )
+        """Sample the responses, and print the mean and the standard error of their scores."""
+        rows = data.read_rows(self.prompts)
+        reward = load_reward(self.reward, self.reward_given, self.reward_label)
         scores = np.concatenate(
             [
                 reward(out, batch, responses).total(out.response_mask)
-                for out, batch, responses in self.sample(rows)
+                for out, batch, responses in sample_responses(self.model, rows, self.sampling)
             ]
         )
         print(
-            f"mean score {scores.mean():.4f}, standard error {scores.std() / len(scores) ** 0.5:.4f}, {len(scores)} responses"
+            f"mean score {scores.mean():.4f}, standard error "
+            f"{scores.std() / len(scores) ** 0.5:.4f}, {len(scores)} responses"
         )

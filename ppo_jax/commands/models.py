@@ -9,7 +9,7 @@ import tyro
 
 from ppo_jax.models import lora
 from ppo_jax.models.io import adapter_files, gguf_format, pretrained, stored
-from ppo_jax.models.lora import LoRA
+from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import check_prompt, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
@@ -82,7 +82,7 @@ class Info:
     """Type to compute in. Parameters are always float32."""
     remat: bool = False
     """Recompute activations in the backward pass to save memory."""
-    lora: LoRA = LoRA(rank=0)
+    lora: LoRA = NO_LORA
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def run(self) -> None:

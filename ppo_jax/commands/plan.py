@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 
 from ppo_jax.distributed.meshes import make_mesh, parse_mesh
-from ppo_jax.models.lora import LoRA
+from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.plan import report
 from ppo_jax.plan.compile import compile_iteration
 from ppo_jax.plan.extrapolation import extrapolate
@@ -50,7 +50,7 @@ class Plan:
     layer."""
     out: Path | None = None
     """JSON file to write the figures to as well."""
-    lora: LoRA = LoRA(rank=0)
+    lora: LoRA = NO_LORA
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def run(self) -> None:

@@ -9,11 +9,11 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from ppo_jax import data, hashing
-from ppo_jax.data.chat import as_chat
+from ppo_jax.data.chat import as_user_messages
 from ppo_jax.distributed import meshes, processes
 from ppo_jax.distributed.processes import Processes
 from ppo_jax.errors import SettingError
-from ppo_jax.models.lora import LoRA
+from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import load_reward
 from ppo_jax.run import provenance
@@ -80,7 +80,7 @@ class Train:
     batch; fsdp and tensor shard the parameters. An axis that is left out is 1, except that data
     takes the remaining devices. pmap runs a replica on each device of one process."""
     processes: Processes = field(default_factory=Processes)
-    lora: LoRA = LoRA(rank=0)
+    lora: LoRA = NO_LORA
     loop: LoopConfig = field(default_factory=LoopConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
@@ -143,7 +143,7 @@ class Train:
 
     def _rows(self, path: Path) -> list[dict[str, Any]]:
         rows = data.read_rows(path)
-        return as_chat(rows) if self.chat else rows
+        return as_user_messages(rows) if self.chat else rows
 
     def _train(self, trainer: Trainer) -> None:
         done = int(trainer.state.update)

@@ -1,4 +1,9 @@
-"""Prompts and texts: reading rows, chat templates, token ids and batches."""
+"""Prompts and training rows: reading texts, applying chat templates, tokenizing and padding.
+
+`rows` reads texts from lists and files, `chat` applies chat templates, `text` converts between
+texts and token ids, `prompts` makes the batches of PPO, and `examples` makes the training arrays of
+the supervised stages.
+"""
 
 from ppo_jax.data.prompts import Prompts, batch_rows, encode_prompts
 from ppo_jax.data.rows import read_rows

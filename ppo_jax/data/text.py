@@ -1,4 +1,4 @@
-"""Texts to token ids and back."""
+"""Conversion between texts and padded arrays of token ids."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,79 +9,116 @@ import numpy as np
 def pad(
     sequences: Sequence[Sequence[int]], *, length: int | None = None, pad_id: int, left: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists to `[n, length]` int32 and their mask, padded on one side.
+    """Pad lists of token ids on one side to arrays of the same length.
+
+    Args:
+      sequences: `n` lists of token ids.
+      length: number of columns; by default the length of the longest list.
+      pad_id: the id written outside the mask.
+      left: whether to pad on the left (prompts) or on the right (texts that are read whole).
+
+    Returns:
+      Token ids `[n, length]` int32 and the mask of the real tokens `[n, length]` bool.
 
     Example:
       >>> pad([[1, 2], [3]], pad_id=0, left=True)[0]
       array([[1, 2],
              [0, 3]], dtype=int32)
     """
-    length = max(map(len, sequences)) if length is None else length
-    tokens, mask = (
-        np.full((len(sequences), length), pad_id, np.int32),
-        np.zeros((len(sequences), length), bool),
-    )
+    shape = (len(sequences), max(map(len, sequences)) if length is None else length)
+    tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
     for i, ids in enumerate(sequences):
-        at = slice(length - len(ids), length) if left else slice(0, len(ids))
-        tokens[i, at], mask[i, at] = ids, True
+        columns = slice(shape[1] - len(ids), None) if left else slice(len(ids))
+        tokens[i, columns], mask[i, columns] = ids, True
     return tokens, mask
 
 
-def encode_text(tokenizer: Any, text: str, *, closed: bool, **options: Any) -> list[int]:
-    """Ids of a text between the marks that its tokenizer puts around it.
+def encode_text(tokenizer: Any, text: str, *, keep_end: bool, **options: Any) -> list[int]:
+    """Tokenize a text, with exactly one opening token and with or without its closing tokens.
 
-    The opening mark stands once, though the text (of a chat template) may begin with it too. `closed=False` leaves out those after
-    the text, such as [SEP], so that the text can go on; one that the text itself holds stays.
+    A tokenizer may add special tokens before and after a text. If the text, for example one made by
+    a chat template, already begins with the opening token, only one of the two is kept.
+
+    Args:
+      tokenizer: the tokenizer.
+      text: the text.
+      keep_end: whether to keep the special tokens that the tokenizer adds after the text, such as
+        BERT's `[SEP]`. Without them the text can be continued. A special token that the text itself
+        holds at its end is kept in both cases.
+      **options: further arguments of the tokenizer, such as `add_special_tokens` or `truncation`.
+
+    Returns:
+      The token ids.
     """
-    coded = tokenizer(text, return_special_tokens_mask=True, **options)
-    ids, marks = coded.input_ids, coded.special_tokens_mask
+    encoded = tokenizer(text, return_special_tokens_mask=True, **options)
+    ids, added = encoded.input_ids, encoded.special_tokens_mask
     end = len(ids)
-    while not closed and end > 1 and marks[end - 1]:
+    while not keep_end and end > 1 and added[end - 1]:
         end -= 1
-    twice = list(marks[:2]) == [1, 0] and ids[0] == ids[1]
-    return list(ids[twice:end])
+    opens_twice = list(added[:2]) == [1, 0] and ids[0] == ids[1]
+    return list(ids[opens_twice:end])
 
 
 def end_id(tokenizer: Any) -> int | None:
-    """The id that ends a text: the tokenizer's end token, or the separator where (as BERT's) it has none."""
+    """Return the tokenizer's end token id, or its separator's if (like BERT's) it has none."""
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
+def pad_id(tokenizer: Any) -> int:
+    """Return the tokenizer's pad id, else its end id, else 0; masks make any id safe as padding."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
 def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
-    """Raises ValueError if there is an id that the model has no word for."""
+    """Check that the model's vocabulary has every token.
+
+    Args:
+      tokens: `[n, length]` int32.
+      vocab_size: number of tokens in the model's vocabulary.
+
+    Raises:
+      ValueError: if an id is `vocab_size` or greater.
+    """
     if tokens.size and tokens.max() >= vocab_size:
         row = int(np.argmax(tokens.max(axis=1)))
         raise ValueError(
-            f"Text {row} holds the token {tokens.max()}, for which the model, with vocab_size={vocab_size}, has no word."
+            f"Text {row} holds the token id {tokens.max()}, but the model's vocabulary has only "
+            f"vocab_size={vocab_size} tokens."
         )
 
 
 def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, *, start: int = 0) -> list[str]:
-    """Texts of the real tokens of each row from column `start` on, as they read after those before; special tokens left out.
+    """Decode the real tokens of each row from column `start` on, without special tokens.
 
-    Many tokenizers hold the space between words in the later word, or in none, and leave it out at the start of a text. So a
-    response is decoded behind the end of its prompt, which is then cut off; alone where the prompt would read otherwise for it.
+    Many tokenizers attach the space between two words to the second word, or to neither, and drop
+    it at the start of a text. A response is therefore decoded together with the end of its prompt,
+    and the prompt's text is cut off. It is decoded alone if the prompt's text would change with it.
+
+    Args:
+      tokenizer: the tokenizer.
+      tokens: `[n, length]` int32.
+      mask: `[n, length]` bool, the real tokens.
+      start: the first column to decode; the columns before it hold the prompt.
+
+    Returns:
+      One text for each row.
     """
     tokens, mask = np.asarray(tokens), np.asarray(mask)
-    near = max(start - 16, 0)  # a prompt's last tokens tell, and a long one costs no time
-    texts = lambda first, last: tokenizer.batch_decode(
-        [
-            row[real].tolist()
-            for row, real in zip(tokens[:, first:last], mask[:, first:last], strict=True)
-        ],
-        skip_special_tokens=True,
-    )
-    if not len(tokens):  # some tokenizers give a text for no row
+    if not len(tokens):  # Some tokenizers return one text for no rows.
         return []
-    alone = texts(start, None)
+
+    def decode_columns(first: int, last: int | None = None) -> list[str]:
+        columns = zip(tokens[:, first:last], mask[:, first:last], strict=True)
+        rows = [row[real].tolist() for row, real in columns]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    alone = decode_columns(start)
     if not start:
         return alone
+    near = max(start - 16, 0)  # The last tokens of a prompt suffice.
     return [
-        both[len(before) :] if both.startswith(before) else one
-        for both, before, one in zip(texts(near, None), texts(near, start), alone, strict=True)
+        text[len(prompt) :] if text.startswith(prompt) else response
+        for text, prompt, response in zip(
+            decode_columns(near), decode_columns(near, start), alone, strict=True
+        )
     ]
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The tokenizer's pad id, or its end id, or 0: any will do, it is never read."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

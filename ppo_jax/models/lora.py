@@ -70,6 +70,9 @@ class LoRA:
         return self.alpha / (self.rank**0.5 if self.stabilised else self.rank)
 
 
+NO_LORA = LoRA(rank=0)  # the default of the commands, which train the whole model
+
+
 def init_lora(base: Params, key: Array, lora: LoRA) -> Params:
     """Return fresh adapters, which do not change the model.
 

@@ -1,36 +1,64 @@
-"""Supervised fine-tuning, and the compiled loop of gradient steps that it shares with reward-model training."""
+"""The supervised fine-tuning loss, and the training loop that reward models share with it."""
 
+import functools
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
-from jax import Array
 
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.masked import masked_mean
 from ppo_jax.types import LanguageModel, Params
 
+Arrays = tuple[np.ndarray, ...]  # one row of each is one example
+LossAndAccuracy = tuple[jax.Array, jax.Array]
+SupervisedLoss = Callable[..., LossAndAccuracy]  # (params, *batch) -> loss, accuracy
+
 
 def sft_loss(
-    model: LanguageModel, params: Params, tokens: Array, mask: Array, loss_mask: Array
-) -> tuple[Array, Array]:
-    """Mean negative log-prob of the marked tokens, and the share of them that the model would have guessed.
+    model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array, loss_mask: jax.Array
+) -> LossAndAccuracy:
+    """Compute the mean negative log-probability and the accuracy of the tokens to learn.
 
         L = - Σ loss_mask_t log π(x_t | x_<t) / Σ loss_mask_t
 
     Args:
-      model: functions of the policy.
+      model: the functions of the policy.
       params: its parameters.
-      tokens, mask: `[B, T]` int32 and bool.
-      loss_mask: `[B, T]` bool, tokens to learn (those of the response); the first position never counts.
+      tokens: `[B, T]` int32.
+      mask: `[B, T]` bool, the real tokens.
+      loss_mask: `[B, T]` bool, the tokens to learn, such as those of the response. The first
+        position never counts, because nothing predicts it.
 
     Returns:
-      The loss in nats per token and the accuracy, `[]` float32 each.
+      The loss in nats per token, and the share of the tokens that have the greatest logit at their
+      position; `[]` float32 each.
+
+    Raises:
+      AssertionError: if the arrays are not all `[B, T]`.
+
+    Source:
+      Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155), section 3.5.
+
+    Example:
+      >>> from ppo_jax.models.config import TransformerConfig
+      >>> from ppo_jax.models.transformer import init_params, language_model
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=4, width=4, layers=1, heads=2, mlp_width=8
+      ... )
+      >>> params = jax.tree.map(jnp.zeros_like, init_params(config, jax.random.key(0)))
+      >>> tokens, mask = jnp.array([[1, 2, 0]]), jnp.ones((1, 3), bool)
+      >>> loss, accuracy = sft_loss(language_model(config), params, tokens, mask, loss_mask=mask)
+      >>> round(float(loss), 4), float(accuracy)  # All logits are 0: the loss is log 7.
+      (1.9459, 0.5)
     """
+    chex.assert_rank(tokens, 2)
+    chex.assert_equal_shape([tokens, mask, loss_mask])
     hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
     logits, marked = model.logits(params, hidden), (loss_mask & mask)[:, 1:]
     loss = -masked_mean(token_logprobs(logits, tokens[:, 1:]), marked)
@@ -38,34 +66,15 @@ def sft_loss(
     return loss, masked_mean(hits, marked)
 
 
-def len_of_first(*arrays: np.ndarray) -> float:
-    """Rows."""
-    return float(len(arrays[0]))
-
-
-def learned_tokens(tokens: np.ndarray, mask: np.ndarray, loss_mask: np.ndarray) -> float:
-    """Tokens that `sft_loss` averages over."""
+def count_learned_tokens(tokens: np.ndarray, mask: np.ndarray, loss_mask: np.ndarray) -> float:
+    """Count the tokens that `sft_loss` averages over."""
     return float((mask & loss_mask)[:, 1:].sum())
 
 
-@partial(jax.jit, static_argnames="loss_fn", donate_argnums=(0,))
-def _epoch(state: TrainState, batches, *, loss_fn) -> tuple[TrainState, Array]:
-    def step(state, batch):
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *batch)
-        return state.apply_gradients(grads=grads), loss
-
-    return jax.lax.scan(step, state, batches)
-
-
-@partial(jax.jit, static_argnames="loss_fn")
-def _evaluate(params: Params, batch, *, loss_fn):
-    return loss_fn(params, *batch)
-
-
 def fit(
-    loss_fn: Callable[..., tuple[Array, Array]],
+    loss_fn: SupervisedLoss,
     params: Params,
-    arrays: tuple[np.ndarray, ...],
+    arrays: Arrays,
     *,
     seed: int,
     epochs: int,
@@ -73,62 +82,86 @@ def fit(
     learning_rate: float,
     weight_decay: float = 0.0,
     warmup: float = 0.05,
-    on_epoch: Callable[[int, float, Params], None] | None = None,
+    on_epoch: Callable[[int, float, Params], Any] | None = None,
 ) -> Params:
-    """AdamW with warm-up and cosine decay over shuffled batches; each epoch is one compiled scan.
+    """Minimize a loss with AdamW, linear warm-up and cosine decay, on shuffled batches.
+
+    Each epoch is one compiled scan. Gradients are clipped to a global norm of 1.
 
     Args:
-      loss_fn: `(params, *batch) -> (loss, aux)`, the same object each call, or it compiles again.
-      params: where to start; copied.
-      arrays: `[n, ...]` each; rows that do not fill a batch wait for another epoch's shuffle.
-      seed: of the shuffles.
-      epochs, batch_size, learning_rate, weight_decay: as ever.
-      warmup: share of the steps over which the rate rises.
-      on_epoch: called with the epoch, its mean loss and the parameters.
+      loss_fn: `loss_fn(params, *batch) -> (loss, accuracy)`.
+      params: the initial parameters, which are copied.
+      arrays: the training rows, `[n, ...]` each. Rows that do not fill a batch are left out of an
+        epoch; each epoch leaves out others.
+      seed: seed of the shuffles.
+      epochs: passes over the rows.
+      batch_size: rows of a step.
+      learning_rate: peak of the schedule.
+      weight_decay: AdamW's decoupled weight decay.
+      warmup: share of all steps over which the learning rate rises.
+      on_epoch: called after each epoch with its number from 0, its mean loss and the parameters.
 
     Returns:
       The parameters after the last step.
 
     Raises:
-      ValueError: if there are fewer rows than a batch.
+      ValueError: if there are fewer rows than `batch_size`.
     """
     n = len(arrays[0])
     steps = n // batch_size
     if not steps:
         raise ValueError(f"{n} rows are left to learn from, fewer than batch_size={batch_size}.")
-    rising = max(int(warmup * steps * epochs), 1)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, rising, max(steps * epochs, rising + 1)
+    warmup_steps = max(int(warmup * steps * epochs), 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup_steps, max(steps * epochs, warmup_steps + 1)
     )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))
-    state = TrainState.create(
-        apply_fn=None, params=jax.tree.map(lambda x: jnp.array(x, copy=True), params), tx=tx
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=weight_decay)
     )
+
+    def step(state: TrainState, batch: Arrays) -> tuple[TrainState, jax.Array]:
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *batch)
+        return state.apply_gradients(grads=grads), loss
+
+    run_epoch = jax.jit(functools.partial(jax.lax.scan, step), donate_argnums=0)
+    # Copied, because `run_epoch` donates the state.
+    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
     for epoch in range(epochs):
-        order = (
-            np.random.default_rng((seed, epoch))
-            .permutation(n)[: steps * batch_size]
-            .reshape(steps, batch_size)
-        )
-        state, losses = _epoch(state, tuple(x[order] for x in arrays), loss_fn=loss_fn)
+        order = np.random.default_rng((seed, epoch)).permutation(n)[: steps * batch_size]
+        order = order.reshape(steps, batch_size)
+        state, losses = run_epoch(state, tuple(x[order] for x in arrays))
         if on_epoch is not None:
             on_epoch(epoch, float(jnp.mean(losses)), state.params)
     return state.params
 
 
 def evaluate_loss(
-    loss_fn: Callable[..., tuple[Array, Array]],
+    loss_fn: SupervisedLoss,
     params: Params,
-    arrays: tuple[np.ndarray, ...],
+    arrays: Arrays,
     *,
     batch_size: int = 64,
-    weight: Callable[..., float] = len_of_first,
+    weight: Callable[..., float] | None = None,
 ) -> tuple[float, float]:
-    """Loss and accuracy on held-out rows, `batch_size` at a time; a batch counts as `weight(*batch)`, by default its rows."""
-    total, sums = 0.0, np.zeros(2)
+    """Compute the mean loss and accuracy over held-out rows.
+
+    Args:
+      loss_fn: as in `fit`. Pass the same function object in every call, because another one forces
+        a recompilation.
+      params: the parameters.
+      arrays: the held-out rows, `[n, ...]` each.
+      batch_size: rows of a batch; the last batch may be smaller.
+      weight: `weight(*batch)`, the weight of a batch's means; by default its number of rows.
+
+    Returns:
+      The loss and the accuracy.
+    """
+    evaluate, total, sums = jax.jit(loss_fn), 0.0, np.zeros(2)
     for first in range(0, len(arrays[0]), batch_size):
         batch = tuple(x[first : first + batch_size] for x in arrays)
-        count = float(weight(*batch))
-        sums += count * np.asarray(_evaluate(params, batch, loss_fn=loss_fn), np.float64)
+        count = float(len(batch[0]) if weight is None else weight(*batch))
+        sums += count * np.asarray(evaluate(params, *batch), np.float64)
         total += count
-    return float(sums[0] / max(total, 1.0)), float(sums[1] / max(total, 1.0))
+    loss, accuracy = (sums / max(total, 1.0)).tolist()
+    return loss, accuracy

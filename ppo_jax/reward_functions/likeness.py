@@ -1,22 +1,44 @@
-"""Likeness to a sentence as a reward."""
+"""A reward function of texts: how close a text's meaning is to that of a target sentence."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from ppo_jax.models.io.encoder import Encoder
-
 
 class LikenessReward(NamedTuple):
-    """Cosine of the angle between a response's embedding and that of a target sentence; a reward on texts (`TextReward`)."""
+    """Cosine similarity of a text's embedding and a target's; pass it to `TextReward`.
 
-    encoder: Encoder
+    A prompt and its response are embedded as one text.
+
+    Attributes:
+      encoder: maps `n` texts to embeddings of length 1, `[n, D]`; for example a
+        `models.io.encoder.Encoder`.
+      target: the sentence to resemble.
+
+    Source:
+      Sentence embeddings and their cosine similarity: Reimers & Gurevych 2019
+      (https://arxiv.org/abs/1908.10084).
+
+    Example:
+      >>> def encoder(texts):
+      ...     return np.array([[1.0, 0.0] if "good" in text else [0.6, 0.8] for text in texts])
+      >>> LikenessReward(encoder, "a good film")(["It was", "It was"], [" good", " long"])
+      array([1. , 0.6])
+    """
+
+    encoder: Callable[[list[str]], np.ndarray]
     target: str
 
     def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        return (
-            self.encoder(
-                [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-            )
-            @ (self.encoder([self.target])[0])
-        )
+        """Score responses.
+
+        Args:
+          prompts: `B` texts.
+          responses: `B` texts.
+
+        Returns:
+          `[B]` similarities between -1 and 1.
+        """
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        return self.encoder(texts) @ self.encoder([self.target])[0]

@@ -1,17 +1,13 @@
-"""A reward from its name on the command line."""
+"""Making a reward from the name that a user gives on the command line."""
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import jax
-
-from ppo_jax.data.text import pad_id
 from ppo_jax.hashing import text_hash
-from ppo_jax.models import heads
-from ppo_jax.models.io import pretrained, scorers
-from ppo_jax.reward_functions.model import ModelReward
+from ppo_jax.reward_functions.model import load_model_reward
 from ppo_jax.reward_functions.protocol import RewardFn
 from ppo_jax.reward_functions.text import TextReward
 from ppo_jax.reward_functions.tokens import TokenReward
@@ -20,63 +16,70 @@ from ppo_jax.reward_functions.tokens import TokenReward
 def load_reward(
     spec: str, given: Literal["text", "tokens"] = "text", label: str | None = None
 ) -> RewardFn:
-    """A reward of `file.py:function`, on texts or on arrays, or a reward model's folder or Hugging Face id.
+    """Make a reward from `my_file.py:function`, or from the name of a reward model.
 
-    A reward model reads the end of a text that is longer than its positions: the response, and what fits of the prompt. Where it
-    has several labels, the logit of `label` is the score.
+    Args:
+      spec: a Python file and the name of a function in it, joined by a colon; or the folder or
+        Hugging Face id of a reward model.
+      given: what the function is called with: "text" as in `TextReward`, or "tokens" as in
+        `TokenReward`.
+      label: name or number of the label whose logit is the score, for a reward model with several
+        labels.
+
+    Returns:
+      The reward.
 
     Raises:
-      ValueError: if there is no such thing, or the reward model's tokenizer is not its own.
+      ValueError: if `spec` names neither a function nor a reward model, or `given` or `label` does
+        not apply to it.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = Path(folder) / "brevity.py"
+      ...     _ = file.write_text("def score(prompts, responses): return [-len(responses[0])]")
+      ...     reward = load_reward(f"{file}:score")
+      >>> reward.function(["2 + 2 ="], [" four"])
+      [-5]
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py"):
         if given == "tokens":
             raise ValueError(
-                f"reward_given=tokens needs a function, my_file.py:function; {spec} would be a reward model."
+                f"reward_given=tokens needs a function, my_file.py:function; {spec} would be a "
+                "reward model."
             )
         try:
-            scorer, tokenizer = (
-                scorers.load_scorer(spec, label=label),
-                pretrained.load_tokenizer(spec),
-            )
-            pretrained.check_tokenizer(tokenizer, scorer.config)
-            if scorer.config.causal and heads.pooled(scorer.params["head"]):
-                raise ValueError(
-                    f"{spec} takes its score from the first token, which as a decoder (is_decoder) sees no other."
-                )
+            return load_model_reward(spec, label)
         except ValueError as error:
             raise ValueError(
                 f"The reward is neither my_file.py:function nor a reward model: {error}"
             ) from error
-        tokenizer.truncation_side = "left"  # of a text that is too long, the response stays
-        score = jax.jit(heads.reward_model(scorer.config))
-        return ModelReward(
-            score,
-            scorer.params,
-            tokenizer,
-            scorer.config.positions,
-            pad_id(tokenizer),
-            scorer.config.vocab_size,
-        )
     if label is not None:
         raise ValueError(
-            f"reward_label={label} is of a reward model's labels; {spec} is a function."
+            f"reward_label={label} selects a label of a reward model, but {spec} is a function."
         )
-    if not Path(file).is_file():
+    function = _load_function(Path(file), name)
+    return TextReward(function) if given == "text" else TokenReward(function)
+
+
+def _load_function(file: Path, name: str) -> Callable[..., Any]:
+    """Run a Python file as a module and return its function `name`."""
+    if not file.is_file():
         raise ValueError(f"The reward file {file} does not exist.")
-    own_name = (
-        f"{Path(file).stem}_{text_hash(str(Path(file).resolve()))}"  # that of no other module
-    )
-    module_spec = importlib.util.spec_from_file_location(own_name, file)
-    sys.modules[own_name] = module = importlib.util.module_from_spec(
-        module_spec
-    )  # where classes are looked for
+    # The hash keeps the module's name from colliding with that of an installed module.
+    module_name = f"{file.stem}_{text_hash(str(file.resolve()))}"
+    module_spec = importlib.util.spec_from_file_location(module_name, file)
+    assert module_spec is not None and module_spec.loader is not None  # It ends in .py.
+    # Dataclasses and pickle look their classes up in sys.modules.
+    sys.modules[module_name] = module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"The reward file {file} does not run: {type(error).__name__}: {error}"
         ) from error
-    if not callable(getattr(module, name, None)):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise ValueError(f"The reward file {file} has no function {name!r}.")
-    return (TextReward if given == "text" else TokenReward)(getattr(module, name))
+    return function

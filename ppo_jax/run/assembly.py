@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ppo_jax import data
-from ppo_jax.data.chat import end_of_turn
+from ppo_jax.data.chat import end_of_turn_ids
 from ppo_jax.data.text import pad_id
 from ppo_jax.distributed import meshes
 from ppo_jax.models import heads
@@ -264,7 +264,7 @@ def stop_ids(
     Raises:
       ValueError: if one of `stop_tokens` is not a single token of the tokenizer.
     """
-    ids = [data.end_id(tokenizer), *policy.end_ids, *end_of_turn(tokenizer)]
+    ids = [data.end_id(tokenizer), *policy.end_ids, *end_of_turn_ids(tokenizer)]
     for text in stop_tokens:
         token_ids = tokenizer(text, add_special_tokens=False).input_ids
         if len(token_ids) != 1:

@@ -93,7 +93,7 @@ def open_run(
     update = int(state.update)
     if update > loop.updates:
         raise SettingError(
-            f"The run in {folder} has made {update} updates already; updates={loop.updates} is fewer."
+            f"The run in {folder} has made {update} updates; updates={loop.updates} is fewer."
         )
 
     def prepare_files() -> None:
