@@ -11,6 +11,7 @@ from ppo_jax.data.examples import encode_demonstrations, encode_judgements
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
 from ppo_jax.run.assembly import stop_ids
+from ppo_jax.run.collection import response_texts
 from ppo_jax.types import Rollout
 
 WORDS = ["?", "<s>", "a", "b", "c", "[SEP]"]
@@ -185,7 +186,6 @@ def test_byte_level_responses_decode_the_same_with_and_without_the_prompt():
 
 def test_a_trainer_decodes_responses_as_continuations(tmp_path):
     run, words = simple_trainer(tmp_path / "run"), sentencepiece()
-    run.learner = run.learner._replace(tokenizer=words)
     ids = words.convert_tokens_to_ids(
         ["▁film", "▁film", "<s>", "▁The", "▁film", "▁is", "▁good", "ing", "<s>", "▁is"]
     )
@@ -193,7 +193,7 @@ def test_a_trainer_decodes_responses_as_continuations(tmp_path):
     rollout = Rollout(
         np.array([ids]), mask, mask[:, 6:], np.zeros((1, 4), np.float32), np.array([True])
     )
-    assert run.texts(rollout) == [" gooding"]
+    assert response_texts(run.learner.agent, words, rollout) == [" gooding"]
 
 
 @pytest.mark.parametrize("name, text", [("a.txt", "b c\n"), ("a.jsonl", '{"prompt": "b c"}\n')])
