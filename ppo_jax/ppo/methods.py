@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def gae(*, gamma: float, lam: float) -> AdvantageFn:
-    """Makes generalized advantage estimation an `AdvantageFn`.
+    """Makes an `AdvantageFn` of generalized advantage estimation.
 
     Args:
       gamma: discount per token.
@@ -33,6 +33,15 @@ def gae(*, gamma: float, lam: float) -> AdvantageFn:
 
     Source:
       Schulman et al. 2015 (https://arxiv.org/abs/1506.02438), equations 11-16.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rewards, mask = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
+      >>> advantage_fn = gae(gamma=1.0, lam=0.5)
+      >>> advantages, returns = advantage_fn(
+      ...     rewards, 0 * rewards, mask, rollout=None, scores=None)
+      >>> advantages
+      Array([[0.5, 1. ]], dtype=float32)
     """
     estimate = partial(generalized_advantage_estimation, gamma=gamma, lam=lam)
     return lambda rewards, values, mask, *, rollout, scores: estimate(rewards, values, mask)
@@ -99,7 +108,7 @@ class Loss(_Method):
 
 
 class Weighting(_Method):
-    """Whether each token or each response has equal weight in the loss; `function` averages so."""
+    """Whether each token or each response has equal weight in the loss; `function` is the mean."""
 
     function: Aggregation
     TOKEN = "token", BY_TOKEN

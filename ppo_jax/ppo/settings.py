@@ -48,8 +48,6 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 class PPOConfig:
     """The settings of a PPO iteration.
 
-    The sentence below each field documents it, and is its help on the command line.
-
     Raises:
       SettingError: if a setting is out of range, or one that must divide another does not.
 
@@ -59,6 +57,8 @@ class PPOConfig:
       (16, 4)
     """
 
+    # The string below each field is its help on the command line, which keeps line breaks: strings
+    # of several lines are wrapped at 70 columns to fit a terminal of 80.
     batch_size: int = 64
     """Each update samples this many responses."""
     epochs: int = 4
@@ -66,86 +66,93 @@ class PPOConfig:
     minibatches: int = 4
     """Each epoch is divided into this many minibatches, with one optimizer step each."""
     micro_batch: int | None = None
-    """Gradients are accumulated over micro-batches of this many responses, which bounds the memory
-    of activations. None: a whole minibatch at once."""
+    """Gradients are accumulated over micro-batches of this many responses,
+    which bounds the memory of activations. None: a whole minibatch at
+    once."""
     rollout_rows: int | None = None
-    """Responses are sampled this many at a time, which bounds the memory of the key/value cache.
-    None: the whole batch at once."""
+    """Responses are sampled this many at a time, which bounds the memory of
+    the key/value cache. None: the whole batch at once."""
     logit_chunk: int | None = None
-    """Logits are computed for this many response positions at a time, which bounds their memory.
-    None: all positions at once."""
+    """Logits are computed for this many response positions at a time, which
+    bounds their memory. None: all positions at once."""
     max_new_tokens: int = 24
     """A response is at most this many tokens long."""
     min_new_tokens: int = 0
     """End tokens are not sampled among this many first tokens of a response."""
     stop_at_end: bool = True
-    """Stop sampling a response at its end token. If false, sampling goes on to max_new_tokens and
-    all of these tokens are trained on, but the reward still reads the text only up to the end
-    token."""
+    """Stop sampling a response at its end token. If false, sampling goes on
+    to max_new_tokens and all of these tokens are trained on, but the
+    reward still reads the text only up to the end token."""
     truncate_after: int = 0
-    """An end token does not end the response if it is among this many first tokens, where it is an
-    ordinary token. (The option min_new_tokens keeps end tokens from being sampled there.)"""
+    """An end token does not end the response if it is among this many first
+    tokens, where it is an ordinary token. (The option min_new_tokens
+    keeps end tokens from being sampled there.)"""
     temperature: float = 1.0
-    """Sampling temperature, applied to the log-probabilities of the policy and the reference too.
-    In contrast, top_k, top_p and min_new_tokens only restrict sampling: log-probabilities are of
-    the unrestricted distribution, and the metric sampler/logprob_gap_mean shows the difference."""
+    """Sampling temperature, applied to the log-probabilities of the policy
+    and the reference too. In contrast, top_k, top_p and min_new_tokens
+    only restrict sampling: log-probabilities are of the unrestricted
+    distribution, and the metric sampler/logprob_gap_mean shows the
+    difference."""
     top_k: int | None = None
     """Sample only among this many most likely tokens. None: no limit."""
     top_p: float | None = None
-    """Sample only among the most likely tokens whose probabilities sum to this (nucleus sampling).
-    None: no limit."""
+    """Sample only among the most likely tokens whose probabilities sum to
+    this (nucleus sampling). None: no limit."""
     advantage: Advantage = Advantage.GAE
     """Advantage estimator: gae is generalized advantage estimation."""
     loss: Loss = Loss.PPO
-    """Loss of a minibatch: ppo is the clipped surrogate objective with value loss and entropy
-    bonus."""
+    """Loss of a minibatch: ppo is the clipped surrogate objective with value
+    loss and entropy bonus."""
     clip_low: float = 0.2
     """Lower clip: the probability ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
     """Upper clip: the probability ratio is clipped at 1 + clip_high."""
     dual_clip: float | None = None
-    """Dual clip: a token of advantage A < 0 adds at most dual_clip * |A| to the policy loss
-    (arXiv:1912.09729). It must be over 1. None: no bound."""
+    """Dual clip: a token of advantage A < 0 adds at most dual_clip * |A| to
+    the policy loss (arXiv:1912.09729). It must be over 1. None: no bound."""
     value_clip: float | None = 0.2
-    """The value loss clips values to at most this distance from the values of the rollout. None: no
-    clip."""
+    """The value loss clips values to at most this distance from the values
+    of the rollout. None: no clip."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, which is subtracted from the loss."""
     weighting: Weighting = Weighting.TOKEN
-    """The loss is a mean in which each token has the same weight (token) or each response
-    (sequence)."""
+    """The loss is a mean in which each token has the same weight (token) or
+    each response (sequence)."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
-    """Lambda of generalized advantage estimation (arXiv:1506.02438): 0 has the least variance, 1
-    the least bias."""
+    """Lambda of generalized advantage estimation (arXiv:1506.02438): 0 has
+    the least variance, 1 the least bias."""
     whiten_rewards: bool = False
     """Scale token rewards to variance 1 and keep their mean."""
     whiten_advantages: bool = True
     """Scale and shift advantages to variance 1 and mean 0."""
     unbiased_whitening: bool = False
-    """Divide by n - 1 instead of n in the variances that rewards and advantages are whitened
-    with."""
+    """Divide by n - 1 instead of n in the variances that rewards and
+    advantages are whitened with."""
     kl_coef: float = 0.05
-    """Weight of the KL penalty, or its initial value if kl_target is set (metric
-    objective/kl_coef)."""
+    """Weight of the KL penalty, or its initial value if kl_target is set
+    (metric objective/kl_coef)."""
     kl_target: float | None = None
-    """Adapt the weight of the KL penalty so that objective/kl stays near this, in nats per response
-    (arXiv:1909.08593). None: the weight is constant."""
+    """Adapt the weight of the KL penalty so that objective/kl stays near
+    this, in nats per response (arXiv:1909.08593). None: the weight is
+    constant."""
     kl_horizon: float = 10000.0
-    """An adaptive weight of the KL penalty changes by at most about 20 % over this many
-    responses."""
+    """An adaptive weight of the KL penalty changes by at most about 20 %
+    over this many responses."""
     kl_estimator: KLEstimator = KLEstimator.K1
-    """Estimate of each token's KL in the penalty: k1, k2 and k3 (joschu.net/blog/kl-approx.html),
-    abs (absolute value of k1), or full (exact, from the logits of the policy and the reference)."""
+    """Estimate of each token's KL in the penalty: k1, k2 and k3
+    (joschu.net/blog/kl-approx.html), abs (absolute value of k1), or full
+    (exact, from the logits of the policy and the reference)."""
     score_at: ScoreAt = ScoreAt.LAST_TOKEN
-    """The step whose reward includes the score: the last token of the response, the index after it,
-    or the last index, max_new_tokens - 1."""
+    """The step whose reward includes the score: the last token of the
+    response, the index after it, or the last index, max_new_tokens - 1."""
     missing_eos: MissingEOS = MissingEOS.KEEP
-    """A response without an end token keeps its score (keep), has missing_eos_penalty subtracted
-    from it (penalize), or gets -missing_eos_penalty instead (replace)."""
+    """A response without an end token keeps its score (keep), has
+    missing_eos_penalty subtracted from it (penalize), or gets
+    -missing_eos_penalty instead (replace)."""
     missing_eos_penalty: float = 1.0
     """Penalty for a response without an end token, if missing_eos is penalize or replace."""
     score_clip: float | None = None
@@ -153,15 +160,16 @@ class PPOConfig:
     scale_scores: bool = False
     """Divide scores by their running standard deviation."""
     target_kl: float | None = None
-    """Stop an update early: a minibatch whose policy/approx_kl exceeds this, in nats per token, and
-    all later ones of the update take no step. None: never."""
+    """Stop an update early: a minibatch whose policy/approx_kl exceeds this,
+    in nats per token, and all later ones of the update take no step.
+    None: never."""
     skip_nonfinite: bool = True
     """Take no step on a minibatch whose gradient is not finite (metric optimizer/skipped)."""
     learning_rate: float = 1e-5
     """Learning rate after warm-up and before decay."""
     decay_learning_rate: bool = False
-    """Decay the learning rate linearly to 0 over the updates of the run. It counts the steps of
-    early stopped updates too."""
+    """Decay the learning rate linearly to 0 over the updates of the run. It
+    counts the steps of early stopped updates too."""
     warmup_steps: int = 0
     """The learning rate rises linearly from 0 over this many optimizer steps."""
     adam_b1: float = 0.9
@@ -173,8 +181,8 @@ class PPOConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to at most this global norm (metric optimizer/grad_norm). None:
-    never."""
+    """Gradients are scaled down to at most this global norm (metric
+    optimizer/grad_norm). None: never."""
 
     def __post_init__(self) -> None:
         """Checks every setting."""

@@ -59,13 +59,11 @@ def shuffled_minibatches(
       >>> order.shape, sorted(order.ravel().tolist())
       ((2, 2), [0, 1, 2, 3])
     """
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(epochs))
-    order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys).reshape(
-        epochs * minibatches, -1
-    )
+    permutation = lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), rows)
+    order = jax.vmap(permutation)(jnp.arange(epochs)).reshape(epochs * minibatches, -1)
     if axis_name is None:
         return order
-    order = order.reshape(order.shape[0], jax.lax.axis_size(axis_name), -1)
+    order = order.reshape(len(order), jax.lax.axis_size(axis_name), -1)
     return order[:, jax.lax.axis_index(axis_name)]
 
 
@@ -130,7 +128,7 @@ def ppo_update(
       >>> state, metrics = ppo_update(
       ...     state, experience, jax.random.key(0), loss_fn=loss_fn, epochs=1, minibatches=2)
       >>> state.params["w"], metrics["optimizer/steps"]
-      (Array(0.5, dtype=float32, weak_type=True), Array(2., dtype=float32))
+      (Array(0.5, dtype=float32), Array(2., dtype=float32))
     """
     if axis_name is not None:
         experience = jax.lax.all_gather(experience, axis_name, tiled=True)
