@@ -124,7 +124,7 @@ def score_rollout(
       temperature: sampling temperature, applied to policy and reference; positive.
       kl_estimator: per-token estimate of the KL from the reference, such as those of
         `ppo_jax.ops.kl`. It gets the log-probs `[b, R]` of both models, or, if `kl.reads_logits`
-        says so, their logits `[b, R, V]` float32 divided by the temperature, and returns `[b, R]`.
+        says so, their logits `[b, R, V]` and the keyword `temperature`; and it returns `[b, R]`.
       micro_batch: number of rows at a time; it must divide `B`. Use that of the update, or
         log-probs round differently. `None` for all.
       chunk: number of response positions whose logits are in memory at a time; `None` for all. An
@@ -169,7 +169,7 @@ def score_rollout(
         if reads_logits(kl_estimator):
             logits = model.logits(params["policy"], out.hidden)
             ref_logits = ref_model.logits(ref_params, ref.hidden)
-            kl = kl_estimator(*(x.astype(jnp.float32) / temperature for x in (logits, ref_logits)))
+            kl = kl_estimator(logits, ref_logits, temperature=temperature)
         else:
             kl = kl_estimator(out.logprobs, ref.logprobs)
         chex.assert_shape(kl, real.shape)
