@@ -72,8 +72,8 @@ class Info:
     """Show a model's family and sizes, and estimate the memory of a PPO step with it."""
 
     model: tyro.conf.Positional[str]
-    """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl,
-    llama3-8b or gpt3-1.3b. Its weights are not read."""
+    """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl.
+    Its weights are not read."""
     prompt_tokens: int = 64
     """Number of tokens of the longest prompt."""
     critic: Literal["shared", "separate"] = "separate"

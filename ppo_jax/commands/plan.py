@@ -27,8 +27,8 @@ class Plan:
     """
 
     model: str
-    """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl,
-    llama3-8b or gpt3-13b. Its weights are not read."""
+    """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl.
+    Its weights are not read."""
     topology: str = "v5e:4x4"
     """Kind of chip and shape of the slice, such as v5e:4x4, v6e:8x8, v5p:4x4x4 or v4:2x2x2."""
     mesh: str = ""
@@ -40,14 +40,13 @@ class Plan:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type to compute in. Parameters are always float32."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
-    """Precision of float32 matrix products. On a TPU, default takes one bfloat16 pass, high takes
-    three, and highest takes six, which gives float32 results."""
+    """Precision of float32 matrix products.
+    On a TPU, default takes one bfloat16 pass, high three, and highest six, which is float32."""
     remat: bool = False
     """Recompute activations in the backward pass to save memory."""
     depths: tuple[int, int] | None = None
-    """Compile the model with these two numbers of layers, and extrapolate all figures to the whole
-    model. Use this for a model that takes too much memory to compile here: about half a GiB per
-    layer."""
+    """Compile the model with these two numbers of layers, and extrapolate to all its layers.
+    Use this for a model that takes too much memory to compile: about half a GiB per layer."""
     out: Path | None = None
     """JSON file to write the figures to as well."""
     lora: LoRA = NO_LORA
