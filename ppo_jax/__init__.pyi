@@ -16,6 +16,7 @@ from .ppo.settings import PPOConfig as PPOConfig
 from .ppo.presets import PRESETS as PRESETS
 from .ppo.rollout import generate as generate
 from .ppo.scoring import (
+    Forward as Forward,
     forward_responses as forward_responses,
     score_rollout as score_rollout,
     make_experience as make_experience,
@@ -26,6 +27,10 @@ from .ppo.loss import ppo_loss_fn as ppo_loss_fn
 
 # Data that flows between the parts, and the functions that you can supply.
 from .types import (
+    Aggregate as Aggregate,
+    CacheFn as CacheFn,
+    HiddenFn as HiddenFn,
+    LogitsFn as LogitsFn,
     AdvantageFn as AdvantageFn,
     Counts as Counts,
     CriticFn as CriticFn,
@@ -51,7 +56,10 @@ from .ops.losses import (
     policy_ratio as policy_ratio,
     ppo_loss as ppo_loss,
 )
-from .ppo.sft import sft_loss as sft_loss
+from .ppo.sft import (
+    sft_loss as sft_loss,
+    LossAndAccuracy as LossAndAccuracy,
+)
 from .ppo.reward_model import (
     bradley_terry_loss as bradley_terry_loss,
     regression_loss as regression_loss,
@@ -80,6 +88,7 @@ from .ops.kl import (
 
 # Rewards of tokens, averages, log-probs, sampling and metrics.
 from .ops.rewards import (
+    RewardScaling as RewardScaling,
     MissingEOS as MissingEOS,
     ScaleState as ScaleState,
     ScoreAt as ScoreAt,
@@ -88,6 +97,7 @@ from .ops.rewards import (
     token_rewards as token_rewards,
 )
 from .ops.masked import (
+    MeanFn as MeanFn,
     Aggregation as Aggregation,
     BY_SEQUENCE as BY_SEQUENCE,
     BY_TOKEN as BY_TOKEN,
@@ -130,6 +140,7 @@ from .models.heads import (
 from .models.lora import LoRA as LoRA, adapt as adapt, init_lora as init_lora, merge as merge
 
 # Models as files.
+from .models.io.family import HFConfig as HFConfig
 from .models.io.pretrained import (
     Pretrained as Pretrained,
     load_policy as load_policy,
@@ -141,7 +152,13 @@ from .models.io.scorers import load_scorer as load_scorer, save_scorer as save_s
 from .models.io.adapter_files import load_adapter as load_adapter, save_adapter as save_adapter
 
 # Prompts and rewards.
-from .data import Prompts as Prompts, encode_prompts as encode_prompts, read_rows as read_rows
+from .data import (
+    Prompts as Prompts,
+    encode_prompts as encode_prompts,
+    read_rows as read_rows,
+    Message as Message,
+    Row as Row,
+)
 from .reward_functions import (
     ModelReward as ModelReward,
     RewardFn as RewardFn,
@@ -152,13 +169,24 @@ from .reward_functions import (
 )
 
 # The train loop.
-from .run.settings import Faults as Faults, LoopConfig as LoopConfig
+from .run.settings import (
+    Faults as Faults,
+    LoopConfig as LoopConfig,
+    OnFault as OnFault,
+)
 from .run.assembly import Learner as Learner, assemble as assemble
+from .run.opening import Resume as Resume
 from .run.trainer import Trainer as Trainer
 from .hashing import digest as digest
 
 # Devices.
-from .distributed.compilation import Steps as Steps, jit_steps as jit_steps
+from .distributed.compilation import (
+    Steps as Steps,
+    jit_steps as jit_steps,
+    SampleStep as SampleStep,
+    ScoreStep as ScoreStep,
+    LearnStep as LearnStep,
+)
 from .distributed.meshes import make_mesh as make_mesh, parse_mesh as parse_mesh
 from .distributed.replicas import pmap_steps as pmap_steps
 

@@ -60,6 +60,12 @@ class KVCache(PyTreeNode):
       keys, values: one `[B, K, N, C]` array per layer.
       mask: `[B, N]` bool, true for slots that hold a real token.
       length: `[]` int32, the number of filled slots, padding included; the same for all rows.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> keys = (jnp.zeros((2, 1, 8, 4)),)  # One layer with one head of width 4.
+      >>> KVCache(keys, keys, jnp.zeros((2, 8), bool), jnp.int32(0)).mask.shape
+      (2, 8)
     """
 
     keys: tuple[Array, ...]
@@ -189,6 +195,12 @@ class Scores(PyTreeNode):
       kl: the per-token estimate of the KL, in nats; 0 outside the response mask.
       entropies: of the policy, in nats; 0 outside the response mask.
       values: of the critic, in units of reward, at every step.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> zeros = jnp.zeros((2, 3))
+      >>> Scores(zeros, zeros, zeros, zeros, zeros).replace(values=zeros + 1).values.sum()
+      Array(6., dtype=float32)
     """
 
     logprobs: Array
@@ -230,7 +242,17 @@ class Experience(PyTreeNode):
 
 
 class LossMetrics(NamedTuple):
-    """The metrics of a micro-batch: its shares of the means of the minibatch, and its maxima."""
+    """The metrics of a micro-batch.
+
+    Attributes:
+      mean: `[]` float32 by name; its shares of means over the minibatch, which are added up.
+      max: `[]` float32 by name; its maxima, of which the largest counts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> LossMetrics(mean={"loss/total": jnp.float32(0.5)}, max={}).mean["loss/total"]
+      Array(0.5, dtype=float32)
+    """
 
     mean: Metrics
     max: Metrics
@@ -239,8 +261,15 @@ class LossMetrics(NamedTuple):
 class Counts(NamedTuple):
     """The denominators of a minibatch, over all its micro-batches and devices.
 
-    `tokens` counts the response mask, and `policy` and `value` are the denominators of the policy
-    loss and of the value loss. Each is `[]` float32.
+    Attributes:
+      tokens: `[]` float32, the number of tokens in the response masks.
+      policy: `[]` float32, the denominator of the policy loss.
+      value: `[]` float32, the denominator of the value loss.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> Counts(*(jnp.float32(n) for n in (3, 3, 4))).value
+      Array(4., dtype=float32)
     """
 
     tokens: Array

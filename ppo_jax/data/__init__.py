@@ -5,12 +5,15 @@ texts and token ids, `prompts` makes the batches of PPO, and `examples` makes th
 the supervised stages.
 """
 
+from ppo_jax.data.chat import Message
 from ppo_jax.data.prompts import Prompts, batch_rows, encode_prompts
-from ppo_jax.data.rows import read_rows
+from ppo_jax.data.rows import Row, read_rows
 from ppo_jax.data.text import check_ids, decode, encode_text, end_id, pad
 
 __all__ = (
+    "Message",
     "Prompts",
+    "Row",
     "batch_rows",
     "check_ids",
     "decode",

@@ -97,7 +97,8 @@ class Steps(NamedTuple):
         its first argument, so the old state cannot be used afterwards.
 
     Example:
-      See `jit_steps`.
+      >>> Steps._fields  # `jit_steps` shows how they are used.
+      ('sample', 'score', 'learn')
     """
 
     sample: SampleStep

@@ -84,6 +84,10 @@ class Rotary:
       bands: two wavelengths as numbers of positions, the longer one first. Wavelengths above
         `bands[0]` are stretched in full and those below `bands[1]` not at all, with a smooth
         transition between them. None stretches all wavelengths.
+
+    Example:
+      >>> Rotary(base=100.0, width=4).frequencies()
+      array([1. , 0.1], dtype=float32)
     """
 
     base: float

@@ -27,6 +27,13 @@ def of_logits(estimator: _Estimator) -> _Estimator:
 
     Returns:
       The same function, for which `reads_logits` is true.
+
+    Example:
+      >>> @of_logits
+      ... def reverse_kl(logits, ref_logits, *, temperature):
+      ...     return kl_full(ref_logits, logits, temperature=temperature)
+      >>> reads_logits(reverse_kl)
+      True
     """
     vars(estimator)["of_logits"] = True
     return estimator
@@ -183,6 +190,10 @@ class KLState(NamedTuple):
 
     Attributes:
       coef: `[]` float32, β, the weight of the KL penalty.
+
+    Example:
+      >>> fixed_kl(0.05).init()
+      KLState(coef=Array(0.05, dtype=float32))
     """
 
     coef: Array

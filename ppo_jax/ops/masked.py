@@ -153,6 +153,10 @@ class Aggregation:
     Attributes:
       mean: reduces per-token terms to one number.
       count: `(mask, *, axis_name=None) -> []`, the divisor of that mean.
+
+    Example:
+      >>> BY_TOKEN.mean(jnp.array([[1.0, 3.0]]), jnp.array([[True, True]]))
+      Array(2., dtype=float32)
     """
 
     mean: MeanFn

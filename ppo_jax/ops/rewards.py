@@ -126,6 +126,10 @@ class ScaleState(PyTreeNode):
       count: `[]` float32, the number of scores.
       mean: `[]` float32, their mean.
       m2: `[]` float32, the sum of their squared deviations from the mean.
+
+    Example:
+      >>> running_scale().init().count
+      Array(0., dtype=float32)
     """
 
     count: Array

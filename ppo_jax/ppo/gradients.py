@@ -34,6 +34,16 @@ def minibatch_gradient(
 
     Returns:
       The gradient, a pytree like `params`, and the metrics of the whole minibatch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, mask = jnp.ones((2, 1)), jnp.ones((2, 1), bool)
+      >>> batch = Experience(x, mask, mask, mask, x, x, x, 3 * x)
+      >>> def squared_error(params, batch, counts):
+      ...     loss = ((params - batch.returns) ** 2).sum() / counts.value
+      ...     return loss, LossMetrics({"loss/total": loss}, {})
+      >>> minibatch_gradient(squared_error, jnp.float32(1.0), batch, micro_batches=2)[0]
+      Array(-4., dtype=float32)
     """
     counts = Counts(
         tokens=BY_TOKEN.count(batch.response_mask, axis_name=axis_name),

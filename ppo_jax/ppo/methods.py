@@ -55,6 +55,12 @@ def clipped_ppo(config: "PPOConfig") -> tuple[ResponseLossFn, Callable[..., Loss
 
     Returns:
       The loss of `[B, R]` arrays and its metrics, as `ppo_loss_fn` takes them.
+
+    Example:
+      >>> from ppo_jax import PPOConfig
+      >>> loss, metrics = clipped_ppo(PPOConfig(clip_high=0.28))
+      >>> loss.keywords["clip_high"], metrics.keywords["clip_high"]
+      (0.28, 0.28)
     """
     low, high = config.clip_low, config.clip_high
     loss = partial(

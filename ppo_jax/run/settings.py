@@ -15,6 +15,10 @@ class Faults:
 
     "stop" writes what is needed to find the cause and ends the run after a checkpoint. "skip"
     writes the same and continues without the update (for a gradient, without the optimizer step).
+
+    Example:
+      >>> Faults(reward="skip", reward_retries=2).gradient
+      'skip'
     """
 
     reward: OnFault = "stop"
