@@ -43,8 +43,7 @@ def ppo_iteration(
       ref_params: parameters of the reference policy.
       prompts: `[B, P]` int32, padded on the left.
       prompt_mask: `[B, P]` bool, real tokens.
-      reward: `reward(tokens [B, T], mask [B, T], response_mask [B, R])` returns scores `[B]`;
-        static.
+      reward: maps `tokens [B, T]`, `mask [B, T]`, `response_mask [B, R]` to scores `[B]`; static.
 
     Returns:
       The new state, the rollout and the metrics.

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,12 +13,20 @@ from typing import Any
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
+from tqdm import tqdm
 
 from ppo_jax.hashing import text_hash
 from ppo_jax.run.files import LINES, append_lines, synced_size
 
 # The metrics of an update that a fault made the run skip.
 SKIPPED = {"faults/skipped": 1.0}
+# Metrics on the progress bar, by the names that it shows.
+_SHOWN = {
+    "score": "objective/scores",
+    "kl": "objective/kl",
+    "clip": "policy/clipfrac",
+    "ev": "value/explained_variance",
+}
 Rows = Iterable[Mapping[str, Any]]
 _LOG = logging.getLogger(__name__)
 
@@ -25,6 +34,14 @@ _LOG = logging.getLogger(__name__)
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Replaces numbers that are not finite by None, because JSON has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def show_progress(bar: tqdm, update: int, metrics: Mapping[str, float], *, visible: bool) -> None:
+    """Shows metrics on the progress bar, or prints a line if the bar is hidden but `visible`."""
+    text = ", ".join(f"{short}={metrics[name]:.3g}" for short, name in _SHOWN.items())
+    bar.set_postfix_str(text)
+    if bar.disable and visible:
+        print(f"update {update + 1} of {bar.total}: {text}", file=sys.stderr, flush=True)
 
 
 class NoLog:

@@ -18,29 +18,21 @@ from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.collection import Collection, Collector, evaluate
 from ppo_jax.run.files import read_lines
-from ppo_jax.run.logging import SKIPPED
+from ppo_jax.run.logging import SKIPPED, show_progress
 from ppo_jax.run.opening import Resume, claim_folder, open_run
 from ppo_jax.run.resume import start_config
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.types import AdvantageFn, LossFn
-
-_SHOWN = {
-    "score": "objective/scores",
-    "kl": "objective/kl",
-    "clip": "policy/clipfrac",
-    "ev": "value/explained_variance",
-}
 
 
 class Trainer:
     """Trains a policy by PPO on prompts and a reward.
 
     Attributes:
-      state: the current `PPOState`. A step donates its arrays, so a state that is held across
-        `step` is deleted.
+      state: the current `PPOState`; `step` donates its arrays, which are then deleted.
       learner: what is trained.
       prompts: the prompts to train on.
-      collector: samples and scores batches; it holds the reference and frozen parameters.
+      collector: collects batches; it holds the reference's and the frozen parameters.
       checkpoints: the run's checkpoints.
       log: the run's files of metrics, samples and faults.
 
@@ -183,8 +175,8 @@ class Trainer:
             done and a checkpoint is written.
         """
         loop, done = self.loop, int(self.state.update)
-        # None hides the bar where standard error is no terminal.
-        hidden = None if loop.progress and processes.is_first() else True
+        visible = loop.progress and processes.is_first()
+        hidden = None if visible else True  # None hides the bar if there is no terminal
         bar = tqdm(
             range(done, loop.updates), initial=done, total=loop.updates, disable=hidden, desc="PPO"
         )
@@ -196,7 +188,7 @@ class Trainer:
                     if metrics is not None:
                         if on_update is not None:
                             on_update(metrics)
-                        self._show(bar, update, metrics)
+                        show_progress(bar, update, metrics, visible=visible)
                     self._finish_update(update, signals)
         finally:
             self.checkpoints.close()
@@ -244,15 +236,6 @@ class Trainer:
     def _is_due(self, every: int, update: int) -> bool:
         """Whether something that happens every so many updates happens after `update`."""
         return update + 1 == self.loop.updates or (every > 0 and (update + 1) % every == 0)
-
-    def _show(self, bar: tqdm, update: int, metrics: dict[str, float]) -> None:
-        """Shows metrics on the progress bar, or as a line if there is no terminal."""
-        text = ", ".join(f"{short}={metrics[name]:.3g}" for short, name in _SHOWN.items())
-        bar.set_postfix_str(text)
-        if bar.disable and self.loop.progress and processes.is_first():
-            print(
-                f"update {update + 1} of {self.loop.updates}: {text}", file=sys.stderr, flush=True
-            )
 
     def _evaluate(self, update: int) -> bool:
         """Evaluates after `update` if that is due, and says whether the score is the best so far.
