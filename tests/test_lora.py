@@ -77,8 +77,11 @@ def test_fresh_adapters_change_nothing_and_merged_ones_agree(tmp_path, kind, spe
     assert np.abs(np.asarray(want - logits_of(model, loaded.params, *batch))).max() > 0.1
     merged = lora.merge(full, spec.scale)
     assert jax.tree.structure(merged) == jax.tree.structure(loaded.params)
+    # Relative to the largest logit: merging rounds each weight, by up to 8e-6 on the CPUs tried.
     np.testing.assert_allclose(
-        logits_of(model, merged, *batch)[batch[1]], want[batch[1]], atol=1e-5
+        logits_of(model, merged, *batch)[batch[1]],
+        want[batch[1]],
+        atol=4e-5 * np.abs(want).max(),
     )
 
 
