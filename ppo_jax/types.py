@@ -62,10 +62,8 @@ class KVCache(PyTreeNode):
       length: `[]` int32, the number of filled slots, padding included; the same for all rows.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> keys = (jnp.zeros((2, 1, 8, 4)),)  # One layer with one head of width 4.
-      >>> KVCache(keys, keys, jnp.zeros((2, 8), bool), jnp.int32(0)).mask.shape
-      (2, 8)
+      >>> KVCache(keys=(), values=(), mask=None, length=3).length
+      3
     """
 
     keys: tuple[Array, ...]
@@ -197,10 +195,8 @@ class Scores(PyTreeNode):
       values: of the critic, in units of reward, at every step.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> zeros = jnp.zeros((2, 3))
-      >>> Scores(zeros, zeros, zeros, zeros, zeros).replace(values=zeros + 1).values.sum()
-      Array(6., dtype=float32)
+      >>> Scores(logprobs=-1, ref_logprobs=-2, kl=1, entropies=2, values=0).replace(values=3).values
+      3
     """
 
     logprobs: Array
@@ -249,9 +245,8 @@ class LossMetrics(NamedTuple):
       max: `[]` float32 by name; its maxima, of which the largest counts.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> LossMetrics(mean={"loss/total": jnp.float32(0.5)}, max={}).mean["loss/total"]
-      Array(0.5, dtype=float32)
+      >>> LossMetrics(mean={"loss/total": 0.5}, max={}).mean["loss/total"]
+      0.5
     """
 
     mean: Metrics
@@ -267,9 +262,8 @@ class Counts(NamedTuple):
       value: `[]` float32, the denominator of the value loss.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> Counts(*(jnp.float32(n) for n in (3, 3, 4))).value
-      Array(4., dtype=float32)
+      >>> Counts(tokens=3.0, policy=3.0, value=4.0).value
+      4.0
     """
 
     tokens: Array

@@ -144,6 +144,12 @@ class RewardScaling(NamedTuple):
       init: returns the first state.
       update: `(state, scores, *, axis_name=None) -> (state, scaled)`. The scores are `[B]` float32,
         and the moments are taken over the mapped axis as well.
+
+    Example:
+      >>> scaling = running_scale()
+      >>> state, scaled = scaling.update(scaling.init(), jnp.array([1.0, 3.0]))
+      >>> state.mean
+      Array(2., dtype=float32)
     """
 
     init: Callable[[], ScaleState]

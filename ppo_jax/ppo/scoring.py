@@ -32,6 +32,10 @@ class Forward(NamedTuple):
       values: `[B, R]` float32, values of the states before the tokens.
       entropies: `[B, R]` float32, entropies of the next-token distributions, in nats.
       hidden: `[B, R, D]` hidden states before the tokens.
+
+    Example:
+      >>> Forward._fields  # `forward_responses` returns one.
+      ('logprobs', 'values', 'entropies', 'hidden')
     """
 
     logprobs: Array
