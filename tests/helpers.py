@@ -4,6 +4,8 @@ Reference implementations in numpy are in `oracles`. PyTorch is imported only wh
 because processes that tests start import this module too and should start quickly.
 """
 
+import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +20,14 @@ from transformers import PreTrainedTokenizerFast
 from ppo_jax import data
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import safetensors_format
+from ppo_jax.models.io import pretrained, safetensors_format
 from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.ppo import iteration
+from ppo_jax.ppo.methods import gae
+from ppo_jax.ppo.rollout import generate
+from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import TextReward
 from ppo_jax.run.assembly import Learner
@@ -415,3 +420,98 @@ def assert_mask_hides(function: Callable, arrays: tuple, mask) -> None:
         for now, before in zip(gradients_now, gradients, strict=True):
             np.testing.assert_array_equal(now, before)
             np.testing.assert_array_equal(np.asarray(now)[~mask], 0)
+
+
+# --- documentation ---
+
+ROOT = Path(__file__).parents[1]
+
+
+def code_blocks(page: Path, *languages: str) -> list[str]:
+    """Return the code blocks of a page that are marked with one of the languages."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [code for language, code in blocks if language in languages]
+
+
+def save_tiny_gpt2(folder: Path) -> None:
+    """Save a tiny model as `gpt2` in a folder, where the name refers to it and not to the hub."""
+    pretrained.save_policy(folder / "gpt2", tiny_policy(positions=64), word_tokenizer())
+
+
+def run_python_blocks(page: Path, folder: Path) -> dict:
+    """Run the Python blocks of a page as one program, and return its variables.
+
+    A block whose first line is a comment with a file name is written to that file instead.
+    """
+    variables: dict = {"__name__": "page"}
+    for block in code_blocks(page, "python"):
+        if named := re.match(r"# (\w+\.py)\n", block):
+            (folder / named[1]).write_text(block)
+        else:
+            exec(compile(block, str(page), "exec"), variables)
+    return variables
+
+
+def table_rows(page: Path) -> list[list[str]]:
+    """Return the cells of all table rows of a page."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def documented_metrics() -> set[str]:
+    """Return the names in the table of metrics."""
+    cells = [row[0] for row in table_rows(ROOT / "docs/presets_and_metrics.md")]
+    return {name for cell in cells for name in re.findall(r"`(\w+/\w+)`", cell)}
+
+
+# --- one update ---
+
+ROWS = 16
+
+
+@functools.cache
+def small_problem(dtype=jnp.float32):
+    """Return a model, a critic, parameters and one scored batch of experience."""
+    config = TransformerConfig(
+        vocab_size=97,
+        positions=32,
+        width=32,
+        layers=2,
+        heads=4,
+        mlp_width=64,
+        init_std=0.2,
+        dtype=dtype,
+    )
+    model, critic = language_model(config), heads.separate_critic(config)
+    key = jax.random.key(0)
+    params = {
+        "policy": init_params(config, key),
+        "critic": heads.init_scorer(config, jax.random.key(1)),
+    }
+    prompts = jax.random.randint(key, (ROWS, 6), 0, 97)
+    mask = jnp.arange(6)[None, :] >= jax.random.randint(key, (ROWS, 1), 0, 5)
+    rollout = generate(
+        model,
+        params["policy"],
+        key,
+        prompts,
+        mask,
+        max_new_tokens=12,
+        stop_ids=(3, 4, 5),
+        temperature=0.7,
+    )
+    assert bool((~rollout.response_mask).any())
+    scores = jax.jit(
+        lambda p, ro: score_rollout(
+            model, critic, p, p["policy"], ro, temperature=0.7, micro_batch=4
+        )
+    )(params, rollout)
+    np.testing.assert_array_equal(scores.kl, 0)  # of the model with itself
+    experience, _ = make_experience(
+        rollout,
+        scores,
+        jax.random.normal(key, (ROWS,)),
+        kl_coef=0.1,
+        advantage_fn=gae(gamma=1.0, lam=0.95),
+    )
+    return model, critic, params, experience

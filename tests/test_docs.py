@@ -7,42 +7,21 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers import tiny_policy, word_tokenizer
+from helpers import (
+    ROOT,
+    code_blocks,
+    run_python_blocks,
+    save_tiny_gpt2,
+    table_rows,
+)
 
 import ppo_jax
 from ppo_jax import cli
-from ppo_jax.models.io import pretrained
 from ppo_jax.ppo.presets import PRESETS
 
-ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 MORE_PAGES = [*ROOT.glob("experiments/**/*.md"), *ROOT.glob("ppo_jax/**/*.md")]
-
-
-def code_blocks(page: Path, *languages: str) -> list[str]:
-    """Return the code blocks of a page that are marked with one of the languages."""
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [code for language, code in blocks if language in languages]
-
-
-def save_tiny_gpt2(folder: Path) -> None:
-    """Save a tiny model as `gpt2` in a folder, where the name refers to it and not to the hub."""
-    pretrained.save_policy(folder / "gpt2", tiny_policy(positions=64), word_tokenizer())
-
-
-def run_python_blocks(page: Path, folder: Path) -> dict:
-    """Run the Python blocks of a page as one program, and return its variables.
-
-    A block whose first line is a comment with a file name is written to that file instead.
-    """
-    variables: dict = {"__name__": "page"}
-    for block in code_blocks(page, "python"):
-        if named := re.match(r"# (\w+\.py)\n", block):
-            (folder / named[1]).write_text(block)
-        else:
-            exec(compile(block, str(page), "exec"), variables)
-    return variables
 
 
 @pytest.fixture
@@ -58,18 +37,6 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_python_blocks_run(page, folder):
     run_python_blocks(page, folder)
-
-
-def table_rows(page: Path) -> list[list[str]]:
-    """Return the cells of all table rows of a page."""
-    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-
-
-def documented_metrics() -> set[str]:
-    """Return the names in the table of metrics."""
-    cells = [row[0] for row in table_rows(ROOT / "docs/presets_and_metrics.md")]
-    return {name for cell in cells for name in re.findall(r"`(\w+/\w+)`", cell)}
 
 
 def test_table_of_presets():

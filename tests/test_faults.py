@@ -24,7 +24,6 @@ from helpers import FULL_PPO, full_trainer, likes_b, options, tiny_policy, word_
 from tokenizers import normalizers
 
 from ppo_jax import cli, data, errors
-from ppo_jax.commands.runs import compare, revive
 from ppo_jax.commands.train import Train
 from ppo_jax.errors import NonFiniteError, RewardError, SettingError
 from ppo_jax.hashing import digest
@@ -35,9 +34,12 @@ from ppo_jax.ppo import iteration
 from ppo_jax.reward_functions import ModelReward, TextReward, TokenReward, check_scores
 from ppo_jax.reward_functions.loading import load_reward
 from ppo_jax.run import faults
-from ppo_jax.run.faults import Faults, persist
-from ppo_jax.run.files import lock, plain, read_json, read_lines, write_json
+from ppo_jax.run.compare import compare
+from ppo_jax.run.faults import persist
+from ppo_jax.run.files import lock, read_json, read_lines, write_json
 from ppo_jax.run.provenance import code_hash, tokenizer_hash
+from ppo_jax.run.serialize import plain, revive
+from ppo_jax.run.settings import Faults
 
 
 def failing(at, times, how):
@@ -151,7 +153,8 @@ def test_scores_too_large_for_the_running_scale_are_a_fault(tmp_path):
     run = full_trainer(tmp_path / "run", updates=3, reward=huge, faults=Faults(reward="skip"))
     run.run()
     assert (
-        np.isfinite(jax.tree.leaves(run.state.scale)).all() and int(run.state.scale.count) == 2 * FULL_PPO.batch_size
+        np.isfinite(jax.tree.leaves(run.state.scale)).all()
+        and int(run.state.scale.count) == 2 * FULL_PPO.batch_size
     )
     assert (
         "The score 3e+38 of response 0 is too large"

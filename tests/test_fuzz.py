@@ -18,7 +18,6 @@ from flax.training.train_state import TrainState
 from helpers import FULL_PPO, command_line, tiny_policy, word_tokenizer
 
 from ppo_jax import cli, data
-from ppo_jax.commands.runs import compare
 from ppo_jax.errors import CheckpointError
 from ppo_jax.hashing import digest
 from ppo_jax.models.io import pretrained
@@ -26,6 +25,7 @@ from ppo_jax.ops.kl import fixed_kl
 from ppo_jax.ops.rewards import running_scale
 from ppo_jax.ppo import iteration
 from ppo_jax.run.checkpoints import Checkpoints
+from ppo_jax.run.compare import compare
 from ppo_jax.run.files import cut_back
 from ppo_jax.run.resume import RunConfig, check_unchanged
 

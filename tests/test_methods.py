@@ -3,18 +3,18 @@
 import functools
 import json
 
-import everything
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_update import world
+from helpers import full_trainer, small_problem
 
 from ppo_jax.ops import kl
 from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting, gae
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.run.files import plain, read_json, write_json
+from ppo_jax.run.files import read_json, write_json
+from ppo_jax.run.serialize import plain
 from ppo_jax.types import Rollout, Scores
 
 
@@ -82,7 +82,7 @@ def test_an_estimator_of_a_wrong_shape_is_refused():
 
 
 def scored(kl_estimator):
-    model, critic, params, batch = world()
+    model, critic, params, batch = small_problem()
     reference = jax.tree.map(lambda x: x * 1.1, params["policy"])
     rollout = Rollout(
         batch.tokens, batch.mask, batch.response_mask, batch.logprobs, batch.response_mask[:, 0]
@@ -105,11 +105,11 @@ def test_a_kl_estimator_of_a_wrong_shape_is_refused():
 
 
 def test_a_run_from_before_a_setting_goes_on(tmp_path):
-    whole = everything.trainer(tmp_path / "whole", updates=2, eval_every=0).run()
-    everything.trainer(tmp_path / "half", updates=1, eval_every=0).run()
+    whole = full_trainer(tmp_path / "whole", updates=2, eval_every=0).run()
+    full_trainer(tmp_path / "half", updates=1, eval_every=0).run()
     config = read_json(tmp_path / "half/config.json")
     for name in ("advantage", "loss"):
         del config["settings"]["ppo"][name]
     write_json(tmp_path / "half/config.json", config)
-    half = everything.trainer(tmp_path / "half", updates=2, eval_every=0, resume="yes").run()
+    half = full_trainer(tmp_path / "half", updates=2, eval_every=0, resume="yes").run()
     jax.tree.map(np.testing.assert_array_equal, half.train.params, whole.train.params)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from helpers import command_line, has_zero_gradient, options, tiny_policy, word_tokenizer
 
-from ppo_jax.commands.runs import compare
 from ppo_jax.distributed import processes
 from ppo_jax.errors import NonFiniteError, RewardError, SettingError
 from ppo_jax.models.io import pretrained
+from ppo_jax.run.compare import compare
 from ppo_jax.run.files import read_json, read_lines
 
 REWARD = """

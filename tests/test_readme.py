@@ -11,7 +11,7 @@ import sys
 import tomllib
 
 import pytest
-from test_docs import ROOT, code_blocks, documented_metrics, run_python_blocks, save_tiny_gpt2
+from helpers import ROOT, code_blocks, documented_metrics, run_python_blocks, save_tiny_gpt2
 
 README = ROOT / "README.md"
 OPTIONAL_METRICS = {"faults/skipped", "eval/scores", "eval/length_mean", "eval/kl"}

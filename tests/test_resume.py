@@ -18,11 +18,11 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import FULL_PPO, full_trainer
 
-from ppo_jax.commands.runs import compare
 from ppo_jax.errors import CheckpointError, SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.run import faults, provenance
 from ppo_jax.run.checkpoints import Checkpoints
+from ppo_jax.run.compare import compare
 from ppo_jax.run.files import read_json, write_json
 from ppo_jax.run.trainer import Trainer
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_docs import ROOT, code_blocks
+from helpers import ROOT, code_blocks
 
 USER = """
 from pathlib import Path

@@ -8,20 +8,14 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from helpers import small_problem
 
-from ppo_jax.models import heads
-from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.ops import losses
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ppo.loss import ppo_loss_fn
-from ppo_jax.ppo.methods import gae
-from ppo_jax.ppo.rollout import generate
-from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.update import ppo_update, shuffled_minibatches
 
-ROWS = 16
 LOSS = (
     functools.partial(
         losses.ppo_loss,
@@ -33,54 +27,6 @@ LOSS = (
     ),
     functools.partial(policy_metrics, clip_low=0.2, clip_high=0.2),
 )
-
-
-@functools.cache
-def small_problem(dtype=jnp.float32):
-    """Return a model, a critic, parameters and one scored batch of experience."""
-    config = TransformerConfig(
-        vocab_size=97,
-        positions=32,
-        width=32,
-        layers=2,
-        heads=4,
-        mlp_width=64,
-        init_std=0.2,
-        dtype=dtype,
-    )
-    model, critic = language_model(config), heads.separate_critic(config)
-    key = jax.random.key(0)
-    params = {
-        "policy": init_params(config, key),
-        "critic": heads.init_scorer(config, jax.random.key(1)),
-    }
-    prompts = jax.random.randint(key, (ROWS, 6), 0, 97)
-    mask = jnp.arange(6)[None, :] >= jax.random.randint(key, (ROWS, 1), 0, 5)
-    rollout = generate(
-        model,
-        params["policy"],
-        key,
-        prompts,
-        mask,
-        max_new_tokens=12,
-        stop_ids=(3, 4, 5),
-        temperature=0.7,
-    )
-    assert bool((~rollout.response_mask).any())
-    scores = jax.jit(
-        lambda p, ro: score_rollout(
-            model, critic, p, p["policy"], ro, temperature=0.7, micro_batch=4
-        )
-    )(params, rollout)
-    np.testing.assert_array_equal(scores.kl, 0)  # of the model with itself
-    experience, _ = make_experience(
-        rollout,
-        scores,
-        jax.random.normal(key, (ROWS,)),
-        kl_coef=0.1,
-        advantage_fn=gae(gamma=1.0, lam=0.95),
-    )
-    return model, critic, params, experience
 
 
 def run(
