@@ -97,8 +97,11 @@ class Steps(NamedTuple):
         its first argument, so the old state cannot be used afterwards.
 
     Example:
-      >>> Steps._fields  # `jit_steps` shows how they are used.
-      ('sample', 'score', 'learn')
+      Wrap a step to add to it; `jit_steps` shows how steps are called.
+
+      >>> steps = Steps(sample=lambda *args: "rollout", score=lambda *args: "scores", learn=None)
+      >>> steps._replace(score=lambda *args: "other " + steps.score(*args)).score()
+      'other scores'
     """
 
     sample: SampleStep

@@ -155,8 +155,9 @@ class Aggregation:
       count: `(mask, *, axis_name=None) -> []`, the divisor of that mean.
 
     Example:
-      >>> BY_TOKEN.mean(jnp.array([[1.0, 3.0]]), jnp.array([[True, True]]))
-      Array(2., dtype=float32)
+      >>> x, mask = jnp.array([[1.0, 3.0], [8.0, 0.0]]), jnp.array([[True, True], [True, False]])
+      >>> BY_TOKEN.mean(x, mask), BY_SEQUENCE.mean(x, mask)
+      (Array(4., dtype=float32), Array(5., dtype=float32))
     """
 
     mean: MeanFn

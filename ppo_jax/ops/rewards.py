@@ -128,8 +128,10 @@ class ScaleState(PyTreeNode):
       m2: `[]` float32, the sum of their squared deviations from the mean.
 
     Example:
-      >>> running_scale().init().count
-      Array(0., dtype=float32)
+      >>> scaling = running_scale()
+      >>> state, _ = scaling.update(scaling.init(), jnp.array([1.0, 3.0]))
+      >>> state.count, state.mean, state.m2
+      (Array(2., dtype=float32), Array(2., dtype=float32), Array(2., dtype=float32))
     """
 
     count: Array
@@ -147,9 +149,8 @@ class RewardScaling(NamedTuple):
 
     Example:
       >>> scaling = running_scale()
-      >>> state, scaled = scaling.update(scaling.init(), jnp.array([1.0, 3.0]))
-      >>> state.mean
-      Array(2., dtype=float32)
+      >>> scaling.update(scaling.init(), jnp.array([-2.0, 2.0]))[1]
+      Array([-1.,  1.], dtype=float32)
     """
 
     init: Callable[[], ScaleState]

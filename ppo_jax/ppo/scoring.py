@@ -34,8 +34,9 @@ class Forward(NamedTuple):
       hidden: `[B, R, D]` hidden states before the tokens.
 
     Example:
-      >>> Forward._fields  # `forward_responses` returns one.
-      ('logprobs', 'values', 'entropies', 'hidden')
+      >>> x = jnp.zeros((1, 2))
+      >>> Forward(logprobs=x - 1, values=x, entropies=x, hidden=x[..., None]).logprobs.sum(axis=1)
+      Array([-2.], dtype=float32)
     """
 
     logprobs: Array
@@ -77,6 +78,7 @@ def forward_responses(
       AssertionError: if the critic does not return values of shape `[B, R]`.
 
     Example:
+      >>> import jax
       >>> from ppo_jax import *
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
@@ -142,6 +144,7 @@ def score_rollout(
       AssertionError: if `critic` or `kl_estimator` returns an array of a wrong shape.
 
     Example:
+      >>> import jax
       >>> from ppo_jax import *
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
