@@ -15,7 +15,7 @@ Padding. Prompts are padded on the left and responses on the right, so the first
 at position `P` in every row. A mask goes with every array of tokens; no token id means padding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from flax.struct import PyTreeNode
@@ -32,27 +32,6 @@ Aggregate = Callable[[Array, Array], Array]
 """Reduces the per-token terms `[B, R]` of a loss, given their mask `[B, R]`, to `[]` float32."""
 
 
-def overlay(base: Params | None, top: Params) -> Params:
-    """Merge two parameter trees; where both have a leaf, use the leaf of `top`.
-
-    Frozen parameters are the `base`, and parameters that train are the `top`. No array is copied.
-
-    Args:
-      base: nested dictionaries of arrays, or `None` for no frozen parameters.
-      top: nested dictionaries of arrays.
-
-    Returns:
-      Nested dictionaries with the keys of both trees.
-
-    Example:
-      >>> overlay({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": 4})
-      {'a': {'x': 1, 'y': 3}, 'b': 4}
-    """
-    if not isinstance(base, Mapping) or not isinstance(top, Mapping):
-        return top
-    return {**base, **{name: overlay(base.get(name), part) for name, part in top.items()}}
-
-
 class KVCache(PyTreeNode):
     """The attention keys and values of the positions that a model has read so far.
 
@@ -62,8 +41,10 @@ class KVCache(PyTreeNode):
       length: `[]` int32, the number of filled slots, padding included; the same for all rows.
 
     Example:
-      >>> KVCache(keys=(), values=(), mask=None, length=3).length
-      3
+      >>> import jax.numpy as jnp
+      >>> keys = (jnp.zeros((2, 1, 8, 4)),)  # One layer and one head of width 4, for 8 positions.
+      >>> KVCache(keys, keys, mask=jnp.zeros((2, 8), bool), length=jnp.int32(0)).length
+      Array(0, dtype=int32)
     """
 
     keys: tuple[Array, ...]
@@ -105,18 +86,15 @@ class LanguageModel(NamedTuple):
       hidden: computes hidden states from tokens. No state may depend on a later token.
       logits: computes next-token logits from hidden states.
       init_cache: makes an empty key/value cache.
-      rounded: returns the parameters in the precision that decoding computes in, such as bfloat16.
-        Decoding calls it once, before its loop. By default the parameters stay as they are.
-      about: text that identifies these functions, such as the `repr` of the model's configuration.
-        A run can only be resumed with a model that has the same text.
+      rounded: returns the parameters in the precision of decoding, which calls it before its loop.
+      about: text that identifies the functions. A run can only be resumed with the same text.
 
     Example:
       >>> import jax.numpy as jnp
       >>> bigram = LanguageModel(
       ...     hidden=lambda params, tokens, mask, cache=None, last=None: (params[tokens], cache),
       ...     logits=lambda params, hidden: hidden @ params.T,
-      ...     init_cache=lambda batch_size, slots: None,
-      ... )
+      ...     init_cache=lambda batch_size, slots: None)
       >>> tokens, embedding = jnp.array([[1]]), jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> bigram.logits(embedding, bigram.hidden(embedding, tokens, tokens > 0)[0])
       Array([[[11., 25.]]], dtype=float32)
@@ -138,10 +116,8 @@ class CriticFn(Protocol):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> def linear_critic(params, hidden, tokens, mask):
-      ...     return hidden @ params["weights"]
-      >>> hidden, tokens = jnp.ones((1, 2, 4)), jnp.ones((1, 5), int)
-      >>> linear_critic({"weights": jnp.ones(4)}, hidden, tokens, tokens > 0)
+      >>> linear_critic = lambda params, hidden, tokens, mask: hidden @ params["weights"]
+      >>> linear_critic({"weights": jnp.ones(4)}, jnp.ones((1, 2, 4)), None, None)
       Array([[4., 4.]], dtype=float32)
     """
 
@@ -195,8 +171,10 @@ class Scores(PyTreeNode):
       values: of the critic, in units of reward, at every step.
 
     Example:
-      >>> Scores(logprobs=-1, ref_logprobs=-2, kl=1, entropies=2, values=0).replace(values=3).values
-      3
+      >>> import jax.numpy as jnp
+      >>> x = jnp.zeros((2, 3))
+      >>> Scores(logprobs=x, ref_logprobs=x - 1, kl=x + 1, entropies=x, values=x).kl.mean()
+      Array(1., dtype=float32)
     """
 
     logprobs: Array
@@ -212,8 +190,7 @@ class Experience(PyTreeNode):
     Attributes:
       tokens, mask: `[B, T]` int32 and `[B, T]` bool, as in `Rollout`.
       response_mask: `[B, R]` bool, the tokens in the policy loss.
-      value_mask: `[B, R]` bool, the steps in the value loss: the same tokens, and the step that
-        received the score if that is another one.
+      value_mask: `[B, R]` bool, the steps in the value loss: those tokens and the score's step.
       logprobs: `[B, R]` float32, in nats, of the policy that sampled the responses.
       values: `[B, R]` float32, in units of reward, of the critic before the update.
       advantages: `[B, R]` float32, the weight of each token in the policy loss.
@@ -238,15 +215,15 @@ class Experience(PyTreeNode):
 
 
 class LossMetrics(NamedTuple):
-    """The metrics of a micro-batch.
+    """The metrics of a micro-batch, by name and `[]` float32 each.
 
     Attributes:
-      mean: `[]` float32 by name; its shares of means over the minibatch, which are added up.
-      max: `[]` float32 by name; its maxima, of which the largest counts.
+      mean: the shares of the micro-batch in the means of the minibatch, which are added up.
+      max: the maxima of the micro-batch; the metric of the minibatch is the largest of them.
 
     Example:
-      >>> LossMetrics(mean={"loss/total": 0.5}, max={}).mean["loss/total"]
-      0.5
+      >>> LossMetrics(mean={"loss/total": 0.5}, max={"policy/ratio_max": 1.0}).max
+      {'policy/ratio_max': 1.0}
     """
 
     mean: Metrics
@@ -257,12 +234,12 @@ class Counts(NamedTuple):
     """The denominators of a minibatch, over all its micro-batches and devices.
 
     Attributes:
-      tokens: `[]` float32, the number of tokens in the response masks.
+      tokens: `[]` float32, the number of tokens in the response mask.
       policy: `[]` float32, the denominator of the policy loss.
       value: `[]` float32, the denominator of the value loss.
 
     Example:
-      >>> Counts(tokens=3.0, policy=3.0, value=4.0).value
+      >>> Counts(tokens=30.0, policy=4.0, value=4.0).policy  # The loss averages over 4 responses.
       4.0
     """
 

@@ -24,11 +24,11 @@ from ppo_jax.models.io import pretrained, safetensors_format
 from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.transformer import init_params, language_model
-from ppo_jax.ppo import iteration
 from ppo_jax.ppo.methods import gae
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import Agent, init_key
 from ppo_jax.reward_functions import TextReward
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.settings import LoopConfig
@@ -120,7 +120,7 @@ def simple_trainer(
     critic = heads.shared_critic() if shared else heads.separate_critic(model.config)
     fresh = heads.init_scorer(model.config, jax.random.key(1))
     params = {"policy": model.params, "critic": {"head": fresh["head"]} if shared else fresh}
-    agent = iteration.Agent(language_model(model.config), critic, ppo, (0,), 0)
+    agent = Agent(language_model(model.config), critic, ppo, (0,), 0)
     config = LoopConfig(**{"updates": 4, "progress": False, "tensorboard": False, **loop})
     more = {"eval_prompts": prompts, "resume": resume, "loss_fn": loss_fn}
     learner = Learner(agent, params, tokenizer)
@@ -147,14 +147,14 @@ def full_trainer(
     tokenizer = word_tokenizer()
     prompts = encode_rows(["a b", "c", "d e f", "g", "h i", "j k l"], tokenizer, ppo)
     params = {
-        "policy": init_params(config, iteration.init_key(0, 0)),
-        "critic": heads.init_scorer(config, iteration.init_key(0, 1)),
+        "policy": init_params(config, init_key(0, 0)),
+        "critic": heads.init_scorer(config, init_key(0, 1)),
     }
     frozen = None
     if adapters:
         spec = lora.LoRA(rank=2, alpha=4.0, targets="attn/(q|o)$")
-        params, frozen = lora.adapt(params, iteration.init_key(0, 2), spec)
-    agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (0,), 0)
+        params, frozen = lora.adapt(params, init_key(0, 2), spec)
+    agent = Agent(language_model(config), heads.separate_critic(config), ppo, (0,), 0)
     defaults = {"updates": 4, "progress": False, "tensorboard": False}
     return Trainer(
         Learner(agent, params, tokenizer, frozen, mesh=mesh),

@@ -30,7 +30,7 @@ from ppo_jax.hashing import digest
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained
-from ppo_jax.ppo import iteration
+from ppo_jax.ppo.state import PPOState, init_key
 from ppo_jax.reward_functions import ModelReward, TextReward, TokenReward, check_scores
 from ppo_jax.reward_functions.loading import load_reward
 from ppo_jax.run import faults
@@ -472,8 +472,8 @@ def test_deterministic_adds_its_flag_once(monkeypatch):
 
 
 def test_random_keys_of_parameters_and_updates_are_all_different():
-    state = iteration.PPOState(None, None, None, jax.random.key(0), jnp.int32(0))
-    keys = [iteration.init_key(0, part) for part in range(3)]
+    state = PPOState(None, None, None, jax.random.key(0), jnp.int32(0))
+    keys = [init_key(0, part) for part in range(3)]
     keys += [child for key in keys for child in jax.random.split(key, 4)]
     keys += [state.replace(update=jnp.int32(u)).key_for(p) for u in range(8) for p in (0, 1)]
     keys += [jax.random.fold_in(jax.random.key(0), u) for u in range(8)]

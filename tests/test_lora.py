@@ -16,7 +16,7 @@ from ppo_jax.models.io import adapter_files, pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.types import overlay
+from ppo_jax.ppo.state import overlay
 
 ALL_LAYERS = lora.LoRA(rank=3, alpha=7.0, targets=r"(attn|mlp)/")
 SOME_LAYERS = lora.LoRA(rank=4, alpha=4.0, targets=r"layer_[02]/attn/(q|v)$", stabilised=True)

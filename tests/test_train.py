@@ -37,10 +37,11 @@ from ppo_jax.ppo import iteration
 from ppo_jax.ppo.loss import ppo_loss_fn
 from ppo_jax.ppo.methods import Loss
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import overlay
 from ppo_jax.reward_functions import RewardError, TextReward, TokenReward, check_scores
 from ppo_jax.reward_functions.loading import load_reward
 from ppo_jax.run.files import read_lines
-from ppo_jax.types import Rollout, overlay
+from ppo_jax.types import Rollout
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -13,8 +13,8 @@ from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import check_prompt, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import overlay
 from ppo_jax.run.assembly import load_model
-from ppo_jax.types import overlay
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
     y = x W + b + s (x A) B,    A: [in, r],  B: [r, out],  s = α / r  (or α / √r)
 
 The adapters of a model are a tree with the paths of the linear layers that they adapt, which holds
-`lora_a` and `lora_b` in the place of `kernel`. `types.overlay` combines it with the parameters of
-the model, and `layers.Linear` computes the low-rank part where there is one. The model without
+`lora_a` and `lora_b` in the place of `kernel`. `ppo.state.overlay` combines it with the parameters
+of the model, and `layers.Linear` computes the low-rank part where there is one. The model without
 adapters is the reference policy, so that no second copy of it is needed.
 
 Source: Hu et al. 2021 (https://arxiv.org/abs/2106.09685), eq. 3; for α / √r Kalajdzievski 2023
@@ -154,7 +154,7 @@ def merge(params: Params, scale: float) -> Params:
     """Add adapters to the kernels of their layers, `W + s A B`.
 
     Args:
-      params: parameters of a model together with adapters, as from `types.overlay`.
+      params: parameters of a model together with adapters, as from `ppo.state.overlay`.
       scale: factor of the low-rank part (s), `LoRA.scale`.
 
     Returns:

@@ -19,11 +19,10 @@ from ppo_jax.ppo.batching import map_rows
 from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import make_experience, score_rollout
-from ppo_jax.ppo.state import SAMPLE, SHUFFLE, Agent, PPOState
-from ppo_jax.ppo.state import init_key as init_key
+from ppo_jax.ppo.state import SAMPLE, SHUFFLE, Agent, PPOState, overlay
 from ppo_jax.ppo.state import init_state as init_state
 from ppo_jax.ppo.update import ppo_update, schedule_at
-from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores, overlay
+from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
 
 
 @functools.partial(jax.jit, static_argnames=("agent", "reward"))
@@ -43,7 +42,8 @@ def ppo_iteration(
       ref_params: parameters of the reference policy.
       prompts: `[B, P]` int32, padded on the left.
       prompt_mask: `[B, P]` bool, real tokens.
-      reward: maps `tokens [B, T]`, `mask [B, T]`, `response_mask [B, R]` to scores `[B]`; static.
+      reward: `reward(tokens [B, T], mask [B, T], response_mask [B, R])` returns scores `[B]`;
+        static.
 
     Returns:
       The new state, the rollout and the metrics.
@@ -87,7 +87,7 @@ def sample(
       prompt_mask: `[B, P]` bool, real tokens; the last position of every row must be one.
       row_ids: `[B]` int32, numbers of the rows in the global batch; `0 .. B-1` by default.
       frozen: parameters `{"policy": ...}` that are not trained, such as the weights under LoRA
-        adapters; those of the state are laid over them (see `types.overlay`).
+        adapters; those of the state are laid over them (see `ppo.state.overlay`).
 
     Returns:
       The rollout.
@@ -206,13 +206,11 @@ def learn(
       rollout: `B` sampled responses.
       scores: their log-probs, values and KL, from `score`.
       task_scores: `[B]` float32, the task's score of each response.
-      token_scores: `[B, R]` float32, the task's scores of single tokens, in addition; `None` for
-        none.
+      token_scores: `[B, R]` float32, the task's scores of single tokens, added to `task_scores`.
       advantage_fn: advantage estimator to use instead of the one that the settings name.
       loss_fn: loss to use instead of the one that the settings name.
       frozen: parameters that are not trained, as in `sample`.
-      axis_name: mapped axis over which the rows are split; the rows are then this device's share of
-        the batch, and all means are over the whole batch.
+      axis_name: mapped axis over which the batch is split; all means are over the whole batch.
 
     Returns:
       The new state and the metrics.

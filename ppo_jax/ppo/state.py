@@ -1,5 +1,6 @@
 """What a PPO iteration works on: the agent, which never changes, and the state, which does."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -15,6 +16,27 @@ from ppo_jax.types import CriticFn, LanguageModel, Params
 
 SAMPLE, SHUFFLE = 0, 1  # the purposes of `PPOState.key_for`
 _INIT = 2**32 - 1  # larger than the number of any update
+
+
+def overlay(base: Params | None, top: Params) -> Params:
+    """Merges two parameter trees; where both have a leaf, use the leaf of `top`.
+
+    Frozen parameters are the `base`, and parameters that train are the `top`. No array is copied.
+
+    Args:
+      base: nested dictionaries of arrays, or `None` for no frozen parameters.
+      top: nested dictionaries of arrays.
+
+    Returns:
+      Nested dictionaries with the keys of both trees.
+
+    Example:
+      >>> overlay({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": 4})
+      {'a': {'x': 1, 'y': 3}, 'b': 4}
+    """
+    if not isinstance(base, Mapping) or not isinstance(top, Mapping):
+        return top
+    return {**base, **{name: overlay(base.get(name), part) for name, part in top.items()}}
 
 
 class PPOState(flax.struct.PyTreeNode):

@@ -12,8 +12,9 @@ from jax import Array
 
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
 from ppo_jax.ppo.gradients import minibatch_gradient
+from ppo_jax.ppo.state import overlay
 from ppo_jax.sharding import constrain_rows, map_over_data
-from ppo_jax.types import Experience, LossFn, LossMetrics, Metrics, Params, overlay
+from ppo_jax.types import Experience, LossFn, LossMetrics, Metrics, Params
 
 
 def schedule_at(state: TrainState, step: Array) -> TrainState:

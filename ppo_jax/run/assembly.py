@@ -19,8 +19,8 @@ from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora import LoRA, adapt
 from ppo_jax.models.transformer import language_model
-from ppo_jax.ppo.iteration import Agent, init_key
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import Agent, init_key
 from ppo_jax.types import CriticFn, Params
 
 _CRITIC, _ADAPTERS = 0, 1  # each part of the new parameters has a key of its own

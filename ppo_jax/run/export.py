@@ -5,10 +5,10 @@ from pathlib import Path
 from ppo_jax.distributed import placement, processes
 from ppo_jax.models.io import adapter_files, pretrained
 from ppo_jax.models.lora import merge
-from ppo_jax.ppo.iteration import PPOState
+from ppo_jax.ppo.state import PPOState, overlay
 from ppo_jax.run.files import read_lines, write_json
 from ppo_jax.run.trainer import Trainer
-from ppo_jax.types import Params, overlay
+from ppo_jax.types import Params
 
 
 def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: str) -> None:
