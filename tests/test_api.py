@@ -25,7 +25,7 @@ CLASSES = {
     if inspect.isclass(x) and x.__module__.startswith("ppo_jax.")
 }
 HEAVY = {"transformers", "orbax", "torch", "tensorboardX", "tyro", "tokenizers", "wandb"}
-MOST_LINES, MOST_BODY_LINES, MOST_UNFORMATTED = 325, 45, 8
+MOST_LINES, MOST_BODY_LINES, MOST_UNFORMATTED = 300, 45, 8
 
 
 # --- what is exported ---
