@@ -255,7 +255,7 @@ class Trainer:
         self.log.metrics(update, metrics)
         is_best = self._best is None or metrics["eval/scores"] > self._best[0]
         if is_best:
-            self._best = (metrics["eval/scores"], update + 1)
+            self._best = metrics["eval/scores"], update + 1
         return is_best
 
     def _skip(self, fault: Fault) -> None:
