@@ -27,7 +27,7 @@ from ppo_jax.ppo.settings import PPOConfig
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command.
+    """Run the command.
 
     An error that the user can correct is printed as one sentence, with exit status 2.
 
@@ -62,10 +62,10 @@ def main(args: list[str] | None = None) -> None:
 
 def _preset(args: list[str]) -> PPOConfig:
     """The settings of the preset on the command line; tyro reports a preset that does not exist."""
-    words = itertools.chain.from_iterable(
+    arguments = itertools.chain.from_iterable(
         a.split("=", 1) if a.startswith("--preset=") else [a] for a in args
     )
-    chosen = next((b for a, b in itertools.pairwise(words) if a == "--preset"), "default")
+    chosen = next((b for a, b in itertools.pairwise(arguments) if a == "--preset"), "default")
     return PRESETS.get(chosen, PPOConfig())
 
 
@@ -88,7 +88,7 @@ def _commands(ppo: PPOConfig) -> Any:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs for the next start, unless JAX's settings say otherwise."""
+    """Keep compiled programs for the next start, unless JAX's settings say otherwise."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))
@@ -98,10 +98,10 @@ def keep_compiled_programs() -> None:
 
 @contextlib.contextmanager
 def _exit_on_interrupt() -> Iterator[None]:
-    """Ends the program at once on Ctrl-C.
+    """End the program at once on Ctrl-C.
 
-    As an exception, the interrupt would be lost inside a callback of JAX. A run handles it in its
-    own way.
+    As an exception, the interrupt would be lost inside a callback of JAX. During training,
+    `faults.StopSignals` handles the interrupt instead.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -821,15 +821,15 @@ def test_a_summary_holds_the_metrics_of_the_last_update_only(folder, tmp_path):
 def test_the_folder_is_locked_until_the_model_is_written(folder, tmp_path, monkeypatch):
     errors_seen = []
 
-    def write(self, *_):
+    def export(out, *_, **__):
         program = (
             "from pathlib import Path\nfrom ppo_jax.run.files import lock\n"
-            f"lock(Path({str(self.out)!r}))"
+            f"lock(Path({str(out)!r}))"
         )
         command = [sys.executable, "-c", program]
         errors_seen.append(subprocess.run(command, capture_output=True, text=True).stderr)
 
-    monkeypatch.setattr(Train, "_export", write)
+    monkeypatch.setattr("ppo_jax.commands.train.export_result", export)
     cli.main(train_command(folder, tmp_path / "run", **{"loop.updates": 1}))
     assert "Another process is writing to" in errors_seen[0]
     lock(tmp_path / "run").release()

@@ -62,8 +62,8 @@ def _check_language_model(model: str) -> None:
     )
     if bare or name.endswith("ForSequenceClassification"):
         raise ValueError(
-            f"convert takes language models; {model} is a {name}, without logits of tokens. "
-            "Encoders and reward models in safetensors need no conversion."
+            f"convert takes language models; {model} is a {name}, which has no language-model "
+            "head. Encoders and reward models in safetensors need no conversion."
         )
 
 

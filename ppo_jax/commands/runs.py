@@ -33,7 +33,7 @@ class Compare:
     """Folder of another run."""
 
     def run(self) -> None:
-        """Prints the differences."""
+        """Print the differences."""
         found = compare(self.run_a, self.run_b)
         ended = all((run / "summary.json").exists() for run in (self.run_a, self.run_b))
         parameters = (
@@ -110,7 +110,7 @@ class Replay:
 
 
 def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
-    """Makes a trainer in the state that a run had before one of its updates.
+    """Make a trainer in the state that a run had before one of its updates.
 
     It starts from the newest good checkpoint at or before the update, or from the beginning if
     there is none, and repeats the updates in between.
@@ -144,7 +144,7 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
         except CheckpointError as error:
             if step == earlier[0]:
                 raise
-            print(f"{error} The one before it is tried.", file=sys.stderr)
+            print(f"{error} Trying the checkpoint before it.", file=sys.stderr)
     checkpoints.close()
     while int(trainer.state.update) < update:
         trainer.step()

@@ -106,7 +106,7 @@ class Train:
             self._train(trainer)
 
     def build(self, out: Path, loop: LoopConfig | None = None) -> Trainer:
-        """Reads everything, and makes a trainer that writes to `out`."""
+        """Read everything, and make a trainer that writes to `out`."""
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         pmap = self.mesh == "pmap"
         mesh = None if pmap else meshes.make_mesh(meshes.parse_mesh(self.mesh))

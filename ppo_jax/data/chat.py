@@ -177,7 +177,7 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     ):
         try:
             text = apply_template(messages, tokenizer, content_parts=parts)
-        except ValueError:  # The prompts report a template that never works.
+        except ValueError:  # If none renders, encoding the prompts reports it.
             continue
         _, found, after = text.rpartition(marker)
         for i in tokenizer(after, add_special_tokens=False).input_ids if found else ():

@@ -60,7 +60,7 @@ def encode_text(tokenizer: Any, text: str, *, keep_end: bool, **options: Any) ->
 
 
 def end_id(tokenizer: Any) -> int | None:
-    """Return the tokenizer's end token id, or its separator's if (like BERT's) it has none."""
+    """Return the id of the end token, or of the separator if, as in BERT, there is no end token."""
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 

@@ -1,4 +1,4 @@
-"""The steps of a PPO iteration under `jax.pmap`, for programs that are built on it."""
+"""The steps of a PPO iteration under `jax.pmap`, for programs that already use `pmap`."""
 
 import inspect
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The configuration of the decoder: its sizes, and a switch for each difference of families."""
+"""The configuration of the decoder: its sizes, and the options in which families differ."""
 
 import dataclasses
 import enum

@@ -81,7 +81,7 @@ def apply_head(params: Params, hidden: Array) -> Array:
     if layer := pooled(params):
         dense = params[layer]
         hidden = _POOLED[layer](hidden @ dense["kernel"] + dense["bias"].reshape(over_last))
-    # A sum of products is added in the same order in every program; a matrix product is not.
+    # An elementwise product and a sum, because XLA may reorder the sum of a matrix product.
     out = jnp.sum(hidden * params["kernel"][:, 0].reshape(over_last), axis=-1)
     return out + params["bias"][0] if "bias" in params else out
 

@@ -61,7 +61,7 @@ class LoRA:
             re.compile(self.targets)
         except re.error as error:
             raise SettingError(
-                f"lora.targets {self.targets!r} is no regular expression: {error}."
+                f"lora.targets {self.targets!r} is not a regular expression: {error}."
             ) from error
 
     @property

@@ -1,6 +1,6 @@
 """The metrics of an update, as dictionaries of `[]` float32.
 
-A table in the README says what each name means.
+docs/presets_and_metrics.md says what each name means.
 """
 
 import functools
@@ -120,7 +120,7 @@ def explained_variance(
     """
     var = masked_var(returns, mask, axis_name=axis_name)
     residual = masked_var(returns - values, mask, axis_name=axis_name)
-    # A variance that rounding alone explains counts as none.
+    # A variance below the rounding error counts as 0.
     varies = var > 1e-10 * masked_mean(returns * returns, mask, axis_name=axis_name)
     return jnp.where(varies, 1 - residual / jnp.where(varies, var, 1), 0)
 

@@ -32,7 +32,7 @@ def split_rows(tree: Any, parts: int) -> Any:
 
 
 def map_rows(function: Callable[[Any], Any], tree: Any, size: int | None) -> Any:
-    """Applies a function to `size` rows at a time and returns its results in the order of the rows.
+    """Apply a function to `size` rows at a time and return its results in the order of the rows.
 
     Args:
       function: maps a pytree of `[size, ...]` arrays to another, and treats each row independently.

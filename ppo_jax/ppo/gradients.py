@@ -19,7 +19,7 @@ def minibatch_gradient(
     micro_batches: int = 1,
     aggregation: Aggregation = BY_TOKEN,
 ) -> tuple[Params, LossMetrics]:
-    """Computes the gradient and the metrics of a minibatch, one micro-batch at a time.
+    """Compute the gradient and the metrics of a minibatch, one micro-batch at a time.
 
     Under `axis_name`, gradients are reduced over devices once per minibatch, after all
     micro-batches.

@@ -2,7 +2,7 @@
 
 `ppo_iteration` is the whole of it, and `sample`, `score` and `learn` are its stages. All are pure
 functions of a `PPOState`. What a method computes is a function handed to a stage or named by a
-setting, so a new advantage estimator, loss or KL estimator needs no change here: see `ppo.methods`.
+setting, so a new estimator or loss needs no change here: see `ppo.methods`.
 """
 
 import functools
@@ -34,7 +34,7 @@ def ppo_iteration(
     prompt_mask: Array,
     reward: Callable[[Array, Array, Array], Array],
 ) -> tuple[PPOState, Rollout, Metrics]:
-    """Runs a whole iteration as one compiled program, for a reward function that JAX can trace.
+    """Run a whole iteration as one compiled program, for a reward function that JAX can trace.
 
     Args:
       agent: model, critic and settings; static.
@@ -78,7 +78,7 @@ def sample(
     row_ids: Array | None = None,
     frozen: Params | None = None,
 ) -> Rollout:
-    """Samples a response to each prompt.
+    """Sample a response to each prompt.
 
     Args:
       agent: model, critic and settings.
@@ -87,7 +87,7 @@ def sample(
       prompt_mask: `[B, P]` bool, real tokens; the last position of every row must be one.
       row_ids: `[B]` int32, numbers of the rows in the global batch; `0 .. B-1` by default.
       frozen: parameters `{"policy": ...}` that are not trained, such as the weights under LoRA
-        adapters; those of the state are laid over them (see `ppo.state.overlay`).
+        adapters; those of the state take precedence (see `ppo.state.overlay`).
 
     Returns:
       The rollout.
@@ -142,7 +142,7 @@ def score(
     *,
     frozen: Params | None = None,
 ) -> Scores:
-    """Computes log-probs, values, entropies and KL of a rollout.
+    """Compute log-probs, values, entropies and KL of a rollout.
 
     It does not need the task's scores, so it can run on the device while the host computes them.
 
@@ -198,7 +198,7 @@ def learn(
     frozen: Params | None = None,
     axis_name: str | None = None,
 ) -> tuple[PPOState, Metrics]:
-    """Turns the scores of a rollout into advantages and takes the optimizer steps of one update.
+    """Turn the scores of a rollout into advantages and take the optimizer steps of one update.
 
     Args:
       agent: model, critic and settings.
@@ -287,7 +287,7 @@ def _final_scores(
     task_scores: Array,
     axis_name: str | None,
 ) -> tuple[ScaleState, Array]:
-    """Applies the rule for a missing EOS, scaling and clipping to the task's scores, `[B]`."""
+    """Apply the rule for a missing EOS, scaling and clipping to the task's scores, `[B]`."""
     c = agent.config
     final = apply_missing_eos(
         task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty

@@ -31,7 +31,7 @@ def ppo_loss_fn(
     aggregation: Aggregation = BY_TOKEN,
     chunk: int | None = None,
 ) -> LossFn:
-    """Turns a loss of log-probs, values and entropies into a loss of parameters.
+    """Turn a loss of log-probs, values and entropies into a loss of parameters.
 
     Args:
       model: functions of the policy.
@@ -95,7 +95,7 @@ def ppo_loss_fn(
 
 
 def agent_loss_fn(agent: Agent) -> LossFn:
-    """Makes the loss that the settings of an agent name."""
+    """Make the loss that the settings of an agent name."""
     config = agent.config
     return ppo_loss_fn(
         agent.model,

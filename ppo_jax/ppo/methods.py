@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def gae(*, gamma: float, lam: float) -> AdvantageFn:
-    """Makes an `AdvantageFn` of generalized advantage estimation.
+    """Make an `AdvantageFn` of generalized advantage estimation.
 
     Args:
       gamma: discount per token.
@@ -81,7 +81,7 @@ class _Method(enum.Enum):
     function: Any
 
     def __new__(cls, value: str, function: Any) -> Self:
-        """Makes the member of one line, `NAME = value, function`."""
+        """Make the member of one line, `NAME = value, function`."""
         member = object.__new__(cls)
         member._value_ = value
         member.function = function

@@ -1,6 +1,6 @@
 """Settings of published work, taken from the code that each work released.
 
-The README says what no setting can express, and what of each work is not reproduced.
+docs/presets_and_metrics.md says what of each work is not reproduced.
 """
 
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt

@@ -44,7 +44,7 @@ def generate(
     stop_at_end: bool = True,
     truncate_after: int = 0,
 ) -> Rollout:
-    """Samples a response to each prompt.
+    """Sample a response to each prompt.
 
     Row `i` draws token `t` with the key `fold_in(fold_in(key, row_ids[i]), t)`, so its sample does
     not depend on the other rows, on how a batch is split, or on the number of devices. The loop
@@ -108,7 +108,7 @@ def generate(
     )
 
     def advance(state: _Decoding, hidden: Array) -> _Decoding:
-        """Samples token `t` from the hidden states `[B, D]` before it."""
+        """Sample token `t` from the hidden states `[B, D]` before it."""
         logits = model.logits(params, hidden)
         logits = process(_forbid_stops(logits, stop_ids, state.t, min_new_tokens))
         token, logprob = _draw(row_keys, constrain(logits, BATCH), state.t, greedy)
@@ -137,7 +137,7 @@ def generate(
 
 
 def _start(prompts: Array, max_new_tokens: int, pad_id: int, cache: KVCache | None) -> _Decoding:
-    """Returns the state after the prompts were read and before any token was sampled."""
+    """Return the state after the prompts were read and before any token was sampled."""
     B, R = len(prompts), max_new_tokens
     return _Decoding(
         t=jnp.int32(0),
@@ -153,7 +153,7 @@ def _start(prompts: Array, max_new_tokens: int, pad_id: int, cache: KVCache | No
 def _append(
     state: _Decoding, token: Array, logprob: Array, ends: Array | bool, pad_id: int
 ) -> _Decoding:
-    """Adds a sampled token to the rows that have not ended, and padding to the others."""
+    """Add a sampled token to the rows that have not ended, and padding to the others."""
     real = ~state.done
     token = jnp.where(real, token, pad_id)
     return state._replace(
@@ -167,7 +167,7 @@ def _append(
 
 
 def _forbid_stops(logits: Array, stop_ids: tuple[int, ...], t: Array, min_new_tokens: int) -> Array:
-    """Sets the logits of stop ids to `-inf` while `t < min_new_tokens`."""
+    """Set the logits of stop ids to `-inf` while `t < min_new_tokens`."""
     if not min_new_tokens or not stop_ids:
         return logits
     if len(set(stop_ids)) >= logits.shape[-1]:

@@ -56,7 +56,7 @@ def forward_responses(
     temperature: float,
     chunk: int | None = None,
 ) -> Forward:
-    """Computes log-probs, values and entropies of responses in one forward pass.
+    """Compute log-probs, values and entropies of responses in one forward pass.
 
     Scoring and the loss both call this function, and with the same micro-batch shape, so that the
     probability ratio of an unchanged policy is 1.
@@ -119,7 +119,7 @@ def score_rollout(
     chunk: int | None = None,
     ref_model: LanguageModel | None = None,
 ) -> Scores:
-    """Computes log-probs under policy and reference, values, entropies and KL of a rollout.
+    """Compute log-probs under policy and reference, values, entropies and KL of a rollout.
 
     Args:
       model: functions of the policy.
@@ -189,7 +189,7 @@ def score_rollout(
 
 
 def _no_critic(params: Params, hidden: Array, tokens: Array, mask: Array) -> Array:
-    """Gives the reference, whose values nobody needs, values of 0."""
+    """A critic that returns 0, because the values of the reference are not used."""
     return jnp.zeros(hidden.shape[:2], jnp.float32)
 
 
@@ -207,7 +207,7 @@ def make_experience(
     unbiased: bool = False,
     axis_name: str | None = None,
 ) -> tuple[Experience, Array]:
-    """Computes rewards, advantages and returns of a scored rollout.
+    """Compute rewards, advantages and return of a scored rollout.
 
     Args:
       rollout: `B` sampled responses.

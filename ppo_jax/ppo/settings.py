@@ -185,7 +185,7 @@ class PPOConfig:
     optimizer/grad_norm). None: never."""
 
     def __post_init__(self) -> None:
-        """Checks every setting."""
+        """Check every setting."""
         check_numbers(self)
         for rule, holds, names in _RANGES:
             for name in names.split():
@@ -222,13 +222,13 @@ class PPOConfig:
         return self.minibatch_size // self.rows_at_a_time
 
     def controller(self) -> kl.KLController:
-        """Returns the controller of the KL penalty's weight."""
+        """Return the controller of the KL penalty's weight."""
         if self.kl_target is None:
             return kl.fixed_kl(self.kl_coef)
         return kl.adaptive_kl(self.kl_coef, target=self.kl_target, horizon=self.kl_horizon)
 
     def optimizer(self, updates: int) -> optax.GradientTransformation:
-        """Returns AdamW with warm-up, decay and gradient clipping.
+        """Return AdamW with warm-up, decay and gradient clipping.
 
         Args:
           updates: number of updates over which the learning rate decays.

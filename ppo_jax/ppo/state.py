@@ -19,7 +19,7 @@ _INIT = 2**32 - 1  # larger than the number of any update
 
 
 def overlay(base: Params | None, top: Params) -> Params:
-    """Merges two parameter trees; where both have a leaf, use the leaf of `top`.
+    """Merge two parameter trees; where both have a leaf, use the leaf of `top`.
 
     Frozen parameters are the `base`, and parameters that train are the `top`. No array is copied.
 
@@ -46,7 +46,8 @@ class PPOState(flax.struct.PyTreeNode):
       train: parameters `{"policy": ..., "critic": ...}` and the optimizer's state.
       kl: state of the controller of the KL penalty's weight.
       scale: running moments of the scores.
-      key: `[]` typed key, the root of all keys of the run. It is never drawn from itself.
+      key: `[]` typed key, the root of all keys of the run. Only keys that are derived from it are
+        used for sampling.
       update: `[]` int32, number of updates done.
 
     Example:
@@ -69,7 +70,7 @@ class PPOState(flax.struct.PyTreeNode):
         return self.train.params["policy"]
 
     def key_for(self, purpose: int) -> Array:
-        """Returns the `[]` typed key of this update for a purpose, `SAMPLE` or `SHUFFLE`."""
+        """Return the `[]` typed key of this update for a purpose, `SAMPLE` or `SHUFFLE`."""
         return jax.random.fold_in(jax.random.fold_in(self.key, self.update), purpose)
 
 
@@ -100,7 +101,7 @@ class Agent(NamedTuple):
 
 
 def init_key(seed: int, part: int) -> Array:
-    """Makes a key for initializing a part of the parameters, unlike any key of a run with the seed.
+    """Make a key for initializing a part of the parameters, unlike any key of a run with the seed.
 
     Args:
       seed: seed of the run.
@@ -115,7 +116,7 @@ def init_key(seed: int, part: int) -> Array:
 
 
 def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPOState:
-    """Makes the state before the first update.
+    """Make the state before the first update.
 
     Args:
       agent: model, critic and settings.

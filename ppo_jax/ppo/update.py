@@ -18,7 +18,7 @@ from ppo_jax.types import Experience, LossFn, LossMetrics, Metrics, Params
 
 
 def schedule_at(state: TrainState, step: Array) -> TrainState:
-    """Moves the learning-rate schedule of a train state to a step.
+    """Move the learning-rate schedule of a train state to a step.
 
     The schedule then counts the steps of the updates that are done, not the steps that were taken:
     an early stop or a skipped step does not delay the decay.
@@ -101,7 +101,7 @@ def ppo_update(
         ones, take no step. `None` for no limit.
       skip_nonfinite: take no step on a minibatch whose gradient is not finite.
       axis_name: mapped axis over which the rows are split; `B` is then the share of this device.
-      frozen: parameters that are not trained; those of the state are laid over them.
+      frozen: parameters that are not trained; those of the state take precedence.
 
     Returns:
       The new state, and metrics: means and maxima over the minibatches whose gradient was computed,
@@ -187,7 +187,7 @@ def _apply_gradients(
     target_kl: float | None,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, _Step]:
-    """Takes the optimizer step, unless the target KL is exceeded or the gradient is not finite."""
+    """Take the optimizer step, unless the target KL is exceeded or the gradient is not finite."""
     norm = optax.tree.norm(grads)
     beyond = jnp.bool_(False) if target_kl is None else metrics.mean["policy/approx_kl"] > target_kl
     bad = ~jnp.isfinite(norm) if skip_nonfinite else jnp.bool_(False)

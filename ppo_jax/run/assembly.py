@@ -36,7 +36,7 @@ class Learner(NamedTuple):
       agent: the policy and critic as pure functions, and their settings.
       params: `{"policy": ..., "critic": ...}`, the parameters that are trained.
       tokenizer: a `transformers` tokenizer.
-      frozen: parameters of the same structure that are not trained; `params` are laid over them.
+      frozen: parameters of the same structure that are not trained; `params` take precedence.
       ref_params: the reference policy's parameters; None uses the frozen policy if there is one
         (the model below the adapters), and the initial policy otherwise.
       mesh: the devices, or None for a single device.
@@ -208,7 +208,7 @@ def load_model(
     mesh: Mesh | None = None,
     causal: bool = True,
 ) -> tuple[Pretrained, Any]:
-    """Reads a language model and its tokenizer, and checks that they fit each other.
+    """Read a language model and its tokenizer, and check that they fit each other.
 
     Args:
       model: a folder, a Hugging Face id or a .gguf file.
@@ -276,7 +276,7 @@ def stop_ids(
 
 
 def check_top_k(top_k: int | None, config: TransformerConfig) -> None:
-    """Raises ValueError if `top_k` is larger than the vocabulary."""
+    """Raise ValueError if `top_k` is larger than the vocabulary."""
     if top_k is not None and not 1 <= top_k <= config.vocab_size:
         raise ValueError(
             f"top_k={top_k} must lie in 1 .. {config.vocab_size}, the size of the vocabulary."

@@ -53,7 +53,7 @@ class Checkpoints:
     """The newest checkpoints of a run, and the one with the best evaluation."""
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
-        """Opens a folder of checkpoints.
+        """Open a folder of checkpoints.
 
         Args:
           folder: the folder; it is created unless `read_only`.
@@ -77,7 +77,7 @@ class Checkpoints:
     def save(
         self, state: PPOState, notes: dict[str, Any] | None = None, *, best: int | None = None
     ) -> None:
-        """Writes a checkpoint, named by the number of updates, unless it exists.
+        """Write a checkpoint, named by the number of updates, unless it exists.
 
         Args:
           state: all that changes in the iteration.
@@ -131,7 +131,7 @@ class Checkpoints:
         return bool(self.steps()) or any(self.folder.glob("*.damaged*"))
 
     def restore(self, like: PPOState, step: int | None = None) -> tuple[PPOState, dict[str, Any]]:
-        """Reads the newest good checkpoint, or the checkpoint of `step`.
+        """Read the newest good checkpoint, or the checkpoint of `step`.
 
         A damaged checkpoint is named in a warning and renamed to `N.damaged`, and the checkpoint
         before it is tried.
@@ -193,7 +193,7 @@ class Checkpoints:
         return like.replace(**{**state, "train": train, "key": key}), json.loads(run["about"])
 
     def _set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint."""
+        """Rename a damaged checkpoint."""
         place, number = self.folder / f"{step}.damaged", 1
         while place.exists():
             place, number = self.folder / f"{step}.damaged.{number}", number + 1

@@ -69,7 +69,7 @@ class Collector(NamedTuple):
     limits: Faults
 
     def collect(self, state: PPOState, prompts: data.Prompts) -> Collection:
-        """Samples a response to each prompt, and starts to compute log-probs and values."""
+        """Sample a response to each prompt, and start to compute log-probs and values."""
         start = time.perf_counter()
         arrays = placement.to_mesh((prompts.tokens, prompts.mask), self.learner.mesh)
         rollout = self.steps.sample(state, *arrays, frozen=self.frozen)
@@ -82,7 +82,7 @@ class Collector(NamedTuple):
     def task_scores(self, batch: Collection, scale: ScaleState | None = None) -> TaskScores:
         """Asks the reward for the scores of a batch, and checks all numbers.
 
-        Each process asks for the rows that lie on its own devices, and all processes receive the
+        Each process asks for the rows on its own devices, and all processes receive the
         scores of the whole batch. A fault in one process is raised in all of them.
 
         Args:
@@ -126,7 +126,7 @@ class Collector(NamedTuple):
 
 
 def response_texts(agent: Agent, tokenizer: Any, rollout: Rollout) -> list[str]:
-    """Decodes responses, each cut after its first end token, as it reads behind its prompt.
+    """Decode responses, each cut after its first end token, as it reads behind its prompt.
 
     Args:
       agent: its stop tokens and `truncate_after` say where a text ends.
@@ -148,7 +148,7 @@ def response_texts(agent: Agent, tokenizer: Any, rollout: Rollout) -> list[str]:
 def evaluate(
     collector: Collector, state: PPOState, prompts: data.Prompts, *, seed: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Samples one response to each held-out prompt, with the same keys at every evaluation.
+    """Sample one response to each held-out prompt, with the same keys at every evaluation.
 
     The last batch is filled up with the first prompts, so that only one shape is compiled; their
     second responses are dropped.

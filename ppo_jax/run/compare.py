@@ -7,13 +7,13 @@ from typing import Any
 
 from ppo_jax.run import provenance
 from ppo_jax.run.files import read_json, read_lines
-from ppo_jax.run.resume import place_differences, read_config, setting_differences
+from ppo_jax.run.resume import environment_differences, read_config, setting_differences
 
 Row = Mapping[str, Any]
 
 
 def compare(a: Path, b: Path) -> list[str]:
-    """Compares two runs bit by bit.
+    """Compare two runs bit by bit.
 
     Args:
       a: the folder of one run.
@@ -60,7 +60,7 @@ def _causes(a: Row, b: Row) -> list[str]:
     """Differences that may change the last bits: the mesh, versions, devices and flags."""
     mesh_a, mesh_b = ((run["settings"].get("command") or {}).get("mesh") for run in (a, b))
     found = [("mesh", mesh_a, mesh_b)] if mesh_a != mesh_b else []
-    found += place_differences(a["processes"], b["processes"])
+    found += environment_differences(a["processes"], b["processes"])
     return [f"{name} is {x} and {y}." for name, x, y in found]
 
 

@@ -12,7 +12,7 @@ from ppo_jax.types import Params
 
 
 def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: str) -> None:
-    """Writes the fine-tuned model to `out`, and the adapter if there is one.
+    """Write the fine-tuned model to `out`, and the adapter if there is one.
 
     Raises:
       ValueError: if a file cannot be written.
@@ -41,15 +41,15 @@ def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: st
             write()
         except ValueError as error:
             raise ValueError(
-                f"{error} The last checkpoint holds the result; with room for it, --resume yes "
-                "writes it."
+                f"{error} The last checkpoint holds the result; free some space, then use "
+                "--resume yes to write it."
             ) from error
 
     processes.on_first_process(write_or_advise)
 
 
 def write_summary(out: Path, updates: int, digest: str) -> None:
-    """Writes `summary.json`: the number of updates, the digest and the last metrics."""
+    """Write `summary.json`: the number of updates, the digest and the last metrics."""
     lines = read_lines(out / "metrics.jsonl")
     # The last update may have two lines, because an evaluation has its own.
     last = [row for row in lines if row["update"] == lines[-1]["update"]]

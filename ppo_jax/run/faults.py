@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 def persist(call: Callable[[], Result], *, retries: int, timeout_s: float | None) -> Result:
-    """Calls a function, and calls it again after a `Fault`.
+    """Call a function, and call it again after a `Fault`.
 
     Args:
       call: the function.
@@ -77,7 +77,7 @@ def _call_within(seconds: float | None, call: Callable[[], Result]) -> Result:
 
 
 def check_finite(rollout: Rollout, scores: Scores) -> None:
-    """Raises NonFiniteError with the rows whose log-probs, KL or values are not finite."""
+    """Raise NonFiniteError with the rows whose log-probs, KL or values are not finite."""
     # In the order of cause and effect, so that the message names the cause.
     named = {
         "sampled log-prob": rollout.logprobs,
@@ -96,7 +96,7 @@ def check_finite(rollout: Rollout, scores: Scores) -> None:
 
 
 def check_steps(metrics: dict[str, float]) -> None:
-    """Checks the metrics of an update.
+    """Check the metrics of an update.
 
     Raises:
       GradientError: if a loss or gradient was not finite.
@@ -116,7 +116,7 @@ def check_steps(metrics: dict[str, float]) -> None:
 
 
 def check_scale(state: ScaleState, scores: np.ndarray) -> None:
-    """Raises RewardError if scores `[B]` would make the running moments of the scores infinite."""
+    """Raise RewardError if scores `[B]` would make the running moments of the scores infinite."""
     new, _ = running_scale().update(jax.device_get(state), jnp.asarray(scores))
     if not np.isfinite(jax.device_get(jax.tree.leaves(new))).all():
         worst = int(np.abs(scores).argmax())
@@ -127,7 +127,7 @@ def check_scale(state: ScaleState, scores: np.ndarray) -> None:
 
 
 def check_end(train: TrainState) -> None:
-    """Raises GradientError if a finished run has taken no optimizer step."""
+    """Raise GradientError if a finished run has taken no optimizer step."""
     if int(train.step) == 0:
         raise GradientError(
             "No optimizer step of the run was taken, because all were skipped for faults; the "

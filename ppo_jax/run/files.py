@@ -17,7 +17,7 @@ _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")
 
 
 def check_free(folder: Path, *, resume: bool = False) -> None:
-    """Checks that a run may use a folder, and writes nothing.
+    """Check that a run may use a folder, and write nothing.
 
     Raises:
       ValueError: if the folder is a file, or holds another run that is not to be resumed.
@@ -33,7 +33,7 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
 
 
 def claim(folder: Path, *, resume: bool = False) -> Path:
-    """Creates a run's folder after `check_free`.
+    """Create a run's folder after `check_free`.
 
     Raises:
       ValueError: as `check_free`, or if the folder cannot be created.
@@ -47,7 +47,7 @@ def claim(folder: Path, *, resume: bool = False) -> Path:
 
 
 def lock(folder: Path) -> BaseFileLock:
-    """Keeps other processes from writing to a folder until the lock is released.
+    """Keep other processes from writing to a folder until the lock is released.
 
     The operating system releases it when this process ends, however it ends.
 
@@ -59,8 +59,8 @@ def lock(folder: Path) -> BaseFileLock:
         held.acquire()
     except Timeout as error:
         raise ValueError(
-            f"Another process is writing to {folder}; wait for its end, stop it, or choose another "
-            "folder."
+            f"Another process is writing to {folder}; wait until it ends, stop it, or choose "
+            "another folder."
         ) from error
     except (RuntimeError, OSError):  # the file system has no locks or is read-only
         _LOG.warning(
@@ -70,7 +70,7 @@ def lock(folder: Path) -> BaseFileLock:
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends objects to a file of JSON lines; either all of them are written or none.
+    """Append objects to a file of JSON lines; either all of them are written or none.
 
     Raises:
       ValueError: if they cannot be written.
@@ -79,7 +79,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         with path.open("ab") as file:
-            # Half a surrogate pair, which is no valid UTF-8, becomes an escape sequence of JSON.
+            # Half a surrogate pair, which is not valid UTF-8, becomes an escape sequence of JSON.
             file.write(lines.encode(errors="backslashreplace"))
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ def synced_size(path: Path) -> int:
 
 
 def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Removes all lines that were written after a checkpoint, and the summary.
+    """Remove all lines that were written after a checkpoint, and the summary.
 
     Args:
       folder: the run's folder.
@@ -135,7 +135,7 @@ def _ends_a_line(path: Path, size: int) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of JSON lines; an empty list if there is no such file.
+    """Read a file of JSON lines; an empty list if there is no such file.
 
     A last line without a line break, which a process was writing when it ended, is left out.
 
@@ -155,7 +155,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises ValueError if there is no such file or it is not JSON."""
+    """Read a JSON file; raise ValueError if there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -163,7 +163,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file completely or not at all; raises ValueError if it cannot be written."""
+    """Write a JSON file completely or not at all; raise ValueError if it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:

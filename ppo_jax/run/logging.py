@@ -32,12 +32,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Replaces numbers that are not finite by None, because JSON has no NaN."""
+    """Replace numbers that are not finite by None, because JSON has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def show_progress(bar: tqdm, update: int, metrics: Mapping[str, float], *, visible: bool) -> None:
-    """Shows metrics on the progress bar, or prints a line if the bar is hidden but `visible`."""
+    """Show metrics on the progress bar, or print a line if the bar is hidden but `visible`."""
     text = ", ".join(f"{short}={metrics[name]:.3g}" for short, name in _SHOWN.items())
     bar.set_postfix_str(text)
     if bar.disable and visible:
@@ -48,20 +48,20 @@ class NoLog:
     """A `RunLog` that writes nothing, for all processes but the first."""
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
     def samples(self, update: int, rows: Rows) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
     def fault(self, update: int, kind: str, message: str, rows: Rows) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
     def sizes(self) -> dict[str, int]:
-        """Returns no sizes."""
+        """Return no sizes."""
         return {}
 
     def close(self) -> None:
-        """Closes nothing."""
+        """Close nothing."""
 
 
 class RunLog:
@@ -78,7 +78,7 @@ class RunLog:
         wandb_project: str | None = None,
         first_update: int = 0,
     ):
-        """Opens the logs.
+        """Open the logs.
 
         Args:
           folder: the run's folder.
@@ -94,7 +94,7 @@ class RunLog:
         self._wandb = None if wandb_project is None else _start_wandb(folder, wandb_project)
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of an update."""
+        """Write the metrics of an update."""
         append_lines(self._folder / "metrics.jsonl", [{"update": update, **finite(metrics)}])
         if self._board is not None:
             self._board.scalars(update, metrics)
@@ -102,11 +102,11 @@ class RunLog:
             self._wandb.log(dict(metrics), step=update)
 
     def samples(self, update: int, rows: Rows) -> None:
-        """Writes sampled texts of an update."""
+        """Write sampled texts of an update."""
         append_lines(self._folder / "samples.jsonl", [{"update": update, **row} for row in rows])
 
     def fault(self, update: int, kind: str, message: str, rows: Rows) -> None:
-        """Writes the rows that a fault concerns, with its kind and message."""
+        """Write the rows that a fault concerns, with its kind and message."""
         fault = {"update": update, "kind": kind, "message": message}
         append_lines(self._folder / "faults.jsonl", [{**fault, **row} for row in rows])
 
@@ -115,7 +115,7 @@ class RunLog:
         return {name: synced_size(self._folder / name) for name in LINES}
 
     def close(self) -> None:
-        """Closes TensorBoard and Weights & Biases."""
+        """Close TensorBoard and Weights & Biases."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -147,7 +147,7 @@ class _Board:
     flush_s = 10.0
 
     def __init__(self, folder: Path, first_update: int):
-        """Starts a file; events from `first_update` on that were there before become invalid."""
+        """Start a file; events from `first_update` on that were there before become invalid."""
         self._file: RecordWriter | None = None
         self._flushed = time.monotonic()
         with self._warning_on_error():

@@ -35,7 +35,7 @@ class OpenRun(NamedTuple):
 
 
 def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
-    """Creates a run's folder and locks it, so that no other process writes to it.
+    """Create a run's folder and lock it, so that no other process writes to it.
 
     Returns:
       The lock; None in all processes but the first.
@@ -62,7 +62,7 @@ def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
 def open_run(
     folder: Path, state: PPOState, config: RunConfig, loop: LoopConfig, resume: Resume
 ) -> OpenRun:
-    """Opens a claimed folder for a new run, or for one that is resumed.
+    """Open a claimed folder for a new run, or for one that is resumed.
 
     Args:
       folder: the run's folder.

@@ -62,7 +62,7 @@ def code_hash(thing: Any) -> str:
 
 
 def _identity(thing: Any, parents: tuple[int, ...]) -> Iterator[str]:
-    """Yields texts that tell `thing` from others; `parents` are the ids of what holds it."""
+    """Yield texts that identify `thing`; `parents` are the ids of the objects that hold it."""
     if id(thing) in parents:  # it holds itself
         return
     if isinstance(thing, str | int | float | None | enum.Enum | np.dtype):
@@ -81,7 +81,7 @@ def _identity(thing: Any, parents: tuple[int, ...]) -> Iterator[str]:
 
 
 def _parts(thing: Any) -> Iterator[Any]:
-    """Yields the values that a function or an object holds."""
+    """Yield the values that a function or an object holds."""
     if isinstance(thing, tuple):
         yield from thing
     elif isinstance(thing, partial):
@@ -96,7 +96,7 @@ def _parts(thing: Any) -> Iterator[Any]:
 
 
 def _flat(named: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields names and values in the order of the names."""
+    """Yield names and values in the order of the names."""
     return (x for item in sorted(named.items()) for x in item)
 
 
@@ -154,7 +154,7 @@ def make_deterministic() -> None:
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields where two nested mappings differ: the dotted name and both values.
+    """Yield where two nested mappings differ: the dotted name and both values.
 
     Example:
       >>> list(differences({"ppo": {"lam": 1, "gamma": 1}}, {"ppo": {"lam": 0.9, "gamma": 1}}))

@@ -54,10 +54,10 @@ _FREE = {
     "data": set(),
     "jax": set(),
 }
-# What a resumed run may have although the run before had none.
+# Hashes that may be missing from the configuration of the run that is resumed.
 _MAY_BE_ADDED = {"eval_prompts"}
-# What decides over the last bits of a result.
-_PLACE = ("versions", "xla_flags", "device_kinds", "cpu_cores")
+# What can change the last bits of a result.
+_ENVIRONMENT = ("versions", "xla_flags", "device_kinds", "cpu_cores")
 
 Difference = tuple[str, Any, Any]
 
@@ -70,7 +70,7 @@ class RunConfig:
     hashes: dict[str, Any]
 
     def write(self, folder: Path, *, first_update: int) -> None:
-        """Writes `config.json` with the environment of each process that worked on the run."""
+        """Write `config.json` with the environment of each process that worked on the run."""
         earlier = read_config(folder)["processes"] if first_update else []
         here = {"first_update": first_update, **provenance.environment()}
         write_json(
@@ -90,7 +90,7 @@ def start_config(
     command: Any = None,
     functions: Mapping[str, Callable | None] | None = None,
 ) -> RunConfig:
-    """Makes the `config.json` of a run that is about to start.
+    """Make the `config.json` of a run that is about to start.
 
     Args:
       learner: what is trained.
@@ -111,7 +111,7 @@ def start_config(
         "ppo": plain(agent.config),
         "loop": plain(loop),
         "command": plain(command),
-        # The amount of padding decides over the last bits.
+        # The amount of padding can change the last bits.
         "data": {"longest_prompt": max(p.tokens.shape[1] for p in both)},
         "jax": provenance.numerics(),
     }
@@ -138,7 +138,7 @@ def _prompts_hash(prompts: data.Prompts) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads the `config.json` of a run; raises ValueError if `folder` holds none."""
+    """Read the `config.json` of a run; raise ValueError if `folder` holds none."""
     config = read_json(folder / "config.json")
     kinds = {"settings": dict, "hashes": dict, "processes": list}
     valid = isinstance(config, dict) and all(
@@ -154,7 +154,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Difference]:
-    """Yields the settings that shape the result and differ between two runs.
+    """Yield the settings that shape the result and differ between two runs.
 
     Args:
       old: the settings of one run.
@@ -178,10 +178,10 @@ def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Di
                 yield f"{part}.{name}" if part != "command" else name, a, b
 
 
-def place_differences(old: Sequence[Any], new: Sequence[Any]) -> Iterator[Difference]:
-    """Yields the versions, devices and flags that differ between the last processes of two runs.
+def environment_differences(old: Sequence[Any], new: Sequence[Any]) -> Iterator[Difference]:
+    """Yield the versions, devices and flags that differ between the last processes of two runs.
 
-    These decide over the last bits of a result.
+    These can change the last bits of a result.
 
     Args:
       old: the entry `processes` of one run's `config.json`.
@@ -191,12 +191,12 @@ def place_differences(old: Sequence[Any], new: Sequence[Any]) -> Iterator[Differ
       The name of each difference, and its two values.
     """
     for name, a, b in provenance.differences(old[-1] if old else None, new[-1] if new else None):
-        if name.split(".")[0] in _PLACE:
+        if name.split(".")[0] in _ENVIRONMENT:
             yield name, a, b
 
 
 def check_unchanged(folder: Path, now: RunConfig) -> None:
-    """Checks that the run in `folder` can be resumed with the configuration `now`.
+    """Check that the run in `folder` can be resumed with the configuration `now`.
 
     Other versions, devices or flags are named in a warning, because with them the result may agree
     to rounding only.
@@ -210,7 +210,7 @@ def check_unchanged(folder: Path, now: RunConfig) -> None:
         raise ValueError(
             f"{name} was {old} in the run in {folder} and is {new} now; to resume, set it to {old}."
         )
-    for name, old, new in place_differences(before["processes"], [provenance.environment()]):
+    for name, old, new in environment_differences(before["processes"], [provenance.environment()]):
         if processes.is_first():
             _LOG.warning(
                 "%s was %s when the run in %s last ran and is %s now: the last bits may differ.",

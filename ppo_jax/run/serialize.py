@@ -1,4 +1,4 @@
-"""Settings to the types that JSON has, and back."""
+"""Converts settings to the types of JSON, and back."""
 
 import dataclasses
 import enum
@@ -12,7 +12,7 @@ from ppo_jax.errors import SettingError
 
 
 def plain(x: Any) -> Any:
-    """Converts settings to the types that JSON has.
+    """Convert settings to the types that JSON has.
 
     Args:
       x: a dataclass, an enum, a mapping, a sequence or a scalar, nested in any way.
@@ -36,7 +36,7 @@ def plain(x: Any) -> Any:
 
 
 def revive(kind: Any, stored: Any) -> Any:
-    """Converts what `plain` returned back to a value of type `kind`.
+    """Convert what `plain` returned back to a value of type `kind`.
 
     Args:
       kind: a dataclass, or the annotation of one of its fields.

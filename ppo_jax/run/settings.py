@@ -73,7 +73,7 @@ class LoopConfig:
     wandb_project: str | None = None
     """Weights & Biases project to log to as well."""
     progress: bool = True
-    """Show a progress bar on standard error, or print a line per update if it is no terminal."""
+    """Show a progress bar on standard error, or print a line per update if it is not a terminal."""
     faults: Faults = field(default_factory=Faults)
     """What the run does when something goes wrong."""
 

@@ -71,8 +71,8 @@ class Trainer:
           settings: a dataclass that is written to `config.json`; a resumed run must have the same.
           resume: "yes" resumes from the newest good checkpoint in `out`, "auto" does so if there is
             one, and "no" starts a new run in an empty folder.
-          advantage_fn: replaces generalized advantage estimation.
-          loss_fn: replaces the PPO loss.
+          advantage_fn: replaces the estimator that `ppo.advantage` names.
+          loss_fn: replaces the loss that `ppo.loss` names.
 
         Raises:
           SettingError: if the settings do not fit the devices or the run that is resumed.
@@ -118,7 +118,7 @@ class Trainer:
         self.collector = Collector(learner, steps, ref_params, frozen, reward, loop.faults)
 
     def step(self) -> dict[str, float] | None:
-        """Runs one PPO iteration.
+        """Run one PPO iteration.
 
         Returns:
           Its metrics, or None if a fault made the run skip the update.
@@ -161,7 +161,7 @@ class Trainer:
         return numbers
 
     def run(self, on_update: Callable[[dict[str, float]], None] | None = None) -> PPOState:
-        """Runs all updates, with their evaluations and checkpoints.
+        """Run all updates, with their evaluations and checkpoints.
 
         Args:
           on_update: called with the metrics of each update.
@@ -199,14 +199,14 @@ class Trainer:
         return self.state
 
     def save(self) -> None:
-        """Writes a checkpoint of the run, unless no update has been made."""
+        """Write a checkpoint of the run, unless no update has been made."""
         if int(self.state.update) == 0:
             return
         notes = {"sizes": self.log.sizes(), "unevaluated": self._unevaluated, "best": self._best}
         self.checkpoints.save(self.state, notes, best=self._best and self._best[1])
 
     def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:
-        """Evaluates the current policy on held-out prompts.
+        """Evaluate the current policy on held-out prompts.
 
         Args:
           prompts: `n` prompts.
@@ -220,7 +220,7 @@ class Trainer:
         return evaluate(self.collector, self.state, prompts, seed=self.loop.seed)
 
     def _finish_update(self, update: int, signals: faults.StopSignals) -> None:
-        """Evaluates and saves if it is time to, and ends the process if a signal asked for it."""
+        """Evaluate and save if it is time to, and end the process if a signal asked for it."""
         loop = self.loop
         self._unevaluated = self.eval_prompts is not None and self._is_due(loop.eval_every, update)
         is_best = self._evaluate(update)
@@ -238,7 +238,7 @@ class Trainer:
         return update + 1 == self.loop.updates or (every > 0 and (update + 1) % every == 0)
 
     def _evaluate(self, update: int) -> bool:
-        """Evaluates after `update` if that is due, and says whether the score is the best so far.
+        """Evaluate after `update` if that is due, and say whether the score is the best so far.
 
         A fault ends the run after a checkpoint.
         """
@@ -259,7 +259,7 @@ class Trainer:
         return is_best
 
     def _skip(self, fault: Fault) -> None:
-        """Writes the offending rows, then stops the run or counts the update as skipped."""
+        """Write the offending rows, then stop the run or count the update as skipped."""
         update = int(self.state.update)
         stop = getattr(self.loop.faults, fault.kind) == "stop"
         if stop:
@@ -272,16 +272,16 @@ class Trainer:
         self.state = self.state.replace(update=self.state.update + 1)
 
     def _check_learned(self, update: int, metrics: dict[str, float], batch: Collection) -> None:
-        """Writes a fault if a loss, gradient or parameter is not finite, and may stop the run."""
+        """Write a fault if a loss, gradient or parameter is not finite, and may stop the run."""
         try:
             faults.check_steps(metrics)
         except Fault as fault:
             self.log.fault(update, fault.kind, str(fault), batch.rows())
-            spoilt = isinstance(fault, NonFiniteParametersError)
+            parameters_lost = isinstance(fault, NonFiniteParametersError)
             stop = self.loop.faults.gradient == "stop"
-            if stop and not spoilt:
+            if stop and not parameters_lost:
                 self.save()
-            if stop or spoilt:
+            if stop or parameters_lost:
                 raise
             self._warn(update, fault)
 

@@ -57,7 +57,7 @@ def _layer_types(hf: HFConfig, third: bool) -> list[str]:
 
 
 def _rotaries(hf: HFConfig, positions: int, third: bool) -> dict[str, Rotary]:
-    """Return the rotary positions of the layers; in Gemma 3, layers with a window have others."""
+    """Return the rotary positions; layers with a window use another base in Gemma 3."""
     settings, head = rope_settings(hf), hf.get("head_dim", 256)
     if not third:
         return {"rotary": rotary(settings, base=1e4, head=head, positions=positions)}
