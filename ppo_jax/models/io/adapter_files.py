@@ -16,8 +16,7 @@ from safetensors.numpy import load_file
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.families import family_of
-from ppo_jax.models.io.family import HFConfig
-from ppo_jax.models.io.pretrained import shapes_of
+from ppo_jax.models.io.family import HFConfig, shapes_of
 from ppo_jax.models.io.safetensors_format import save_file, writing
 from ppo_jax.models.io.stored import read_json
 from ppo_jax.models.io.weights import Rule

@@ -1,15 +1,24 @@
 """What a model family is, and helpers to read the settings that several families share."""
 
-import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
+from flax.traverse_util import flatten_dict
+
 from ppo_jax.models.config import Activation, Rotary, TransformerConfig
-from ppo_jax.models.io.weights import Rule, expand
+from ppo_jax.models.io.weights import Rule
+from ppo_jax.models.transformer import init_params
+from ppo_jax.types import Params
 
 HFConfig = dict[str, Any]  # A parsed `config.json`.
 ConfigFields = dict[str, Any]  # Keyword arguments of `TransformerConfig`.
+
+# The ends of the names of the parameters of a layer, in our tree and in the files. A single array
+# has the same name as its line of a table.
+_ENDS = {"": "", "/kernel": ".weight", "/scale": ".weight", "/bias": ".bias"}
 
 
 class Family(NamedTuple):
@@ -21,51 +30,76 @@ class Family(NamedTuple):
       config: function from the parsed `config.json` to the fields of `TransformerConfig`. `dtype`
         and `remat` are set elsewhere, and `init_std` is `initializer_range` if it is left out. The
         function raises ValueError for a setting that the decoder does not support.
-      rules: function from a config to the table of its tensors, with the names that they have in
-        the language model class.
+      tensors: for each layer of the decoder, by its path, such as `layer_{i}/attn/q`, its name in
+        the language model class. A name that contains `{i}` is repeated for each block. An array
+        that is not part of a layer, such as `embedding`, has the full name of its tensor. A line is
+        used if the decoder has such a parameter. Layers with the same name are stored as one, with
+        their outputs concatenated in the order of the table.
       prefix: the start of the names of the trunk's tensors in that class. Files of the trunk alone
         (without a head) lack it.
-      score: rules of the head of the sequence classifier; the paths are those of `models.heads`.
+      untied: the same as `tensors`, for what only a model with an untied output matrix needs. The
+        file of a tied model may contain these too, as copies of the embedding and output bias.
+      head: for each parameter of the head of the sequence classifier, by its path in
+        `models.heads`, the full name of its tensor.
       ignored: pattern of the full names of stored tensors that are not parameters.
+      transpose: whether matrices are stored as `[out, in]`, as in PyTorch's `Linear`.
+      by_head: whether layers that are stored as one are concatenated within each attention head.
     """
 
     classes: dict[str, tuple[str, str]]
     config: Callable[[HFConfig], ConfigFields]
-    rules: Callable[[TransformerConfig], list[Rule]]
+    tensors: Mapping[str, str]
     prefix: str
-    score: tuple[Rule, ...] = (Rule("score.weight", ("kernel",), transpose=True),)
+    untied: Mapping[str, str] = {"unembedding": "lm_head.weight"}
+    head: Mapping[str, str] = {"kernel": "score.weight"}
     ignored: re.Pattern[str] = re.compile(r"(?!)")
+    transpose: bool = True
+    by_head: bool = False
 
     def table(self, config: TransformerConfig) -> list[Rule]:
-        """Return the rules with those of a layer repeated for each layer."""
-        return expand(self.rules(config), config.layers)
+        """Return the rules of the tensors of a model, with those of a block for every block.
 
-    def untied_names(self, config: TransformerConfig) -> set[str]:
-        """Return the names of the tensors that only a model with an untied output matrix needs.
-
-        The file of a tied model may contain them too, as copies of the embedding and output bias.
+        Raises:
+          ValueError: as `shapes_of`.
         """
-        untied, tied = (
-            {rule.stored for rule in self.rules(dataclasses.replace(config, tied=tied))}
-            for tied in (False, True)
-        )
-        return untied - tied
+        parameters = flatten_dict(shapes_of(replace(config, layers=1, windows=None)), sep="/")
+        paths: dict[str, list[str]] = {}
+        untied = {} if config.tied else self.untied
+        for path, stored in (*self.tensors.items(), *untied.items()):
+            for end, stored_end in _ENDS.items():
+                if path.format(i=0) + end in parameters:
+                    paths.setdefault(stored + stored_end, []).append(path + end)
+        return [
+            Rule(
+                stored.format(i=i),
+                tuple(path.format(i=i) for path in ours),
+                transpose=self.transpose and ours[0].endswith("kernel"),
+                heads=config.heads if self.by_head else 1,
+            )
+            for stored, ours in paths.items()
+            for i in range(config.layers if "{i}" in stored else 1)
+        ]
+
+    @property
+    def score(self) -> list[Rule]:
+        """The rules of the head of the sequence classifier."""
+        return [
+            Rule(stored, (path,), path.endswith("kernel")) for path, stored in self.head.items()
+        ]
 
 
-def renamed(rules: list[Rule], prefixes: dict[str, str]) -> list[Rule]:
-    """Return the rules of another family with the start of every stored name replaced.
+def shapes_of(config: TransformerConfig) -> Params:
+    """Return the shapes of a config's parameters, as a tree of `jax.ShapeDtypeStruct`.
 
-    Args:
-      rules: the rules of the other family.
-      prefixes: maps the start of a name, up to a dot, to its replacement. The first entry that
-        matches a name is used; every name needs one.
+    Raises:
+      ValueError: if no model can be made from the config.
     """
-
-    def rename(rule: Rule) -> Rule:
-        old = next(prefix for prefix in prefixes if rule.stored.startswith(f"{prefix}."))
-        return dataclasses.replace(rule, stored=prefixes[old] + rule.stored.removeprefix(old))
-
-    return [rename(rule) for rule in rules]
+    try:
+        return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    except (TypeError, OverflowError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(
+            f"No model can be made from the config {config}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def activation(hf: HFConfig, key: str, default: str) -> Activation:

@@ -21,11 +21,10 @@ from jax.typing import DTypeLike
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import gguf_format, gguf_tokenizer
 from ppo_jax.models.io.families import family_of
-from ppo_jax.models.io.family import HFConfig
+from ppo_jax.models.io.family import HFConfig, shapes_of
 from ppo_jax.models.io.safetensors_format import writing
 from ppo_jax.models.io.stored import read, read_json, resolve, table_tensors, write
 from ppo_jax.models.io.weights import Rule, TensorReader, from_params, to_params
-from ppo_jax.models.transformer import init_params
 from ppo_jax.sharding import placed
 from ppo_jax.types import Params
 
@@ -50,6 +49,7 @@ class Pretrained(NamedTuple):
       generation: the parsed `generation_config.json`, or None if there is none.
 
     Example:
+      >>> from ppo_jax.models.transformer import init_params
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
       ... )
@@ -98,6 +98,7 @@ def load_policy(
     Example:
       >>> import tempfile
       >>> from ppo_jax.models.io.families.gpt2 import config_to_hf
+      >>> from ppo_jax.models.transformer import init_params
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
       ... )
@@ -114,7 +115,7 @@ def load_policy(
     rules = family.table(config)
     tensors = table_tensors(stored, rules)
     # In the file of a tied model these are copies of the embedding and the output bias.
-    copies = family.untied_names(config) if config.tied else set()
+    copies = set(family.untied.values()) if config.tied else set()
     if not _is_copy(tensors, rules, copies):  # As transformers decides since version 5.0.
         _LOG.warning(
             "The config of %s says that the output matrix is the embedding, but the file holds "
@@ -193,6 +194,7 @@ def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     Example:
       >>> import tempfile
       >>> from ppo_jax.models.io.families.gpt2 import config_to_hf
+      >>> from ppo_jax.models.transformer import init_params
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
       ... )
@@ -281,17 +283,3 @@ def load_tokenizer(model: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise ValueError(f"{model} holds no tokenizer that can be loaded: {error}") from error
-
-
-def shapes_of(config: TransformerConfig) -> Params:
-    """Return the shapes of a config's parameters, as a tree of `jax.ShapeDtypeStruct`.
-
-    Raises:
-      ValueError: if no model can be made from the config.
-    """
-    try:
-        return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    except (TypeError, OverflowError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(
-            f"No model can be made from the config {config}: {str(error).splitlines()[0]}"
-        ) from error

@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.families import family_of
-from ppo_jax.models.io.pretrained import Pretrained, config_of, shapes_of
+from ppo_jax.models.io.family import shapes_of
+from ppo_jax.models.io.pretrained import Pretrained, config_of
 from ppo_jax.models.io.safetensors_format import writing
 from ppo_jax.models.io.stored import StoredModel, read, table_tensors, write
 from ppo_jax.models.io.weights import from_params, to_params
@@ -108,7 +109,7 @@ def load_scorer(
         if rule.stored not in tensors:
             raise ValueError(f"{stored.path} needs a tensor {rule.stored} to score a text.")
         head |= rule.load(tensors.pop(rule.stored)().astype(np.float32))
-    for name in family.untied_names(full):
+    for name in family.untied.values():
         tensors.pop(name, None)
     head = _one_label(head, config.width, label, stored)
     shapes = placed(shapes_of(config), mesh)

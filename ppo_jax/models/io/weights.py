@@ -1,11 +1,11 @@
 """Conversion between stored tensors and parameter trees, by one table of rules per model family.
 
-A table is a list of `Rule`s. A rule whose names contain `{i}` is repeated for each layer. A
-conversion fails unless the table covers every tensor and every parameter, so no weight is lost.
+A table is a list of `Rule`s. A conversion fails unless the table covers every tensor and every
+parameter, so no weight is lost.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -16,14 +16,14 @@ from ppo_jax.types import Params
 TensorReader = Callable[[], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Rule:
     """One stored tensor and the parameters that it contains.
 
     Attributes:
-      stored: name of the tensor in the file, such as `transformer.h.{i}.attn.c_attn.weight`.
+      stored: name of the tensor in the file, such as `transformer.h.0.attn.c_attn.weight`.
       paths: path of the parameter in our tree, with `/` between levels, such as
-        `layer_{i}/attn/q/kernel`. With several paths, the parameters are concatenated along the
+        `layer_0/attn/q/kernel`. With several paths, the parameters are concatenated along the
         last axis of the tensor (after the transpose).
       transpose: whether the stored matrix is `[out, in]`; our kernels are `[in, out]`.
       heads: number of heads, if the parameters are concatenated within each head; otherwise 1.
@@ -33,11 +33,6 @@ class Rule:
     paths: tuple[str, ...]
     transpose: bool = False
     heads: int = 1
-
-    def at(self, layer: int) -> "Rule":
-        """Return the rule of one layer."""
-        paths = tuple(path.format(i=layer) for path in self.paths)
-        return dataclasses.replace(self, stored=self.stored.format(i=layer), paths=paths)
 
     def load(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
         """Return the parameters in a stored tensor, by path."""
@@ -62,37 +57,6 @@ class Rule:
         return np.ascontiguousarray(tensor.T if self.transpose else tensor)
 
 
-def linear(
-    stored: str, *paths: str, bias: bool = True, transpose: bool = True, heads: int = 1
-) -> list[Rule]:
-    """Return the rules of the weight and bias of a linear layer.
-
-    Args:
-      stored: name of the layer in the file.
-      *paths: path of the layer in our tree, or the paths of all layers that it contains.
-      bias: whether there is a bias.
-      transpose: whether the weight is stored as `[out, in]`, as in PyTorch's `Linear`.
-      heads: as in `Rule`.
-    """
-    rules = [Rule(f"{stored}.weight", tuple(f"{path}/kernel" for path in paths), transpose, heads)]
-    if bias:
-        rules.append(Rule(f"{stored}.bias", tuple(f"{path}/bias" for path in paths), heads=heads))
-    return rules
-
-
-def norm(stored: str, path: str, bias: bool = True) -> list[Rule]:
-    """Return the rules of a normalization layer, whose scale is stored as its weight."""
-    rules = [Rule(f"{stored}.weight", (f"{path}/scale",))]
-    if bias:
-        rules.append(Rule(f"{stored}.bias", (f"{path}/bias",)))
-    return rules
-
-
-def expand(rules: Iterable[Rule], layers: int) -> list[Rule]:
-    """Return the rules with each one that contains `{i}` repeated for every layer."""
-    return [rule.at(i) for rule in rules for i in (range(layers) if "{i}" in rule.stored else [0])]
-
-
 def to_params(
     tensors: Mapping[str, TensorReader], rules: Iterable[Rule], shapes: Params, *, source: object
 ) -> Params:
@@ -100,7 +64,7 @@ def to_params(
 
     Args:
       tensors: for each stored tensor, by its name in the table, the function that reads it.
-      rules: the table, expanded for all layers.
+      rules: the table, with the rules of every layer.
       shapes: the tree to return, with leaves that have a `shape`. If a leaf has a `sharding`, the
         parameter is put on the devices with it.
       source: what the tensors come from, for error messages.
@@ -139,7 +103,7 @@ def from_params(params: Params, rules: Iterable[Rule]) -> Iterator[tuple[str, np
 
     Args:
       params: the parameter tree.
-      rules: the table, expanded for all layers.
+      rules: the table, with the rules of every layer.
 
     Returns:
       An iterator that makes one tensor at a time.

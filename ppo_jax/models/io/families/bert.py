@@ -2,9 +2,8 @@
 
 import re
 
-from ppo_jax.models.config import NormAt, TransformerConfig
+from ppo_jax.models.config import NormAt
 from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
-from ppo_jax.models.io.weights import Rule, linear, norm
 
 
 def config(hf: HFConfig) -> ConfigFields:
@@ -37,52 +36,45 @@ def config(hf: HFConfig) -> ConfigFields:
     }
 
 
-def rules(config: TransformerConfig) -> list[Rule]:
-    """Return the table of the tensors of a BERT."""
-    at, layer = "bert.encoder.layer.{i}", "layer_{i}"
+def trunk(prefix: str) -> dict[str, str]:
+    """Return the names of the tensors of a BERT without its output layers, which start so."""
+    at, layer = f"{prefix}.encoder.layer.{{i}}", "layer_{i}"
     names = {"q": "query", "k": "key", "v": "value"}
-    trunk = [
-        Rule("bert.embeddings.word_embeddings.weight", ("embedding",)),
-        Rule("bert.embeddings.position_embeddings.weight", ("position_embedding",)),
-        Rule("bert.embeddings.token_type_embeddings.weight", ("type_embedding",)),
-        *norm("bert.embeddings.LayerNorm", "embedding_norm"),
-        *(
-            rule
-            for x, name in names.items()
-            for rule in linear(f"{at}.attention.self.{name}", f"{layer}/attn/{x}")
-        ),
-        *linear(f"{at}.attention.output.dense", f"{layer}/attn/o"),
-        *norm(f"{at}.attention.output.LayerNorm", f"{layer}/attn_norm"),
-        *linear(f"{at}.intermediate.dense", f"{layer}/mlp/up"),
-        *linear(f"{at}.output.dense", f"{layer}/mlp/down"),
-        *norm(f"{at}.output.LayerNorm", f"{layer}/mlp_norm"),
-    ]
-    if not config.lm_transform:
-        return trunk
-    # An untied model stores the output matrix, and the output bias under a second name.
-    untied = [
-        Rule("cls.predictions.decoder.weight", ("unembedding",)),
-        Rule("cls.predictions.decoder.bias", ("lm_bias",)),
-    ]
-    return [
-        *trunk,
-        *linear("cls.predictions.transform.dense", "lm_dense"),
-        *norm("cls.predictions.transform.LayerNorm", "lm_norm"),
-        Rule("cls.predictions.bias", ("lm_bias",)),
-        *([] if config.tied else untied),
-    ]
+    return {
+        "embedding": f"{prefix}.embeddings.word_embeddings.weight",
+        "position_embedding": f"{prefix}.embeddings.position_embeddings.weight",
+        "type_embedding": f"{prefix}.embeddings.token_type_embeddings.weight",
+        "embedding_norm": f"{prefix}.embeddings.LayerNorm",
+        **{f"{layer}/attn/{x}": f"{at}.attention.self.{name}" for x, name in names.items()},
+        f"{layer}/attn/o": f"{at}.attention.output.dense",
+        f"{layer}/attn_norm": f"{at}.attention.output.LayerNorm",
+        f"{layer}/mlp/up": f"{at}.intermediate.dense",
+        f"{layer}/mlp/down": f"{at}.output.dense",
+        f"{layer}/mlp_norm": f"{at}.output.LayerNorm",
+    }
 
 
 FAMILY = Family(
     classes={"bert": ("BertLMHeadModel", "BertForSequenceClassification")},
     config=config,
-    rules=rules,
+    tensors={
+        **trunk("bert"),
+        "lm_dense": "cls.predictions.transform.dense",
+        "lm_norm": "cls.predictions.transform.LayerNorm",
+        "lm_bias": "cls.predictions.bias",
+    },
+    # An untied model stores the output matrix, and the output bias under a second name.
+    untied={
+        "unembedding": "cls.predictions.decoder.weight",
+        "lm_bias": "cls.predictions.decoder.bias",
+    },
     prefix="bert.",
-    score=(
-        *linear("bert.pooler.dense", "pooler"),
-        Rule("classifier.weight", ("kernel",), transpose=True),
-        Rule("classifier.bias", ("bias",)),
-    ),
+    head={
+        "pooler/kernel": "bert.pooler.dense.weight",
+        "pooler/bias": "bert.pooler.dense.bias",
+        "kernel": "classifier.weight",
+        "bias": "classifier.bias",
+    },
     # A table of position numbers, and the next-sentence head of a pretraining checkpoint.
     ignored=re.compile(r".*\.position_ids|cls\.seq_relationship\..*"),
 )

@@ -1,9 +1,7 @@
 """DistilBERT: a BERT encoder without token types, under other names. It cannot be a policy."""
 
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.families import bert
-from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation, renamed
-from ppo_jax.models.io.weights import Rule, linear
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
 
 # Keys of the config.json, as named by BERT and by DistilBERT.
 _KEYS = {
@@ -14,21 +12,6 @@ _KEYS = {
 }
 # Settings of BERT that DistilBERT does not have.
 _FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "is_decoder": False, "type_vocab_size": 0}
-_BERT, _OWN = "bert.encoder.layer.{i}", "distilbert.transformer.layer.{i}"
-# Names of the tensors, as stored by BERT and by DistilBERT.
-_NAMES = {
-    "bert.embeddings": "distilbert.embeddings",
-    f"{_BERT}.attention.self.query": f"{_OWN}.attention.q_lin",
-    f"{_BERT}.attention.self.key": f"{_OWN}.attention.k_lin",
-    f"{_BERT}.attention.self.value": f"{_OWN}.attention.v_lin",
-    f"{_BERT}.attention.output.dense": f"{_OWN}.attention.out_lin",
-    f"{_BERT}.attention.output.LayerNorm": f"{_OWN}.sa_layer_norm",
-    f"{_BERT}.intermediate.dense": f"{_OWN}.ffn.lin1",
-    f"{_BERT}.output.dense": f"{_OWN}.ffn.lin2",
-    f"{_BERT}.output.LayerNorm": f"{_OWN}.output_layer_norm",
-    "cls.predictions.transform.dense": "vocab_transform",
-    "cls.predictions.transform.LayerNorm": "vocab_layer_norm",
-}
 
 
 def config(hf: HFConfig) -> ConfigFields:
@@ -38,26 +21,31 @@ def config(hf: HFConfig) -> ConfigFields:
     return {**fields, "activation": activation(hf, "activation", "gelu")}
 
 
-def rules(config: TransformerConfig) -> list[Rule]:
-    """Return the table of the tensors of a DistilBERT."""
-    # DistilBERT has no token types, and stores the output matrix and bias as one layer.
-    absent = {("type_embedding",), ("lm_bias",), ("unembedding",)}
-    shared = renamed([rule for rule in bert.rules(config) if rule.paths not in absent], _NAMES)
-    if not config.lm_transform:
-        return shared
-    matrix = [] if config.tied else [Rule("vocab_projector.weight", ("unembedding",))]
-    return [*shared, Rule("vocab_projector.bias", ("lm_bias",)), *matrix]
-
-
+_AT, _LAYER = "distilbert.transformer.layer.{i}", "layer_{i}"
 FAMILY = Family(
     classes={"distilbert": ("DistilBertForMaskedLM", "DistilBertForSequenceClassification")},
     config=config,
-    rules=rules,
+    tensors={
+        "embedding": "distilbert.embeddings.word_embeddings.weight",
+        "position_embedding": "distilbert.embeddings.position_embeddings.weight",
+        "embedding_norm": "distilbert.embeddings.LayerNorm",
+        **{f"{_LAYER}/attn/{x}": f"{_AT}.attention.{x}_lin" for x in "qkv"},
+        f"{_LAYER}/attn/o": f"{_AT}.attention.out_lin",
+        f"{_LAYER}/attn_norm": f"{_AT}.sa_layer_norm",
+        f"{_LAYER}/mlp/up": f"{_AT}.ffn.lin1",
+        f"{_LAYER}/mlp/down": f"{_AT}.ffn.lin2",
+        f"{_LAYER}/mlp_norm": f"{_AT}.output_layer_norm",
+        "lm_dense": "vocab_transform",
+        "lm_norm": "vocab_layer_norm",
+        "lm_bias": "vocab_projector.bias",
+    },
+    untied={"unembedding": "vocab_projector.weight"},
     prefix="distilbert.",
-    score=(
-        *linear("pre_classifier", "pre_classifier"),
-        Rule("classifier.weight", ("kernel",), transpose=True),
-        Rule("classifier.bias", ("bias",)),
-    ),
+    head={
+        "pre_classifier/kernel": "pre_classifier.weight",
+        "pre_classifier/bias": "pre_classifier.bias",
+        "kernel": "classifier.weight",
+        "bias": "classifier.bias",
+    },
     ignored=bert.FAMILY.ignored,
 )

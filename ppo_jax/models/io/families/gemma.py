@@ -4,7 +4,7 @@ They normalize before and after each sublayer, multiply the embeddings by √D, 
 window.
 """
 
-from ppo_jax.models.config import NormAt, NormKind, Rotary, TransformerConfig
+from ppo_jax.models.config import NormAt, NormKind, Rotary
 from ppo_jax.models.io.families import llama
 from ppo_jax.models.io.family import (
     ConfigFields,
@@ -15,7 +15,6 @@ from ppo_jax.models.io.family import (
     rotary,
     windows,
 )
-from ppo_jax.models.io.weights import Rule, norm
 
 
 def config(hf: HFConfig) -> ConfigFields:
@@ -71,29 +70,18 @@ def _rotaries(hf: HFConfig, positions: int, third: bool) -> dict[str, Rotary]:
     }
 
 
-def rules(config: TransformerConfig) -> list[Rule]:
-    """Return the table of the tensors of a Gemma: that of a Llama, with more norms."""
-    norms = {
-        "post_attention_layernorm": "attn_post_norm",
-        "pre_feedforward_layernorm": "mlp_norm",
-        "post_feedforward_layernorm": "mlp_post_norm",
-    }
-    return [
-        *(rule for rule in llama.rules(config) if "post_attention_layernorm" not in rule.stored),
-        *(
-            rule
-            for stored, path in norms.items()
-            for rule in norm(f"model.layers.{{i}}.{stored}", f"layer_{{i}}/{path}", bias=False)
-        ),
-    ]
-
-
+_AT, _LAYER = "model.layers.{i}", "layer_{i}"
 FAMILY = Family(
     classes={
         "gemma2": ("Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
         "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
     },
     config=config,
-    rules=rules,
+    tensors={
+        **{ours: stored for ours, stored in llama.TENSORS.items() if "mlp_norm" not in ours},
+        f"{_LAYER}/attn_post_norm": f"{_AT}.post_attention_layernorm",
+        f"{_LAYER}/mlp_norm": f"{_AT}.pre_feedforward_layernorm",
+        f"{_LAYER}/mlp_post_norm": f"{_AT}.post_feedforward_layernorm",
+    },
     prefix="model.",
 )

@@ -4,7 +4,6 @@ import re
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
-from ppo_jax.models.io.weights import Rule, linear, norm
 
 
 def config(hf: HFConfig) -> ConfigFields:
@@ -28,23 +27,6 @@ def config(hf: HFConfig) -> ConfigFields:
         "attention_scale": None if hf.get("scale_attn_weights", True) else 1.0,
         "scale_attention_by_layer": hf.get("scale_attn_by_inverse_layer_idx", False),
     }
-
-
-def rules(config: TransformerConfig) -> list[Rule]:
-    """Return the table of the tensors of a GPT-2."""
-    at, layer = "transformer.h.{i}", "layer_{i}"
-    return [
-        Rule("transformer.wte.weight", ("embedding",)),
-        Rule("transformer.wpe.weight", ("position_embedding",)),
-        *norm(f"{at}.ln_1", f"{layer}/attn_norm"),
-        *linear(f"{at}.attn.c_attn", *(f"{layer}/attn/{x}" for x in "qkv"), transpose=False),
-        *linear(f"{at}.attn.c_proj", f"{layer}/attn/o", transpose=False),
-        *norm(f"{at}.ln_2", f"{layer}/mlp_norm"),
-        *linear(f"{at}.mlp.c_fc", f"{layer}/mlp/up", transpose=False),
-        *linear(f"{at}.mlp.c_proj", f"{layer}/mlp/down", transpose=False),
-        *norm("transformer.ln_f", "final_norm"),
-        *([] if config.tied else [Rule("lm_head.weight", ("unembedding",))]),
-    ]
 
 
 def config_to_hf(config: TransformerConfig, *, end_id: int | None = None) -> HFConfig:
@@ -78,10 +60,22 @@ def config_to_hf(config: TransformerConfig, *, end_id: int | None = None) -> HFC
     }
 
 
+_AT, _LAYER = "transformer.h.{i}", "layer_{i}"
 FAMILY = Family(
     classes={"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")},
     config=config,
-    rules=rules,
+    tensors={
+        "embedding": "transformer.wte.weight",
+        "position_embedding": "transformer.wpe.weight",
+        f"{_LAYER}/attn_norm": f"{_AT}.ln_1",
+        **{f"{_LAYER}/attn/{x}": f"{_AT}.attn.c_attn" for x in "qkv"},
+        f"{_LAYER}/attn/o": f"{_AT}.attn.c_proj",
+        f"{_LAYER}/mlp_norm": f"{_AT}.ln_2",
+        f"{_LAYER}/mlp/up": f"{_AT}.mlp.c_fc",
+        f"{_LAYER}/mlp/down": f"{_AT}.mlp.c_proj",
+        "final_norm": "transformer.ln_f",
+    },
+    transpose=False,
     prefix="transformer.",
     ignored=re.compile(r".*h\.\d+\.attn\.(bias|masked_bias)"),  # Causal masks in older files.
 )

@@ -2,9 +2,7 @@
 
 import re
 
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
-from ppo_jax.models.io.weights import Rule, linear, norm
 
 
 def config(hf: HFConfig) -> ConfigFields:
@@ -28,31 +26,21 @@ def config(hf: HFConfig) -> ConfigFields:
     }
 
 
-def rules(config: TransformerConfig) -> list[Rule]:
-    """Return the table of the tensors of a GPT-Neo."""
-    at, layer = "transformer.h.{i}", "layer_{i}"
-    return [
-        Rule("transformer.wte.weight", ("embedding",)),
-        Rule("transformer.wpe.weight", ("position_embedding",)),
-        *norm(f"{at}.ln_1", f"{layer}/attn_norm"),
-        *(
-            rule
-            for x in "qkv"
-            for rule in linear(f"{at}.attn.attention.{x}_proj", f"{layer}/attn/{x}", bias=False)
-        ),
-        *linear(f"{at}.attn.attention.out_proj", f"{layer}/attn/o"),
-        *norm(f"{at}.ln_2", f"{layer}/mlp_norm"),
-        *linear(f"{at}.mlp.c_fc", f"{layer}/mlp/up"),
-        *linear(f"{at}.mlp.c_proj", f"{layer}/mlp/down"),
-        *norm("transformer.ln_f", "final_norm"),
-        *([] if config.tied else [Rule("lm_head.weight", ("unembedding",))]),
-    ]
-
-
+_AT, _LAYER = "transformer.h.{i}", "layer_{i}"
 FAMILY = Family(
     classes={"gpt_neo": ("GPTNeoForCausalLM", "GPTNeoForSequenceClassification")},
     config=config,
-    rules=rules,
+    tensors={
+        "embedding": "transformer.wte.weight",
+        "position_embedding": "transformer.wpe.weight",
+        f"{_LAYER}/attn_norm": f"{_AT}.ln_1",
+        **{f"{_LAYER}/attn/{x}": f"{_AT}.attn.attention.{x}_proj" for x in "qkv"},
+        f"{_LAYER}/attn/o": f"{_AT}.attn.attention.out_proj",
+        f"{_LAYER}/mlp_norm": f"{_AT}.ln_2",
+        f"{_LAYER}/mlp/up": f"{_AT}.mlp.c_fc",
+        f"{_LAYER}/mlp/down": f"{_AT}.mlp.c_proj",
+        "final_norm": "transformer.ln_f",
+    },
     prefix="transformer.",
     ignored=re.compile(r".*\.attn\.attention\.(bias|masked_bias)"),
 )

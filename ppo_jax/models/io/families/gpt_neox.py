@@ -2,7 +2,6 @@
 
 import re
 
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.family import (
     ConfigFields,
     Family,
@@ -11,7 +10,6 @@ from ppo_jax.models.io.family import (
     rope_settings,
     rotary,
 )
-from ppo_jax.models.io.weights import Rule, linear, norm
 
 
 def config(hf: HFConfig) -> ConfigFields:
@@ -42,27 +40,22 @@ def config(hf: HFConfig) -> ConfigFields:
     }
 
 
-def rules(config: TransformerConfig) -> list[Rule]:
-    """Return the table of the tensors of a GPT-NeoX."""
-    at, layer = "gpt_neox.layers.{i}", "layer_{i}"
-    qkv = [f"{layer}/attn/{x}" for x in "qkv"]
-    return [
-        Rule("gpt_neox.embed_in.weight", ("embedding",)),
-        *norm(f"{at}.input_layernorm", f"{layer}/attn_norm"),
-        *linear(f"{at}.attention.query_key_value", *qkv, bias=config.qkv_bias, heads=config.heads),
-        *linear(f"{at}.attention.dense", f"{layer}/attn/o", bias=config.out_bias),
-        *norm(f"{at}.post_attention_layernorm", f"{layer}/mlp_norm"),
-        *linear(f"{at}.mlp.dense_h_to_4h", f"{layer}/mlp/up"),
-        *linear(f"{at}.mlp.dense_4h_to_h", f"{layer}/mlp/down"),
-        *norm("gpt_neox.final_layer_norm", "final_norm"),
-        *([] if config.tied else [Rule("embed_out.weight", ("unembedding",))]),
-    ]
-
-
+_AT, _LAYER = "gpt_neox.layers.{i}", "layer_{i}"
 FAMILY = Family(
     classes={"gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification")},
     config=config,
-    rules=rules,
+    tensors={
+        "embedding": "gpt_neox.embed_in.weight",
+        f"{_LAYER}/attn_norm": f"{_AT}.input_layernorm",
+        **{f"{_LAYER}/attn/{x}": f"{_AT}.attention.query_key_value" for x in "qkv"},
+        f"{_LAYER}/attn/o": f"{_AT}.attention.dense",
+        f"{_LAYER}/mlp_norm": f"{_AT}.post_attention_layernorm",
+        f"{_LAYER}/mlp/up": f"{_AT}.mlp.dense_h_to_4h",
+        f"{_LAYER}/mlp/down": f"{_AT}.mlp.dense_4h_to_h",
+        "final_norm": "gpt_neox.final_layer_norm",
+    },
+    untied={"unembedding": "embed_out.weight"},
+    by_head=True,
     prefix="gpt_neox.",
     ignored=re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
 )

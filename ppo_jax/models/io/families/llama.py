@@ -5,7 +5,7 @@ They share one table; the config says which biases, norms and windows a model ha
 
 import re
 
-from ppo_jax.models.config import NormKind, TransformerConfig
+from ppo_jax.models.config import NormKind
 from ppo_jax.models.io.family import (
     ConfigFields,
     Family,
@@ -15,7 +15,6 @@ from ppo_jax.models.io.family import (
     rotary,
     windows,
 )
-from ppo_jax.models.io.weights import Rule, linear, norm
 
 # Defaults of `transformers` for keys that a config.json lacks, by `model_type`. A key that is
 # present with the value null means something else.
@@ -75,43 +74,26 @@ def _layer_types(hf: HFConfig) -> list[str]:
     ]
 
 
-def rules(config: TransformerConfig) -> list[Rule]:
-    """Return the table of the tensors of one of these models."""
-    at, layer = "model.layers.{i}", "layer_{i}"
-    qk_norms = [
-        rule
-        for x in "qk"
-        for rule in norm(f"{at}.self_attn.{x}_norm", f"{layer}/attn/{x}_norm", bias=False)
-    ]
-    return [
-        Rule("model.embed_tokens.weight", ("embedding",)),
-        *norm(f"{at}.input_layernorm", f"{layer}/attn_norm", bias=False),
-        *(
-            r
-            for x in "qkv"
-            for r in linear(f"{at}.self_attn.{x}_proj", f"{layer}/attn/{x}", bias=config.qkv_bias)
-        ),
-        *(qk_norms if config.qk_norm else []),
-        *linear(f"{at}.self_attn.o_proj", f"{layer}/attn/o", bias=config.out_bias),
-        *norm(f"{at}.post_attention_layernorm", f"{layer}/mlp_norm", bias=False),
-        *(
-            r
-            for x in ("gate", "up", "down")
-            for r in linear(f"{at}.mlp.{x}_proj", f"{layer}/mlp/{x}", bias=config.mlp_bias)
-        ),
-        *norm("model.norm", "final_norm", bias=False),
-        *([] if config.tied else [Rule("lm_head.weight", ("unembedding",))]),
-    ]
-
-
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_AT, _LAYER = "model.layers.{i}", "layer_{i}"
+TENSORS = {
+    "embedding": "model.embed_tokens.weight",
+    f"{_LAYER}/attn_norm": f"{_AT}.input_layernorm",
+    **{f"{_LAYER}/attn/{x}": f"{_AT}.self_attn.{x}_proj" for x in "qkv"},
+    **{f"{_LAYER}/attn/{x}_norm": f"{_AT}.self_attn.{x}_norm" for x in "qk"},
+    f"{_LAYER}/attn/o": f"{_AT}.self_attn.o_proj",
+    f"{_LAYER}/mlp_norm": f"{_AT}.post_attention_layernorm",
+    **{f"{_LAYER}/mlp/{x}": f"{_AT}.mlp.{x}_proj" for x in ("gate", "up", "down")},
+    "final_norm": "model.norm",
+}
 FAMILY = Family(
     classes={
-        kind: (f"{name}ForCausalLM", f"{name}ForSequenceClassification")
-        for kind, name in _CLASSES.items()
+        "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
+        "mistral": ("MistralForCausalLM", "MistralForSequenceClassification"),
+        "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+        "qwen3": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
     },
     config=config,
-    rules=rules,
+    tensors=TENSORS,
     prefix="model.",
     ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
 )

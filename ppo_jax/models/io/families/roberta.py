@@ -2,17 +2,8 @@
 
 import re
 
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io.families import bert
-from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, renamed
-from ppo_jax.models.io.weights import Rule, linear
-
-_NAMES = {
-    "cls.predictions.transform.dense": "lm_head.dense",
-    "cls.predictions.transform.LayerNorm": "lm_head.layer_norm",
-    "cls.predictions": "lm_head",
-    "bert": "roberta",
-}
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig
 
 
 def config(hf: HFConfig) -> ConfigFields:
@@ -27,23 +18,25 @@ def config(hf: HFConfig) -> ConfigFields:
     return {**fields, "position_offset": first, "positions": fields["positions"] - first}
 
 
-def rules(config: TransformerConfig) -> list[Rule]:
-    """Return the table of the tensors of a RoBERTa."""
-    return renamed(bert.rules(config), _NAMES)
-
-
 FAMILY = Family(
     classes={
         "roberta": ("RobertaForCausalLM", "RobertaForSequenceClassification"),
         "xlm-roberta": ("XLMRobertaForCausalLM", "XLMRobertaForSequenceClassification"),
     },
     config=config,
-    rules=rules,
+    tensors={
+        **bert.trunk("roberta"),
+        "lm_dense": "lm_head.dense",
+        "lm_norm": "lm_head.layer_norm",
+        "lm_bias": "lm_head.bias",
+    },
+    untied={"unembedding": "lm_head.decoder.weight", "lm_bias": "lm_head.decoder.bias"},
     prefix="roberta.",
-    score=(
-        *linear("classifier.dense", "pooler"),
-        Rule("classifier.out_proj.weight", ("kernel",), transpose=True),
-        Rule("classifier.out_proj.bias", ("bias",)),
-    ),
+    head={
+        "pooler/kernel": "classifier.dense.weight",
+        "pooler/bias": "classifier.dense.bias",
+        "kernel": "classifier.out_proj.weight",
+        "bias": "classifier.out_proj.bias",
+    },
     ignored=re.compile(r".*\.position_ids"),
 )
