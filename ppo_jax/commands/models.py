@@ -8,7 +8,7 @@ import jax
 import tyro
 
 from ppo_jax.models import lora
-from ppo_jax.models.io import adapter_files, gguf_format, pretrained, stored
+from ppo_jax.models.io import adapter_files, pretrained, stored
 from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import check_prompt, estimate_memory, load_config
@@ -35,7 +35,7 @@ class Convert:
         """Read the model, merge the adapter, and write the result to `out`."""
         if self.out.exists():
             raise ValueError(f"{self.out} exists already; choose another folder.")
-        if gguf_format.is_gguf(self.out):
+        if stored.file_format(self.out):
             raise ValueError(
                 f"convert writes a folder in the Hugging Face format, no GGUF file; choose a name "
                 f"without .gguf for out={self.out}."

@@ -34,11 +34,6 @@ _LAYER = {
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def is_gguf(model: str | Path) -> bool:
-    """Return whether a model is given as a GGUF file, by the end of its name."""
-    return str(model).endswith(".gguf")
-
-
 def open_file(file: Path) -> Any:
     """Open a GGUF file.
 

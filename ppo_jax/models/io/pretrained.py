@@ -19,11 +19,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import gguf_format, gguf_tokenizer
 from ppo_jax.models.io.families import family_of
 from ppo_jax.models.io.family import HFConfig, shapes_of
 from ppo_jax.models.io.safetensors_format import writing
-from ppo_jax.models.io.stored import read, read_json, resolve, table_tensors, write
+from ppo_jax.models.io.stored import file_format, read, read_json, resolve, table_tensors, write
 from ppo_jax.models.io.weights import Rule, TensorReader, from_params, to_params
 from ppo_jax.sharding import placed
 from ppo_jax.types import Params
@@ -272,8 +271,8 @@ def load_tokenizer(model: str | Path) -> Any:
       [0]
     """
     try:
-        if gguf_format.is_gguf(model):
-            return gguf_tokenizer.load_tokenizer(Path(model))
+        if single := file_format(model):
+            return single.load_tokenizer(Path(model))
         folder = resolve(model)
         # Without a vocabulary file, transformers would invent a tokenizer for some families.
         if not any((folder / name).is_file() for name in _VOCABULARIES):

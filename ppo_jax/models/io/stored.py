@@ -4,14 +4,15 @@ A model is given as a folder, as the id of a model on the Hugging Face Hub, or a
 """
 
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppo_jax.models.io import gguf_format
+from ppo_jax.models.io import gguf_format, gguf_tokenizer
 from ppo_jax.models.io.families import family_of
 from ppo_jax.models.io.family import Family, HFConfig
 from ppo_jax.models.io.safetensors_format import open_tensors, write_safetensors
@@ -19,6 +20,29 @@ from ppo_jax.models.io.weights import Rule, TensorReader
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _SECOND_COPIES = ["consolidated*", "*/*"]  # The same weights again, in other formats.
+
+
+class FileFormat(NamedTuple):
+    """A format in which a model is one file.
+
+    Attributes:
+      read: function from the path of a file to the equivalent of its `config.json`, and for each
+        tensor, by its Hugging Face name, the function that reads it.
+      load_tokenizer: function from the path of a file to a tokenizer of `transformers`.
+    """
+
+    read: Callable[[Path], tuple[HFConfig, dict[str, TensorReader]]]
+    load_tokenizer: Callable[[Path], Any]
+
+
+# The formats by the ends of the names of their files. A new format needs one file in this folder
+# and a line here.
+_FORMATS = {".gguf": FileFormat(gguf_format.read, gguf_tokenizer.load_tokenizer)}
+
+
+def file_format(model: str | Path) -> FileFormat | None:
+    """Return the format of a model that is given as one file, by the end of its name, or None."""
+    return _FORMATS.get(os.path.splitext(model)[1])
 
 
 def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
@@ -81,8 +105,8 @@ def read(model: str | Path) -> StoredModel:
     Raises:
       ValueError: if the model cannot be found or read, or its family is not supported.
     """
-    if gguf_format.is_gguf(model):
-        return StoredModel(Path(model), *gguf_format.read(Path(model)))
+    if single := file_format(model):
+        return StoredModel(Path(model), *single.read(Path(model)))
     folder = resolve(model)
     # The config comes first, so that the message for an unsupported family names the family.
     return StoredModel(folder, _config_in(folder), open_tensors(folder))
@@ -118,8 +142,8 @@ def read_config(model: str | Path) -> HFConfig:
     Raises:
       ValueError: if there is none, or the family is not supported.
     """
-    if gguf_format.is_gguf(model):
-        return gguf_format.read(Path(model))[0]
+    if single := file_format(model):
+        return single.read(Path(model))[0]
     return _config_in(resolve(model, ("config.json",)))
 
 
