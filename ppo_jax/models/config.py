@@ -1,8 +1,8 @@
 """The configuration of the decoder: its sizes, and the options in which families differ."""
 
-import dataclasses
 import enum
-import functools
+from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ class NormAt(enum.Enum):
     AROUND = "around"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Rotary:
     """Rotary position embeddings, which pair element `i` of a head with element `i + width / 2`.
 
@@ -106,7 +106,7 @@ class Rotary:
         return ((1 - kept) * frequency / self.scale + kept * frequency).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """The configuration of a transformer. The defaults are those of GPT-2.
 
@@ -230,7 +230,7 @@ class TransformerConfig:
         """The number of key/value heads (K)."""
         return self.kv_heads or self.heads
 
-    @functools.cached_property
+    @cached_property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, or None for a layer that attends to all positions."""
         return self.windows or (None,) * self.layers

@@ -11,8 +11,8 @@ Source: Hu et al. 2021 (https://arxiv.org/abs/2106.09685), eq. 3; for α / √r 
 (https://arxiv.org/abs/2312.03732).
 """
 
-import dataclasses
 import re
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.types import Params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters over the frozen model, which is then the reference policy too.
 

@@ -1,9 +1,9 @@
 """LoRA adapters in the format of the `peft` library."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def _linear_rules(config: TransformerConfig, kind: str) -> Iterator[tuple[str, R
             # peft stores all matrices as `[out, in]`, whatever the base model does.
             yield (
                 rule.stored.removesuffix(".weight"),
-                dataclasses.replace(rule, paths=paths, transpose=True),
+                replace(rule, paths=paths, transpose=True),
             )
 
 

@@ -3,8 +3,8 @@
 `gguf_tokenizer` reads the tokenizer of such a file.
 """
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def open_file(file: Path) -> Any:
         return gguf.GGUFReader(file)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield

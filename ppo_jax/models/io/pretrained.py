@@ -4,11 +4,11 @@ Such a folder has `config.json`, safetensors files and the files of the tokenize
 files can be loaded too.
 """
 
-import dataclasses
 import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ def load_policy(
             stored.path,
         )
         hf, copies = {**hf, "tie_word_embeddings": False}, set()
-        config = dataclasses.replace(config, tied=False)
+        config = replace(config, tied=False)
         rules = family.table(config)
     for name in list(tensors):
         if name in copies or name.startswith(f"{family.prefix}pooler."):

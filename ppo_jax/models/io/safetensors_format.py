@@ -3,10 +3,10 @@
 Pickled weights (`*.bin`, `*.pt`) are never opened, because unpickling can run code.
 """
 
-import contextlib
-import functools
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ def open_tensors(folder: Path) -> dict[str, TensorReader]:
         try:
             opened = safe_open(file, framework="numpy")
             for name in opened.keys():  # noqa: SIM118 (it is not a dict)
-                readers[name] = functools.partial(_read, opened, name)
+                readers[name] = partial(_read, opened, name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a readable safetensors file: {error}.") from error
     return readers
@@ -86,7 +86,7 @@ def save_file(tensors: dict[str, np.ndarray], file: Path) -> None:
     file.chmod(mode)  # The library makes the file readable by its owner only.
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(folder: str | Path) -> Iterator[None]:
     """Turn an error of the disk inside the context into a ValueError that names the folder."""
     try:

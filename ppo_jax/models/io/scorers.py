@@ -3,7 +3,7 @@
 Scorers are the sequence classifiers of `transformers`, with one label.
 """
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ppo_jax.sharding import placed
 
 def _trunk_config(config: TransformerConfig) -> TransformerConfig:
     """Return the config of the trunk, which has no output layers."""
-    return dataclasses.replace(config, lm_transform=False, tied=True)
+    return replace(config, lm_transform=False, tied=True)
 
 
 def load_trunk(
@@ -163,7 +163,7 @@ def start_scorer(model: str | Path, key: jax.Array) -> Pretrained:
     config, hf, family = loaded.config, stored.hf, stored.family
     layer = heads.pooled({path.partition("/")[0]: None for r in family.score for path in r.paths})
     if layer:
-        config, hf = dataclasses.replace(config, causal=False), {**hf, "is_decoder": False}
+        config, hf = replace(config, causal=False), {**hf, "is_decoder": False}
         head = flatten_dict(heads.init_pooled_head(config.width, key, layer), sep="/")
     else:
         head = heads.init_head(config.width, key)
