@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -66,7 +66,7 @@ def save_adapter(
       ValueError: if the folder cannot be written, or the family is not supported.
 
     Example:
-      >>> import tempfile
+      >>> import jax, tempfile
       >>> from ppo_jax.models.lora import init_lora
       >>> from ppo_jax.models.transformer import init_params
       >>> config = TransformerConfig(
@@ -166,7 +166,7 @@ def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tu
       ValueError: if the files cannot be read, are not of plain LoRA, or do not fit the model.
 
     Example:
-      >>> import tempfile
+      >>> import jax, tempfile
       >>> from ppo_jax.models.lora import init_lora
       >>> from ppo_jax.models.transformer import init_params
       >>> config = TransformerConfig(
@@ -183,7 +183,7 @@ def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tu
     folder = Path(folder)
     settings, stored = _read(folder)
     shapes = flatten_dict(shapes_of(config), sep="/")
-    adapters: dict[str, jax.Array] = {}
+    adapters: dict[str, Array] = {}
     scale = None
     for module, rule in _linear_rules(config, kind):
         names = [f"base_model.model.{module}.lora_{x}.weight" for x in "AB"]

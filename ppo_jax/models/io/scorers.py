@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -143,7 +143,7 @@ def _one_label(
     return {path: x[..., indices] if path in outputs else x for path, x in head.items()}
 
 
-def start_scorer(model: str | Path, key: jax.Array) -> Pretrained:
+def start_scorer(model: str | Path, key: Array) -> Pretrained:
     """Return an untrained scorer: the trunk of a model under a new head of its family's kind.
 
     Layers of the head that the model has, such as BERT's pooler, are kept. A BERT attends in both
@@ -161,7 +161,7 @@ def start_scorer(model: str | Path, key: jax.Array) -> Pretrained:
     """
     loaded, stored = load_trunk(model), read(model)
     config, hf, family = loaded.config, stored.hf, stored.family
-    layer = heads.pooled({path.partition("/")[0]: None for r in family.score for path in r.paths})
+    layer = heads.pooled({path.partition("/")[0]: None for path in family.head})
     if layer:
         config, hf = replace(config, causal=False), {**hf, "is_decoder": False}
         head = flatten_dict(heads.init_pooled_head(config.width, key, layer), sep="/")

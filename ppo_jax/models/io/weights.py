@@ -4,7 +4,7 @@ A table is a list of `Rule`s. A conversion fails unless the table covers every t
 parameter, so no weight is lost.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,7 @@ class Rule:
 
 
 def to_params(
-    tensors: Mapping[str, TensorReader], rules: Iterable[Rule], shapes: Params, *, source: object
+    tensors: Mapping[str, TensorReader], rules: list[Rule], shapes: Params, *, source: object
 ) -> Params:
     """Convert stored tensors to a tree of float32 parameters, reading one tensor at a time.
 
@@ -72,7 +72,6 @@ def to_params(
     Raises:
       ValueError: if tensors are missing, left over or of another shape; the message names each.
     """
-    rules = list(rules)
     wanted = flatten_dict(shapes, sep="/")
     missing = [rule.stored for rule in rules if rule.stored not in tensors]
     left_over = sorted(set(tensors) - {rule.stored for rule in rules})
@@ -98,7 +97,7 @@ def to_params(
     return unflatten_dict({path: params[path] for path in wanted}, sep="/")
 
 
-def from_params(params: Params, rules: Iterable[Rule]) -> Iterator[tuple[str, np.ndarray]]:
+def from_params(params: Params, rules: list[Rule]) -> Iterator[tuple[str, np.ndarray]]:
     """Convert parameters to pairs of a name and a stored tensor; the inverse of `to_params`.
 
     Args:
@@ -112,7 +111,6 @@ def from_params(params: Params, rules: Iterable[Rule]) -> Iterator[tuple[str, np
       ValueError: if the table has no rule for a parameter; the message names each.
     """
     flat = flatten_dict(params, sep="/")
-    rules = list(rules)
     uncovered = sorted(set(flat) - {path for rule in rules for path in rule.paths})
     if uncovered:
         raise ValueError(f"The weight table has no rule for {uncovered}.")

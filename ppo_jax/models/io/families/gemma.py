@@ -4,6 +4,8 @@ They normalize before and after each sublayer, multiply the embeddings by √D, 
 window.
 """
 
+from functools import partial
+
 from ppo_jax.models.config import NormAt, NormKind, Rotary
 from ppo_jax.models.io.families import llama
 from ppo_jax.models.io.family import (
@@ -57,16 +59,16 @@ def _layer_types(hf: HFConfig, third: bool) -> list[str]:
 
 def _rotaries(hf: HFConfig, positions: int, third: bool) -> dict[str, Rotary]:
     """Return the rotary positions; layers with a window use another base in Gemma 3."""
-    settings, head = rope_settings(hf), hf.get("head_dim", 256)
+    settings = rope_settings(hf)
+    embedding = partial(rotary, head=hf.get("head_dim", 256), positions=positions)
     if not third:
-        return {"rotary": rotary(settings, base=1e4, head=head, positions=positions)}
+        return {"rotary": embedding(settings, base=1e4)}
     # Newer files have settings for each kind of layer; those of older ones are for full attention.
     by_kind = settings if "full_attention" in settings else {"full_attention": settings}
-    local_base = hf.get("rope_local_base_freq", 10000.0)
     sliding, full = by_kind.get("sliding_attention") or {}, by_kind["full_attention"] or {}
     return {
-        "rotary": rotary(full, base=1e6, head=head, positions=positions),
-        "local_rotary": rotary(sliding, base=local_base, head=head, positions=positions),
+        "rotary": embedding(full, base=1e6),
+        "local_rotary": embedding(sliding, base=hf.get("rope_local_base_freq", 1e4)),
     }
 
 

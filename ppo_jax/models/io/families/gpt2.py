@@ -61,20 +61,21 @@ def config_to_hf(config: TransformerConfig, *, end_id: int | None = None) -> HFC
 
 
 _AT, _LAYER = "transformer.h.{i}", "layer_{i}"
+TENSORS = {
+    "embedding": "transformer.wte.weight",
+    "position_embedding": "transformer.wpe.weight",
+    f"{_LAYER}/attn_norm": f"{_AT}.ln_1",
+    **{f"{_LAYER}/attn/{x}": f"{_AT}.attn.c_attn" for x in "qkv"},
+    f"{_LAYER}/attn/o": f"{_AT}.attn.c_proj",
+    f"{_LAYER}/mlp_norm": f"{_AT}.ln_2",
+    f"{_LAYER}/mlp/up": f"{_AT}.mlp.c_fc",
+    f"{_LAYER}/mlp/down": f"{_AT}.mlp.c_proj",
+    "final_norm": "transformer.ln_f",
+}
 FAMILY = Family(
     classes={"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")},
     config=config,
-    tensors={
-        "embedding": "transformer.wte.weight",
-        "position_embedding": "transformer.wpe.weight",
-        f"{_LAYER}/attn_norm": f"{_AT}.ln_1",
-        **{f"{_LAYER}/attn/{x}": f"{_AT}.attn.c_attn" for x in "qkv"},
-        f"{_LAYER}/attn/o": f"{_AT}.attn.c_proj",
-        f"{_LAYER}/mlp_norm": f"{_AT}.ln_2",
-        f"{_LAYER}/mlp/up": f"{_AT}.mlp.c_fc",
-        f"{_LAYER}/mlp/down": f"{_AT}.mlp.c_proj",
-        "final_norm": "transformer.ln_f",
-    },
+    tensors=TENSORS,
     transpose=False,
     prefix="transformer.",
     ignored=re.compile(r".*h\.\d+\.attn\.(bias|masked_bias)"),  # Causal masks in older files.

@@ -2,6 +2,7 @@
 
 import re
 
+from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
 
 
@@ -26,20 +27,14 @@ def config(hf: HFConfig) -> ConfigFields:
     }
 
 
-_AT, _LAYER = "transformer.h.{i}", "layer_{i}"
+_ATTENTION = "transformer.h.{i}.attn.attention"
 FAMILY = Family(
     classes={"gpt_neo": ("GPTNeoForCausalLM", "GPTNeoForSequenceClassification")},
     config=config,
     tensors={
-        "embedding": "transformer.wte.weight",
-        "position_embedding": "transformer.wpe.weight",
-        f"{_LAYER}/attn_norm": f"{_AT}.ln_1",
-        **{f"{_LAYER}/attn/{x}": f"{_AT}.attn.attention.{x}_proj" for x in "qkv"},
-        f"{_LAYER}/attn/o": f"{_AT}.attn.attention.out_proj",
-        f"{_LAYER}/mlp_norm": f"{_AT}.ln_2",
-        f"{_LAYER}/mlp/up": f"{_AT}.mlp.c_fc",
-        f"{_LAYER}/mlp/down": f"{_AT}.mlp.c_proj",
-        "final_norm": "transformer.ln_f",
+        **gpt2.TENSORS,
+        **{f"layer_{{i}}/attn/{x}": f"{_ATTENTION}.{x}_proj" for x in "qkv"},
+        "layer_{i}/attn/o": f"{_ATTENTION}.out_proj",
     },
     prefix="transformer.",
     ignored=re.compile(r".*\.attn\.attention\.(bias|masked_bias)"),
