@@ -161,7 +161,7 @@ def start_scorer(model: str | Path, key: Array) -> Pretrained:
     """
     loaded, stored = load_trunk(model), read(model)
     config, hf, family = loaded.config, stored.hf, stored.family
-    layer = heads.pooled({path.partition("/")[0]: None for path in family.head})
+    layer = heads.pooled(unflatten_dict(family.head, sep="/"))
     if layer:
         config, hf = replace(config, causal=False), {**hf, "is_decoder": False}
         head = flatten_dict(heads.init_pooled_head(config.width, key, layer), sep="/")
