@@ -262,8 +262,13 @@ def language_model(config: TransformerConfig) -> LanguageModel:
 
     def init_cache(batch_size: int, slots: int) -> KVCache:
         shape = (batch_size, config.key_heads, slots, config.head_width)
-        zeros = lambda: constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor")
-        keys, values = (tuple(zeros() for _ in range(config.layers)) for _ in range(2))
+        keys, values = (
+            tuple(
+                constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor")
+                for _ in range(config.layers)
+            )
+            for _ in range(2)
+        )
         return KVCache(keys, values, jnp.zeros((batch_size, slots), bool), jnp.int32(0))
 
     return LanguageModel(
