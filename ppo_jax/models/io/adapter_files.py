@@ -66,7 +66,8 @@ def save_adapter(
       ValueError: if the folder cannot be written, or the family is not supported.
 
     Example:
-      >>> import jax, tempfile
+      >>> import tempfile
+      >>> import jax
       >>> from ppo_jax.models.lora import init_lora
       >>> from ppo_jax.models.transformer import init_params
       >>> config = TransformerConfig(
@@ -166,7 +167,8 @@ def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tu
       ValueError: if the files cannot be read, are not of plain LoRA, or do not fit the model.
 
     Example:
-      >>> import jax, tempfile
+      >>> import tempfile
+      >>> import jax
       >>> from ppo_jax.models.lora import init_lora
       >>> from ppo_jax.models.transformer import init_params
       >>> config = TransformerConfig(

@@ -88,6 +88,7 @@ def load_scorer(
 
     Example:
       >>> import tempfile
+      >>> import jax
       >>> from ppo_jax.models.io.families.gpt2 import config_to_hf
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
@@ -194,6 +195,7 @@ def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
 
     Example:
       >>> import tempfile
+      >>> import jax
       >>> from ppo_jax.models.io.families.gpt2 import config_to_hf
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16
