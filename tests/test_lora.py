@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import family_peer, gpt2_peer, left_padded, logits_of, noisy_adapters
 
+from ppo_jax.errors import SettingError
 from ppo_jax.models import heads, lora
 from ppo_jax.models.io import adapter_files, pretrained
 from ppo_jax.models.transformer import language_model
@@ -127,7 +128,9 @@ def test_an_adapter_equals_peft_after_loading_and_saving(tmp_path, kind, spec):
             torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=positions
         ).logits.numpy()
     got = logits_of(model, overlay(loaded.params, adapters), tokens, mask)
-    np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
+    # Relative to the largest logit; 5e-5 was seen with a stabilised adapter of a large scale.
+    tolerance = 2e-4 * np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=tolerance)
 
     loaded_adapters, scale = adapter_files.load_adapter(
         tmp_path / "adapter", config, loaded.hf_config["model_type"]
@@ -192,7 +195,9 @@ def test_unusable_adapters_are_refused(tmp_path):
         ValueError, match="targets='nothing' adapts no layer; it must match some of"
     ):
         lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(targets="nothing"))
-    for alpha in (0.0, -1.0, float("nan")):
+    with pytest.raises(SettingError, match="alpha must be a finite number, not nan"):
+        lora.LoRA(alpha=float("nan"))
+    for alpha in (0.0, -1.0):
         with pytest.raises(ValueError, match=f"alpha={alpha} above 0"):
             lora.init_lora(loaded.params, jax.random.key(0), lora.LoRA(alpha=alpha))
     with pytest.raises(ValueError, match="holds no adapter"):

@@ -71,7 +71,7 @@ def test_info_reads_only_the_config_and_checks_prompt_tokens(tmp_path, capsys, m
     for name in (str(tmp_path), "an/id"):
         cli.main(["info", name, "--ppo.max-new-tokens", "8", "--prompt-tokens", "8"])
         assert f"{pretrained.count_params(model.params):,} parameters" in capsys.readouterr().out
-    assert requested == [("config.json",)]
+    assert requested == [["config.json"]]
     longest = model.config.positions - 8
     for command, tokens in (("info", -50), ("info", longest + 1), ("plan", 0)):
         with pytest.raises(SystemExit):
