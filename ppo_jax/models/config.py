@@ -73,9 +73,9 @@ class NormAt(enum.Enum):
 class Rotary:
     """Rotary position embeddings, which pair element `i` of a head with element `i + width / 2`.
 
-    Source: Su et al. 2021 (https://arxiv.org/abs/2104.09864), eq. 34; `scale` without `bands` is
-    Chen et al. 2023 (https://arxiv.org/abs/2306.15595), and with `bands` it is the scaling of
-    Llama 3.1.
+    Source: Su et al. 2021 (https://arxiv.org/abs/2104.09864), who pair neighbouring elements
+    instead. Without `bands`, `scale` is that of Chen et al. 2023
+    (https://arxiv.org/abs/2306.15595); with `bands` it is that of Llama 3.1.
 
     Attributes:
       base: the base of the geometric series of frequencies.

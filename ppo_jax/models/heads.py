@@ -24,7 +24,7 @@ def init_head(width: int, key: Array) -> Params:
 
     Its kernel `[D, 1]` is normal with standard deviation `1 / sqrt(D + 1)`.
 
-    Source: Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325), appendix B.
+    Source: Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
     """
     return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
 
@@ -47,9 +47,9 @@ def init_pooled_head(width: int, key: Array, layer: str = "pooler") -> Params:
 
 
 def zero_head(width: int) -> Params:
-    """Return a head that is 0 for all hidden states, the usual start of a value head.
+    """Return a head that is 0 for all hidden states, a common start for a value head.
 
-    Source: Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.1.
+    Source: Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593).
 
     Args:
       width: width of the hidden states (D).
