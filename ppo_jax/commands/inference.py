@@ -1,8 +1,8 @@
 """The commands `ppo-jax generate` and `ppo-jax evaluate`, which sample responses to prompts."""
 
-import dataclasses
-import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from ppo_jax.run.assembly import check_top_k, encode_for, load_model, stop_ids
 from ppo_jax.types import Rollout
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How responses are sampled."""
 
@@ -72,7 +72,7 @@ def sample_responses(
     rows = as_user_messages(rows) if options.chat else rows
     prompts = encode_for(rows, tokenizer, policy.config, options.max_new_tokens)
     generate = jax.jit(
-        functools.partial(
+        partial(
             rollout.generate,
             language_model(policy.config),
             max_new_tokens=options.max_new_tokens,
@@ -96,7 +96,7 @@ def sample_responses(
         yield out, batch, data.decode(tokenizer, out.tokens, mask, start=out.prompt_length)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Generate:
     """Continue prompts with a model, and print prompt|response for each."""
 
@@ -114,7 +114,7 @@ class Generate:
                 print(f"{prompt}|{response}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Print the mean reward of a model's responses to held-out prompts."""
 

@@ -1,7 +1,7 @@
 """The command `ppo-jax plan`."""
 
-import dataclasses
-import functools
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.files import write_json
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Compile a PPO iteration for a TPU slice that this machine does not have.
 
@@ -50,7 +50,7 @@ class Plan:
     out: Path | None = None
     """JSON file to write the figures to as well."""
     lora: LoRA = NO_LORA
-    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def run(self) -> None:
         """Compile the programs, print their figures, and write them to `out`."""
@@ -62,7 +62,7 @@ class Plan:
         check_prompt(self.prompt_tokens, self.ppo, config)
         sizes, devices = parse_mesh(self.mesh), make_topology(self.topology)
         mesh, chip = make_mesh(sizes, devices), CHIPS[self.topology.partition(":")[0]]
-        compile_model = functools.partial(
+        compile_model = partial(
             compile_iteration,
             ppo=self.ppo,
             mesh=mesh,

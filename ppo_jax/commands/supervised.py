@@ -1,7 +1,7 @@
 """The commands `ppo-jax sft` and `ppo-jax reward`, the supervised stages before PPO."""
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ppo_jax.run.serialize import plain
 from ppo_jax.types import Params
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """How the model is trained."""
 
@@ -48,7 +48,7 @@ class TrainingOptions:
                 raise SettingError(f"{name} must be positive, not {getattr(self, name)}.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SFT:
     """Fine-tune a model on responses, from rows {"prompt": ..., "response": ...}.
 
@@ -83,7 +83,7 @@ class SFT:
         pretrained.save_policy(self.out, policy._replace(params=params), tokenizer)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Reward:
     """Train a reward model from pairs, scores or ordered classes of answers.
 

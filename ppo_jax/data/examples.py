@@ -1,7 +1,7 @@
 """Training examples of the supervised stages: rows of texts or messages as padded arrays."""
 
-import functools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ def read_split(
     Raises:
       ValueError: if `read_rows` raises it, or a single row cannot be split.
     """
-    read = functools.partial(read_rows, columns=columns, optional=("prompt",))
+    read = partial(read_rows, columns=columns, optional=("prompt",))
     rows = read(path)
     if eval_path is not None:
         return rows, read(eval_path)

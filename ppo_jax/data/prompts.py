@@ -1,7 +1,7 @@
 """Tokenized prompts, and the shuffled order in which a run reads them."""
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from ppo_jax.data.rows import Row
 from ppo_jax.data.text import encode_text, pad
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Prompts:
     """A batch of `n` prompts, padded on the left to `P` positions.
 
@@ -62,9 +62,7 @@ class Prompts:
     def padded(self, positions: int) -> "Prompts":
         """Add padding on the left up to at least `positions` columns."""
         width = ((0, 0), (max(0, positions - self.tokens.shape[1]), 0))
-        return dataclasses.replace(
-            self, tokens=np.pad(self.tokens, width), mask=np.pad(self.mask, width)
-        )
+        return replace(self, tokens=np.pad(self.tokens, width), mask=np.pad(self.mask, width))
 
 
 def encode_prompts(

@@ -3,12 +3,12 @@
 With one process, every function here does the obvious thing without communication.
 """
 
-import dataclasses
 import json
 import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ _FAULTS = {kind.kind: kind for kind in (RewardError, NonFiniteError, GradientErr
 _TEXT_BYTES = 2048  # the longest text that `gather_text` carries
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Processes:
     """Several processes that train together, each with its own devices.
 

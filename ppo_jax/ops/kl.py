@@ -6,8 +6,8 @@ sampling noise. It is marked by `of_logits`, so that callers know what to pass; 
 your own in the same way if it reads logits.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeGuard, TypeVar
 
 import chex
@@ -53,7 +53,7 @@ def reads_logits(estimator: Callable[..., Array]) -> TypeGuard[Callable[..., Arr
       >>> reads_logits(kl_full), reads_logits(functools.partial(kl_full)), reads_logits(kl_k1)
       (True, True, False)
     """
-    while isinstance(estimator, functools.partial):
+    while isinstance(estimator, partial):
         estimator = estimator.func
     return getattr(estimator, "of_logits", False)
 

@@ -6,8 +6,8 @@ depend on how the batch is split. Entries outside the mask may hold anything, ev
 neither a result nor its gradient.
 """
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import chex
@@ -146,7 +146,7 @@ class MeanFn(Protocol):
         """Return the mean, `[]` float32, of `x [B, R]` float where `mask [B, R]` bool is true."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Aggregation:
     """A masked mean and its divisor, which all micro-batches of a minibatch share.
 

@@ -3,7 +3,7 @@
 docs/presets_and_metrics.md says what each name means.
 """
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def experience_metrics(
     """
     mask, value_mask = rollout.response_mask, experience.value_mask
     every_row = jnp.ones(mask.shape[0], bool)
-    mean = functools.partial(masked_mean, axis_name=axis_name)
+    mean = partial(masked_mean, axis_name=axis_name)
 
     def mean_of_sums(x: Array) -> Array:
         """Average over responses the sum over the tokens of each response."""

@@ -3,8 +3,8 @@
 Nothing runs and no parameter is allocated: the compiler needs shapes only.
 """
 
-import dataclasses
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def compile_iteration(
     """
     meshes.check_rows(ppo, meshes.batch_shards(mesh))
     if adapters is not None:
-        config = dataclasses.replace(config, lora_scale=adapters.scale)
+        config = replace(config, lora_scale=adapters.scale)
     critic_fn = heads.shared_critic() if critic == "shared" else heads.separate_critic(config)
     agent = iteration.Agent(language_model(config), critic_fn, ppo, stop_ids, 0)
     state, frozen, reference = _state_shapes(agent, config, critic, adapters, mesh)

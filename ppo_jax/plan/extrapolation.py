@@ -1,7 +1,7 @@
 """Figures for models that are too deep to compile here, from two shallower models."""
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ppo_jax.errors import SettingError
@@ -41,9 +41,7 @@ def extrapolate(
         )
     few, many = (
         compile_model(
-            dataclasses.replace(
-                config, layers=layers, windows=config.windows and config.windows[:layers]
-            )
+            replace(config, layers=layers, windows=config.windows and config.windows[:layers])
         )
         for layers in depths
     )

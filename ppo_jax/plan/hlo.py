@@ -5,10 +5,10 @@ XLA's own sums count the body of a loop once. Here it counts as often as the loo
 The text of HLO is not a stable interface. An operation that is not recognized counts as nothing.
 """
 
-import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from typing import NamedTuple
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {
@@ -41,7 +41,7 @@ _FREE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Collective:
     """All collective operations of one kind.
 

@@ -1,7 +1,7 @@
 """An estimate of the memory of a PPO step, from the sizes of its arrays."""
 
-import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ def load_config(model: str, dtype: str, remat: bool) -> tuple[str, TransformerCo
     """
     if model in sizes.SIZES:
         size = sizes.SIZES[model]
-        return size.__name__, dataclasses.replace(size(model), dtype=jnp.dtype(dtype), remat=remat)
+        return size.__name__, replace(size(model), dtype=jnp.dtype(dtype), remat=remat)
     hf = stored.read_config(model)
     return hf["model_type"], pretrained.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
 

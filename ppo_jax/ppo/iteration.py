@@ -5,8 +5,8 @@ functions of a `PPOState`. What a method computes is a function handed to a stag
 setting, so a new estimator or loss needs no change here: see `ppo.methods`.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from ppo_jax.ppo.update import ppo_update, schedule_at
 from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
 
 
-@functools.partial(jax.jit, static_argnames=("agent", "reward"))
+@partial(jax.jit, static_argnames=("agent", "reward"))
 def ppo_iteration(
     agent: Agent,
     state: PPOState,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import chex
-import jax
+from jax import Array
 
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
 from ppo_jax.ppo.scoring import forward_responses
@@ -62,7 +62,7 @@ def ppo_loss_fn(
       >>> loss_fn = ppo_loss_fn(model, critic, loss, metrics, temperature=1.0)
     """
 
-    def loss_fn(params: Params, batch: Experience, counts: Counts) -> tuple[jax.Array, LossMetrics]:
+    def loss_fn(params: Params, batch: Experience, counts: Counts) -> tuple[Array, LossMetrics]:
         prompt_length = batch.tokens.shape[1] - batch.response_mask.shape[1]
         out = forward_responses(
             model,

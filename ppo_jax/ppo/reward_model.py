@@ -11,15 +11,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ppo_jax.data.examples import LearnFrom
 from ppo_jax.ppo.sft import LossAndAccuracy, SupervisedLoss
 from ppo_jax.types import Params
 
 
-def bradley_terry_loss(
-    chosen: jax.Array, rejected: jax.Array, *, margin: float = 0.0
-) -> LossAndAccuracy:
+def bradley_terry_loss(chosen: Array, rejected: Array, *, margin: float = 0.0) -> LossAndAccuracy:
     """Compute the Bradley-Terry loss of pairs, and the share of pairs in the right order.
 
         L = - mean log σ(r_chosen - r_rejected - margin)
@@ -48,7 +47,7 @@ def bradley_terry_loss(
     return loss, jnp.mean((chosen > rejected).astype(jnp.float32))
 
 
-def regression_loss(scores: jax.Array, targets: jax.Array) -> LossAndAccuracy:
+def regression_loss(scores: Array, targets: Array) -> LossAndAccuracy:
     """Compute the mean squared error, and the share of scores with the sign of their target.
 
         L = mean (r - target)²
@@ -75,7 +74,7 @@ def regression_loss(scores: jax.Array, targets: jax.Array) -> LossAndAccuracy:
     return jnp.mean((scores - targets) ** 2), jnp.mean(agree.astype(jnp.float32))
 
 
-def ordinal_loss(scores: jax.Array, classes: jax.Array, thresholds: jax.Array) -> LossAndAccuracy:
+def ordinal_loss(scores: Array, classes: Array, thresholds: Array) -> LossAndAccuracy:
     """Compute the cumulative-link loss, with which one score orders all classes.
 
         P(class > k) = σ(r - θ_k)
@@ -111,7 +110,7 @@ def ordinal_loss(scores: jax.Array, classes: jax.Array, thresholds: jax.Array) -
 
 
 def training_loss(
-    score: Callable[[Params, Any, Any], jax.Array], learn_from: LearnFrom
+    score: Callable[[Params, Any, Any], Array], learn_from: LearnFrom
 ) -> SupervisedLoss:
     """Make the loss of a batch of arrays as `data.examples.encode_judgements` returns them.
 
@@ -123,7 +122,7 @@ def training_loss(
       `loss_fn(params, *batch) -> (loss, accuracy)`.
     """
 
-    def loss_fn(params: Params, *batch: jax.Array) -> LossAndAccuracy:
+    def loss_fn(params: Params, *batch: Array) -> LossAndAccuracy:
         scores = score(params, *batch[:2])
         match learn_from:
             case "pairs":
@@ -136,7 +135,7 @@ def training_loss(
     return loss_fn
 
 
-def initial_thresholds(classes: np.ndarray) -> jax.Array:
+def initial_thresholds(classes: np.ndarray) -> Array:
     """Estimate the thresholds of `ordinal_loss` from the shares of the classes.
 
     Args:

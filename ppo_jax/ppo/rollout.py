@@ -1,6 +1,6 @@
 """Sampling of responses: prefill and decoding with a key/value cache, in one compiled program."""
 
-import functools
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -103,9 +103,7 @@ def generate(
     row_ids = jnp.arange(B) if row_ids is None else row_ids
     params = model.rounded(params)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
-    process = functools.partial(
-        sampling.process_logits, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    process = partial(sampling.process_logits, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def advance(state: _Decoding, hidden: Array) -> _Decoding:
         """Sample token `t` from the hidden states `[B, D]` before it."""

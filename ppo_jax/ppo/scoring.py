@@ -1,6 +1,6 @@
 """Scoring of a rollout, and the experience that an update learns from."""
 
-import functools
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -163,7 +163,7 @@ def score_rollout(
 
     def score(rows: tuple[Array, Array, Array]) -> Scores:
         tokens, mask, real = rows
-        forward = functools.partial(
+        forward = partial(
             forward_responses,
             tokens=tokens,
             mask=mask,

@@ -4,13 +4,13 @@ Only `ppo.iteration` and the code around it read settings; the numeric functions
 keywords.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.ops import kl
@@ -44,7 +44,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig:
     """The settings of a PPO iteration.
 
@@ -245,7 +245,7 @@ class PPOConfig:
 def _optimizer(config: PPOConfig, updates: int) -> optax.GradientTransformation:
     steps_per_update = config.epochs * config.minibatches
 
-    def rate(step: jax.Array) -> jax.Array | float:
+    def rate(step: Array) -> Array | float:
         warm = jnp.minimum((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
         left = 1 - (step // steps_per_update) / updates if config.decay_learning_rate else 1.0
         return config.learning_rate * warm * left

@@ -1,7 +1,7 @@
 """The supervised fine-tuning loss, and the training loop that reward models share with it."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
+from jax import Array
 
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.masked import masked_mean
 from ppo_jax.types import LanguageModel, Params
 
 Arrays = tuple[np.ndarray, ...]  # one row of each is one example
-LossAndAccuracy = tuple[jax.Array, jax.Array]
+LossAndAccuracy = tuple[Array, Array]
 SupervisedLoss = Callable[..., LossAndAccuracy]  # (params, *batch) -> loss, accuracy
 
 
 def sft_loss(
-    model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array, loss_mask: jax.Array
+    model: LanguageModel, params: Params, tokens: Array, mask: Array, loss_mask: Array
 ) -> LossAndAccuracy:
     """Compute the mean negative log-probability and the accuracy of the tokens to learn.
 
@@ -119,11 +120,11 @@ def fit(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=weight_decay)
     )
 
-    def step(state: TrainState, batch: Arrays) -> tuple[TrainState, jax.Array]:
+    def step(state: TrainState, batch: Arrays) -> tuple[TrainState, Array]:
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *batch)
         return state.apply_gradients(grads=grads), loss
 
-    run_epoch = jax.jit(functools.partial(jax.lax.scan, step), donate_argnums=0)
+    run_epoch = jax.jit(partial(jax.lax.scan, step), donate_argnums=0)
     # Copied, because `run_epoch` donates the state.
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     state = TrainState.create(apply_fn=None, params=params, tx=tx)

@@ -1,7 +1,7 @@
 """Assembles a `Learner` from a model, a critic, adapters, settings and a mesh."""
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ def assemble(
     check_top_k(ppo.top_k, policy.config)
     stops = stop_ids(tokenizer, policy, stop_tokens)
     if lora is not None:
-        policy = policy._replace(config=dataclasses.replace(policy.config, lora_scale=lora.scale))
+        policy = policy._replace(config=replace(policy.config, lora_scale=lora.scale))
     critic_fn, critic_params, critic_positions = _make_critic(critic, policy, seed, mesh)
     agent = Agent(language_model(policy.config), critic_fn, ppo, stops, pad_id(tokenizer))
     params, frozen = {"policy": policy.params, "critic": critic_params}, None
@@ -196,7 +196,7 @@ def _make_critic(
             f"The critic {critic} has vocab_size={scorer.config.vocab_size} and the policy has "
             f"{config.vocab_size}; choose a critic that reads the policy's tokens."
         )
-    scorer_config = dataclasses.replace(scorer.config, lora_scale=config.lora_scale)
+    scorer_config = replace(scorer.config, lora_scale=config.lora_scale)
     return heads.separate_critic(scorer_config), scorer.params, scorer.config.positions
 
 

@@ -1,12 +1,12 @@
 """Checkpoints of a run, written by Orbax and checked bit by bit when they are read."""
 
-import dataclasses
-import functools
 import json
 import logging
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class _MismatchError(CheckpointError):
     """A complete checkpoint whose arrays are not those of the program that reads it."""
 
 
-@dataclasses.dataclass
+@dataclass
 class _KeepOne:
     """A preservation policy of Orbax that keeps the checkpoint of `step`."""
 
@@ -167,7 +167,7 @@ class Checkpoints:
             reasons.append(reason)
             if step is None:
                 _LOG.warning("%s It is renamed to %d.damaged.", reason, number)
-                processes.on_first_process(functools.partial(self._set_aside, number))
+                processes.on_first_process(partial(self._set_aside, number))
                 self._manager.reload()
         damaged = sorted(path.name for path in self.folder.glob("*.damaged*"))
         but = f" but {', '.join(damaged)}; delete the run's folder to start afresh"

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from ppo_jax.hashing import digest, text_hash
 
@@ -67,7 +68,7 @@ def _identity(thing: Any, parents: tuple[int, ...]) -> Iterator[str]:
         return
     if isinstance(thing, str | int | float | None | enum.Enum | np.dtype):
         yield repr(thing)
-    elif isinstance(thing, jax.Array | np.ndarray) or _is_tree(thing):
+    elif isinstance(thing, Array | np.ndarray) or _is_tree(thing):
         yield digest(thing)
     elif hasattr(thing, "get_vocab"):
         yield tokenizer_hash(thing)
@@ -110,7 +111,7 @@ def _file_hash(code: Any) -> str | None:
 
 def _is_tree(x: Any) -> bool:
     leaves = jax.tree.leaves(x) if isinstance(x, Mapping) else [None]
-    return all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    return all(isinstance(leaf, Array | np.ndarray) for leaf in leaves)
 
 
 def environment() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A run's `config.json`, and what must be unchanged for a run to be resumed."""
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ _ENVIRONMENT = ("versions", "xla_flags", "device_kinds", "cpu_cores")
 Difference = tuple[str, Any, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class RunConfig:
     """The settings of a run, and hashes of what they name, in the types that JSON has."""
 
