@@ -291,7 +291,7 @@ class AdvantageFn(Protocol):
 
     `rewards` and `values` are `[B, R]` float32, in units of reward. `mask [B, R]` bool is true for
     the steps that count. `rollout` and `scores` are for estimators that group responses by prompt
-    or read log-probs.
+    or read log-probs. Under pmap it sees the rows of one device, on a mesh those of all devices.
     """
 
     def __call__(

@@ -345,7 +345,7 @@ def test_replay_skips_damaged_checkpoints(folder, tmp_path, capsys):
     printed = capsys.readouterr()
     assert (
         "All its metrics are those of the run." in printed.out
-        and "The one before it is tried." in printed.err
+        and "Trying the checkpoint before it." in printed.err
     )
     assert (tmp_path / "run/checkpoints/4").is_dir()  # replay changes nothing in the run
 
@@ -358,12 +358,12 @@ def test_replay_without_an_earlier_checkpoint_starts_at_update_0(folder, tmp_pat
     cli.main(replay_command(tmp_path / "run", 2, tmp_path / "again"))
     printed = capsys.readouterr()
     assert "All its metrics are those of the run." in printed.out
-    assert "no checkpoint at or before update 2: all before it is done again." in printed.err
+    assert "no checkpoint at or before update 2; all updates before it are repeated." in printed.err
 
 
 def test_replay_of_a_folder_or_update_that_does_not_exist_is_refused(folder, tmp_path, capsys):
     for wrong, message in (
-        (folder / "model", "is not the one of a run"),
+        (folder / "model", "is not the configuration of a run"),
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -403,7 +403,7 @@ def test_replay_of_a_faulty_update_reproduces_the_fault(folder, tmp_path, gives,
     )
     replay("other")
     out = capsys.readouterr().out
-    assert "The reward of the run had the hash" in out and "It parts from the run" in out
+    assert "The reward of the run had the hash" in out and "It differs from the run" in out
 
 
 def test_compare_finds_the_first_difference_of_two_runs(folder, capsys):
@@ -428,9 +428,7 @@ def test_compare_finds_the_first_difference_of_two_runs(folder, capsys):
     (folder / "other/summary.json").unlink()
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(folder / "other"), str(folder / "other")])
-    assert (
-        stop.value.code == 0 and "of final parameters nothing is known" in capsys.readouterr().out
-    )
+    assert stop.value.code == 0 and "the final parameters are unknown" in capsys.readouterr().out
 
 
 def test_compare_ignores_output_settings_and_reports_missing_lines(folder, tmp_path):
@@ -602,7 +600,7 @@ def test_the_hash_of_a_tokenizer_depends_on_its_rules_not_on_its_last_call():
 def test_an_invalid_lora_pattern_is_refused_in_one_sentence(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(train_command(folder, tmp_path / "run", **{"lora.targets": "attn/(q"}))
-    assert "no regular expression" in capsys.readouterr().err
+    assert "is not a regular expression" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -628,7 +626,7 @@ def test_replay_of_invalid_settings_is_refused_in_one_sentence(folder, tmp_path,
     shutil.copytree(folder / "run", tmp_path / "run")
     config = read_json(tmp_path / "run/config.json")
     command = config["settings"]["command"]
-    message = "is not the one of a run"
+    message = "is not the configuration of a run"
     if isinstance(settings, dict):
         settings = command | {
             name: {**command[name], **x} if isinstance(x, dict) else x

@@ -127,8 +127,8 @@ def jit_steps(
       mesh: a mesh of `make_mesh`, or None for one device.
       state: on a mesh, a state (or a tree of `jax.ShapeDtypeStruct`) with the structure of the
         states that `learn` will get. Only its structure and shapes are used.
-      loss_fn: replaces PPO's loss.
-      advantage_fn: replaces generalized advantage estimation.
+      loss_fn: replaces the loss that the settings name.
+      advantage_fn: replaces the estimator that the settings name.
 
     Returns:
       The three steps. Each is compiled at its first call.

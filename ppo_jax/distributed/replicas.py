@@ -38,8 +38,8 @@ def pmap_steps(
       agent: the functions of policy and critic, and the settings. `batch_size` must be a multiple
         of the number of devices.
       devices: the devices to use; by default all of this process.
-      loss_fn: replaces PPO's loss.
-      advantage_fn: replaces generalized advantage estimation.
+      loss_fn: replaces the loss that the settings name.
+      advantage_fn: replaces the estimator that the settings name.
 
     Returns:
       The three steps. They take and return arrays of the whole batch.

@@ -28,7 +28,7 @@ class LoRA:
     """Low-rank adapters over the frozen model, which is then the reference policy too.
 
     Attributes:
-      rank: rank of the adapters (r); 0 stands for no adapters where an option needs a value.
+      rank: rank of the adapters (r); 0 means no adapters.
       alpha: the numerator of their scale (α), above 0.
       targets: regular expression that is searched for in the path of each linear layer, such as
         `layer_0/attn/q`.

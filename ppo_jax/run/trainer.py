@@ -132,7 +132,7 @@ class Trainer:
         batch = self.collector.collect(self.state, self.prompts.take(rows))
         try:
             scale = self.state.scale if config.scale_scores else None
-            rewards = self.collector.task_scores(batch, scale)
+            task_scores = self.collector.task_scores(batch, scale)
         except Fault as fault:
             self._skip(fault)
             return None
@@ -141,11 +141,11 @@ class Trainer:
             self.state,
             batch.rollout,
             batch.scores,
-            *placement.to_mesh(rewards, self.learner.mesh),
+            *placement.to_mesh(task_scores, self.learner.mesh),
             frozen=self.collector.frozen,
         )
         mask = batch.host_rollout.response_mask
-        pairs = zip(batch.rows(self.loop.samples), rewards.total(mask), strict=False)
+        pairs = zip(batch.rows(self.loop.samples), task_scores.total(mask), strict=False)
         samples = [{**row, "score": float(score)} for row, score in pairs]
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
         end = time.perf_counter()

@@ -168,7 +168,7 @@ def config_of(
     except KeyError as error:
         raise ValueError(f"The config of a {kind} needs {error}.") from error
     except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"The config of a {kind} has a value of a wrong type: {error}.") from error
+        raise ValueError(f"The config of a {kind} cannot be used: {error}.") from error
     for name in ("vocab_size", "positions", "width", "layers", "heads", "mlp_width"):
         value, bound = getattr(config, name), 4096 if name == "layers" else 2**31
         if type(value) is not int or not 0 < value < bound:
