@@ -151,7 +151,7 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     refused = {
         "new.gguf": ("base", "no GGUF file"),
-        "other": ("scorer", "is a GPT2ForSequenceClassification, without"),
+        "other": ("scorer", "is a GPT2ForSequenceClassification, which has no"),
         "third": ("encoder", "is a BertModel, without"),
     }
     for out, (source, message) in refused.items():
