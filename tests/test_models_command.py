@@ -152,7 +152,7 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
     refused = {
         "new.gguf": ("base", "no GGUF file"),
         "other": ("scorer", "is a GPT2ForSequenceClassification, which has no"),
-        "third": ("encoder", "is a BertModel, without"),
+        "third": ("encoder", "is a BertModel, which has no"),
     }
     for out, (source, message) in refused.items():
         with pytest.raises(SystemExit):
