@@ -465,7 +465,7 @@ def test_a_renamed_checkpoint_is_skipped(uninterrupted, tmp_path, caplog):
     assert (
         int(run.state.update) == 3
         and "Checkpoint 9 in" in caplog.text
-        and "it is that of update 4" in caplog.text
+        and "it holds update 4 under another name" in caplog.text
     )
 
 
