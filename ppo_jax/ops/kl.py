@@ -50,7 +50,7 @@ def reads_logits(estimator: Callable[..., Array]) -> TypeGuard[Callable[..., Arr
       false if it is to be called as `estimator(logprobs, ref_logprobs)`.
 
     Example:
-      >>> reads_logits(kl_full), reads_logits(functools.partial(kl_full)), reads_logits(kl_k1)
+      >>> reads_logits(kl_full), reads_logits(partial(kl_full)), reads_logits(kl_k1)
       (True, True, False)
     """
     while isinstance(estimator, partial):
