@@ -228,7 +228,7 @@ def test_processes_with_different_settings_are_refused(folder):
 
 @pytest.mark.parametrize(
     "shared, message",
-    [(True, "prompts is not the same in process 1"), (False, "is not there for all processes")],
+    [(True, "prompts is not the same in process 1"), (False, "is not visible to all processes")],
 )
 def test_processes_with_different_files_or_folders_are_refused(folder, shared, message):
     out = f"files{shared}"
