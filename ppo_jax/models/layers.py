@@ -132,9 +132,10 @@ class Attention(nn.Module):
         k_BKNC = self._scaled(self._heads("k", K, x_BSD), angles, "k_norm")
         v_BKNC = self._heads("v", K, x_BSD)
         if cache is not None:
-            start = (0, 0, cache.length, 0)
-            k_BKNC = jax.lax.dynamic_update_slice(cache.keys[self.layer], k_BKNC, start)
-            v_BKNC = jax.lax.dynamic_update_slice(cache.values[self.layer], v_BKNC, start)
+            k_BKNC, v_BKNC = (
+                jax.lax.dynamic_update_slice_in_dim(old[self.layer], new, cache.length, axis=2)
+                for old, new in ((cache.keys, k_BKNC), (cache.values, v_BKNC))
+            )
         # The query heads that share a key head become rows of one matrix product.
         q_BKQC = q_BHSC.reshape(B, K, H // K * S, C)
         allowed_BQN = jnp.tile(allowed_BSN, (1, H // K, 1))

@@ -111,6 +111,9 @@ class Decoder(nn.Module):
         first = 0 if last is None else S - last
         if not 0 <= first < S:
             raise ValueError(f"last={last} must lie in 1 .. {S}, the positions of tokens.")
+        slots = S if cache is None else cache.mask.shape[1]
+        if slots > c.positions:
+            raise ValueError(f"A sequence of {slots} tokens does not fit positions={c.positions}.")
         # The last layer computes states from here on only, since nothing reads the earlier ones.
         begin = first // aligned * aligned
         start: Array | int = 0
@@ -120,7 +123,7 @@ class Decoder(nn.Module):
             mask_BN = mask_BS
         else:
             start = cache.length
-            mask_BN = jax.lax.dynamic_update_slice(cache.mask, mask_BS, (0, start))
+            mask_BN = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, start, axis=1)
         slots_S = start + jnp.arange(tokens_BS.shape[1])
         ago_SN = slots_S[:, None] - jnp.arange(mask_BN.shape[1])[None, :]
         # The position of a token is the number of real tokens before it, so that padding does not
@@ -238,7 +241,8 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     Returns:
       The functions `hidden`, `logits`, `init_cache` and `rounded` of `ppo_jax.LanguageModel`, for
       parameters as from `init_params`. `hidden` raises ValueError if `last` is not between 1 and
-      the number of positions.
+      the number of positions of `tokens`, or if these, or the slots of the cache, are more than
+      `config.positions`.
 
     Example:
       >>> config = TransformerConfig(

@@ -275,7 +275,8 @@ def learn(
     before = experience_metrics(
         rollout, scores, experience, rewards, total_scores, axis_name=axis_name
     )
-    kl_state = c.controller().update(state.kl, before["objective/kl"], c.batch_size)
+    episodes = len(task_scores) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    kl_state = c.controller().update(state.kl, before["objective/kl"], episodes)
     metrics = {**before, **learned, "objective/kl_coef": state.kl.coef}
     return PPOState(train, kl_state, scale, state.key, state.update + 1), metrics
 

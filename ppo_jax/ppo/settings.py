@@ -200,6 +200,11 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and rows % value:
                 raise SettingError(f"{name}={value} must divide {of}={rows}.")
+        if self.kl_target is not None and not self.kl_coef:
+            raise SettingError(
+                f"kl_coef must be positive with kl_target={self.kl_target}, because a weight of 0 "
+                "cannot adapt."
+            )
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise SettingError(
                 f"min_new_tokens={self.min_new_tokens} must lie in 0 .. "
