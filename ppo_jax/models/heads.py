@@ -26,7 +26,7 @@ def init_head(width: int, key: Array) -> Params:
 
     Source: Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
     """
-    return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
+    return {"kernel": jax.random.normal(key, (width, 1), jnp.float32) * (width + 1) ** -0.5}
 
 
 def init_pooled_head(width: int, key: Array, layer: str = "pooler") -> Params:
@@ -40,10 +40,10 @@ def init_pooled_head(width: int, key: Array, layer: str = "pooler") -> Params:
     """
     layer_key, key = jax.random.split(key)
     dense = {
-        "kernel": 0.02 * jax.random.normal(layer_key, (width, width)),
-        "bias": jnp.zeros(width),
+        "kernel": 0.02 * jax.random.normal(layer_key, (width, width), jnp.float32),
+        "bias": jnp.zeros(width, jnp.float32),
     }
-    return {layer: dense, **init_head(width, key), "bias": jnp.zeros(1)}
+    return {layer: dense, **init_head(width, key), "bias": jnp.zeros(1, jnp.float32)}
 
 
 def zero_head(width: int) -> Params:
@@ -62,7 +62,7 @@ def zero_head(width: int) -> Params:
       Array([[0.],
              [0.]], dtype=float32)
     """
-    return {"kernel": jnp.zeros((width, 1))}
+    return {"kernel": jnp.zeros((width, 1), jnp.float32)}
 
 
 def apply_head(params: Params, hidden: Array) -> Array:

@@ -36,12 +36,13 @@ class Linear(nn.Module):
         """Map `[..., D]` to `[..., features]`."""
         c = self.config
         init = nn.initializers.normal(c.init_std if self.init_std is None else self.init_std)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         # Flattened, because XLA's CPU compiler is slow at weight gradients that contract two axes.
         rows = x.reshape(-1, x.shape[-1])
         out = product("nd,dv->nv", rows, kernel)
         if self.use_bias:
-            out = out + self.param("bias", nn.initializers.zeros, (self.features,))[None, :]
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            out = out + bias[None, :]
         if self.has_variable("params", "lora_a"):
             down = product("nd,dv->nv", rows, self.get_variable("params", "lora_a"))
             out = out + c.lora_scale * product(
@@ -60,14 +61,15 @@ class Norm(nn.Module):
         """Normalise `x`."""
         kind, over_last = self.config.norm, (1,) * (x.ndim - 1) + (-1,)
         init = nn.initializers.zeros if kind is NormKind.RMS_PLUS_1 else nn.initializers.ones
-        scale = self.param("scale", init, (x.shape[-1],)).reshape(over_last)
+        scale = self.param("scale", init, x.shape[-1:], jnp.float32).reshape(over_last)
         x = x.astype(jnp.float32)
         if kind is NormKind.LAYER:
             x = x - mean(x)
         x = x * jax.lax.rsqrt(mean(x * x) + self.config.norm_eps)
         x = x * (1 + scale if kind is NormKind.RMS_PLUS_1 else scale)
         if kind is NormKind.LAYER:
-            x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).reshape(over_last)
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+            x = x + bias.reshape(over_last)
         return round_to(x, self.config.dtype)
 
 

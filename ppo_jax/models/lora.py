@@ -111,9 +111,9 @@ def init_lora(base: Params, key: Array, lora: LoRA) -> Params:
     adapters = {}
     for path, layer_key in zip(adapted, jax.random.split(key, len(adapted)), strict=True):
         rows, columns = kernels[path].shape
-        uniform = jax.random.uniform(layer_key, (rows, lora.rank), minval=-1, maxval=1)
+        uniform = jax.random.uniform(layer_key, (rows, lora.rank), jnp.float32, minval=-1, maxval=1)
         adapters[f"{path}/lora_a"] = uniform * rows**-0.5
-        adapters[f"{path}/lora_b"] = jnp.zeros((lora.rank, columns))
+        adapters[f"{path}/lora_b"] = jnp.zeros((lora.rank, columns), jnp.float32)
     return unflatten_dict(adapters, sep="/")
 
 

@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         """Create the parameters and the layers."""
         c = self.config
         init = nn.initializers.normal(c.init_std)
-        table = lambda name, rows: self.param(name, init, (rows, c.width))
+        table = lambda name, rows: self.param(name, init, (rows, c.width), jnp.float32)
         block = nn.remat(Block) if c.remat else Block
         self.embedding = table("embedding", c.vocab_size)
         if c.learned_positions:
@@ -96,7 +96,9 @@ class Decoder(nn.Module):
             self.unembedding = table("unembedding", c.vocab_size)
         if c.lm_transform:
             self.lm_dense, self.lm_norm = Linear(c.width, c), Norm(c)
-            self.lm_bias = self.param("lm_bias", nn.initializers.zeros, (c.vocab_size,))
+            self.lm_bias = self.param(
+                "lm_bias", nn.initializers.zeros, (c.vocab_size,), jnp.float32
+            )
 
     def __call__(
         self,

@@ -207,7 +207,7 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
         scale = jnp.where(var > 1e-10 * new.mean**2, jax.lax.rsqrt(var + eps), 0)
         return new, scores * share(scale, axis_name)
 
-    return RewardScaling(lambda: ScaleState(*(jnp.zeros(()) for _ in range(3))), update)
+    return RewardScaling(lambda: ScaleState(*(jnp.float32(0) for _ in range(3))), update)
 
 
 def token_rewards(

@@ -133,7 +133,7 @@ def sample_token(key: Array, logits: Array) -> tuple[Array, Array]:
     blocks = jnp.pad(weights, (0, -weights.size % _BLOCK)).reshape(-1, _BLOCK)
     mass = blocks.sum(axis=1)
     # Two numbers, because one float32 is too coarse for tokens of a probability below 1e-7.
-    u, v = jax.random.uniform(key, (2,))
+    u, v = jax.random.uniform(key, (2,), jnp.float32)
     block = _first_beyond(mass, u * mass.sum())
     within = _first_beyond(blocks[block], v * mass[block])
     # The minimum matters only if the weights are NaN. It keeps the token in the vocabulary then.

@@ -293,6 +293,8 @@ def _final_scores(
     final = apply_missing_eos(
         task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty
     )
+    # A row without a token to learn from has no score.
+    final = jnp.where(rollout.response_mask.any(axis=1), final, jnp.nan)
     # The moments are updated in any case, so that the state is the same whatever the settings.
     scale, scaled = running_scale().update(state.scale, final, axis_name=axis_name)
     final = scaled if c.scale_scores else final
