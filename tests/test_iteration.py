@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_config
+from helpers import full_trainer, tiny_config
 
 from ppo_jax.errors import SettingError
 from ppo_jax.models.heads import init_scorer, separate_critic
@@ -142,3 +142,12 @@ def test_an_iteration_in_64_bit_mode():
         metrics = step(*problem())[1]
     for name in ("loss/total", "objective/kl", "objective/entropy", "response/length_mean"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_in_64_bit_mode(tmp_path):
+    """Training, evaluation and checkpoints work, and the parameters stay float32."""
+    with jax.enable_x64(True):
+        state = full_trainer(tmp_path / "run", updates=2, eval_every=1).run()
+    assert {x.dtype.name for x in jax.tree.leaves(state.train.params)} == {"float32"}
+    assert {x.dtype.name for x in jax.tree.leaves((state.kl, state.scale))} == {"float32"}

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from ppo_jax.ops.logprobs import token_logprobs
-from ppo_jax.ops.masked import masked_mean
+from ppo_jax.ops.masked import check_mask, masked_mean
 from ppo_jax.types import LanguageModel, Params
 
 Arrays = tuple[np.ndarray, ...]  # one row of each is one example
@@ -41,7 +41,7 @@ def sft_loss(
       position; `[]` float32 each.
 
     Raises:
-      AssertionError: if the arrays are not all `[B, T]`.
+      AssertionError: if the arrays are not all `[B, T]`, or a mask is not bool.
 
     Source:
       Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155), section 3.5.
@@ -59,7 +59,8 @@ def sft_loss(
       (1.9459, 0.5)
     """
     chex.assert_rank(tokens, 2)
-    chex.assert_equal_shape([tokens, mask, loss_mask])
+    check_mask(mask, tokens)
+    check_mask(loss_mask, tokens)
     hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
     logits, marked = model.logits(params, hidden), (loss_mask & mask)[:, 1:]
     loss = -masked_mean(token_logprobs(logits, tokens[:, 1:]), marked)
