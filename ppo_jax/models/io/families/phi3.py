@@ -28,7 +28,7 @@ def config(hf: HFConfig) -> ConfigFields:
         "width": width,
         "layers": layers,
         "heads": heads,
-        "kv_heads": hf.get("num_key_value_heads"),
+        "kv_heads": hf.get("num_key_value_heads") or heads,
         "head_size": head,
         "mlp_width": hf.get("intermediate_size", 8192),
         "activation": activation(hf, "hidden_act", "silu"),
