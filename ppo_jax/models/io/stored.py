@@ -20,7 +20,6 @@ from ppo_jax.models.io.weights import Rule, TensorReader
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _SECOND_COPIES = ["consolidated*", "*/*"]  # The same weights again, in other formats.
-_CONFIGS = ("config.json", "adapter_config.json")
 _QUANTISED = ("quantization_config", "compression_config")  # keys of a config.json
 
 
@@ -155,7 +154,9 @@ def read_config(model: str | Path) -> HFConfig:
     """
     if single := file_format(model):
         return single.read(Path(model))[0]
-    folder = resolve(model, _CONFIGS)
+    folder = resolve(model, ("config.json",))
+    if not (folder / "config.json").is_file():
+        folder = resolve(model, ("adapter_config.json",))
     base = adapter_base(folder)
     return _config_in(folder) if base is None else read_config(base)
 
