@@ -634,7 +634,7 @@ def test_added_tokens_outside_the_models_vocabulary_are_refused_in_texts(folder,
             "holds the token id 21, but the model's vocabulary has only vocab_size=21 tokens"
             in capsys.readouterr().err
         )
-    words.add_special_tokens({"pad_token": "<pad>"})
+    words.add_special_tokens({"bos_token": "<begin>"})
     words.save_pretrained(folder / "model")
     with pytest.raises(SystemExit):
         cli.main(train_command(folder, out=folder / "other"))
