@@ -276,6 +276,14 @@ FAMILIES = {
             "attn_logit_softcapping": 1.0,
         },
     ),
+    "phi3": (
+        "Phi3",
+        {
+            **GROUPED,
+            "sliding_window": 4,
+            "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        },
+    ),
     "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
     "bert, apart": ("Bert", {"is_decoder": True, "tie_word_embeddings": False}),
     "roberta": ("Roberta", {"is_decoder": True, "pad_token_id": 0}),

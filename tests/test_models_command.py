@@ -14,6 +14,7 @@ from ppo_jax.models import heads, lora, sizes
 from ppo_jax.models.io import adapter_files, pretrained, scorers
 from ppo_jax.models.transformer import init_params
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import overlay
 
 PUBLISHED = {
     "gpt3-125m": 125e6,
@@ -129,7 +130,7 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
         str(tmp_path / "new"),
     ]
     cli.main(arguments)
-    want = lora.merge(models.overlay(model.params, adapters), spec.scale)
+    want = lora.merge(overlay(model.params, adapters), spec.scale)
     close = functools.partial(
         np.testing.assert_allclose, atol=1e-6
     )  # the product is summed in a different order

@@ -1,9 +1,11 @@
 """Test training end to end on a tiny model: the trainer, rewards, and the commands."""
 
+import dataclasses
 import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -632,7 +634,7 @@ def test_added_tokens_outside_the_models_vocabulary_are_refused_in_texts(folder,
             "holds the token id 21, but the model's vocabulary has only vocab_size=21 tokens"
             in capsys.readouterr().err
         )
-    words.add_special_tokens({"pad_token": "<pad>"})
+    words.add_special_tokens({"bos_token": "<begin>"})
     words.save_pretrained(folder / "model")
     with pytest.raises(SystemExit):
         cli.main(train_command(folder, out=folder / "other"))
@@ -675,6 +677,61 @@ def test_a_bert_reward_model_equals_transformers(folder, kind, capsys):
         fresh = scorers.start_scorer(folder / "bert", jax.random.key(0))
         pooler = model.bert.pooler.dense.weight.detach().numpy().T
         np.testing.assert_array_equal(fresh.params["head"]["pooler"]["kernel"], pooler)
+
+
+@pytest.mark.parametrize("pad", [None, "b"])
+def test_the_scores_of_a_trained_reward_model_equal_transformers(folder, pad):
+    """Also of texts that end in the pad token, such as the end token of a GPT-2."""
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder / "model")
+    row = '{"chosen": "a b <end>", "rejected": "c <end> d e <end>"}\n'
+    (folder / "pairs.jsonl").write_text(row * 20)
+    paths = {"model": folder / "model", "data": folder / "pairs.jsonl", "out": folder / "scorer"}
+    cli.main(command_line("reward", **paths, epochs=1, **{"learning-rate": 1e-2}))
+    reward = load_reward(str(folder / "scorer"))
+    words = transformers.AutoTokenizer.from_pretrained(folder / "scorer")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "scorer")
+    texts = ["a b c", "a b <end>", "d <end> <end>", "a <end> e", "c b b", "<end>", "b"]
+    with torch.no_grad():
+        want = [theirs(words(text, return_tensors="pt").input_ids).logits[0, 0] for text in texts]
+    np.testing.assert_allclose(reward.score_texts(texts), want, rtol=1e-4, atol=1e-5)
+    fresh = scorers.start_scorer(folder / "model", jax.random.key(0), words)
+    scorers.save_scorer(folder / "again", fresh, words)
+    assert scorers.load_scorer(folder / "again").config.pad_id == fresh.config.pad_id is not None
+
+
+def test_the_folder_of_a_run_stands_for_its_model(folder, capsys):
+    (folder / "run").mkdir()
+    (folder / "run/config.json").write_text('{"settings": {}, "hashes": {}, "processes": []}')
+    with pytest.raises(SystemExit):
+        cli.main(["info", str(folder / "run")])
+    assert "a run that has not written its model yet" in capsys.readouterr().err
+    shutil.copytree(folder / "model", folder / "run/model")
+    cli.main(train_command(folder, model=folder / "run", **{"lora.rank": 2}))
+    settings = json.loads((folder / "out/adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder / "run/model")
+    want, got = (pretrained.load_policy(folder / name) for name in ("out/model", "out/adapter"))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, got.params, want.params)
+
+
+def test_an_unused_pad_token_needs_no_row_in_the_embedding(folder):
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == tiny_policy().config.vocab_size
+    tokenizer.save_pretrained(folder / "model")
+    cli.main(train_command(folder))
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text('{"chosen": "a b <end>", "rejected": "c d e <end>"}\n' * 20)
+    cli.main(command_line("reward", model=folder / "model", data=pairs, out=folder / "scorer"))
+    assert scorers.load_scorer(folder / "scorer").config.pad_id == 0  # the end token
+    assert np.isfinite(load_reward(str(folder / "scorer")).score_texts(["a b", "c"])).all()
+    with pytest.raises(RewardError, match="token id 21"):
+        load_reward(str(folder / "scorer")).score_texts(["a <pad> b"])
+    pads = dataclasses.replace(tiny_policy().config, vocab_size=20)
+    with pytest.raises(ValueError, match="gives ids up to 21"):  # the word t is beyond, too
+        pretrained.check_tokenizer(tokenizer, pads)
 
 
 def test_a_bert_decoder_as_classifier_is_refused(tmp_path):

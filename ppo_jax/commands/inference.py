@@ -77,7 +77,7 @@ def sample_responses(
             language_model(policy.config),
             max_new_tokens=options.max_new_tokens,
             stop_ids=stop_ids(tokenizer, policy, options.stop_tokens),
-            pad_id=pad_id(tokenizer),
+            pad_id=pad_id(tokenizer, policy.config.vocab_size),
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,

@@ -7,13 +7,11 @@ from typing import Literal
 import jax
 import tyro
 
-from ppo_jax.models import lora
-from ppo_jax.models.io import adapter_files, pretrained, stored
+from ppo_jax.models.io import adapter_files, families, pretrained, stored
 from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import check_prompt, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.ppo.state import overlay
 from ppo_jax.run.assembly import load_model
 
 
@@ -43,10 +41,9 @@ class Convert:
         _check_language_model(self.model)
         policy, tokenizer = load_model(self.model, causal=False)
         if self.adapter is not None:
-            adapters, scale = adapter_files.load_adapter(
-                self.adapter, policy.config, policy.hf_config["model_type"]
-            )
-            policy = policy._replace(params=lora.merge(overlay(policy.params, adapters), scale))
+            kind = policy.hf_config["model_type"]
+            params = adapter_files.merge_adapter(policy.params, self.adapter, policy.config, kind)
+            policy = policy._replace(params=params)
         pretrained.save_policy(self.out, policy, tokenizer)
         print(f"The model is in {self.out}, in the format that transformers loads.")
 
@@ -58,7 +55,7 @@ def _check_language_model(model: str) -> None:
     bare = (
         name.endswith("Model")
         and not name.endswith("HeadModel")
-        and pretrained.config_of(hf).lm_transform
+        and families.config_of(hf).lm_transform
     )
     if bare or name.endswith("ForSequenceClassification"):
         raise ValueError(

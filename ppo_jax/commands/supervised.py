@@ -107,8 +107,9 @@ class Reward:
         """Train the reward model and write it to `out`."""
         check_free(self.out)
         options = self.training
-        start = scorers.start_scorer(self.model, jax.random.key(options.seed))
-        tokenizer, config = pretrained.load_tokenizer(self.model), start.config
+        tokenizer = pretrained.load_tokenizer(self.model)
+        start = scorers.start_scorer(self.model, jax.random.key(options.seed), tokenizer)
+        config = start.config
         pretrained.check_tokenizer(tokenizer, config)
         columns = examples.answer_columns(self.learn_from)
         train, held_out = (

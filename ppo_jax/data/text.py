@@ -64,9 +64,18 @@ def end_id(tokenizer: Any) -> int | None:
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
-def pad_id(tokenizer: Any) -> int:
-    """Return the tokenizer's pad id, else its end id, else 0; masks make any id safe as padding."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def pad_id(tokenizer: Any, vocab_size: int) -> int:
+    """Return the id to write at positions of padding; masks make any id safe as padding.
+
+    Args:
+      tokenizer: the tokenizer.
+      vocab_size: number of tokens in the model's vocabulary.
+
+    Returns:
+      The tokenizer's pad id, else its end id, else 0; the first of them that the model has.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in ids if i is not None and i < vocab_size), 0)
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int) -> None:

@@ -135,7 +135,10 @@ def separate_critic(config: TransformerConfig) -> CriticFn:
 def reward_model(config: TransformerConfig) -> Callable[[Params, Array, Array], Array]:
     """Return a model that scores token sequences.
 
-    The head reads the last real token of a decoder and the first real token of an encoder.
+    The head reads the first real token of an encoder, and the last real token of a decoder that is
+    not `config.pad_id`, as the classifiers of `transformers` do. A text may thus end with tokens
+    that are not read, where the pad id is that of the end token. A text of such tokens alone is
+    read at its first one.
 
     Args:
       config: the configuration of the model below the head, which is called the trunk.
@@ -156,10 +159,11 @@ def reward_model(config: TransformerConfig) -> Callable[[Params, Array, Array], 
 
     def score(params: Params, tokens: Array, mask: Array) -> Array:
         hidden, _ = model.hidden(params["trunk"], tokens, mask)
+        position = jnp.argmax(mask, axis=1)
         if config.causal:
-            position = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        else:
-            position = jnp.argmax(mask, axis=1)
+            read = mask if config.pad_id is None else mask & (tokens != config.pad_id)
+            last = mask.shape[1] - 1 - jnp.argmax(read[:, ::-1], axis=1)
+            position = jnp.where(jnp.any(read, axis=1), last, position)
         state = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
         return apply_head(params["head"], state)
 

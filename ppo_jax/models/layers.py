@@ -44,6 +44,12 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             out = out + bias[None, :]
         if self.has_variable("params", "lora_a"):
+            if c.lora_scale is None:
+                raise ValueError(
+                    "The parameters hold adapters, but the model's config has no lora_scale; make "
+                    "the model with dataclasses.replace(config, lora_scale=lora.scale), where lora "
+                    "is the LoRA of the adapters."
+                )
             down = product("nd,dv->nv", rows, self.get_variable("params", "lora_a"))
             out = out + c.lora_scale * product(
                 "nd,dv->nv", round_to(down, c.dtype), self.get_variable("params", "lora_b")

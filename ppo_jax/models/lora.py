@@ -66,7 +66,10 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """The factor of the low-rank part, which `TransformerConfig.lora_scale` must equal."""
+        """The factor of the low-rank part, to be set as the `lora_scale` of the model's config.
+
+        A model whose config has no scale refuses adapters.
+        """
         return self.alpha / (self.rank**0.5 if self.stabilised else self.rank)
 
 

@@ -6,6 +6,7 @@ uses.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -284,5 +285,6 @@ def language_model(config: TransformerConfig) -> LanguageModel:
         rounded=lambda params: jax.tree.map(
             lambda x: round_to(x, config.dtype) if x.ndim > 1 else x, params
         ),
-        about=repr(config),
+        # Runs of earlier versions, whose lora_scale was 1 without adapters, can still be resumed.
+        about=repr(config if config.lora_scale else replace(config, lora_scale=1.0)),
     )

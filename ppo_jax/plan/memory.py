@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads, lora, sizes
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import pretrained, stored
+from ppo_jax.models.io import families, stored
 from ppo_jax.models.transformer import init_params
 from ppo_jax.ppo.settings import PPOConfig
 
@@ -27,7 +27,7 @@ def load_config(model: str, dtype: str, remat: bool) -> tuple[str, TransformerCo
         size = sizes.SIZES[model]
         return size.__name__, replace(size(model), dtype=jnp.dtype(dtype), remat=remat)
     hf = stored.read_config(model)
-    return hf["model_type"], pretrained.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
+    return hf["model_type"], families.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
 
 
 def check_prompt(prompt_tokens: int, ppo: PPOConfig, config: TransformerConfig) -> None:

@@ -134,6 +134,6 @@ def load_model_reward(model: str, label: str | None = None) -> ModelReward:
         scorer.params,
         tokenizer,
         config.positions,
-        data.text.pad_id(tokenizer),
+        data.text.pad_id(tokenizer, config.vocab_size),
         config.vocab_size,
     )

@@ -156,7 +156,8 @@ def assemble(
     if lora is not None:
         policy = policy._replace(config=replace(policy.config, lora_scale=lora.scale))
     critic_fn, critic_params, critic_positions = _make_critic(critic, policy, seed, mesh)
-    agent = Agent(language_model(policy.config), critic_fn, ppo, stops, pad_id(tokenizer))
+    padding = pad_id(tokenizer, policy.config.vocab_size)
+    agent = Agent(language_model(policy.config), critic_fn, ppo, stops, padding)
     params, frozen = {"policy": policy.params, "critic": critic_params}, None
     if lora is not None:
         params, frozen = adapt(params, init_key(seed, _ADAPTERS), lora)
@@ -247,7 +248,7 @@ def encode_for(
         tokenizer,
         positions=config.positions,
         new_tokens=new_tokens,
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, config.vocab_size),
     )
     data.check_ids(prompts.tokens, config.vocab_size)
     return prompts

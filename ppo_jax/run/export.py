@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ppo_jax.distributed import placement, processes
-from ppo_jax.models.io import adapter_files, pretrained
+from ppo_jax.models.io import adapter_files, pretrained, stored
 from ppo_jax.models.lora import merge
 from ppo_jax.ppo.state import PPOState, overlay
 from ppo_jax.run.files import read_lines, write_json
@@ -13,6 +13,12 @@ from ppo_jax.types import Params
 
 def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: str) -> None:
     """Write the fine-tuned model to `out`, and the adapter if there is one.
+
+    Args:
+      out: the folder of the run.
+      trainer: the trainer.
+      state: the final state of the run.
+      base_name: the model that the run started from, which the adapter names as its base.
 
     Raises:
       ValueError: if a file cannot be written.
@@ -25,6 +31,8 @@ def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: st
     base = policy.params
     if lora is not None:
         base = placement.to_host(base, everywhere=False)
+        if Path(base_name).is_dir():  # For the folder of a run, that of the model in it.
+            base_name = str(stored.resolve(base_name))
 
     def write() -> None:
         params: Params = tuned
