@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -350,21 +351,35 @@ def test_a_label_of_a_classifier_is_the_reward(folder, capsys):
     assert "2 responses" in capsys.readouterr().out
 
 
-def test_weights_and_biases_receives_every_update(tmp_path, monkeypatch):
+def test_weights_and_biases_receives_settings_metrics_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
 
-    logged = []
-    log = wandb.Run.log
+    runs, logged, init, log = [], [], wandb.init, wandb.Run.log
+    monkeypatch.setattr(wandb, "init", lambda **given: runs.append(init(**given)) or runs[-1])
     monkeypatch.setattr(
         wandb.Run,
         "log",
         lambda self, data, **more: (logged.append((more["step"], data)), log(self, data, **more)),
     )
-    simple_trainer(tmp_path / "run", updates=2, wandb_project="ppo_jax").run()
-    assert [step for step, data in logged if "objective/kl" in data] == [0, 1]
-    assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    out = tmp_path / "first_try"
+    # A run, the same run resumed, and a new run at the same path.
+    for updates, resume in ((1, "no"), (2, "yes"), (1, "no")):
+        if resume == "no":
+            for name in ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoints"):
+                shutil.rmtree(out / name, ignore_errors=True)
+                (out / name).unlink(missing_ok=True)
+        simple_trainer(out, updates=updates, resume=resume, wandb_project="ppo_jax").run()
+        run = runs[-1]
+        assert (run.project, run.name) == ("ppo_jax", "first_try")
+        assert run.config["ppo"]["batch_size"] == 32 and run.config["loop"]["updates"] == updates
+    assert runs[0].id == runs[1].id != runs[2].id
+    assert [step for step, data in logged if "objective/kl" in data] == [0, 1, 0]
+    tables = [(step, data["samples"]) for step, data in logged if "samples" in data]
+    assert [step for step, _ in tables] == [0, 1, 0]
+    assert tables[0][1].columns == ["prompt", "response", "score"] and len(tables[0][1].data) == 4
+    assert list((out / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 def test_prompts_from_a_dataset():
@@ -537,7 +552,7 @@ def run_supervised(folder, command, rows, **given):
             "sft",
             [{"response": "a", "prompt": 5}] * 2,
             {},
-            "Row 0 of .* needs a text or messages in its column 'prompt', but is .*5",
+            "Line 1 of .* needs a text or messages in its column 'prompt', which is 5",
         ),
         (
             "reward",
