@@ -309,7 +309,11 @@ CSV = 'prompt,answer\n"b, ""c""\nd", 7\nb;c,\n'
 @pytest.mark.parametrize(
     "name, text, rows",
     [
-        ("a.csv", CSV, [{"prompt": 'b, "c"\nd', "answer": " 7"}, {"prompt": "b;c", "answer": None}]),
+        (
+            "a.csv",
+            CSV,
+            [{"prompt": 'b, "c"\nd', "answer": " 7"}, {"prompt": "b;c", "answer": None}],
+        ),
         ("a.CSV", "prompt;x\r\nb c;1\r\n", [{"prompt": "b c", "x": "1"}]),
         ("a.tsv", "x\tprompt\n\n1\tb, c\n", [{"prompt": "b, c", "x": "1"}]),
         ("a.csv", "prompt\n" + "b" * 200_000 + "\n", [{"prompt": "b" * 200_000}]),
@@ -338,12 +342,16 @@ def test_a_file_is_read_as_what_its_name_says(tmp_path, name, text, rows):
         ("a.txt", '{"prompt": "b"}\n', r"begins like JSON, whose name must end in \.jsonl"),
         ("a.txt", '[\n{"prompt": "b"}\n]', r"begins like JSON, whose name must end in \.jsonl"),
         ("a.txt", "answer,prompt\n1,b\n", r"begins like a table, whose name must end in \.csv"),
-        ("a.csv", "text\nb\n", "Line 2 of .* in its column 'prompt', but has only the columns 'te"),
+        ("a.csv", "text\nb\n", "Line 2 of .* in its column 'prompt', but its columns are: 'text'"),
         ("a.csv", "prompt,x\nb,c\nb, c, d\n", "must have 2 cells in every row.* line 3 has more"),
         ("a.csv", 'prompt\nb\n"b\n', "is not a table of the kind CSV: line 2"),
         ("a.csv", "prompt\n", "There is no prompt in"),
         ("a.jsonl", '{"prompt": "b"}\n{"prompt"\n', "but line 2 is not JSON"),
-        ("a.jsonl", '\n{"prompt": "b"}\n\n{"x": 1}\n', "Line 4 of .*, but has only the columns 'x'"),
+        (
+            "a.jsonl",
+            '\n{"prompt": "b"}\n\n{"x": 1}\n',
+            "Line 4 of .*, but its columns are: 'x'",
+        ),
         ("a.jsonl", '{"prompt": null}', "Line 1 of .* in its column 'prompt', which is None"),
         ("a.jsonl", "5\n", "Line 1 of .* needs columns with names, but is 5"),
         ("a.json", '[{"prompt": "b"}, 5]', "Row 1 of .* needs columns with names"),

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 import transformers
 from helpers import (
+    ROOT,
     SIMPLE_PPO,
     WORDS,
     command_line,
@@ -734,3 +736,92 @@ def test_without_a_terminal_each_update_prints_a_line(tmp_path, capsys):
         "update 1 of 2",
         "update 2 of 2",
     ] and "score=" in lines[0]
+
+
+def start_command(*arguments, platform="cpu"):
+    """Start `ppo-jax` in a process of its own, which sees no GPU."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ppo_jax.cli", *map(str, arguments)],
+        env={**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "model", "--ppo.max-new-tokens", "8"]])
+def test_a_reader_of_the_output_may_end_first(folder, arguments):
+    with start_command(*(folder / x if x == "model" else x for x in arguments)) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_a_platform_without_a_device_is_one_sentence(folder, platform):
+    arguments = command_line("generate", model=folder / "model", prompts="a")
+    process = start_command(*arguments, platform=platform)
+    _, printed = process.communicate(timeout=120)
+    last = printed.splitlines()[-1]
+    assert process.returncode == 2 and "Traceback" not in printed
+    assert last.startswith("ppo-jax: ") and platform in last
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+@pytest.mark.parametrize("name", ["train", "sft", "reward", "convert"])
+def test_a_link_to_nothing_is_no_folder_for_results(folder, capsys, name, below):
+    (folder / "link").symlink_to(folder / "nothing")
+    out = folder / "link" / below
+    arguments = {
+        "train": train_command(folder, out=out),
+        "convert": command_line("convert", model=folder / "model", out=out),
+    }
+    given = {"model": folder / "model", "data": folder / "prompts.txt", "out": out}
+    with pytest.raises(SystemExit):
+        cli.main(arguments.get(name, command_line(name, **given)))
+    assert (
+        f"link is a link to {folder / 'nothing'}, which does not exist" in capsys.readouterr().err
+    )
+    assert not (folder / "nothing").exists()
+
+
+def test_generate_reads_prompts_from_files(folder, capsys):
+    (folder / "more.csv").write_text("prompt,x\nd e,1\n")
+    files = [str(folder / "prompts.txt"), "g", str(folder / "more.csv")]
+    sample = command_line("generate", model=folder / "model", **{"max-new-tokens": 2})
+    cli.main([*sample, "--prompts", *files])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition("|")[0] for line in printed] == ["a b", "c", "g", "d e"]
+    with pytest.raises(SystemExit):
+        cli.main([*sample, "--prompts", "g", "nowhere.txt"])
+    assert "nowhere.txt cannot be read" in capsys.readouterr().err
+
+
+def test_supervised_stages_read_tables_and_count_rows_that_teach_nothing(folder, capsys):
+    training = {"model": folder / "model", "length": 6, "epochs": 1, "batch-size": 2}
+    (folder / "demos.csv").write_text("prompt,response\n" + "a b, c\n" * 4 + "a a a a a a, b\n" * 3)
+    given = {**training, "data": folder / "demos.csv", "eval-data": folder / "demos.csv"}
+    cli.main(command_line("sft", **given, out=folder / "new"))
+    message = "3 of 7 rows of .*demos.csv are left out, because their prompts leave no room for a"
+    assert len(re.findall(message, capsys.readouterr().out)) == 2
+    (folder / "pairs.jsonl").write_text(
+        '{"prompt": "a ", "chosen": "b", "rejected": "c"}\n' * 4
+        + '{"chosen": "b a a a a a a", "rejected": "c a a a a a a"}\n' * 2
+    )
+    given = {**training, "data": folder / "pairs.jsonl"}
+    cli.main(command_line("reward", **given, out=folder / "scorer"))
+    assert (
+        "2 of 6 rows of" in (printed := capsys.readouterr().out)
+        and "because their two texts have the same last 6 tokens" in printed
+    )
+    saved = transformers.AutoTokenizer.from_pretrained(folder / "scorer")
+    assert saved.truncation_side == "left"  # transformers cuts where the training did
+    with pytest.raises(SystemExit):
+        cli.main(command_line("reward", **{**given, "length": 1}, out=folder / "other"))
+    assert "No row of" in capsys.readouterr().err and not (folder / "other").exists()
+    with pytest.raises(SystemExit):
+        cli.main(command_line("sft", **training, data=folder / "demos.csv", out=folder / "new"))
+    printed = capsys.readouterr().err
+    assert "holds another run; choose another folder, or delete it." in printed
+    assert "--resume" not in printed

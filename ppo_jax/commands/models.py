@@ -107,8 +107,8 @@ class Info:
             adapters=self.lora if self.lora.rank else None,
         )
         print(
-            f"Memory of a PPO step with {prompt_tokens} prompt and {self.ppo.max_new_tokens} response "
-            "tokens (estimate):"
+            f"Memory of a PPO step with {prompt_tokens} prompt and {self.ppo.max_new_tokens} "
+            "response tokens (estimate):"
         )
         for name, size in {**parts, "together": sum(parts.values())}.items():
             print(f"  {name:34}{size / 2**30:10.3f} GiB")

@@ -12,10 +12,16 @@ Message = dict[str, Any]
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _FIXED_DATE = datetime.datetime(2024, 7, 26)  # the default date of Llama 3.1's own template
 # Arguments of `apply_chat_template` that a row must not change.
-_RESERVED = frozenset(
-    "add_generation_prompt chat_template content_parts continue_final_message messages tokenize "
-    "tokenizer tools".split()
-)
+_RESERVED = {
+    "add_generation_prompt",
+    "chat_template",
+    "content_parts",
+    "continue_final_message",
+    "messages",
+    "tokenize",
+    "tokenizer",
+    "tools",
+}
 
 
 def is_messages(value: Any) -> bool:

@@ -164,8 +164,9 @@ def encode_judgements(
       length: number of tokens that each text is cut or padded to.
 
     Returns:
-      For each column of texts and the `n` rows that are kept, token ids `[n, length]` int32 and their mask `[n, length]` bool.
-      Then, unless the rows are pairs, the scores `[n]` float32 or the classes `[n]` int32.
+      For each column of texts, token ids `[n, length]` int32 and their mask `[n, length]` bool of
+      the `n` rows that are kept. Then, unless the rows are pairs, the scores `[n]` float32 or the
+      classes `[n]` int32.
 
     Raises:
       ValueError: if a text gives no token, a score is not a number of its kind, or the chat

@@ -53,14 +53,12 @@ def read_rows(
             value = row.get(column)
             left_out = column in optional and value is None
             if not (left_out or isinstance(value, str) or is_messages(value)):
+                names = ", ".join(map(repr, row)) or "none"
                 found = (
-                    f"which is {value!r:.80}"
-                    if column in row
-                    else f"but has only the columns {', '.join(map(repr, row)) or 'of an empty row'}"
+                    f"which is {value!r:.80}" if column in row else f"but its columns are: {names}"
                 )
                 raise ValueError(
-                    f"{place} of {name} needs a text or messages in its column {column!r}, "
-                    f"{found}."
+                    f"{place} of {name} needs a text or messages in its column {column!r}, {found}."
                 )
         rows.append(row)
     if not rows:

@@ -129,9 +129,7 @@ class RunLog:
             self._wandb.finish()
 
 
-def _start_wandb(
-    folder: Path, project: str, first_update: int, settings: Mapping[str, Any]
-) -> Any:
+def _start_wandb(folder: Path, project: str, first_update: int, settings: Mapping[str, Any]) -> Any:
     """Start a run of Weights & Biases, or continue it if this run is resumed.
 
     The run's id is kept in the folder. Updates that a resumed run repeats are there already, with
