@@ -69,7 +69,7 @@ def _run(args: list[str]) -> None:
         if not _lacks_platform():
             raise
         print(
-            f"ppo-jax: JAX finds no device for JAX_PLATFORMS={jax.config.jax_platforms}; install "
+            f"ppo-jax: JAX finds no device for JAX_PLATFORMS={jax.config.values['jax_platforms']}; install "
             "JAX with the plugin for it, such as jax[cuda13], or unset JAX_PLATFORMS.",
             file=sys.stderr,
         )

@@ -110,8 +110,6 @@ class Reward:
         start = scorers.start_scorer(self.model, jax.random.key(self.training.seed))
         tokenizer, config = pretrained.load_tokenizer(self.model), start.config
         pretrained.check_tokenizer(tokenizer, config)
-        # Saved with the tokenizer, so that transformers cuts texts where the training did.
-        tokenizer.init_kwargs["truncation_side"] = "left"
         length = min(self.training.length, config.positions)
         train, held_out = _read_examples(
             self,

@@ -78,7 +78,8 @@ def _demonstration(row: Row, tokenizer: Any, turn_ends: Sequence[int]) -> tuple[
     The response is the last message of a conversation. If the prompt ends with the assistant's
     opening words, the response is what follows them.
     """
-    prompt, response = row.get("prompt"), row["response"]
+    prompt: Any = row.get("prompt")
+    response = row["response"]
     messages = chat.join_messages(prompt, response)
     if messages is None:
         return prompt or "", response, False

@@ -162,8 +162,10 @@ def _wandb_table(rows: Iterable[Mapping[str, Any]]) -> Any:
     """Make a table of the columns of sampled texts that a person reads."""
     import wandb
 
-    columns = ["prompt", "response", "score"]
-    return wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+    columns: list[str | int] = ["prompt", "response", "score"]
+    return wandb.Table(
+        columns=columns, data=[[row.get(str(name)) for name in columns] for row in rows]
+    )
 
 
 class _Board:
