@@ -68,9 +68,10 @@ def _run(args: list[str]) -> None:
     except AssertionError as error:
         if not _lacks_platform():
             raise
+        platforms = jax.config.values["jax_platforms"]
         print(
-            f"ppo-jax: JAX finds no device for JAX_PLATFORMS={jax.config.values['jax_platforms']}; install "
-            "JAX with the plugin for it, such as jax[cuda13], or unset JAX_PLATFORMS.",
+            f"ppo-jax: JAX finds no device for JAX_PLATFORMS={platforms}; install JAX with "
+            "the plugin for it, such as jax[cuda13], or unset JAX_PLATFORMS.",
             file=sys.stderr,
         )
         raise SystemExit(2) from error

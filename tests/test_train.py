@@ -815,8 +815,9 @@ def test_supervised_stages_read_tables_and_count_rows_that_teach_nothing(folder,
         "2 of 6 rows of" in (printed := capsys.readouterr().out)
         and "because their two texts have the same last 6 tokens" in printed
     )
+    (folder / "pairs.jsonl").write_text('{"chosen": "b", "rejected": "b"}\n' * 3)
     with pytest.raises(SystemExit):
-        cli.main(command_line("reward", **{**given, "length": 1}, out=folder / "other"))
+        cli.main(command_line("reward", **given, out=folder / "other"))
     assert "No row of" in capsys.readouterr().err and not (folder / "other").exists()
     with pytest.raises(SystemExit):
         cli.main(command_line("sft", **training, data=folder / "demos.csv", out=folder / "new"))
