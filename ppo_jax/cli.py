@@ -34,7 +34,20 @@ def main(args: list[str] | None = None) -> None:
     Args:
       args: the command line without the program's name; None takes it from `sys.argv`.
     """
-    args = sys.argv[1:] if args is None else args
+    try:
+        try:
+            _run(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # The reader of the output has ended, such as `head`.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _run(args: list[str]) -> None:
+    """Run the command, and print errors that the user can correct."""
     keep_compiled_programs()
     # transformers would warn that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -50,6 +63,18 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # raised by a reward itself
         print("ppo-jax: Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise
+    except AssertionError as error:
+        if not _lacks_platform():
+            raise
+        platforms = jax.config.values["jax_platforms"]
+        print(
+            f"ppo-jax: JAX finds no device for JAX_PLATFORMS={platforms}; install JAX with "
+            "the plugin for it, such as jax[cuda13], or unset JAX_PLATFORMS.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from error
     except (ValueError, RuntimeError, OSError, SettingError) as error:
         several = jax.distributed.is_initialized()
         lost = several and isinstance(error, jax.errors.JaxRuntimeError)
@@ -58,6 +83,14 @@ def main(args: list[str] | None = None) -> None:
         if several:
             processes.exit_at_once(2)
         raise SystemExit(2) from error
+
+
+def _lacks_platform() -> bool:
+    """Whether JAX finds no device of the platforms that it was told to use."""
+    try:
+        return not jax.devices()
+    except (AssertionError, RuntimeError):  # JAX asserts that a platform has a plugin.
+        return True
 
 
 def _preset(args: list[str]) -> PPOConfig:

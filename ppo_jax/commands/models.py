@@ -10,9 +10,10 @@ import tyro
 from ppo_jax.models.io import adapter_files, families, pretrained, stored
 from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.models.transformer import init_params
-from ppo_jax.plan.memory import check_prompt, estimate_memory, load_config
+from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.assembly import load_model
+from ppo_jax.run.files import check_links
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Convert:
 
     def run(self) -> None:
         """Read the model, merge the adapter, and write the result to `out`."""
+        check_links(self.out)
         if self.out.exists():
             raise ValueError(f"{self.out} exists already; choose another folder.")
         if stored.file_format(self.out):
@@ -71,8 +73,9 @@ class Info:
     model: tyro.conf.Positional[str]
     """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl.
     Its weights are not read."""
-    prompt_tokens: int = 64
-    """Number of tokens of the longest prompt."""
+    prompt_tokens: int | None = None
+    """Number of tokens of the longest prompt. By default 64, or fewer if the model has no more room
+    before the response."""
     critic: Literal["shared", "separate"] = "separate"
     """shared: a value head on the policy's trunk. separate: a model of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -85,7 +88,7 @@ class Info:
     def run(self) -> None:
         """Print the model's sizes and the estimate of the memory."""
         family, config = load_config(self.model, self.dtype, self.remat)
-        check_prompt(self.prompt_tokens, self.ppo, config)
+        prompt_tokens = choose_prompt_tokens(self.prompt_tokens, self.ppo, config)
         trunk = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         print(f"{self.model}: {family}, {pretrained.count_params(trunk):,} parameters")
         print(
@@ -96,10 +99,13 @@ class Info:
         parts = estimate_memory(
             config,
             self.ppo,
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=prompt_tokens,
             critic=self.critic,
             adapters=self.lora if self.lora.rank else None,
         )
-        print("Memory of a PPO step (estimate):")
+        print(
+            f"Memory of a PPO step with {prompt_tokens} prompt and {self.ppo.max_new_tokens} "
+            "response tokens (estimate):"
+        )
         for name, size in {**parts, "together": sum(parts.values())}.items():
             print(f"  {name:34}{size / 2**30:10.3f} GiB")

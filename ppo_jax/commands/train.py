@@ -33,8 +33,8 @@ class Train:
     model: str
     """The policy: a folder or a Hugging Face id with safetensors, or a .gguf file."""
     prompts: Path
-    """The prompts: a text file with one prompt per line, or a .jsonl file with one object per line
-    that has a column "prompt"."""
+    """The prompts: a .txt file with one prompt per line, a .jsonl file with one object per line, or
+    a .csv file with a line of column names. The prompts are in the column "prompt"."""
     reward: str
     """The reward: my_file.py:function, or the folder or Hugging Face id of a reward model. A reward
     model reads the end of a text that is longer than its positions."""

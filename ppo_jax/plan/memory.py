@@ -30,18 +30,32 @@ def load_config(model: str, dtype: str, remat: bool) -> tuple[str, TransformerCo
     return hf["model_type"], families.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
 
 
-def check_prompt(prompt_tokens: int, ppo: PPOConfig, config: TransformerConfig) -> None:
-    """Check that a prompt of this length and its response fit the model's positions.
+def choose_prompt_tokens(
+    prompt_tokens: int | None, ppo: PPOConfig, config: TransformerConfig
+) -> int:
+    """Return the length of a prompt that leaves room for its response within the positions.
+
+    Args:
+      prompt_tokens: the length, or None for 64 or as many as there is room for.
+      ppo: `max_new_tokens` is the length of the response.
+      config: the model.
 
     Raises:
-      SettingError: if they do not.
+      SettingError: if there is no room for the prompt and its response.
     """
     room = config.positions - ppo.max_new_tokens
-    if not 1 <= prompt_tokens <= room:
+    if room < 1:
         raise SettingError(
-            f"prompt_tokens={prompt_tokens} must lie in 1 .. {room}, the model's "
-            f"{config.positions} positions less max_new_tokens={ppo.max_new_tokens}."
+            f"max_new_tokens={ppo.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{config.positions} positions."
         )
+    chosen = min(64, room) if prompt_tokens is None else prompt_tokens
+    if not 1 <= chosen <= room:
+        raise SettingError(
+            f"prompt_tokens={chosen} must lie in 1 .. {room}, the model's {config.positions} "
+            f"positions less max_new_tokens={ppo.max_new_tokens}."
+        )
+    return chosen
 
 
 def estimate_memory(

@@ -16,23 +16,41 @@ _LOG = logging.getLogger(__name__)
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")
 
 
-def check_free(folder: Path, *, resume: bool = False) -> None:
-    """Check that a run may use a folder, and write nothing.
+def check_free(folder: Path, *, resume: bool | None = None) -> None:
+    """Check that results may be written to a folder, and write nothing.
+
+    Args:
+      folder: the folder.
+      resume: whether a run in the folder is to be resumed; None if what writes there cannot resume.
 
     Raises:
-      ValueError: if the folder is a file, or holds another run that is not to be resumed.
+      ValueError: if the folder is a file, or holds another run that is not to be resumed, or if it
+        is, or is below, a link to something that does not exist.
     """
+    check_links(folder)
     for place in (folder, folder / "checkpoints"):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file; the results need a folder.")
     if not resume and any(any(folder.glob(mark)) for mark in _MARKS):
-        raise ValueError(
-            f"{folder} holds another run; choose another folder, delete it, or continue that run "
-            "with --resume auto."
+        advice = (
+            "choose another folder, or delete it."
+            if resume is None
+            else "choose another folder, delete it, or continue that run with --resume auto."
         )
+        raise ValueError(f"{folder} holds another run; {advice}")
 
 
-def claim(folder: Path, *, resume: bool = False) -> Path:
+def check_links(path: Path) -> None:
+    """Raise ValueError if a path is, or is below, a link to something that does not exist."""
+    for place in (path, path / "checkpoints", *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(
+                f"{place} is a link to {os.readlink(place)}, which does not exist; create that "
+                "folder, or choose another one."
+            )
+
+
+def claim(folder: Path, *, resume: bool | None = None) -> Path:
     """Create a run's folder after `check_free`.
 
     Raises:

@@ -108,5 +108,6 @@ def open_run(
             tensorboard=loop.tensorboard,
             wandb_project=loop.wandb_project,
             first_update=update,
+            settings=config.settings,
         )
     return OpenRun(state, checkpoints, log, notes)
