@@ -54,7 +54,7 @@ from ppo_jax import (
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads
 from ppo_jax.run.files import claim, lock, write_json
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.serialize import to_json
 from ppo_jax.types import Params
 
 matplotlib.use("Agg")
@@ -296,7 +296,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "optimality/after_least": float(results["after"].min()),
         "by_seed": rows,
         "time/total_s": time.perf_counter() - start,
-        "settings": plain(settings),
+        "settings": to_json(settings),
     }
     plot(results, seeds, out / "learning.png")
     write_json(out / "summary.json", summary)

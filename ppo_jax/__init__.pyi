@@ -180,13 +180,7 @@ from .run.trainer import Trainer as Trainer
 from .hashing import digest as digest
 
 # Devices.
-from .distributed.compilation import (
-    Steps as Steps,
-    jit_steps as jit_steps,
-    SampleStep as SampleStep,
-    ScoreStep as ScoreStep,
-    LearnStep as LearnStep,
-)
+from .distributed.compilation import Steps as Steps, jit_steps as jit_steps
 from .distributed.meshes import make_mesh as make_mesh, parse_mesh as parse_mesh
 from .distributed.replicas import pmap_steps as pmap_steps
 

@@ -38,7 +38,7 @@ from ppo_jax.run.compare import compare
 from ppo_jax.run.faults import persist
 from ppo_jax.run.files import lock, read_json, read_lines, write_json
 from ppo_jax.run.provenance import code_hash, tokenizer_hash
-from ppo_jax.run.serialize import plain, revive
+from ppo_jax.run.serialize import from_json, to_json
 from ppo_jax.run.settings import Faults
 
 
@@ -454,7 +454,7 @@ def test_compare_ignores_output_settings_and_reports_missing_lines(folder, tmp_p
 
 def test_settings_survive_json(folder):
     stored = read_json(folder / "run/config.json")["settings"]["command"]
-    assert json.loads(json.dumps(plain(revive(Train, stored)))) == stored
+    assert json.loads(json.dumps(to_json(from_json(Train, stored)))) == stored
 
 
 def test_deterministic_adds_its_flag_once(monkeypatch):

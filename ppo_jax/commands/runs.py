@@ -16,7 +16,7 @@ from ppo_jax.run.compare import compare, metric_differences
 from ppo_jax.run.files import check_free, read_lines
 from ppo_jax.run.logging import SKIPPED, finite
 from ppo_jax.run.resume import read_config
-from ppo_jax.run.serialize import revive
+from ppo_jax.run.serialize import from_json
 from ppo_jax.run.trainer import Trainer
 
 
@@ -95,8 +95,8 @@ class Replay:
             raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
         check_free(self.out)
         try:
-            command = replace(revive(Train, stored), out=self.out, resume="no")
-        except (SettingError, TypeError, ValueError) as error:
+            command = replace(from_json(Train, stored), out=self.out, resume="no")
+        except SettingError as error:
             raise ValueError(
                 f"The settings in {self.run_folder / 'config.json'} are not those of a run: {error}"
             ) from error

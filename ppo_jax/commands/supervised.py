@@ -18,7 +18,7 @@ from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import reward_model, sft
 from ppo_jax.run.assembly import load_model
 from ppo_jax.run.files import check_free, claim, write_json
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.serialize import to_json
 from ppo_jax.types import Params
 
 
@@ -168,6 +168,6 @@ def _fit(
     )
     claim(command.out)
     write_json(command.out / "summary.json", summary)
-    settings = plain(command)
+    settings = to_json(command)
     write_json(command.out / "run.json", settings | settings.pop("training"))
     return params

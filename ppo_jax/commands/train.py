@@ -21,7 +21,7 @@ from ppo_jax.run.assembly import assemble, check_top_k, load_model
 from ppo_jax.run.export import export_result, write_summary
 from ppo_jax.run.files import check_free, lock
 from ppo_jax.run.opening import Resume
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.trainer import Trainer
 
@@ -94,7 +94,7 @@ class Train:
                 f"mesh=pmap runs in one process; for {jax.process_count()} processes use "
                 f"mesh=data={jax.device_count()}."
             )
-        settings = flatten_dict(plain(self), sep=".")
+        settings = flatten_dict(to_json(self), sep=".")
         own = ("out", "processes.")  # what may differ between processes
         processes.check_same({name: x for name, x in settings.items() if not name.startswith(own)})
         check_free(self.out, resume=self.resume != "no")

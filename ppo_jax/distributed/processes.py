@@ -19,7 +19,7 @@ from ppo_jax.errors import Fault, GradientError, NonFiniteError, RewardError, Se
 from ppo_jax.hashing import text_hash
 
 _FAULTS = {kind.kind: kind for kind in (RewardError, NonFiniteError, GradientError)}
-_TEXT_BYTES = 2048  # the longest text that `gather_text` carries
+_TEXT_BYTES = 2048  # `gather_text` sends multiples of this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def print_once(text: str) -> None:
 def gather_text(text: str) -> list[str]:
     """Return the texts of all processes, in every process.
 
-    All processes must call this together. A text is cut to 2,048 bytes.
+    All processes must call this together.
 
     Example:
       >>> gather_text("here")
@@ -133,14 +133,20 @@ def gather_text(text: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    data = text.encode(errors="backslashreplace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-    rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+    data = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    # Sizes are rounded up, so that few programs are compiled.
+    padding = _TEXT_BYTES * (1 + max(lengths) // _TEXT_BYTES) - len(data)
+    rows = multihost_utils.process_allgather(np.pad(data, (0, padding)))
+    return [
+        bytes(row[:length]).decode(errors="surrogatepass")
+        for row, length in zip(rows, lengths, strict=True)
+    ]
 
 
 def any_process(flag: bool) -> bool:
     """Return whether `flag` is True in any process."""
-    return "1" in gather_text("1" if flag else "0")
+    return any(gather_text("yes" if flag else ""))
 
 
 def raise_everywhere(fault: Fault | None) -> None:
@@ -154,19 +160,11 @@ def raise_everywhere(fault: Fault | None) -> None:
         if fault is not None:
             raise fault
         return
-    for number, text in enumerate(gather_text("" if fault is None else _to_json(fault))):
+    sent = "" if fault is None else json.dumps([fault.kind, fault.rows, str(fault)])
+    for number, text in enumerate(gather_text(sent)):
         if text:
             kind, rows, message = json.loads(text)
-            raise _FAULTS[kind](f"In process {number}: {message}", tuple(rows)) from fault
-
-
-def _to_json(fault: Fault) -> str:
-    """Write a fault as JSON, with as much of its message as `gather_text` carries."""
-    message, text = str(fault), ""
-    while not text or len(text.encode(errors="backslashreplace")) > _TEXT_BYTES:
-        text = json.dumps([fault.kind, list(fault.rows[:64]), message], ensure_ascii=False)
-        message = message[: len(message) * 3 // 4]
-    return text
+            raise _FAULTS[kind](f"In process {number}: {message}", rows) from fault
 
 
 def check_same(values: Mapping[str, Any]) -> None:
@@ -178,20 +176,15 @@ def check_same(values: Mapping[str, Any]) -> None:
     Raises:
       ValueError: in every process, naming the first value that is not the same.
     """
-    names = sorted(values)
-    # 6 hexadecimal digits of each value's hash, so that many values fit in one text.
-    first, *others = gather_text("".join(text_hash(name, values[name])[:6] for name in names))
-    for number, hashes in enumerate(others, 1):
-        if hashes != first:
-            differing = (
-                name
-                for i, name in enumerate(names)
-                if hashes[6 * i : 6 * i + 6] != first[6 * i : 6 * i + 6]
-            )
-            raise ValueError(
-                f"{next(differing, names[0])} is not the same in process {number} as in process 0; "
-                "start all processes with the same command and files."
-            )
+    sent = json.dumps({name: text_hash(value) for name, value in values.items()}, sort_keys=True)
+    first, *others = map(json.loads, gather_text(sent))
+    for number, other in enumerate(others, 1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"{name} is not the same in process {number} as in process 0; start all "
+                    "processes with the same command and files."
+                )
 
 
 def on_first_process(call: Callable[[], Any]) -> None:

@@ -1,6 +1,5 @@
 """A run's `config.json`, and what must be unchanged for a run to be resumed."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,42 +13,38 @@ from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.files import read_json, write_json
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
 
 _LOG = logging.getLogger(__name__)
 
 # Settings that do not shape the result, or that only name what the hashes cover.
-_FREE = {
-    "loop": set(
-        [
-            "updates",
-            "eval_every",
-            "save_every",
-            "keep",
-            "samples",
-            "tensorboard",
-            "wandb_project",
-            "progress",
-            "faults",
-        ]
-    ),
-    "command": set(
-        [
-            "out",
-            "resume",
-            "preset",
-            "updates",
-            "model",
-            "prompts",
-            "eval_prompts",
-            "reward",
-            "loop",
-            "ppo",
-            "mesh",
-            "processes",
-        ]
-    ),
+_FREE: dict[str, set[str]] = {
+    "loop": {
+        "updates",
+        "eval_every",
+        "save_every",
+        "keep",
+        "samples",
+        "tensorboard",
+        "wandb_project",
+        "progress",
+        "faults",
+    },
+    "command": {
+        "out",
+        "resume",
+        "preset",
+        "updates",
+        "model",
+        "prompts",
+        "eval_prompts",
+        "reward",
+        "loop",
+        "ppo",
+        "mesh",
+        "processes",
+    },
     "ppo": set(),
     "data": set(),
     "jax": set(),
@@ -108,9 +103,9 @@ def start_config(
     agent = learner.agent
     both = [p for p in (prompts, eval_prompts) if p is not None]
     settings = {
-        "ppo": plain(agent.config),
-        "loop": plain(loop),
-        "command": plain(command),
+        "ppo": agent.config,
+        "loop": loop,
+        "command": command,
         # The amount of padding can change the last bits.
         "data": {"longest_prompt": max(p.tokens.shape[1] for p in both)},
         "jax": provenance.numerics(),
@@ -128,7 +123,7 @@ def start_config(
             hashes[name] = provenance.code_hash(function)
     if eval_prompts is not None:
         hashes["eval_prompts"] = _prompts_hash(eval_prompts)
-    return RunConfig(json.loads(json.dumps(settings)), hashes)
+    return RunConfig(to_json(settings), hashes)
 
 
 def _prompts_hash(prompts: data.Prompts) -> str:
@@ -149,7 +144,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     ):
         raise ValueError(f"{folder / 'config.json'} is not the configuration of a run.")
     # A setting that was added to the package after the run began has its default.
-    config["settings"]["ppo"] = plain(PPOConfig()) | (config["settings"].get("ppo") or {})
+    config["settings"]["ppo"] = to_json(PPOConfig()) | (config["settings"].get("ppo") or {})
     return config
 
 
