@@ -1,7 +1,9 @@
 """The command `ppo-jax`: PPO and the stages before and after it, on your own model and data."""
 
 import contextlib
+import functools
 import itertools
+import operator
 import os
 import signal
 import sys
@@ -72,19 +74,19 @@ def _preset(args: list[str]) -> PPOConfig:
 def _commands(ppo: PPOConfig) -> Any:
     """The union of all subcommands, as tyro takes it."""
     missing = tyro.MISSING
-    train = Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
-    return (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[SFT, tyro.conf.subcommand("sft")]
-        | Annotated[Reward, tyro.conf.subcommand("reward")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Generate, tyro.conf.subcommand("generate")]
-        | Annotated[Replay, tyro.conf.subcommand("replay")]
-        | Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Convert, tyro.conf.subcommand("convert")]
-        | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing))]
-        | Annotated[Plan, tyro.conf.subcommand("plan", default=Plan(model=missing))]
+    defaults: dict[type, dict[str, Any]] = {
+        Train: {
+            "default": Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
+        },
+        Info: {"default": Info(model=missing)},
+        Plan: {"default": Plan(model=missing)},
+    }
+    kinds = (Train, SFT, Reward, Evaluate, Generate, Replay, Compare, Convert, Info, Plan)
+    subcommands = (
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **defaults.get(kind, {}))]
+        for kind in kinds
     )
+    return functools.reduce(operator.or_, subcommands)
 
 
 def keep_compiled_programs() -> None:
@@ -120,7 +122,7 @@ def _exit_on_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_event_loops() -> Iterator[None]:
-    """Hides the errors of TensorStore's threads that report to an event loop after it is closed.
+    """Hide the errors of TensorStore's threads that report to an event loop after it is closed.
 
     They appear for all arrays of a checkpoint when one of them cannot be read.
     """

@@ -62,7 +62,7 @@ class Replay:
     """Folder for the metrics of the update, all of its samples, and the checkpoint after it."""
 
     def run(self) -> None:
-        """Repeats the update and says whether its metrics are the same."""
+        """Repeat the update and say whether its metrics are the same."""
         command = self._command()
         if command.deterministic:
             provenance.make_deterministic()
@@ -78,15 +78,14 @@ class Replay:
             f"Update {self.update} is in {self.out}; digest of the parameters after it: "
             f"{hashing.digest(trainer.state.train.params)}."
         )
-        for row in read_lines(self.run_folder / "metrics.jsonl"):
-            if row["update"] == self.update:
-                found = metric_differences(row, {"update": self.update, **metrics})
-                print(
-                    f"It differs from the run: {found[0]}."
-                    if found
-                    else "All its metrics are those of the run."
-                )
-                break
+        lines = read_lines(self.run_folder / "metrics.jsonl")
+        if row := next((row for row in lines if row["update"] == self.update), None):
+            found = metric_differences(row, {"update": self.update, **metrics})
+            print(
+                f"It differs from the run: {found[0]}."
+                if found
+                else "All its metrics are those of the run."
+            )
 
     def _command(self) -> Train:
         """The command of the run, with this command's `out`."""

@@ -17,7 +17,7 @@ from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import load_reward
 from ppo_jax.run import provenance
-from ppo_jax.run.assembly import assemble, check_top_k, load_model
+from ppo_jax.run.assembly import assemble, load_model
 from ppo_jax.run.export import export_result, write_summary
 from ppo_jax.run.files import check_free, lock
 from ppo_jax.run.opening import Resume
@@ -85,7 +85,7 @@ class Train:
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def run(self) -> None:
-        """Trains, and writes the model and the summary."""
+        """Train, and write the model and the summary."""
         if self.deterministic:
             provenance.make_deterministic()
         self.processes.start()
@@ -114,7 +114,6 @@ class Train:
         devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
         meshes.check_rows(self.ppo, devices)
         policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
-        check_top_k(self.ppo.top_k, policy.config)
         reward = load_reward(self.reward, self.reward_given, self.reward_label)
         learner = assemble(
             policy,

@@ -16,10 +16,10 @@ from jax.stages import Traced
 from ppo_jax.distributed import compilation, meshes
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.plan import hlo
 from ppo_jax.plan.flops import jaxpr_flops
-from ppo_jax.plan.memory import size_of
+from ppo_jax.plan.memory import size_of, start_params
 from ppo_jax.plan.topology import Chip
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
@@ -140,17 +140,9 @@ def _state_shapes(
     """Shapes and shardings of the state, the frozen parameters, and the reference."""
 
     def init() -> tuple[Any, Any, Any]:
-        key, frozen = jax.random.key(0), None
-        head = {"head": heads.zero_head(config.width)}
-        params = {
-            "policy": init_params(config, key),
-            "critic": head if critic == "shared" else heads.init_scorer(config, key),
-        }
-        reference = params["policy"]
-        if adapters is not None:
-            params, frozen = lora.adapt(params, key, adapters)
-            reference = frozen["policy"]
-        return iteration.init_state(agent, params, key, updates=1), frozen, reference
+        params, frozen, reference = start_params(config, critic=critic, adapters=adapters)
+        state = iteration.init_state(agent, params, jax.random.key(0), updates=1)
+        return state, frozen, reference
 
     return placed(jax.eval_shape(init), mesh)
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 from ppo_jax.errors import SettingError
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.plan.compile import Program, Programs, TooLarge
@@ -59,11 +61,6 @@ def _extend(few: Program | TooLarge, many: Program | TooLarge, share: float) -> 
     def line(a: Any, b: Any) -> Any:
         return type(a)(a + share * (b - a)) if isinstance(a, int | float) else a
 
-    none = Collective(0, 0)
-    collectives = {}
-    for kind in {**few.collectives, **many.collectives}:
-        a, b = few.collectives.get(kind, none), many.collectives.get(kind, none)
-        collectives[kind] = Collective(line(a.count, b.count), line(a.bytes, b.bytes))
-    return Program(*map(line, few, many))._replace(
-        collectives=collectives, compile_s=few.compile_s + many.compile_s
-    )
+    none = dict.fromkeys(few.collectives | many.collectives, Collective(0, 0))
+    few, many = (x._replace(collectives=none | x.collectives) for x in (few, many))
+    return jax.tree.map(line, few, many)._replace(compile_s=few.compile_s + many.compile_s)

@@ -8,8 +8,9 @@ The text of HLO is not a stable interface. An operation that is not recognized c
 import math
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from flax.struct import PyTreeNode
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {
     f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)
@@ -41,8 +42,7 @@ _FREE = {
 }
 
 
-@dataclass(frozen=True)
-class Collective:
+class Collective(PyTreeNode):
     """All collective operations of one kind.
 
     Attributes:
@@ -127,27 +127,22 @@ def _parse(text: str) -> tuple[_Computations, str]:
 
 def _count_runs(computations: _Computations, entry: str) -> tuple[dict[str, int], set[str]]:
     """Return how often each computation runs, and those that are part of a single operation."""
-    calls: dict[str, list[tuple[str, int]]] = {name: [] for name in computations}
+    runs: dict[str, int] = defaultdict(int)
     fused: set[str] = set()
-    for name, instructions in computations.items():
-        for x in instructions:
+
+    def run(name: str, count: int) -> None:
+        runs[name] += count
+        for x in computations[name]:
             called = {
                 role: re.findall(r"[\w.-]+", single or several)
                 for role, single, several in _CALLED.findall(x.rest)
             }
-            trips = 1
-            if x.opcode == "while" and "condition" in called:
-                trips = _trips(computations.get(called["condition"][0], []))
+            trips = _trips(computations[called["condition"][0]]) if x.opcode == "while" else 1
             for role, names in called.items():
-                calls[name] += [(other, trips) for other in names if other in computations]
                 if role in ("calls", "to_apply") and x.opcode != "call":
                     fused.update(names)
-    runs: dict[str, int] = defaultdict(int)
-
-    def run(name: str, count: int) -> None:
-        runs[name] += count
-        for other, trips in calls[name]:
-            run(other, count * trips)
+                for other in names:
+                    run(other, count * trips)
 
     run(entry, 1)
     return runs, fused
@@ -163,12 +158,14 @@ def _trips(condition: list[_Instruction]) -> int:
         for x in condition
         if x.opcode == "constant" and x.type.startswith("s32")
     }
-    for x in condition:
-        if x.opcode == "compare" and "direction=LT" in x.rest:
-            bounds = [constants[name] for name in x.operands if name in constants]
-            if bounds:
-                return max(bounds)
-    return max(constants.values(), default=1)
+    bounds = [
+        constants[name]
+        for x in condition
+        if x.opcode == "compare" and "direction=LT" in x.rest
+        for name in x.operands
+        if name in constants
+    ]
+    return max(bounds or constants.values(), default=1)
 
 
 def _collectives(

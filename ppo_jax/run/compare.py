@@ -70,9 +70,10 @@ def _digest(summary: Any) -> Any:
 
 def metric_differences(a: Row, b: Row) -> list[str]:
     """Sentences for the metrics that differ between two lines, timings apart."""
-    names = [name for name in dict.fromkeys([*a, *b]) if not name.startswith(("time/", "perf/"))]
     return [
-        f"{name} is {a.get(name)} and {b.get(name)}" for name in names if a.get(name) != b.get(name)
+        f"{name} is {x} and {y}"
+        for name, x, y in provenance.differences(a, b)
+        if not name.startswith(("time/", "perf/"))
     ]
 
 
@@ -81,8 +82,4 @@ def _sample_differences(a: Row, b: Row) -> list[str]:
     first = next(((t, x, y) for t, (x, y) in enumerate(tokens) if x != y), None)
     if first is not None and a.get("prompt") == b.get("prompt"):
         return [f"after {a['prompt']!r} token {first[0]} is {first[1]} and {first[2]}"]
-    return [
-        f"{name} is {a.get(name)!r} and {b.get(name)!r}"
-        for name in dict.fromkeys([*a, *b])
-        if a.get(name) != b.get(name)
-    ]
+    return [f"{name} is {x!r} and {y!r}" for name, x, y in provenance.differences(a, b)]

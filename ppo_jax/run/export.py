@@ -1,4 +1,4 @@
-"""Writes the result of a run: the fine-tuned model, the adapter and the summary."""
+"""Write the result of a run: the fine-tuned model, the adapter and the summary."""
 
 from pathlib import Path
 
@@ -28,24 +28,21 @@ def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: st
 
     def write() -> None:
         params: Params = tuned
-        if lora is not None:
-            kind = policy.hf_config["model_type"]
-            adapter = out / "adapter"
-            adapter_files.save_adapter(adapter, tuned, lora, policy.config, kind, base_name)
-            params = merge(overlay(base, tuned), lora.scale)
-        result = policy._replace(params=params)
-        pretrained.save_policy(out / "model", result, learner.tokenizer)
-
-    def write_or_advise() -> None:
         try:
-            write()
+            if lora is not None:
+                kind = policy.hf_config["model_type"]
+                adapter = out / "adapter"
+                adapter_files.save_adapter(adapter, tuned, lora, policy.config, kind, base_name)
+                params = merge(overlay(base, tuned), lora.scale)
+            result = policy._replace(params=params)
+            pretrained.save_policy(out / "model", result, learner.tokenizer)
         except ValueError as error:
             raise ValueError(
                 f"{error} The last checkpoint holds the result; free some space, then use "
                 "--resume yes to write it."
             ) from error
 
-    processes.on_first_process(write_or_advise)
+    processes.on_first_process(write)
 
 
 def write_summary(out: Path, updates: int, digest: str) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -56,24 +57,19 @@ def persist(call: Callable[[], Result], *, retries: int, timeout_s: float | None
 def _call_within(seconds: float | None, call: Callable[[], Result]) -> Result:
     if seconds is None:
         return call()
-    outcome: list[tuple[Any, BaseException | None]] = []
+    future = Future[Result]()
 
     def work() -> None:
         try:
-            outcome.append((call(), None))
+            future.set_result(call())
         except BaseException as error:
-            outcome.append((None, error))
+            future.set_exception(error)
 
     # A daemon thread, because a call that hangs for ever must not keep the process alive.
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
+    threading.Thread(target=work, daemon=True).start()
+    if not wait([future], seconds).done:
         raise RewardError(f"The reward function took more than {seconds:g} s.")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    return future.result()
 
 
 def check_finite(rollout: Rollout, scores: Scores) -> None:

@@ -88,7 +88,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def synced_size(path: Path) -> int:
-    """Flushes a file to the disk and returns its size in bytes; 0 if there is no such file."""
+    """Flush a file to the disk and return its size in bytes; 0 if there is no such file."""
     if not path.exists():
         return 0
     with path.open("ab") as file:
@@ -107,8 +107,8 @@ def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
       ValueError: if a file is shorter than at the checkpoint, or if no line ends at its size.
     """
     advice = " Without the newest checkpoints the run may be resumed from an earlier one."
-    for name in LINES:
-        path, size = folder / name, sizes.get(name, 0)
+    at_checkpoint = {folder / name: sizes.get(name, 0) for name in LINES}
+    for path, size in at_checkpoint.items():
         if (path.stat().st_size if path.exists() else 0) < size:
             raise ValueError(
                 f"{path} is shorter than at the checkpoint; lines were lost, so the run cannot be "
@@ -120,12 +120,11 @@ def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
                 f"resumed there.{advice}"
             )
     (folder / "summary.json").unlink(missing_ok=True)
-    for name in LINES:
-        path = folder / name
-        if path.exists() and sizes.get(name, 0) == 0:
-            path.unlink()
-        elif path.exists():
-            os.truncate(path, sizes[name])
+    for path, size in at_checkpoint.items():
+        if size:
+            os.truncate(path, size)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _ends_a_line(path: Path, size: int) -> bool:
