@@ -17,7 +17,7 @@ from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import reward_model, sft
 from ppo_jax.run.assembly import load_model
-from ppo_jax.run.files import check_free, claim, write_json
+from ppo_jax.run.files import check_free, create_run_folder, write_json
 from ppo_jax.run.serialize import to_json
 from ppo_jax.types import Params
 
@@ -166,7 +166,7 @@ def _fit(
         weight_decay=options.weight_decay,
         on_epoch=report,
     )
-    claim(command.out)
+    create_run_folder(command.out)
     write_json(command.out / "summary.json", summary)
     settings = to_json(command)
     write_json(command.out / "run.json", settings | settings.pop("training"))

@@ -19,7 +19,7 @@ from ppo_jax.reward_functions import load_reward
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import assemble, load_model
 from ppo_jax.run.export import export_result, write_summary
-from ppo_jax.run.files import check_free, lock
+from ppo_jax.run.files import check_free, lock_folder
 from ppo_jax.run.opening import Resume
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
@@ -102,7 +102,7 @@ class Train:
         with contextlib.ExitStack() as stack:
             if processes.is_first():
                 # Held beyond the trainer's own lock, until the model is written.
-                stack.callback(lock(self.out).release)
+                stack.callback(lock_folder(self.out).release)
             self._train(trainer)
 
     def build(self, out: Path, loop: LoopConfig | None = None) -> Trainer:

@@ -32,11 +32,24 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
         )
 
 
-def claim(folder: Path, *, resume: bool = False) -> Path:
-    """Create a run's folder after `check_free`.
+def create_run_folder(folder: Path, *, resume: bool = False) -> Path:
+    """Create the folder of a run, with its parents, unless it holds another run.
+
+    Args:
+      folder: the folder; it may exist.
+      resume: accept a folder that holds a run, which is then resumed.
+
+    Returns:
+      The folder.
 
     Raises:
-      ValueError: as `check_free`, or if the folder cannot be created.
+      ValueError: if `folder` is a file, holds another run, or cannot be created.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as parent:
+      ...     create_run_folder(Path(parent) / "runs/a").is_dir()
+      True
     """
     check_free(folder, resume=resume)
     try:
@@ -46,13 +59,26 @@ def claim(folder: Path, *, resume: bool = False) -> Path:
     return folder
 
 
-def lock(folder: Path) -> BaseFileLock:
-    """Keep other processes from writing to a folder until the lock is released.
+def lock_folder(folder: Path) -> BaseFileLock:
+    """Lock a folder, so that no other run writes to it until the lock is released.
 
-    The operating system releases it when this process ends, however it ends.
+    The operating system releases the lock when this process ends, however it ends. On a file system
+    without locks, a warning is logged and the folder is not locked.
+
+    Args:
+      folder: an existing folder.
+
+    Returns:
+      The lock, which the caller holds. Its method `release` releases it.
 
     Raises:
       ValueError: if another process holds the lock.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     lock = lock_folder(Path(folder))
+      ...     lock.release()
     """
     held = FileLock(folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
     try:
@@ -162,7 +188,22 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file completely or not at all; raise ValueError if it cannot be written."""
+    """Write a JSON file completely or not at all.
+
+    Args:
+      path: the file. An earlier file of that name is replaced.
+      content: the content, in the types that `json.dumps` takes.
+
+    Raises:
+      ValueError: if the file cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_json(Path(folder) / "summary.json", {"score": 0.5})
+      ...     read_json(Path(folder) / "summary.json")
+      {'score': 0.5}
+    """
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:

@@ -9,7 +9,7 @@ from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.run.checkpoints import Checkpoints
-from ppo_jax.run.files import check_free, claim, cut_back, lock
+from ppo_jax.run.files import check_free, create_run_folder, cut_back, lock_folder
 from ppo_jax.run.logging import NoLog, RunLog
 from ppo_jax.run.resume import RunConfig, check_unchanged
 from ppo_jax.run.settings import LoopConfig
@@ -47,7 +47,7 @@ def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
     locks = []
 
     def claim_and_lock() -> None:
-        locks.append(lock(claim(folder, resume=resume != "no")))
+        locks.append(lock_folder(create_run_folder(folder, resume=resume != "no")))
         # Checked again, because another process may have written there and ended in between.
         check_free(folder, resume=resume != "no")
 
