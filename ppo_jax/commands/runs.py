@@ -1,4 +1,4 @@
-"""`ppo-jax replay` and `ppo-jax compare`: repeat an update of a run, or compare two runs."""
+"""The commands `ppo-jax replay`, which repeats an update of a run, and `ppo-jax compare`."""
 
 import json
 import sys
@@ -62,7 +62,7 @@ class Replay:
     """Folder for the metrics of the update, all of its samples, and the checkpoint after it."""
 
     def run(self) -> None:
-        """Repeat the update and say whether its metrics are the same."""
+        """Repeat the update and print whether its metrics are those of the run."""
         command = self._command()
         if command.deterministic:
             provenance.make_deterministic()
@@ -88,7 +88,7 @@ class Replay:
             )
 
     def _command(self) -> Train:
-        """The command of the run, with this command's `out`."""
+        """Return the options of the run, with the `out` of this command."""
         stored = read_config(self.run_folder)["settings"].get("command")
         if stored is None:
             raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
@@ -115,7 +115,7 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
     there is none, and repeats the updates in between.
 
     Args:
-      command: the command of the run; the trainer writes to its `out`.
+      command: the options of the run. The trainer writes to its `out`.
       run_folder: the folder of the run.
       update: the number of the update.
 
@@ -123,7 +123,7 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
       The trainer.
 
     Raises:
-      ValueError: if the run has such checkpoints, but none of them is good.
+      ValueError: if the run has such checkpoints, but all of them are damaged.
     """
     checkpoints = Checkpoints(run_folder / "checkpoints", read_only=True)
     earlier = [step for step in checkpoints.steps() if step <= update]

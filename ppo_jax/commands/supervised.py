@@ -24,7 +24,7 @@ from ppo_jax.types import Params
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How the model is trained."""
+    """Options of the training."""
 
     eval_data: Path | None = None
     """Held-out rows. By default a tenth of the training rows is held out."""

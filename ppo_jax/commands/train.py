@@ -1,4 +1,4 @@
-"""`ppo-jax train`."""
+"""The command `ppo-jax train`."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -85,7 +85,7 @@ class Train:
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def run(self) -> None:
-        """Train, and write the model and the summary."""
+        """Train, and write the fine-tuned model and the summary."""
         if self.deterministic:
             provenance.make_deterministic()
         self.processes.start()
@@ -95,18 +95,30 @@ class Train:
                 f"mesh=data={jax.device_count()}."
             )
         settings = flatten_dict(to_json(self), sep=".")
-        own = ("out", "processes.")  # what may differ between processes
+        own = ("out", "processes.")  # These options may differ between processes.
         processes.check_same({name: x for name, x in settings.items() if not name.startswith(own)})
         check_free(self.out, resume=self.resume != "no")
         trainer = self.build(self.out)
         with contextlib.ExitStack() as stack:
             if processes.is_first():
-                # Held beyond the trainer's own lock, until the model is written.
+                # The trainer releases its own lock before the model is written.
                 stack.callback(lock_folder(self.out).release)
             self._train(trainer)
 
     def build(self, out: Path, loop: LoopConfig | None = None) -> Trainer:
-        """Read everything, and make a trainer that writes to `out`."""
+        """Read model, prompts and reward, and make a trainer.
+
+        Args:
+          out: the folder that the trainer writes to.
+          loop: settings that replace `self.loop`, or None.
+
+        Returns:
+          The trainer.
+
+        Raises:
+          SettingError: if the settings do not fit one another or the devices.
+          ValueError: if the model, the prompts or the reward cannot be read.
+        """
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         pmap = self.mesh == "pmap"
         mesh = None if pmap else meshes.make_mesh(meshes.parse_mesh(self.mesh))

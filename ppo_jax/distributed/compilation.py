@@ -17,8 +17,8 @@ from ppo_jax.ppo.iteration import Agent, PPOState
 from ppo_jax.sharding import rows_sharding, shardings
 from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
 
-# Without this option XLA may keep in float32 what the model rounds to bfloat16. On a GPU the
-# program would then read and write arrays of twice the size.
+# By default XLA may keep a value in float32 that the model rounds to bfloat16. On a GPU the program
+# would then read and write arrays of twice the size.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
@@ -36,6 +36,9 @@ def start_state(
       key: `[]` typed key, from which all keys of the run derive.
       updates: number of updates of the run, which the learning rate's schedule needs.
       mesh: the mesh, or None for one device.
+
+    Returns:
+      The state, sharded over the mesh.
     """
     copies = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     return place(iteration.init_state(agent, copies, key, updates=updates), mesh)

@@ -15,7 +15,7 @@ from ppo_jax.ppo.iteration import Agent, PPOState
 from ppo_jax.types import AdvantageFn, LossFn, Rollout
 
 _AXIS = "devices"
-_REPLICATED = ("state", "ref_params", "frozen")  # arguments that are not split by rows
+_REPLICATED = ("state", "ref_params", "frozen")  # All other arguments are split by rows.
 
 
 def pmap_steps(
@@ -27,8 +27,8 @@ def pmap_steps(
 ) -> Steps:
     """Compile the steps of a PPO iteration with `jax.pmap`.
 
-    Every device holds a replica of all parameters, and the rows of the batch are split over the
-    devices. Gradients and averages are summed over the devices, so the result agrees with
+    Every device holds a replica of all parameters, and each device computes a share of the rows of
+    the batch. Gradients and averages are summed over the devices, so the result agrees with
     `jit_steps` on a mesh that has all devices on its `data` axis.
 
     Prefer `jit_steps`: only a mesh can shard parameters, and JAX maintains `pmap` for existing

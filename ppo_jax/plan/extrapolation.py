@@ -1,4 +1,4 @@
-"""Figures for models that are too deep to compile here, from two shallower models."""
+"""Estimate the cost of a model that is too deep to compile, from two models with fewer layers."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,20 +17,20 @@ def extrapolate(
     config: TransformerConfig,
     depths: tuple[int, int],
 ) -> Programs:
-    """Compile a model with fewer layers twice, and extend every figure along a straight line.
+    """Compile a model with two smaller numbers of layers, and extrapolate linearly to all layers.
 
-    Where memory is short the compiler would schedule the whole model differently, so a peak is an
-    estimate, usually too high.
+    If the whole model nearly fills the memory, the compiler would schedule it differently to save
+    memory. The extrapolated peak is therefore an estimate, which is usually too high.
 
     Args:
       compile_model: compiles an iteration with a model, such as `compile_iteration` with all other
         arguments given by `functools.partial`.
       config: the whole model.
-      depths: the two numbers of layers to compile, the smaller first. Where layers differ in their
-        attention windows, both must be multiples of the period of that pattern.
+      depths: the two numbers of layers to compile, the smaller first. If the layers have attention
+        windows in a periodic pattern, both numbers must be multiples of its period.
 
     Returns:
-      The programs of the whole model. `compile_s` is the time of both compilations.
+      The programs of the whole model. `compile_s` is the sum of the times of both compilations.
 
     Raises:
       SettingError: if the depths are not increasing, or exceed the model's layers.

@@ -1,4 +1,4 @@
-"""An estimate of the memory of a PPO step, from the sizes of its arrays."""
+"""Estimate the memory of a PPO step from the sizes of its arrays, without compiling it."""
 
 import math
 from dataclasses import replace
@@ -24,6 +24,9 @@ def load_config(model: str, dtype: str, remat: bool) -> tuple[str, TransformerCo
       model: a folder, a Hugging Face id, a .gguf file, or a published size such as `gpt2-xl`.
       dtype: the type to compute in.
       remat: whether to recompute activations in the backward pass.
+
+    Raises:
+      ValueError: if the model's config cannot be read.
     """
     if model in sizes.SIZES:
         size = sizes.SIZES[model]
@@ -33,7 +36,12 @@ def load_config(model: str, dtype: str, remat: bool) -> tuple[str, TransformerCo
 
 
 def check_prompt(prompt_tokens: int, ppo: PPOConfig, config: TransformerConfig) -> None:
-    """Check that a prompt of this length and its response fit the model's positions.
+    """Check that a prompt and its response are not longer than the model's positions.
+
+    Args:
+      prompt_tokens: `P`, the length of every prompt.
+      ppo: settings of the iteration, which give the greatest length of a response.
+      config: the model.
 
     Raises:
       SettingError: if they do not.
@@ -54,7 +62,7 @@ def estimate_memory(
     critic: str,
     adapters: lora.LoRA | None,
 ) -> dict[str, int]:
-    """Estimate the bytes that a PPO step holds on one device, by their use.
+    """Estimate the memory that a PPO step needs on one device, by what it is used for.
 
     The activations that a block keeps for its backward pass are, for each token, 10 vectors of the
     model's width, 3 of the MLP's width, and the attention weights of each head. With `remat`, a
@@ -66,6 +74,9 @@ def estimate_memory(
       prompt_tokens: `P`, the length of every prompt.
       critic: `shared` for a value head on the policy's trunk, `separate` for a model of its own.
       adapters: low-rank adapters to train instead of all parameters.
+
+    Returns:
+      The number of bytes of each use.
     """
     start = partial(start_params, config, critic=critic, adapters=adapters)
     # With adapters, the policy and the critic share the frozen trunk of the reference.
@@ -110,7 +121,7 @@ def start_params(
 
 
 def size_of(tree: Any) -> int:
-    """Return the bytes that the arrays of a tree, or their shapes, take on each device."""
+    """Return the number of bytes on each device of the arrays, or shapes, of a tree."""
 
     def shape(x: Any) -> tuple[int, ...]:
         return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)

@@ -12,12 +12,16 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 LINES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
 _LOG = logging.getLogger(__name__)
-# Any of these files means that the folder holds a run.
+# A folder with any of these files holds a run.
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")
 
 
 def check_free(folder: Path, *, resume: bool = False) -> None:
-    """Check that a run may use a folder, and write nothing.
+    """Check that a run may use a folder, without writing anything.
+
+    Args:
+      folder: the folder, which need not exist.
+      resume: accept a folder that holds a run, which is then resumed.
 
     Raises:
       ValueError: if the folder is a file, or holds another run that is not to be resumed.
@@ -88,7 +92,7 @@ def lock_folder(folder: Path) -> BaseFileLock:
             f"Another process is writing to {folder}; wait until it ends, stop it, or choose "
             "another folder."
         ) from error
-    except (RuntimeError, OSError):  # the file system has no locks or is read-only
+    except (RuntimeError, OSError):  # The file system does not support locks or is read-only.
         _LOG.warning(
             "%s cannot be locked, so nothing keeps another process from writing to it.", folder
         )
@@ -96,7 +100,11 @@ def lock_folder(folder: Path) -> BaseFileLock:
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append objects to a file of JSON lines; either all of them are written or none.
+    """Append objects to a file of JSON lines. Either all of them are written or none.
+
+    Args:
+      path: the file, which is created if there is none.
+      rows: the objects, one line each.
 
     Raises:
       ValueError: if they cannot be written.
@@ -114,7 +122,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def synced_size(path: Path) -> int:
-    """Flush a file to the disk and return its size in bytes; 0 if there is no such file."""
+    """Flush a file to the disk and return its size in bytes, or 0 if the file does not exist."""
     if not path.exists():
         return 0
     with path.open("ab") as file:
@@ -123,14 +131,16 @@ def synced_size(path: Path) -> int:
 
 
 def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Remove all lines that were written after a checkpoint, and the summary.
+    """Remove the summary, and all lines that were written after a checkpoint.
 
     Args:
       folder: the run's folder.
-      sizes: the size of each file at the checkpoint in bytes; other files of lines are deleted.
+      sizes: the size in bytes that each file of lines had at the checkpoint. Files of lines that
+        are not named here are deleted.
 
     Raises:
-      ValueError: if a file is shorter than at the checkpoint, or if no line ends at its size.
+      ValueError: if a file is shorter than it was at the checkpoint, or if it has no end of a line
+        at that size.
     """
     advice = " Without the newest checkpoints the run may be resumed from an earlier one."
     at_checkpoint = {folder / name: sizes.get(name, 0) for name in LINES}
@@ -160,9 +170,15 @@ def _ends_a_line(path: Path, size: int) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; an empty list if there is no such file.
+    """Read a file of JSON lines. The list is empty if there is no such file.
 
-    A last line without a line break, which a process was writing when it ended, is left out.
+    The last line is left out if it has no line break, because a process ended while writing it.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The objects, one for each line.
 
     Raises:
       ValueError: if a line is not a JSON object with the number of an update.
@@ -180,7 +196,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raise ValueError if there is no such file or it is not JSON."""
+    """Read a JSON file. Raise ValueError if there is no such file, or if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
