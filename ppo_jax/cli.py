@@ -1,7 +1,9 @@
 """The command `ppo-jax`: PPO and the stages before and after it, on your own model and data."""
 
 import contextlib
+import functools
 import itertools
+import operator
 import os
 import signal
 import sys
@@ -49,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
 def _run(args: list[str]) -> None:
     """Run the command, and print errors that the user can correct."""
     keep_compiled_programs()
-    # transformers would warn that PyTorch is missing, which nothing here needs.
+    # Otherwise transformers warns that PyTorch is missing, although it is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with _exit_on_interrupt(), _quiet_event_loops():
@@ -60,7 +62,7 @@ def _run(args: list[str]) -> None:
                 description=__doc__,
                 args=args,
             ).run()
-    except KeyboardInterrupt:  # raised by a reward itself
+    except KeyboardInterrupt:  # A reward function may raise it.
         print("ppo-jax: Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
@@ -94,7 +96,10 @@ def _lacks_platform() -> bool:
 
 
 def _preset(args: list[str]) -> PPOConfig:
-    """The settings of the preset on the command line; tyro reports a preset that does not exist."""
+    """Return the settings of the preset on the command line, or the default settings.
+
+    A preset that does not exist is reported later, when tyro parses the command line.
+    """
     arguments = itertools.chain.from_iterable(
         a.split("=", 1) if a.startswith("--preset=") else [a] for a in args
     )
@@ -103,25 +108,25 @@ def _preset(args: list[str]) -> PPOConfig:
 
 
 def _commands(ppo: PPOConfig) -> Any:
-    """The union of all subcommands, as tyro takes it."""
+    """Return the union type of all subcommands for tyro, with their default options."""
     missing = tyro.MISSING
-    train = Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
-    return (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[SFT, tyro.conf.subcommand("sft")]
-        | Annotated[Reward, tyro.conf.subcommand("reward")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Generate, tyro.conf.subcommand("generate")]
-        | Annotated[Replay, tyro.conf.subcommand("replay")]
-        | Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Convert, tyro.conf.subcommand("convert")]
-        | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing))]
-        | Annotated[Plan, tyro.conf.subcommand("plan", default=Plan(model=missing))]
+    defaults: dict[type, dict[str, Any]] = {
+        Train: {
+            "default": Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
+        },
+        Info: {"default": Info(model=missing)},
+        Plan: {"default": Plan(model=missing)},
+    }
+    kinds = (Train, SFT, Reward, Evaluate, Generate, Replay, Compare, Convert, Info, Plan)
+    subcommands = (
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **defaults.get(kind, {}))]
+        for kind in kinds
     )
+    return functools.reduce(operator.or_, subcommands)
 
 
 def keep_compiled_programs() -> None:
-    """Keep compiled programs for the next start, unless JAX's settings say otherwise."""
+    """Store compiled programs on disk for later runs, unless JAX's settings say otherwise."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))
@@ -131,10 +136,10 @@ def keep_compiled_programs() -> None:
 
 @contextlib.contextmanager
 def _exit_on_interrupt() -> Iterator[None]:
-    """End the program at once on Ctrl-C.
+    """Make Ctrl-C end the program at once.
 
-    As an exception, the interrupt would be lost inside a callback of JAX. During training,
-    `faults.StopSignals` handles the interrupt instead.
+    Python would raise KeyboardInterrupt, which is lost if it happens inside a callback of JAX.
+    During training, `faults.StopSignals` handles the signal instead.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -153,9 +158,9 @@ def _exit_on_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_event_loops() -> Iterator[None]:
-    """Hides the errors of TensorStore's threads that report to an event loop after it is closed.
+    """Do not print errors of TensorStore's threads that use an event loop after it is closed.
 
-    They appear for all arrays of a checkpoint when one of them cannot be read.
+    Such an error is printed for every array of a checkpoint if one of them cannot be read.
     """
     show = sys.unraisablehook
 

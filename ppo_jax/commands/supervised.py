@@ -18,14 +18,14 @@ from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import reward_model, sft
 from ppo_jax.run.assembly import load_model
-from ppo_jax.run.files import check_free, claim, write_json
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.files import check_free, create_run_folder, write_json
+from ppo_jax.run.serialize import to_json
 from ppo_jax.types import Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How the model is trained."""
+    """Options of the training."""
 
     eval_data: Path | None = None
     """Held-out rows. By default a tenth of the training rows is held out."""
@@ -204,8 +204,8 @@ def _fit(
         weight_decay=options.weight_decay,
         on_epoch=report,
     )
-    claim(command.out)
+    create_run_folder(command.out)
     write_json(command.out / "summary.json", summary)
-    settings = plain(command)
+    settings = to_json(command)
     write_json(command.out / "run.json", settings | settings.pop("training"))
     return params

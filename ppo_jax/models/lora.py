@@ -35,7 +35,7 @@ class LoRA:
       stabilised: whether the scale is `alpha / sqrt(rank)` instead of `alpha / rank`.
 
     Raises:
-      SettingError: if the rank is negative, a number is not finite, or `targets` is no regular
+      SettingError: if the rank is negative, a number is not finite, or `targets` is not a regular
         expression.
 
     Example:

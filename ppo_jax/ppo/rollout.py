@@ -195,7 +195,7 @@ def _forbid_stops(logits: Array, stop_ids: tuple[int, ...], t: Array, min_new_to
 
 
 def _draw(row_keys: Array, logits: Array, t: Array, greedy: bool) -> tuple[Array, Array]:
-    """Draws token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
+    """Draw token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
     if greedy:
         return jax.vmap(sampling.greedy_token)(logits)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, t)

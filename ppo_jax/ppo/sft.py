@@ -16,9 +16,9 @@ from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.masked import check_mask, masked_mean
 from ppo_jax.types import LanguageModel, Params
 
-Arrays = tuple[np.ndarray, ...]  # one row of each is one example
+Arrays = tuple[np.ndarray, ...]  # Row `i` of every array belongs to example `i`.
 LossAndAccuracy = tuple[Array, Array]
-SupervisedLoss = Callable[..., LossAndAccuracy]  # (params, *batch) -> loss, accuracy
+SupervisedLoss = Callable[..., LossAndAccuracy]  # `loss_fn(params, *batch)`
 
 
 def sft_loss(
@@ -108,6 +108,14 @@ def fit(
 
     Raises:
       ValueError: if there are fewer rows than `batch_size`.
+
+    Example:
+      >>> def loss_fn(params, x, y):
+      ...     return jnp.mean((params["w"] * x - y) ** 2), jnp.float32(0.0)
+      >>> rows = np.ones(8, np.float32), np.full(8, 2, np.float32)
+      >>> params = {"w": jnp.zeros(1)}
+      >>> fit(loss_fn, params, rows, seed=0, epochs=9, batch_size=4, learning_rate=0.5)["w"] > 1
+      Array([ True], dtype=bool)
     """
     n = len(arrays[0])
     steps = n // batch_size

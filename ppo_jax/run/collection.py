@@ -1,4 +1,4 @@
-"""Collects a batch on the devices and on the host: responses, log-probs, texts and task scores."""
+"""Collect a batch on the devices and on the host: responses, log-probs, texts and task scores."""
 
 import time
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ class Collector(NamedTuple):
         return Collection(prompts, rollout, scores, host_rollout, texts, rollout_s)
 
     def task_scores(self, batch: Collection, scale: ScaleState | None = None) -> TaskScores:
-        """Asks the reward for the scores of a batch, and checks all numbers.
+        """Ask the reward for the scores of a batch, and check all numbers.
 
         Each process asks for the rows on its own devices, and all processes receive the
         scores of the whole batch. A fault in one process is raised in all of them.

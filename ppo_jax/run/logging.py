@@ -118,7 +118,7 @@ class RunLog:
         append_lines(self._folder / "faults.jsonl", [{**fault, **row} for row in rows])
 
     def sizes(self) -> dict[str, int]:
-        """Flushes the files of lines to the disk and returns their sizes in bytes."""
+        """Flush the files of lines to the disk and return their sizes in bytes."""
         return {name: synced_size(self._folder / name) for name in LINES}
 
     def close(self) -> None:

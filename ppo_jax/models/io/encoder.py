@@ -51,6 +51,11 @@ class Encoder(NamedTuple):
       params: the parameters of the model.
       tokenizer: a tokenizer of `transformers`.
       length: number of tokens that each text is truncated or padded to.
+
+    Example::
+
+        encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2")
+        similarity = encoder(["a good film"]) @ encoder(["a bad film"]).T
     """
 
     embed: EmbeddingFn
