@@ -837,3 +837,44 @@ def test_the_hash_of_a_tokenizer_depends_on_cleaning_up_spaces():
     one, other = word_tokenizer(), word_tokenizer()
     other.clean_up_tokenization_spaces = True
     assert tokenizer_hash(one) != tokenizer_hash(other)
+
+
+# --- what users' rewards take and return ---
+
+
+def columns_by_name(prompts, responses, answer=None, **kwargs):
+    return [float(a == 7) + len(kwargs["level"]) for a in answer]
+
+
+async def waits(prompts, responses):
+    return [1.0, 2.0]
+
+
+def two_prompts():
+    rows = [{"prompt": "a", "answer": n, "level": 0} for n in (7, 8)]
+    return data.Prompts(rows, np.array([[1], [1]]), np.ones((2, 1), bool))
+
+
+@pytest.mark.parametrize("function, scores", [(columns_by_name, [3, 2]), (waits, [1, 2])])
+def test_a_reward_gets_columns_by_name_and_may_be_async(function, scores):
+    given = TextReward(function)(None, two_prompts(), ["x", "y"]).response
+    np.testing.assert_array_equal(given, scores)
+
+
+@pytest.mark.parametrize(
+    "returned, message, rows",
+    [([1.0, None], "None for response 1", (1,)), ({"length": [1, 2]}, "dict .*length", ())],
+)
+def test_none_and_a_dict_are_refused_by_name(returned, message, rows):
+    with pytest.raises(RewardError, match=message) as error:
+        TextReward(lambda prompts, responses: returned)(None, two_prompts(), ["x", "y"])
+    assert error.value.rows == rows
+
+
+def test_a_forked_worker_does_not_inherit_the_stop_handler():
+    with StopSignals() as signals:
+        child = os.fork()
+        if child == 0:
+            os._exit(int(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL))
+        assert os.waitpid(child, 0)[1] == 0
+        assert signal.getsignal(signal.SIGTERM) == signals._handle

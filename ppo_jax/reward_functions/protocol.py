@@ -84,6 +84,18 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
       >>> check_scores([0.5, 1], (2,))
       array([0.5, 1. ], dtype=float32)
     """
+    if isinstance(scores, dict):
+        raise RewardError(
+            f"The reward function returned a dict with the keys {list(scores)}; return the sum of "
+            f"its scores as one list of {shape[0]} numbers."
+        )
+    if isinstance(scores, list | tuple) and any(x is None for x in scores):
+        missing = tuple(i for i, x in enumerate(scores) if x is None)
+        raise RewardError(
+            f"The reward function returned None for response {missing[0]} ({len(missing)} of "
+            f"{len(scores)} responses have no score); return a number for each response.",
+            missing,
+        )
     try:
         if hasattr(scores, "detach"):  # a PyTorch tensor
             scores = scores.detach().cpu().float()

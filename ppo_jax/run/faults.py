@@ -136,7 +136,11 @@ def check_end(train: TrainState) -> None:
 
 
 class StopSignals:
-    """While entered, a first SIGTERM or SIGINT sets `received`; a second one ends the process."""
+    """While entered, a first SIGTERM or SIGINT sets `received`; a second one ends the process.
+
+    Processes that are forked meanwhile, such as the workers of a reward, handle signals as Python
+    does by default.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -148,7 +152,13 @@ class StopSignals:
         ):  # only there signals can be handled
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._handle)
+            os.register_at_fork(after_in_child=self._reset_in_child)
         return self
+
+    def _reset_in_child(self) -> None:
+        if self._handlers:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
@@ -159,3 +169,4 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._handlers.clear()
