@@ -40,25 +40,28 @@ from ppo_jax import (
     ModelReward,
     PPOConfig,
     PPOState,
+    Pretrained,
     Prompts,
     Trainer,
     TransformerConfig,
     assemble,
+    create_run_folder,
     data,
+    fit,
     init_params,
+    init_scorer,
     language_model,
     load_model,
+    lock_folder,
     regression_loss,
+    reward_model,
     sample,
     save_policy,
     score,
     sft_loss,
+    write_json,
 )
-from ppo_jax.models import heads
 from ppo_jax.models.io.families import gpt2
-from ppo_jax.models.io.pretrained import Pretrained
-from ppo_jax.ppo import sft
-from ppo_jax.run.files import claim, lock, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -143,7 +146,7 @@ def fine_tune(settings: Settings, tokenizer, model: Pretrained, texts: Sequence[
     """Fine-tune the model on the sentences."""
     lm = language_model(model.config)
     tokens, mask = encode(tokenizer, texts, end=True)
-    params = sft.fit(
+    params = fit(
         lambda p, tokens, mask: sft_loss(lm, p, tokens, mask, mask),
         model.params,
         (tokens, mask),
@@ -171,7 +174,7 @@ def train_reward(
     Returns:
       The reward and its parameters.
     """
-    reward_model, rng = heads.reward_model(policy.config), np.random.default_rng(settings.seed)
+    score_tokens, rng = reward_model(policy.config), np.random.default_rng(settings.seed)
     tokens, mask, targets = (
         np.concatenate([x] * settings.reward_epochs)
         for x in (*encode(tokenizer, texts, end=False), np.asarray(scores, np.float32))
@@ -180,12 +183,10 @@ def train_reward(
     tokens = np.where(noise, rng.integers(0, len(tokenizer), tokens.shape, np.int32), tokens)
 
     def loss_fn(params, tokens, mask, targets):
-        return regression_loss(reward_model(params, tokens, mask), targets)
+        return regression_loss(score_tokens(params, tokens, mask), targets)
 
-    params = heads.init_scorer(
-        policy.config, jax.random.key(settings.seed + 100), trunk=policy.params
-    )
-    params = sft.fit(
+    params = init_scorer(policy.config, jax.random.key(settings.seed + 100), trunk=policy.params)
+    params = fit(
         loss_fn,
         params,
         (tokens, mask, targets),
@@ -197,7 +198,7 @@ def train_reward(
         on_epoch=lambda _, loss, __: print(f"  squared error {loss:.3f}", flush=True),
     )
     return ModelReward(
-        jax.jit(reward_model), params, tokenizer, LENGTH, tokenizer.eos_token_id
+        jax.jit(score_tokens), params, tokenizer, LENGTH, tokenizer.eos_token_id
     ), params
 
 
@@ -298,8 +299,8 @@ def main(settings: Settings) -> dict[str, float]:
     start = time.perf_counter()
     if (settings.out / "summary.json").exists():
         raise SystemExit(f"{settings.out} holds another run; choose another folder.")
-    out = claim(settings.out)
-    _folder_lock = lock(out)  # held until the end
+    out = create_run_folder(settings.out)
+    _folder_lock = lock_folder(out)  # held until the end
     rows = assets.movie_reviews()
     rows = [rows[i] for i in np.random.default_rng(settings.seed).permutation(len(rows))]
     texts, scores = [" " + row.sentence.strip() for row in rows], [row.score for row in rows]

@@ -39,23 +39,25 @@ from flax.training.train_state import TrainState
 
 from ppo_jax import (
     Agent,
+    Params,
     PPOConfig,
     PPOState,
+    SettingError,
     TransformerConfig,
+    create_run_folder,
     init_params,
+    init_scorer,
     init_state,
     language_model,
     learn,
+    lock_folder,
     sample,
     score,
     separate_critic,
     sft_loss,
+    to_json,
+    write_json,
 )
-from ppo_jax.errors import SettingError
-from ppo_jax.models import heads
-from ppo_jax.run.files import claim, lock, write_json
-from ppo_jax.run.serialize import plain
-from ppo_jax.types import Params
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -216,7 +218,7 @@ def train(key: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
     evaluator = agent._replace(
         config=dataclasses.replace(settings.ppo, temperature=1.0, top_k=None, top_p=None)
     )
-    params = {"policy": reference, "critic": heads.init_scorer(CONFIG, head_key, trunk=reference)}
+    params = {"policy": reference, "critic": init_scorer(CONFIG, head_key, trunk=reference)}
     state = init_state(agent, params, ppo_key, updates=settings.updates)
     starts = jnp.arange(1, NODES)
 
@@ -274,8 +276,8 @@ def main(settings: Settings) -> dict[str, Any]:
     """Train all seeds, write the results to `settings.out`, print and return them."""
     start = time.perf_counter()
     try:
-        out = claim(settings.out)
-        _folder_lock = lock(out)  # held until the end
+        out = create_run_folder(settings.out)
+        _folder_lock = lock_folder(out)  # held until the end
     except (OSError, ValueError) as error:
         raise SystemExit(f"out={settings.out} cannot be used: {error}") from error
     seeds = range(settings.seed, settings.seed + settings.seeds)
@@ -296,7 +298,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "optimality/after_least": float(results["after"].min()),
         "by_seed": rows,
         "time/total_s": time.perf_counter() - start,
-        "settings": plain(settings),
+        "settings": to_json(settings),
     }
     plot(results, seeds, out / "learning.png")
     write_json(out / "summary.json", summary)

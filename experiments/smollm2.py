@@ -20,22 +20,25 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from experiments import assets
 from experiments.movie_sentiment import distinct2
 from ppo_jax import (
+    Encoder,
     Learner,
+    LikenessReward,
     LoopConfig,
     LoRA,
     PPOConfig,
+    Pretrained,
     TextReward,
     Trainer,
     assemble,
+    create_run_folder,
     init_lora,
+    load_encoder,
     load_model,
+    lock_folder,
     read_rows,
     save_adapter,
+    write_json,
 )
-from ppo_jax.models.io import encoder
-from ppo_jax.models.io.pretrained import Pretrained
-from ppo_jax.reward_functions.likeness import LikenessReward
-from ppo_jax.run.files import claim, lock, write_json
 
 N_REWARD = 3000  # sentences for the reward
 N_PPO, N_TEST = 2000, 128  # sentences whose openings are used for PPO and for the test
@@ -77,9 +80,7 @@ class Settings:
 class HumanScore:
     """A reward that predicts human scores of texts by ridge regression on their embeddings."""
 
-    def __init__(
-        self, embed: encoder.Encoder, texts: list[str], scores: list[float], penalty: float = 1.0
-    ):
+    def __init__(self, embed: Encoder, texts: list[str], scores: list[float], penalty: float = 1.0):
         x, self.embed, self.mean = _batched(embed, texts), embed, float(np.mean(scores))
         gram = x.T @ x + penalty * np.eye(x.shape[1], dtype=np.float32)
         self.weights = np.linalg.solve(gram, x.T @ (np.asarray(scores, np.float32) - self.mean))
@@ -90,7 +91,7 @@ class HumanScore:
         return self.embed(texts) @ self.weights + self.mean
 
 
-def _batched(embed: encoder.Encoder, texts: list[str], size: int = 250) -> np.ndarray:
+def _batched(embed: Encoder, texts: list[str], size: int = 250) -> np.ndarray:
     """Embed many texts, `size` at a time."""
     return np.concatenate([embed(texts[i : i + size]) for i in range(0, len(texts), size)])
 
@@ -114,7 +115,7 @@ def split(seed: int, opening: int) -> tuple[list[assets.ScoredSentence], list[st
 
 def make_reward(settings: Settings, scored: list[assets.ScoredSentence]) -> TextReward:
     """Return the reward: predicted human scores, or similarity to a sentence."""
-    embed = encoder.load_encoder(assets.minilm(), length=48)
+    embed = load_encoder(assets.minilm(), length=48)
     if settings.like is not None:
         return TextReward(LikenessReward(embed, settings.like))
     print("Learning the human scores", flush=True)
@@ -134,8 +135,8 @@ def assemble_adapters(
 
 def main(settings: Settings) -> dict[str, float]:
     """Train, write the results to `settings.out`, print and return them."""
-    start, out = time.perf_counter(), claim(settings.out)
-    _folder_lock = lock(out)  # held until the end
+    start, out = time.perf_counter(), create_run_folder(settings.out)
+    _folder_lock = lock_folder(out)  # held until the end
     scored, openings, test_openings = split(settings.seed, settings.opening)
     reward = make_reward(settings, scored)
     file = settings.model or assets.smollm2_gguf()

@@ -25,10 +25,12 @@ from ppo_jax import (
     Prompts,
     TextReward,
     Trainer,
+    create_run_folder,
     load_model,
+    lock_folder,
     save_adapter,
+    write_json,
 )
-from ppo_jax.run.files import claim, lock, write_json
 
 N_HELD_OUT, DRAWS = 64, 3  # held-out questions, and responses to each in an evaluation
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -98,8 +100,8 @@ def correct(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
 
 def main(settings: Settings) -> dict[str, float]:
     """Train, write the results to `settings.out`, print and return them."""
-    start, out = time.perf_counter(), claim(settings.out)
-    _folder_lock = lock(out)  # held until the end
+    start, out = time.perf_counter(), create_run_folder(settings.out)
+    _folder_lock = lock_folder(out)  # held until the end
     file = settings.model or assets.smollm2_gguf()
     policy, tokenizer = load_model(file)
     learner = assemble_adapters(policy, tokenizer, settings.ppo, ADAPTERS, seed=settings.seed)

@@ -59,6 +59,9 @@ from .ops.losses import (
 from .ppo.sft import (
     sft_loss as sft_loss,
     LossAndAccuracy as LossAndAccuracy,
+    SupervisedLoss as SupervisedLoss,
+    Arrays as Arrays,
+    fit as fit,
 )
 from .ppo.reward_model import (
     bradley_terry_loss as bradley_terry_loss,
@@ -149,6 +152,11 @@ from .models.io.pretrained import (
 )
 from .run.assembly import load_model as load_model
 from .models.io.scorers import load_scorer as load_scorer, save_scorer as save_scorer
+from .models.io.encoder import (
+    EmbeddingFn as EmbeddingFn,
+    Encoder as Encoder,
+    load_encoder as load_encoder,
+)
 from .models.io.adapter_files import load_adapter as load_adapter, save_adapter as save_adapter
 
 # Prompts and rewards.
@@ -167,6 +175,7 @@ from .reward_functions import (
     TokenReward as TokenReward,
     load_reward as load_reward,
 )
+from .reward_functions.likeness import LikenessReward as LikenessReward
 
 # The train loop.
 from .run.settings import (
@@ -179,14 +188,16 @@ from .run.opening import Resume as Resume
 from .run.trainer import Trainer as Trainer
 from .hashing import digest as digest
 
-# Devices.
-from .distributed.compilation import (
-    Steps as Steps,
-    jit_steps as jit_steps,
-    SampleStep as SampleStep,
-    ScoreStep as ScoreStep,
-    LearnStep as LearnStep,
+# The files of a run.
+from .run.files import (
+    create_run_folder as create_run_folder,
+    lock_folder as lock_folder,
+    write_json as write_json,
 )
+from .run.serialize import from_json as from_json, to_json as to_json
+
+# Devices.
+from .distributed.compilation import Steps as Steps, jit_steps as jit_steps
 from .distributed.meshes import make_mesh as make_mesh, parse_mesh as parse_mesh
 from .distributed.replicas import pmap_steps as pmap_steps
 

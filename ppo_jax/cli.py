@@ -1,7 +1,9 @@
 """The command `ppo-jax`: PPO and the stages before and after it, on your own model and data."""
 
 import contextlib
+import functools
 import itertools
+import operator
 import os
 import signal
 import sys
@@ -34,9 +36,22 @@ def main(args: list[str] | None = None) -> None:
     Args:
       args: the command line without the program's name; None takes it from `sys.argv`.
     """
-    args = sys.argv[1:] if args is None else args
+    try:
+        try:
+            _run(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # The reader of the output has ended, such as `head`.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _run(args: list[str]) -> None:
+    """Run the command, and print errors that the user can correct."""
     keep_compiled_programs()
-    # transformers would warn that PyTorch is missing, which nothing here needs.
+    # Otherwise transformers warns that PyTorch is missing, although it is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with _exit_on_interrupt(), _quiet_event_loops():
@@ -47,9 +62,21 @@ def main(args: list[str] | None = None) -> None:
                 description=__doc__,
                 args=args,
             ).run()
-    except KeyboardInterrupt:  # raised by a reward itself
+    except KeyboardInterrupt:  # A reward function may raise it.
         print("ppo-jax: Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise
+    except AssertionError as error:
+        if not _lacks_platform():
+            raise
+        platforms = jax.config.values["jax_platforms"]
+        print(
+            f"ppo-jax: JAX finds no device for JAX_PLATFORMS={platforms}; install JAX with "
+            "the plugin for it, such as jax[cuda13], or unset JAX_PLATFORMS.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from error
     except (ValueError, RuntimeError, OSError, SettingError) as error:
         several = jax.distributed.is_initialized()
         lost = several and isinstance(error, jax.errors.JaxRuntimeError)
@@ -60,8 +87,19 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
+def _lacks_platform() -> bool:
+    """Whether JAX finds no device of the platforms that it was told to use."""
+    try:
+        return not jax.devices()
+    except (AssertionError, RuntimeError):  # JAX asserts that a platform has a plugin.
+        return True
+
+
 def _preset(args: list[str]) -> PPOConfig:
-    """The settings of the preset on the command line; tyro reports a preset that does not exist."""
+    """Return the settings of the preset on the command line, or the default settings.
+
+    A preset that does not exist is reported later, when tyro parses the command line.
+    """
     arguments = itertools.chain.from_iterable(
         a.split("=", 1) if a.startswith("--preset=") else [a] for a in args
     )
@@ -70,25 +108,25 @@ def _preset(args: list[str]) -> PPOConfig:
 
 
 def _commands(ppo: PPOConfig) -> Any:
-    """The union of all subcommands, as tyro takes it."""
+    """Return the union type of all subcommands for tyro, with their default options."""
     missing = tyro.MISSING
-    train = Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
-    return (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[SFT, tyro.conf.subcommand("sft")]
-        | Annotated[Reward, tyro.conf.subcommand("reward")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Generate, tyro.conf.subcommand("generate")]
-        | Annotated[Replay, tyro.conf.subcommand("replay")]
-        | Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Convert, tyro.conf.subcommand("convert")]
-        | Annotated[Info, tyro.conf.subcommand("info", default=Info(model=missing))]
-        | Annotated[Plan, tyro.conf.subcommand("plan", default=Plan(model=missing))]
+    defaults: dict[type, dict[str, Any]] = {
+        Train: {
+            "default": Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
+        },
+        Info: {"default": Info(model=missing)},
+        Plan: {"default": Plan(model=missing)},
+    }
+    kinds = (Train, SFT, Reward, Evaluate, Generate, Replay, Compare, Convert, Info, Plan)
+    subcommands = (
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **defaults.get(kind, {}))]
+        for kind in kinds
     )
+    return functools.reduce(operator.or_, subcommands)
 
 
 def keep_compiled_programs() -> None:
-    """Keep compiled programs for the next start, unless JAX's settings say otherwise."""
+    """Store compiled programs on disk for later runs, unless JAX's settings say otherwise."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))
@@ -98,10 +136,10 @@ def keep_compiled_programs() -> None:
 
 @contextlib.contextmanager
 def _exit_on_interrupt() -> Iterator[None]:
-    """End the program at once on Ctrl-C.
+    """Make Ctrl-C end the program at once.
 
-    As an exception, the interrupt would be lost inside a callback of JAX. During training,
-    `faults.StopSignals` handles the interrupt instead.
+    Python would raise KeyboardInterrupt, which is lost if it happens inside a callback of JAX.
+    During training, `faults.StopSignals` handles the signal instead.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -120,9 +158,9 @@ def _exit_on_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_event_loops() -> Iterator[None]:
-    """Hides the errors of TensorStore's threads that report to an event loop after it is closed.
+    """Do not print errors of TensorStore's threads that use an event loop after it is closed.
 
-    They appear for all arrays of a checkpoint when one of them cannot be read.
+    Such an error is printed for every array of a checkpoint if one of them cannot be read.
     """
     show = sys.unraisablehook
 

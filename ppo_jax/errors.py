@@ -1,16 +1,17 @@
 """The exceptions that the package raises on purpose.
 
-Errors of the settings, raised before anything is compiled:
+Errors in the settings, which are raised before anything is compiled:
 
 * `SettingError`: a setting, or a combination of settings, cannot run.
 
-Errors of one update, all of which derive from `Fault`. By the fault policies of
-`ppo_jax.run.faults`, each either ends the run or skips the update:
+Errors of one update, all of which derive from `Fault`. The settings `ppo_jax.Faults` say for each
+kind whether it ends the run or only skips the update:
 
 * `RewardError`: the reward function failed, or did not return one finite score for each response.
 * `NonFiniteError`: a log-probability, KL estimate or value is infinite or NaN.
 * `GradientError`: a loss or gradient is infinite or NaN.
-* `NonFiniteParametersError`: a parameter is infinite or NaN after the update. No policy skips it.
+* `NonFiniteParametersError`: a parameter is infinite or NaN after the update. It always ends the
+  run.
 
 Errors of the files of a run:
 
@@ -55,9 +56,7 @@ def check_numbers(settings: object, prefix: str = "") -> None:
             raise SettingError(f"{prefix}{name} must be a finite number, not {value}.")
         bound = 2**31 if isinstance(value, int) else 2.0**127
         if isinstance(value, int | float) and not abs(value) < bound:
-            raise SettingError(
-                f"{prefix}{name} must lie within ±{bound:.2g}, which {value:.2g} does not."
-            )
+            raise SettingError(f"{prefix}{name} must lie within ±{bound:.2g}, but is {value:.2g}.")
         if name == "seed" and value < 0:
             raise SettingError(f"{prefix}seed must not be negative, but is {value}.")
 
@@ -66,8 +65,8 @@ class Fault(ValueError):
     """One update cannot be used, because its rewards or its numbers are bad.
 
     Attributes:
-      kind: the fault policy that applies: "reward", "logprobs" or "gradient".
-      rows: indices in the batch of the responses that caused it. It is empty if they are not known.
+      kind: the field of `ppo_jax.Faults` that says what to do: "reward", "logprobs" or "gradient".
+      rows: indices in the batch of the responses that caused the fault; empty if not known.
       dump: what `faults.jsonl` records of those responses, one dictionary per response. It is empty
         until the texts of the responses are known.
 
@@ -124,8 +123,8 @@ class GradientError(Fault):
 class NonFiniteParametersError(GradientError):
     """A parameter is infinite or NaN after an update.
 
-    No fault policy skips it, because every later update would be useless too. Resume the run from
-    its last checkpoint with other settings.
+    It always ends the run, because every later update would be useless too. Resume the run from its
+    last checkpoint with other settings.
     """
 
 

@@ -1,4 +1,4 @@
-"""Short hashes of arrays and of host data, which tell whether two runs are the same."""
+"""Compute short hashes of arrays and other data, to tell whether two runs are the same."""
 
 import hashlib
 from typing import Any
@@ -10,12 +10,12 @@ from jax import Array
 
 
 def digest(tree: Any) -> str:
-    """Hash a pytree of arrays, with their names, shapes and types; every bit counts.
+    """Hash a pytree of arrays by their names, shapes, types and all bits of their elements.
 
     Each array is reduced on its device to two sums, modulo 2³², of its elements as integers, mixed
     with their positions. The order of an integer sum does not matter, so the digest is the same on
-    any number of devices, and no array is copied to the host. The hash detects accidents. It is not
-    cryptographic.
+    any number of devices, and no array is copied to the host. The hash detects accidental changes.
+    It is not cryptographic.
 
     Args:
       tree: a pytree of arrays of at most 4 bytes per element, or of typed keys.
@@ -48,7 +48,7 @@ def _as_array(x: Any) -> Array:
 
 @jax.jit
 def _fingerprint(x: Array) -> Array:
-    """Reduce an array to two sums, `[2]` uint32. It has no reshape, which would move shards."""
+    """Reduce an array to two sums, `[2]` uint32, without a reshape, which would copy shards."""
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     words = words.astype(jnp.uint32)
@@ -65,14 +65,14 @@ def _fingerprint(x: Array) -> Array:
 
 
 def _mix(x: Array) -> Array:
-    """Apply the finalizer of MurmurHash3, a bijection of 32-bit integers: every change counts."""
+    """Apply the finalizer of MurmurHash3, a bijection of 32-bit integers that mixes their bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def text_hash(*parts: Any) -> str:
-    """Hash host data: numpy arrays by their bytes, and any other value by its `repr`.
+    """Hash values on the host: numpy arrays by their bytes, and any other value by its `repr`.
 
     Args:
       *parts: the values to hash, in order.

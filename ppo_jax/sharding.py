@@ -1,4 +1,4 @@
-"""How arrays are sharded over a mesh of devices with the axes `data`, `fsdp` and `tensor`.
+"""Rules for sharding arrays over a mesh of devices with the axes `data`, `fsdp` and `tensor`.
 
 The rows of a batch are sharded over `data` and `fsdp` together. Each parameter is sharded over
 `fsdp` and gathered when its layer is computed, and over `tensor`, which splits attention by heads
@@ -73,7 +73,10 @@ RULES = (
     ShardRule(r"head/kernel", (None, None)),
     ShardRule(r"head/bias", (None,)),
 )
-"""The rules of all families and of optimizer states, whose paths end in that of a parameter."""
+"""The rules for the parameters of all model families.
+
+They also apply to optimizer states, in which the path of an array ends in that of its parameter.
+"""
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: tuple[ShardRule, ...] = RULES) -> Any:
@@ -263,7 +266,7 @@ def _free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 
 def _is_mapped(axis: str) -> bool:
-    """Whether this code runs inside a `vmap`, `pmap` or `shard_map` over `axis`."""
+    """Return whether this code runs inside a `vmap`, `pmap` or `shard_map` over `axis`."""
     try:
         return jax.lax.axis_size(axis) > 0
     except NameError:

@@ -75,8 +75,9 @@ class HiddenFn(Protocol):
 LogitsFn = Callable[[Params, Array], Array]
 """Computes next-token logits `[..., V]` float32 from parameters and hidden states `[..., D]`."""
 
-CacheFn = Callable[[int, int], KVCache]
-"""Makes an empty key/value cache from a number of rows and a number of slots per row."""
+CacheFn = Callable[[int, int], KVCache | None]
+"""Makes an empty key/value cache from a number of rows and a number of slots per row. A model
+without a cache returns None. Decoding then reads all tokens again at each step, which is slow."""
 
 
 class LanguageModel(NamedTuple):

@@ -276,6 +276,14 @@ FAMILIES = {
             "attn_logit_softcapping": 1.0,
         },
     ),
+    "phi3": (
+        "Phi3",
+        {
+            **GROUPED,
+            "sliding_window": 4,
+            "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        },
+    ),
     "bert": ("Bert", {"is_decoder": True, "type_vocab_size": 3}),
     "bert, apart": ("Bert", {"is_decoder": True, "tie_word_embeddings": False}),
     "roberta": ("Roberta", {"is_decoder": True, "pad_token_id": 0}),
@@ -363,7 +371,7 @@ def noisy_adapters(adapters):
 # --- checks of numeric functions ---
 
 DEVICES = 8
-MAPPINGS = ("vmap", "pmap", "shard_map")
+MAPPINGS = ("vmap", "pmap", "shard_map", "unchecked_shard_map")
 
 
 def assert_jit_and_vmap_agree(
@@ -396,11 +404,14 @@ def on_devices(mapping: str, function: Callable, *arrays):
         return jax.vmap(function, axis_name="devices")(*pieces)
     if mapping == "pmap":
         return jax.pmap(function, axis_name="devices")(*pieces)
-    assert mapping == "shard_map", mapping
+    assert mapping in ("shard_map", "unchecked_shard_map"), mapping
     mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("devices")
     on_shard = lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs)))
-    return jax.jit(jax.shard_map(on_shard, mesh=mesh, in_specs=spec, out_specs=spec))(*pieces)
+    mapped = jax.shard_map(
+        on_shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=mapping == "shard_map"
+    )
+    return jax.jit(mapped)(*pieces)
 
 
 def assert_mask_hides(function: Callable, arrays: tuple, mask) -> None:

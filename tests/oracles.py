@@ -194,7 +194,8 @@ def token_rewards(scores, kl, mask, *, kl_coef, score_at, token_scores=None) -> 
             if row[t]:
                 out[b, t] -= kl_coef * float(kl[b, t])
                 out[b, t] += 0 if token_scores is None else float(token_scores[b, t])
-        out[b, score_index(row, score_at)] += float(scores[b])
+        if any(row):
+            out[b, score_index(row, score_at)] += float(scores[b])
     return out
 
 

@@ -193,13 +193,113 @@ def test_all_messages_before_the_answer_are_kept():
     )
 
 
-def test_a_response_in_parts_is_refused():
-    row = {
-        "prompt": QUESTION,
-        "response": [{"role": "assistant", "content": [{"type": "text", "text": "c"}]}],
-    }
-    with pytest.raises(ValueError, match="last message needs a text as its content"):
-        encode_demonstrations([row], chat_tokenizer(), length=16)
+PARTS = [{"type": "text", "text": "c"}, {"type": "text", "text": " d"}]
+
+
+def test_text_parts_are_joined():
+    parts = [{"role": "user", "content": PARTS}]
+    row = {"prompt": parts, "response": [{"role": "assistant", "content": PARTS}]}
+    assert encode([row], chat_tokenizer()).texts == ["u c d t a "]
+    tokens, mask, learned = encode_demonstrations([row], chat_tokenizer(), length=16)
+    ids = chat_tokenizer().convert_tokens_to_ids
+    assert tokens[learned].tolist() == ids(["c", "d", "t"])
+    tokens, mask, _ = encode_judgements([{**row, "score": 1}], chat_tokenizer(), "scores", length=9)
+    assert tokens[mask].tolist() == ids(["a", "c", "d", "t", "a", "c", "d", "t"])
+    picture = [{"role": "user", "content": [{"type": "image", "url": "b.png"}]}]
+    with pytest.raises(ValueError, match="needs a text or messages in its column 'prompt'"):
+        data.read_rows([{"prompt": picture}])
+
+
+def test_a_conversation_is_rendered_by_a_template_that_expects_parts():
+    words = chat_tokenizer()
+    words.chat_template = TEMPLATE.replace("m.content", "m.content[0].text")
+    assert chat.render_conversation(QUESTION, ANSWER, words) == "u b t a c d t "
+    assert chat.render_prompt(QUESTION, words) == "u b t a "
+
+
+OPENED = [*QUESTION, {"role": "assistant", "content": "c"}]
+
+
+@pytest.mark.parametrize(
+    "prompt, answer",
+    [
+        (OPENED, " d"),
+        (OPENED, [{"role": "assistant", "content": " d"}]),
+        (OPENED, QUESTION + ANSWER),
+        ([*QUESTION, {"role": "assistant", "content": [{"type": "text", "text": "c"}]}], " d"),
+    ],
+)
+def test_the_opening_words_of_the_assistant_are_continued(prompt, answer):
+    words, row = chat_tokenizer(), {"prompt": prompt, "response": answer, "score": 1}
+    assert encode([row], words).texts == ["u b t a c"]
+    assert chat.render_conversation(prompt, answer, words) == "u b t a c d t "
+    ids = words.convert_tokens_to_ids
+    tokens, mask, learned = encode_demonstrations([row], words, length=16)
+    assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"])
+    assert tokens[learned].tolist() == ids(["d", "t"])
+    tokens, mask, _ = encode_judgements([row], words, "scores", length=16)
+    assert tokens[mask].tolist() == ids(["a", "b", "t", "a", "c", "d", "t"])
+
+
+TOOLS = [{"type": "function", "function": {"name": "e", "parameters": {}}}]
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "e", "arguments": {}}}]}
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }} {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}f {{ call.function.name }}{% endfor %} t {% endfor %}"
+    "{% if add_generation_prompt %}a {% if enable_thinking is defined %}"
+    "{{ 'g' if enable_thinking else 'h' }} {% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("packed", [lambda value: value, json.dumps], ids=["values", "json"])
+def test_tools_and_variables_of_a_row_reach_the_template(packed):
+    words = chat_tokenizer()
+    words.chat_template = TOOL_TEMPLATE
+    options = {"tools": packed(TOOLS), "chat_template_kwargs": packed({"enable_thinking": False})}
+    row = {"prompt": QUESTION, "response": "c", "score": 1, **options}
+    prompts = encode([row], words)
+    assert prompts.texts == ["e u b t a h "]
+    ids = words.convert_tokens_to_ids
+    tokens, mask, learned = encode_demonstrations([row], words, length=16)
+    assert tokens[mask & ~learned].tolist() == ids(["e", "a", "b", "t", "a", "h"])
+    tokens, mask, _ = encode_judgements([row], words, "scores", length=16)
+    assert tokens[mask].tolist() == ids(["e", "a", "b", "t", "a", "c", "t"])
+    seen = []
+    score = lambda params, tokens, mask: seen.append(tokens[mask].tolist()) or np.zeros(len(tokens))
+    ModelReward(score, None, words, 32, 0)(None, prompts, ["c"])
+    assert seen == [tokens[mask].tolist()]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tools": {"name": "e"}}, "'tools' must be a list of JSON schemas"),
+        ({"tools": "e"}, "'tools' must be JSON, not 'e'"),
+        ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' must be a dictionary"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs' must be a dict"),
+    ],
+)
+def test_other_tools_and_variables_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        encode([{"prompt": QUESTION, **options}], chat_tokenizer())
+
+
+@pytest.mark.parametrize("call", [CALL, {**CALL, "content": None}])
+def test_calls_of_tools_need_no_content(call):
+    words, ids = chat_tokenizer(), chat_tokenizer().convert_tokens_to_ids
+    words.chat_template = TOOL_TEMPLATE
+    answer = {"role": "tool", "content": "d", "tool_calls": None}
+    [row] = data.read_rows([{"prompt": [*QUESTION, call, answer]}])
+    assert encode([row], words).texts == ["u b t a f e t t d t a "]
+    tokens, mask, learned = encode_demonstrations(
+        [{"prompt": QUESTION, "response": [call]}], words, length=16
+    )
+    assert tokens[mask & ~learned].tolist() == ids(["a", "b", "t", "a"])
+    assert tokens[learned].tolist() == ids(["f", "e", "t"])
+    words.chat_template = TOOL_TEMPLATE.replace("a {% if", "b {% if")
+    with pytest.raises(ValueError, match="does not write tool calls as an answer"):
+        encode_demonstrations([{"prompt": QUESTION, "response": [call]}], words, length=16)
 
 
 def test_a_reward_model_reads_a_chat_through_its_own_template():

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 from helpers import simple_trainer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import data
 from ppo_jax.data.examples import encode_demonstrations, encode_judgements
+from ppo_jax.data.files import names_a_file
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
 from ppo_jax.run.assembly import stop_ids
@@ -72,12 +73,12 @@ def sft_rows(tokenizer, **row):
 
 
 def test_supervised_rows_have_one_start_and_one_end_token():
-    assert sft_rows(with_start_token(), prompt="a b", response="c") == (
+    assert sft_rows(with_start_token(), prompt="a b", response=" c") == (
         [START, A, B, C, 0],
         [False] * 3 + [True] * 2,
     )
     assert sft_rows(with_start_token(), response="c") == ([START, C, 0], [True] * 3)
-    assert sft_rows(with_start_and_separator(), prompt="a b", response="c") == (
+    assert sft_rows(with_start_and_separator(), prompt="a b", response=" c") == (
         [START, A, B, C, SEP],
         [False] * 3 + [True] * 2,
     )
@@ -224,3 +225,158 @@ def test_a_token_outside_the_reward_models_vocabulary_is_a_reward_error():
         RewardError, match="The reward model cannot read every response: Text 0 holds the token id"
     ):
         reward.score_texts(["a b"])
+
+
+def metaspace():
+    """Return a tokenizer like Mistral's, which writes "▁" before the first word of a text."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "▁Answer", ":", "four", "▁four", "</t>"]
+    made = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "prompt, response, before, learned",
+    [
+        ("Answer:", "four", ["<s>", "▁Answer", ":"], ["four", "</s>"]),
+        ("Answer:", " four", ["<s>", "▁Answer", ":"], ["▁four", "</s>"]),
+        ("Answer: ", "four", ["<s>", "▁Answer", ":"], ["▁four", "</s>"]),
+        ("", "four", [], ["<s>", "▁four", "</s>"]),
+        ("Answer:", "", ["<s>", "▁Answer", ":"], ["</s>"]),
+    ],
+)
+def test_a_prompt_and_its_response_are_tokenized_as_one_text(prompt, response, before, learned):
+    words = metaspace()
+    tokens, mask, marked = encode_demonstrations(
+        [{"prompt": prompt, "response": response}], words, length=8
+    )
+    assert words.convert_ids_to_tokens(tokens[mask & ~marked].tolist()) == before
+    assert words.convert_ids_to_tokens(tokens[marked].tolist()) == learned
+    if prompt + response:
+        joint = words(prompt + response).input_ids
+        assert tokens[mask].tolist() == [*joint, words.eos_token_id]
+
+
+def test_rows_whose_prompt_fills_the_length_are_left_out():
+    rows = [{"prompt": "a " * n, "response": "c"} for n in (2, 6, 7, 8, 60)]
+    tokens, mask, learned = encode_demonstrations(rows, with_start_token(), length=8)
+    assert learned.sum(axis=1).tolist() == [2, 1] and mask.sum(axis=1).tolist() == [5, 8]
+    tokens, _, _ = encode_demonstrations(rows[3:], with_start_token(), length=8)
+    assert tokens.shape == (0, 8)
+
+
+def test_long_answers_are_cut_at_the_beginning_and_equal_pairs_are_left_out():
+    rows = [
+        {"prompt": "a " * 60, "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b " + "c " * 60, "rejected": "a " + "c " * 60},
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+    ]
+    words = with_start_and_separator()
+    chosen, mask, rejected, _ = encode_judgements(rows, words, "pairs", length=8)
+    assert chosen.tolist() == [[START, A, A, A, A, A, B, SEP]] and mask.all()
+    assert rejected.tolist() == [[START, A, A, A, A, A, C, SEP]]
+    seen = []
+    score = lambda params, tokens, mask: seen.append(tokens[mask].tolist()) or np.zeros(len(tokens))
+    ModelReward(score, None, words, 8, 0).score_texts(["a " * 60 + "b"])
+    assert seen == chosen.tolist()  # training reads what scoring reads
+    words.truncation_side = "left"
+    assert seen == [words("a " * 60 + "b", truncation=True, max_length=8).input_ids]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_mark_of_the_end_is_no_part_of_a_response(tmp_path, special):
+    words = sentencepiece()
+    words.add_tokens([AddedToken("<|im_end|>", special=special)])
+    run, end = simple_trainer(tmp_path / "run"), words.convert_tokens_to_ids("<|im_end|>")
+    agent = run.learner.agent._replace(stop_ids=(1, end))
+    ids = words.convert_tokens_to_ids(["▁The", "▁film", "▁is", "▁good", "<|im_end|>", "▁is"])
+    mask = np.array([[True] * 6])
+    rollout = Rollout(
+        np.array([ids]), mask, mask[:, 2:], np.zeros((1, 4), np.float32), np.array([True])
+    )
+    assert response_texts(agent, words, rollout) == [" is good"]
+    # An ordinary word that ends a response is a part of it.
+    agent = agent._replace(stop_ids=(1, ids[3]))
+    assert response_texts(agent, words, rollout) == [" is good"]
+
+
+CSV = 'prompt,answer\n"b, ""c""\nd", 7\nb;c,\n'
+
+
+@pytest.mark.parametrize(
+    "name, text, rows",
+    [
+        (
+            "a.csv",
+            CSV,
+            [{"prompt": 'b, "c"\nd', "answer": " 7"}, {"prompt": "b;c", "answer": None}],
+        ),
+        ("a.CSV", "prompt;x\r\nb c;1\r\n", [{"prompt": "b c", "x": "1"}]),
+        ("a.tsv", "x\tprompt\n\n1\tb, c\n", [{"prompt": "b, c", "x": "1"}]),
+        ("a.csv", "prompt\n" + "b" * 200_000 + "\n", [{"prompt": "b" * 200_000}]),
+        (
+            "a.csv",
+            'prompt\n"[{""role"": ""user"", ""content"": ""b""}]"\n',
+            [{"prompt": [{"role": "user", "content": "b"}]}],
+        ),
+        ("a.json", '[\n {"prompt": "b"},\n "c"\n]', [{"prompt": "b"}, {"prompt": "c"}]),
+        ("a.json", '{\n "prompt": "b"\n}', [{"prompt": "b"}]),
+        ("a.ndjson", '{"prompt": "b"}\n\n"c"\n', [{"prompt": "b"}, {"prompt": "c"}]),
+        ("a", "b, c\n\nd\n", [{"prompt": "b, c"}, {"prompt": "d"}]),
+    ],
+)
+def test_a_file_is_read_as_what_its_name_says(tmp_path, name, text, rows):
+    (tmp_path / name).write_bytes(text.encode())
+    assert data.read_rows(tmp_path / name) == rows
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.parquet", "PAR1", r"a\.parquet cannot be read, because \.parquet is not the ending"),
+        ("a.xlsx", "PK", r"\.xlsx is not the ending of a text file"),
+        ("a.txt", "b\0c", "is not a file of text in UTF-8"),
+        ("a.txt", '{"prompt": "b"}\n', r"begins like JSON, whose name must end in \.jsonl"),
+        ("a.txt", '[\n{"prompt": "b"}\n]', r"begins like JSON, whose name must end in \.jsonl"),
+        ("a.txt", "answer,prompt\n1,b\n", r"begins like a table, whose name must end in \.csv"),
+        ("a.csv", "text\nb\n", "Line 2 of .* in its column 'prompt', but its columns are: 'text'"),
+        ("a.csv", "prompt,x\nb,c\nb, c, d\n", "must have 2 cells in every row.* line 3 has more"),
+        ("a.csv", 'prompt\nb\n"b\n', "is not a table of the kind CSV: line 2"),
+        ("a.csv", "prompt\n", "There is no prompt in"),
+        ("a.jsonl", '{"prompt": "b"}\n{"prompt"\n', "but line 2 is not JSON"),
+        (
+            "a.jsonl",
+            '\n{"prompt": "b"}\n\n{"x": 1}\n',
+            "Line 4 of .*, but its columns are: 'x'",
+        ),
+        ("a.jsonl", '{"prompt": null}', "Line 1 of .* in its column 'prompt', which is None"),
+        ("a.jsonl", "5\n", "Line 1 of .* needs columns with names, but is 5"),
+        ("a.json", '[{"prompt": "b"}, 5]', "Row 1 of .* needs columns with names"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        data.read_rows(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_names_of_files_are_told_from_prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my prompts.md", "b"):
+        (tmp_path / name).write_text("c")
+    files = ["my prompts.md", "prompts.txt", "dir/p.jsonl", "a.CSV"]
+    texts = ["b", "Open prompts.txt", "See e.g", "", "Dr.", "b " * 3000 + "c.txt"]
+    assert [text for text in files + texts if names_a_file(text)] == files
+
+
+def test_scores_of_a_table_are_numbers(tmp_path):
+    (tmp_path / "a.csv").write_text("response,score\nb,1.5\nc,x\n")
+    rows = data.read_rows(tmp_path / "a.csv", columns=("response",), optional=("prompt",))
+    encode = lambda rows: encode_judgements(rows, with_start_token(), "scores", length=4)
+    assert encode(rows[:1])[-1].tolist() == [1.5]
+    with pytest.raises(ValueError, match="Row 1 needs a number in 'score', not 'x'"):
+        encode(rows)

@@ -258,8 +258,8 @@ def test_a_distilbert_config_uses_its_own_names_and_defaults(tmp_path):
         False,
         6,
     )
-    with pytest.raises(ValueError, match="activation 'swish' is not supported"):
-        pretrained.config_of({**hf, "activation": "swish"})
+    with pytest.raises(ValueError, match="activation 'mish' is not supported"):
+        pretrained.config_of({**hf, "activation": "mish"})
 
 
 def test_a_reward_function_has_no_labels():

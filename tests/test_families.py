@@ -1,5 +1,6 @@
 """Compare every model family with `transformers` on small random models, and test weight files."""
 
+import json
 import types
 import weakref
 from pathlib import Path
@@ -10,10 +11,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import FAMILIES, FAMILY_SIZE, family_peer, left_padded, tensors_in
+from helpers import (
+    FAMILIES,
+    FAMILY_SIZE,
+    family_peer,
+    left_padded,
+    save_random_peer,
+    tensors_in,
+)
 
+from ppo_jax import cli
 from ppo_jax.models import heads
+from ppo_jax.models.config import Activation
 from ppo_jax.models.io import families, pretrained, safetensors_format, scorers, weights
+from ppo_jax.models.io import family as family_helpers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.rollout import generate
 
@@ -135,6 +146,72 @@ def test_scores_equal_transformers_after_loading_and_saving(tmp_path, name):
         )
 
 
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeo", "GPTNeoX", "Llama", "Qwen3", "Gemma2", "Phi3"])
+@pytest.mark.parametrize("pad", [1, 7, 0, None])
+def test_a_scorer_reads_the_token_that_transformers_reads(tmp_path, name, pad):
+    """Texts that hold and end in the pad id, which may be the end id 1; alone, and with padding."""
+    sizes = {**FAMILY_SIZE, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    sizes |= {"GPTNeo": {"attention_types": [[["global"], 1]], "num_layers": 1}}.get(name, {})
+    sizes |= {"GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 4}}.get(name, {})
+    if name == "GPTNeo":
+        del sizes["num_hidden_layers"]
+    config = getattr(transformers, f"{name}Config")(**sizes | {"pad_token_id": pad}, num_labels=1)
+    kind = getattr(transformers, f"{name}ForSequenceClassification")
+    theirs = save_random_peer(kind, config, tmp_path)
+    loaded = scorers.load_scorer(tmp_path)
+    score = jax.jit(heads.reward_model(loaded.config))
+    texts = [[2, 3, 1], [4, 7, 7, 7], [5, 1, 1, 6, 1], [0, 8, 0], [1, 7, 9, 7], [7], [1, 1]]
+    for text in texts:
+        with torch.no_grad():
+            want = theirs(torch.tensor([text])).logits[0, 0]
+            positions = torch.arange(len(text))
+            for left, right in ((0, 8 - len(text)), (8 - len(text), 0)):
+                mask = np.array([[False] * left + [True] * len(text) + [False] * right])
+                row = np.array([[pad or 0] * left + text + [pad or 0] * right])
+                got = score(loaded.params, jnp.asarray(row), jnp.asarray(mask))[0]
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=str(text))
+                if pad is None or (left and set(text) == {pad}):
+                    continue  # transformers needs a pad id, and reads padding in such a text
+                order = torch.tensor([[0] * left + positions.tolist() + [0] * right])
+                same = theirs(
+                    torch.tensor(row),
+                    attention_mask=torch.tensor(mask).long(),
+                    position_ids=order,
+                ).logits[0, 0]
+                np.testing.assert_allclose(got, same, rtol=1e-4, atol=1e-5, err_msg=str(text))
+
+
+def test_a_config_without_a_pad_id_has_the_one_of_its_class(tmp_path):
+    for name in ("Llama", "Gemma2", "Gemma3Text", "Phi3", "GPT2", "Qwen2"):
+        config = getattr(transformers, f"{name}Config")
+        family = pretrained.family_of(config.model_type)
+        assert family.pad_id == config().pad_token_id
+
+
+def test_every_name_of_a_supported_activation_is_accepted():
+    """Of the names that transformers has, those are refused that mean another function."""
+    x = np.linspace(-20, 20, 401, dtype=np.float32)
+    with torch.no_grad():
+        theirs = {
+            name: transformers.activations.ACT2FN[name](torch.tensor(x)).numpy()
+            for name in transformers.activations.ACT2FN
+            if name != "xielu"  # has parameters
+        }
+    for name, want in theirs.items():
+        try:
+            ours = family_helpers.activation({"hidden_act": name}, "hidden_act", "gelu")
+        except ValueError:
+            same = [a for a in Activation if np.allclose(theirs[a.value], want, atol=1e-6)]
+            assert not same, f"{name} is {same}"
+        else:
+            np.testing.assert_allclose(ours(jnp.asarray(x)), want, atol=2e-6)
+    assert pretrained.config_of(
+        {**transformers.LlamaConfig(**FAMILY_SIZE).to_dict(), "hidden_act": "swish"}
+    ) == pretrained.config_of(transformers.LlamaConfig(**FAMILY_SIZE).to_dict())
+    roberta = {"model_type": "roberta", "hidden_act": "gelu_python"}
+    assert pretrained.config_of(roberta).activation is Activation.GELU
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_shards_load(tmp_path, dtype):
     """Sharded 16-bit weights as written by `transformers` are loaded as float32."""
@@ -220,6 +297,7 @@ def test_an_unsupported_config_is_refused(changes, message):
         "Qwen3",
         "Gemma2",
         "Gemma3Text",
+        "Phi3",
         "Bert",
         "Roberta",
         "XLMRoberta",
@@ -389,6 +467,71 @@ def test_a_stored_output_matrix_unties_the_embedding(tmp_path, case, output, cap
     caplog.clear()
     safetensors_format.write_safetensors(tmp_path, stored.items())
     assert pretrained.load_policy(tmp_path).config.tied and not caplog.records
+
+
+@pytest.mark.parametrize("case", ["llama 3.1", "gemma2", "qwen2", "bert", "stablelm, tied"])
+def test_a_tied_model_may_store_its_output_matrix_alone(tmp_path, case):
+    theirs = family_peer(case, tmp_path)
+    want, trunk = pretrained.load_policy(tmp_path), scorers.load_trunk(tmp_path)
+    family, stored = pretrained.family_of(want.hf_config["model_type"]), tensors_in(tmp_path)
+    for path, name in family.untied.items():
+        stored[name] = stored.pop(family.tensors["embedding" if "un" in path else path])
+    safetensors_format.write_safetensors(tmp_path, stored.items())
+    jax.tree.map(
+        np.testing.assert_array_equal, pretrained.load_policy(tmp_path).params, want.params
+    )
+    jax.tree.map(np.testing.assert_array_equal, scorers.load_trunk(tmp_path).params, trunk.params)
+    tokens = np.array([[2, 3, 4]])
+    again = type(theirs).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(torch.tensor(tokens)).logits, theirs(torch.tensor(tokens)).logits)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads(config) | {"tie_word_embeddings": False})
+    )
+    with pytest.raises(ValueError, match="missing tensors"):  # nothing says that it is tied
+        pretrained.load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama", "neox", "qwen2"])
+def test_a_checkpoint_of_trl_with_a_value_head_is_a_policy_and_a_critic(tmp_path, case, caplog):
+    family_peer(case, tmp_path)
+    want, rng = pretrained.load_policy(tmp_path), np.random.default_rng(0)
+    head = {
+        "v_head.summary.weight": rng.normal(size=(1, 32)).astype(np.float32),
+        "v_head.summary.bias": np.float32([0.5]),
+    }
+    safetensors_format.write_safetensors(tmp_path, {**tensors_in(tmp_path), **head}.items())
+    loaded = pretrained.load_policy(tmp_path)
+    assert "holds a value head" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, want.params)
+    scorer, (tokens, mask) = scorers.load_scorer(tmp_path), left_padded()
+    states, _ = language_model(want.config).hidden(want.params, jnp.asarray(tokens), mask)
+    values = heads.separate_critic(scorer.config)(scorer.params, states, jnp.asarray(tokens), mask)
+    ours = np.asarray(states)[mask] @ head["v_head.summary.weight"][0] + 0.5
+    np.testing.assert_allclose(np.asarray(values)[mask], ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantised_config_is_refused_wherever_it_is_read(tmp_path, key, capsys):
+    family_peer("llama", tmp_path)
+    file = tmp_path / "config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps({**plain, key: {"quant_method": "gptq", "bits": 4}}))
+    for read in (
+        pretrained.load_policy,
+        scorers.load_scorer,
+        scorers.load_trunk,
+        lambda folder: scorers.start_scorer(folder, jax.random.key(0)),
+    ):
+        with pytest.raises(ValueError, match=f"quantised by gptq .{key} in its config.json"):
+            read(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["info", str(tmp_path), "--prompt-tokens", "8", "--ppo.max-new-tokens", "8"])
+    assert "quantised by gptq" in capsys.readouterr().err
+    for nothing in (None, {}):
+        file.write_text(json.dumps({**plain, key: nothing}))
+        pretrained.load_policy(tmp_path)
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "bert", "roberta"])

@@ -36,9 +36,9 @@ from ppo_jax.reward_functions.loading import load_reward
 from ppo_jax.run import faults
 from ppo_jax.run.compare import compare
 from ppo_jax.run.faults import persist
-from ppo_jax.run.files import lock, read_json, read_lines, write_json
+from ppo_jax.run.files import lock_folder, read_json, read_lines, write_json
 from ppo_jax.run.provenance import code_hash, tokenizer_hash
-from ppo_jax.run.serialize import plain, revive
+from ppo_jax.run.serialize import from_json, to_json
 from ppo_jax.run.settings import Faults
 
 
@@ -454,7 +454,7 @@ def test_compare_ignores_output_settings_and_reports_missing_lines(folder, tmp_p
 
 def test_settings_survive_json(folder):
     stored = read_json(folder / "run/config.json")["settings"]["command"]
-    assert json.loads(json.dumps(plain(revive(Train, stored)))) == stored
+    assert json.loads(json.dumps(to_json(from_json(Train, stored)))) == stored
 
 
 def test_deterministic_adds_its_flag_once(monkeypatch):
@@ -821,8 +821,8 @@ def test_the_folder_is_locked_until_the_model_is_written(folder, tmp_path, monke
 
     def export(out, *_, **__):
         program = (
-            "from pathlib import Path\nfrom ppo_jax.run.files import lock\n"
-            f"lock(Path({str(out)!r}))"
+            "from pathlib import Path\nfrom ppo_jax.run.files import lock_folder\n"
+            f"lock_folder(Path({str(out)!r}))"
         )
         command = [sys.executable, "-c", program]
         errors_seen.append(subprocess.run(command, capture_output=True, text=True).stderr)
@@ -830,7 +830,7 @@ def test_the_folder_is_locked_until_the_model_is_written(folder, tmp_path, monke
     monkeypatch.setattr("ppo_jax.commands.train.export_result", export)
     cli.main(train_command(folder, tmp_path / "run", **{"loop.updates": 1}))
     assert "Another process is writing to" in errors_seen[0]
-    lock(tmp_path / "run").release()
+    lock_folder(tmp_path / "run").release()
 
 
 def test_the_hash_of_a_tokenizer_depends_on_cleaning_up_spaces():

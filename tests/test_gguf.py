@@ -116,6 +116,88 @@ def test_every_quantisation_type_is_read(tmp_path, kind, quantisation):
     check(tmp_path / "x.gguf", model)
 
 
+def random_blocks(kind, rows, columns, rng):
+    """Return the bytes of random quantised rows, in which no float16 scale is infinite or NaN."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return rng.integers(0, 60, (rows, columns // block * size), np.uint8)  # 60 is below 0x3c
+
+
+def test_every_type_that_the_gguf_package_dequantizes_is_read(tmp_path):
+    """Among them all K-quants; a file of other types is refused by the name of the type."""
+    rng, read, refused = np.random.default_rng(0), set(), set()
+    for kind in gguf.GGMLQuantizationType:
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        for name in ("embedding_length", "head_count", "block_count", "feed_forward_length"):
+            getattr(writer, f"add_{name}")(8)
+        writer.add_context_length(8)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_token_list([str(i) for i in range(4)])
+        blocks = random_blocks(kind, 4, 1024, rng)
+        writer.add_tensor("token_embd.weight", blocks, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        try:
+            want = gguf.dequantize(blocks, kind)
+        except NotImplementedError:
+            with pytest.raises(
+                ValueError, match=f"tensors of type {kind.name}, which this version"
+            ):
+                gguf_format.read(tmp_path / "x.gguf")
+            refused.add(kind.name)
+            continue
+        got = gguf_format.read(tmp_path / "x.gguf")[1]["model.embed_tokens.weight"]()
+        np.testing.assert_array_equal(got, want.reshape(4, 1024), err_msg=kind.name)
+        read.add(kind.name)
+    assert {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "IQ4_XS"} <= read
+    assert {"I8", "F64"} <= refused
+
+
+def test_a_model_of_mixed_k_quants_equals_transformers(tmp_path):
+    """The mixture of a Q4_K_M file: matrices in Q4_K and Q6_K, norms in float32."""
+    rng, kinds = np.random.default_rng(0), gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_embedding_length(256)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_feed_forward_length(512)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_token_list([str(i) for i in range(40)])
+    writer.add_vocab_size(40)
+    for name, rows, columns, kind in (
+        ("token_embd", 40, 256, kinds.Q6_K),
+        ("blk.0.attn_q", 256, 256, kinds.Q4_K),
+        ("blk.0.attn_k", 128, 256, kinds.Q4_K),
+        ("blk.0.attn_v", 128, 256, kinds.Q6_K),
+        ("blk.0.attn_output", 256, 256, kinds.Q4_K),
+        ("blk.0.ffn_gate", 512, 256, kinds.Q4_K),
+        ("blk.0.ffn_up", 512, 256, kinds.Q5_K),
+        ("blk.0.ffn_down", 256, 512, kinds.Q6_K),
+    ):
+        blocks = random_blocks(kind, rows, columns, rng)
+        # The float16 scales of a block, which make the entries small.
+        places = (-2,) if kind is kinds.Q6_K else (0, 2)
+        by_block = blocks.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+        scale = np.float16(1e-4 if kind is kinds.Q6_K else 1e-3).tobytes()
+        for place in places:
+            by_block[:, place % by_block.shape[1]] = scale[0]
+            by_block[:, place % by_block.shape[1] + 1] = scale[1]
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=kind)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="x.gguf", dtype=torch.float32
+    )
+    check(tmp_path / "x.gguf", model.eval())
+
+
 def test_only_the_scaled_rotary_positions_of_llama_3_1_are_accepted(tmp_path):
     model = peer("llama", rope_parameters=LLAMA_3_1)
     plain = 1 / 1e4 ** (np.arange(0, 16, 2) / 16)

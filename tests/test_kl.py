@@ -1,5 +1,6 @@
 """Test `ppo_jax.ops.kl`: KL estimators against their definitions, the full KL, and controllers."""
 
+import math
 from functools import partial
 
 import jax
@@ -151,7 +152,42 @@ def test_controllers_work_under_scan():
         close(state.coef, 0.1 * grown**10)
 
 
-@pytest.mark.parametrize("bad", [{"target": 0.0, "horizon": 1}, {"target": 1.0, "horizon": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"target": 0.0}, {"horizon": 0}, {"init_coef": 0.0}, {"target": math.nan}]
+)
 def test_adaptive_controller_refuses_invalid_settings(bad):
-    with pytest.raises(ValueError, match="positive target and horizon"):
-        kl.adaptive_kl(0.1, **bad)
+    with pytest.raises(ValueError, match="positive init_coef, target and horizon"):
+        kl.adaptive_kl(**{"init_coef": 0.1, "target": 1.0, "horizon": 1} | bad)
+
+
+def test_adaptive_weight_stays_positive():
+    """Four updates of 512 responses with a KL below the target, at a horizon of 64 responses."""
+    controller = kl.adaptive_kl(0.05, target=6.0, horizon=64.0)
+    state, coefs = controller.init(), []
+    for _ in range(4):
+        state = controller.update(state, jnp.float32(1.0), 512)
+        coefs.append(float(state.coef))
+    close(coefs, 0.05 * 0.2 ** np.arange(1.0, 5.0))
+
+
+@pytest.mark.parametrize("observed", [math.nan, math.inf, -math.inf])
+def test_adaptive_weight_takes_in_no_kl_that_is_not_finite(observed):
+    controller = kl.adaptive_kl(0.1, target=6.0, horizon=1000)
+    assert controller.update(controller.init(), jnp.float32(observed), 50) == controller.init()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_of_bfloat16_are_computed_in_float32(name):
+    p, q = jnp.array([-0.0078125], jnp.bfloat16), jnp.array([0.0], jnp.bfloat16)
+    estimate = ESTIMATORS[name](p, q)
+    assert estimate.dtype == jnp.float32
+    close(estimate, oracles.KL[name](np.float64(-0.0078125), 0.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["k3"])
+@pytest.mark.parametrize("d", [-100.0, -50.0, -21.0])
+def test_k3_of_a_forgotten_token_is_bounded(name, d):
+    """Without the bound, the estimate of -100 is infinite and its gradient outweighs all tokens."""
+    value, slope = jax.value_and_grad(ESTIMATORS[name])(jnp.float32(d), jnp.float32(0))
+    close(value, np.exp(20.0) - 21)
+    assert slope == 0

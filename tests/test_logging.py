@@ -10,7 +10,7 @@ from helpers import tiny_policy
 from tensorboardX.proto.event_pb2 import Event
 
 from ppo_jax.models.io import pretrained
-from ppo_jax.run.files import lock, read_lines
+from ppo_jax.run.files import lock_folder, read_lines
 from ppo_jax.run.logging import RunLog
 
 
@@ -99,5 +99,5 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeyp
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    held = lock(tmp_path)
+    held = lock_folder(tmp_path)
     assert not held.is_locked and "cannot be locked" in caplog.text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,18 @@ import numpy as np
 import peft
 import pytest
 import torch
-from helpers import family_peer, gpt2_peer, left_padded, logits_of, noisy_adapters
+from helpers import (
+    family_peer,
+    gpt2_peer,
+    left_padded,
+    logits_of,
+    noisy_adapters,
+    word_tokenizer,
+)
 
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads, lora
-from ppo_jax.models.io import adapter_files, pretrained
+from ppo_jax.models.io import adapter_files, pretrained, scorers, stored
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
@@ -47,6 +55,7 @@ def with_scale(loaded, spec):
                 "qwen3",
                 "gemma2",
                 "gemma3",
+                "phi3",
                 "bert",
             )
         ),
@@ -101,8 +110,9 @@ STABILISED = lora.LoRA(
         ),
         *(
             (kind, ALL_LAYERS)
-            for kind in ("neo", "llama", "mistral", "qwen3", "gemma2", "gemma3", "bert")
+            for kind in ("neo", "llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "bert")
         ),
+        ("phi3", SOME_LAYERS),
     ],
 )
 def test_an_adapter_equals_peft_after_loading_and_saving(tmp_path, kind, spec):
@@ -151,6 +161,45 @@ def test_an_adapter_equals_peft_after_loading_and_saving(tmp_path, kind, spec):
         np.asarray(got)[mask],
         atol=1e-5,
     )
+
+
+def test_a_model_without_the_scale_refuses_adapters(tmp_path):
+    """A scale of 1 would be used silently otherwise; it has to be given even if it is 1."""
+    loaded, spec = load("gpt2", tmp_path), lora.LoRA(rank=2, alpha=2.0)
+    full = overlay(loaded.params, lora.init_lora(loaded.params, jax.random.key(0), spec))
+    model, batch = language_model(loaded.config), left_padded()
+    for run in (model.hidden, jax.jit(model.hidden)):
+        with pytest.raises(ValueError, match=r"has no lora_scale; make the model with .*replace"):
+            run(full, *map(jnp.asarray, batch))
+        run(loaded.params, *map(jnp.asarray, batch))
+    with_scale(loaded, spec)[1].hidden(full, *map(jnp.asarray, batch))
+    with pytest.raises(ValueError, match=r"scale 1\.0, but the model was made with lora_scale=4"):
+        config = dataclasses.replace(loaded.config, lora_scale=4.0)
+        adapter_files.save_adapter(tmp_path / "adapter", full, spec, config, "gpt2", "base")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_folder_of_an_adapter_is_read_as_the_merged_model(tmp_path, kind):
+    loaded = load(kind, tmp_path / "base")
+    adapters = noisy_adapters(lora.init_lora(loaded.params, jax.random.key(0), ALL_LAYERS))
+    folder, name = tmp_path / "adapter", loaded.hf_config["model_type"]
+    adapter_files.save_adapter(
+        folder, adapters, ALL_LAYERS, loaded.config, name, str(tmp_path / "base")
+    )
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    want = lora.merge(overlay(loaded.params, adapters), ALL_LAYERS.scale)
+    got = pretrained.load_policy(folder)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, got.params, want)
+    assert got.hf_config == loaded.hf_config == stored.read_config(folder)
+    assert pretrained.load_tokenizer(folder).get_vocab() == word_tokenizer().get_vocab()
+    with pytest.raises(ValueError, match="adapter without its base model; merge the two first"):
+        scorers.load_scorer(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = None
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="does not name the base model"):
+        pretrained.load_policy(folder)
 
 
 def test_only_adapters_train_and_the_base_is_the_reference(tmp_path):

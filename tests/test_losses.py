@@ -20,6 +20,7 @@ from ppo_jax.ops.losses import (
     ppo_loss,
 )
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, masked_count, masked_mean, sequence_mean
+from ppo_jax.ops.metrics import policy_metrics
 
 B, R = 16, 6
 GOLDEN = Path(__file__).parent / "golden" / "trl_one_update"
@@ -367,3 +368,39 @@ def test_shapes_must_match(policy, which):
         clipped_policy_loss(*bad, clip_low=0.2, clip_high=0.2)
     with pytest.raises(AssertionError):
         clipped_value_loss(*bad, clip=0.2)
+
+
+# --- extreme and low-precision inputs ---
+
+
+@pytest.mark.parametrize("log_ratio, bound", [(19.0, np.exp(19.0)), (45.0, 0.0), (200.0, 0.0)])
+def test_one_token_cannot_overflow_the_gradient(log_ratio, bound):
+    """A log-ratio beyond 20 nats is cut there, as in verl and OpenRLHF, and has no gradient."""
+    one = jnp.ones((1, 1))
+    of = lambda x: clipped_policy_loss(x, 0 * one, -one, one > 0, clip_low=0.2, clip_high=0.2)
+    loss, slope = jax.value_and_grad(of)(log_ratio * one)
+    close(loss, np.exp(min(log_ratio, 20.0)))
+    close(slope, [[bound]])
+
+
+def test_metrics_of_one_far_token_are_finite():
+    x, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
+    far = x.at[0, 0].set(200.0)
+    for metrics in policy_metrics(far, x, mask, clip_low=0.2, clip_high=0.2):
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+
+
+@pytest.mark.parametrize("name", OF_POLICY | OF_VALUES)
+def test_bfloat16_is_computed_in_float32(policy, critic, name):
+    function, arrays = (OF_POLICY | OF_VALUES)[name], policy if name in OF_POLICY else critic
+    low = [jnp.asarray(x, jnp.bfloat16) for x in arrays[:-1]]
+    wide = [x.astype(jnp.float32) for x in low]
+    np.testing.assert_array_equal(function(*low, arrays[-1]), function(*wide, arrays[-1]))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_masks_must_be_bool(policy, critic, dtype):
+    for name, function in (OF_POLICY | OF_VALUES).items():
+        arrays = policy if name in OF_POLICY else critic
+        with pytest.raises(AssertionError):
+            function(*arrays[:-1], arrays[-1].astype(dtype))

@@ -158,3 +158,25 @@ def test_shapes_must_match(function):
 def test_sequence_mean_of_float16_is_summed_in_float32():
     out = masked.sequence_mean(jnp.full((1, 300), 300.0, jnp.float16), jnp.ones((1, 300), bool))
     assert out.dtype == jnp.float32 and out == 300
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@pytest.mark.parametrize("function", [*FUNCTIONS.values(), lambda x, m: masked.masked_count(m)])
+def test_masks_must_be_bool(function, dtype):
+    """Averaging with weights instead of a mask would give a plausible but wrong number."""
+    with pytest.raises(AssertionError):
+        function(jnp.array([[2.0, 4.0, 9.0]]), np.array([[1, 1, 0]], dtype))
+
+
+@pytest.mark.parametrize("constant", [10.3, 1000.1, -3e-5, 0.0, 7e8])
+@pytest.mark.parametrize("shape", [(60, 50), (1, 3), (512, 200)])
+def test_whitening_a_constant(constant, shape):
+    """The mean is rounded, and the difference from it must not be scaled up."""
+    x = np.full(shape, constant, np.float32)
+    mask = np.ones(shape, bool)
+    mask[-1, 1:] = False
+    np.testing.assert_array_equal(masked.masked_var(x, mask), 0)
+    np.testing.assert_array_equal(masked.masked_whiten(x, mask), 0)
+    close(masked.masked_whiten(x, mask, shift_mean=False), np.where(mask, x, 0), rtol=1e-4)
+    rounded = x * (1 + np.float32(2**-23) * (np.arange(shape[1]) % 2)).astype(np.float32)
+    np.testing.assert_array_equal(masked.masked_whiten(rounded, mask), 0)

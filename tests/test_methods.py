@@ -14,7 +14,7 @@ from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting, gae
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.files import read_json, write_json
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.serialize import to_json
 from ppo_jax.types import Rollout, Scores
 
 
@@ -22,7 +22,7 @@ from ppo_jax.types import Rollout, Scores
 def test_a_name_stands_in_json_and_finds_its_method(kind):
     for member in kind:
         assert kind(member.value) is member and isinstance(member.value, str)
-        assert json.dumps(plain(member)) == f'"{member.value}"'
+        assert json.dumps(to_json(member)) == f'"{member.value}"'
         assert repr(member) == f"<{kind.__name__}.{member.name}: {member.value!r}>"
         assert member.function is not None
 

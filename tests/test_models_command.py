@@ -6,14 +6,16 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from helpers import noisy_adapters, tiny_policy, word_tokenizer
+from helpers import noisy_adapters, tiny_config, tiny_policy, word_tokenizer
 
 from ppo_jax import cli
 from ppo_jax.commands import models
 from ppo_jax.models import heads, lora, sizes
 from ppo_jax.models.io import adapter_files, pretrained, scorers
 from ppo_jax.models.transformer import init_params
+from ppo_jax.plan.memory import choose_prompt_tokens
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import overlay
 
 PUBLISHED = {
     "gpt3-125m": 125e6,
@@ -89,6 +91,20 @@ def test_info_reads_only_the_config_and_checks_prompt_tokens(tmp_path, capsys, m
         assert f"prompt_tokens={tokens} must lie in 1 .. {longest}" in capsys.readouterr().err
 
 
+def test_the_default_prompt_fits_the_positions(tmp_path, capsys):
+    pretrained.save_policy(tmp_path, tiny_policy(positions=64), word_tokenizer())
+    for new_tokens, room in ((8, 56), (63, 1)):
+        cli.main(["info", str(tmp_path), "--ppo.max-new-tokens", str(new_tokens)])
+        printed = capsys.readouterr().out
+        assert f"with {room} prompt and {new_tokens} response tokens" in printed
+    for command in (["info"], ["plan", "--model"]):
+        with pytest.raises(SystemExit):
+            cli.main([*command, str(tmp_path), "--ppo.max-new-tokens", "64"])
+        message = "max_new_tokens=64 leaves no room for a prompt in the model's 64 positions"
+        assert message in capsys.readouterr().err
+    assert choose_prompt_tokens(None, PPOConfig(max_new_tokens=8), tiny_config(positions=999)) == 64
+
+
 def test_memory_estimates_fall_with_adapters_remat_and_micro_batches():
     config, ppo = sizes.gpt3("gpt3-125m"), PPOConfig(batch_size=64)
     memory = lambda config=config, ppo=ppo, adapters=None: models.estimate_memory(
@@ -129,7 +145,7 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
         str(tmp_path / "new"),
     ]
     cli.main(arguments)
-    want = lora.merge(models.overlay(model.params, adapters), spec.scale)
+    want = lora.merge(overlay(model.params, adapters), spec.scale)
     close = functools.partial(
         np.testing.assert_allclose, atol=1e-6
     )  # the product is summed in a different order

@@ -263,8 +263,8 @@ def test_longer_held_out_prompts_are_refused_by_name(tmp_path):
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
     full_trainer(tmp_path / "run", updates=1).run()
     holder = (
-        "import sys, pathlib\nfrom ppo_jax.run.files import lock\n"
-        "held = lock(pathlib.Path(sys.argv[1]))\nprint(1, flush=True)\ninput()"
+        "import sys, pathlib\nfrom ppo_jax.run.files import lock_folder\n"
+        "held = lock_folder(pathlib.Path(sys.argv[1]))\nprint(1, flush=True)\ninput()"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     other = subprocess.Popen(

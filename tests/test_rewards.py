@@ -77,7 +77,8 @@ def test_token_rewards_equal_the_numpy_oracle(batch, score_at, with_token_scores
         ),
     )
     here = [oracles.score_index(row, score_at.value) for row in mask]
-    np.testing.assert_array_equal(steps, mask | np.eye(R, dtype=bool)[here])
+    scored = np.eye(R, dtype=bool)[here] & mask.any(axis=1, keepdims=True)
+    np.testing.assert_array_equal(steps, mask | scored)
     assert_jit_and_vmap_agree(
         partial(token_rewards, kl_coef=0.3, score_at=score_at), scores, kl, mask
     )
@@ -88,7 +89,19 @@ def test_rewards_sum_to_the_score_minus_the_penalty(batch, score_at):
     """At every position of the score, a response earns its score minus β times its KL."""
     scores, kl, mask = batch
     rewards, _ = token_rewards(scores, kl, mask, kl_coef=0.3, score_at=score_at)
-    close(rewards.sum(axis=1), scores - 0.3 * np.where(mask, kl, 0).sum(axis=1))
+    expected = scores - 0.3 * np.where(mask, kl, 0).sum(axis=1)
+    close(rewards.sum(axis=1), np.where(mask.any(axis=1), expected, 0))
+
+
+@pytest.mark.parametrize("score_at", ScoreAt)
+def test_a_row_without_a_real_token_gets_nothing(score_at):
+    mask = jnp.array([[True, False], [False, False]])
+    rewards, steps = token_rewards(
+        jnp.array([1.0, 5.0]), jnp.zeros((2, 2)), mask, kl_coef=0.1, score_at=score_at
+    )
+    assert rewards[0].sum() == 1
+    np.testing.assert_array_equal(rewards[1], 0)
+    np.testing.assert_array_equal(steps[1], False)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
@@ -131,6 +144,17 @@ def test_shapes_must_match(batch, which, bad):
         token_rewards(*arrays, kl_coef=0.1)
     with pytest.raises(AssertionError):
         token_rewards(*batch, kl_coef=0.1, token_scores=jnp.ones((B, 1)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_masks_must_be_bool(batch, dtype):
+    scores, kl, mask = batch
+    with pytest.raises(AssertionError):
+        token_rewards(scores, kl, mask.astype(dtype), kl_coef=0.1)
+    with pytest.raises(AssertionError):
+        score_index(mask.astype(dtype), ScoreAt.LAST_TOKEN)
+    with pytest.raises(AssertionError):
+        apply_missing_eos(scores, mask[:, 0].astype(dtype), rule=MissingEOS.REPLACE)
 
 
 # --- missing EOS ---
@@ -199,10 +223,25 @@ def test_running_scale_removes_the_scale_of_the_scores():
         close(a, b, rtol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [[1.0, 1.0, 1.0], [3.0], [0.0, 0.0], [math.nan, 2.0]], ids=str)
+@pytest.mark.parametrize(
+    "batch", [[1.0, 1.0, 1.0], [1e4] * 64, [3.0], [0.0, 0.0], [math.nan, 2.0]], ids=str
+)
 def test_running_scale_of_equal_scores(batch):
-    """Scores without deviation, equal or single, must not be divided by almost nothing."""
-    _, (now,) = scaled([batch])
-    batch = np.array(batch)
+    """Scores without deviation, equal or single, have no scale and become 0."""
+    _, now = scaled([batch, batch])
     real = np.isfinite(batch)
-    assert (np.abs(np.asarray(now)[real]) <= 10 * np.abs(batch[real])).all(), now
+    np.testing.assert_array_equal(np.asarray(now)[:, real], 0)
+
+
+def test_running_scale_after_equal_scores():
+    """Equal scores leave no rounding behind that a later batch would be divided by."""
+    _, (first, second, third) = scaled([np.full(64, 1e4 + 0.1)] * 2 + [[1e4, 1e4 + 64]])
+    np.testing.assert_array_equal([first, second], 0)
+    assert 100 < third[0] < 2e4
+
+
+def test_running_scale_takes_in_no_overflow():
+    state, (first, _) = scaled([[1.0, 3.0], [1e30, -1e30]])
+    close(state.count, 2)
+    close(state.m2, 2)
+    close(first, [1, 3])

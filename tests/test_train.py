@@ -1,9 +1,12 @@
 """Test training end to end on a tiny model: the trainer, rewards, and the commands."""
 
+import dataclasses
 import functools
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 import torch
 import transformers
 from helpers import (
+    ROOT,
     SIMPLE_PPO,
     WORDS,
     command_line,
@@ -350,21 +354,35 @@ def test_a_label_of_a_classifier_is_the_reward(folder, capsys):
     assert "2 responses" in capsys.readouterr().out
 
 
-def test_weights_and_biases_receives_every_update(tmp_path, monkeypatch):
+def test_weights_and_biases_receives_settings_metrics_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
 
-    logged = []
-    log = wandb.Run.log
+    runs, logged, init, log = [], [], wandb.init, wandb.Run.log
+    monkeypatch.setattr(wandb, "init", lambda **given: runs.append(init(**given)) or runs[-1])
     monkeypatch.setattr(
         wandb.Run,
         "log",
         lambda self, data, **more: (logged.append((more["step"], data)), log(self, data, **more)),
     )
-    simple_trainer(tmp_path / "run", updates=2, wandb_project="ppo_jax").run()
-    assert [step for step, data in logged if "objective/kl" in data] == [0, 1]
-    assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    out = tmp_path / "first_try"
+    # A run, the same run resumed, and a new run at the same path.
+    for updates, resume in ((1, "no"), (2, "yes"), (1, "no")):
+        if resume == "no":
+            for name in ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoints"):
+                shutil.rmtree(out / name, ignore_errors=True)
+                (out / name).unlink(missing_ok=True)
+        simple_trainer(out, updates=updates, resume=resume, wandb_project="ppo_jax").run()
+        run = runs[-1]
+        assert (run.project, run.name) == ("ppo_jax", "first_try")
+        assert run.config["ppo"]["batch_size"] == 32 and run.config["loop"]["updates"] == updates
+    assert runs[0].id == runs[1].id != runs[2].id
+    assert [step for step, data in logged if "objective/kl" in data] == [0, 1, 0]
+    tables = [(step, data["samples"]) for step, data in logged if "samples" in data]
+    assert [step for step, _ in tables] == [0, 1, 0]
+    assert tables[0][1].columns == ["prompt", "response", "score"] and len(tables[0][1].data) == 4
+    assert list((out / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 def test_prompts_from_a_dataset():
@@ -537,7 +555,7 @@ def run_supervised(folder, command, rows, **given):
             "sft",
             [{"response": "a", "prompt": 5}] * 2,
             {},
-            "Row 0 of .* needs a text or messages in its column 'prompt', but is .*5",
+            "Line 1 of .* needs a text or messages in its column 'prompt', which is 5",
         ),
         (
             "reward",
@@ -632,7 +650,7 @@ def test_added_tokens_outside_the_models_vocabulary_are_refused_in_texts(folder,
             "holds the token id 21, but the model's vocabulary has only vocab_size=21 tokens"
             in capsys.readouterr().err
         )
-    words.add_special_tokens({"pad_token": "<pad>"})
+    words.add_special_tokens({"bos_token": "<begin>"})
     words.save_pretrained(folder / "model")
     with pytest.raises(SystemExit):
         cli.main(train_command(folder, out=folder / "other"))
@@ -677,6 +695,61 @@ def test_a_bert_reward_model_equals_transformers(folder, kind, capsys):
         np.testing.assert_array_equal(fresh.params["head"]["pooler"]["kernel"], pooler)
 
 
+@pytest.mark.parametrize("pad", [None, "b"])
+def test_the_scores_of_a_trained_reward_model_equal_transformers(folder, pad):
+    """Also of texts that end in the pad token, such as the end token of a GPT-2."""
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder / "model")
+    row = '{"chosen": "a b <end>", "rejected": "c <end> d e <end>"}\n'
+    (folder / "pairs.jsonl").write_text(row * 20)
+    paths = {"model": folder / "model", "data": folder / "pairs.jsonl", "out": folder / "scorer"}
+    cli.main(command_line("reward", **paths, epochs=1, **{"learning-rate": 1e-2}))
+    reward = load_reward(str(folder / "scorer"))
+    words = transformers.AutoTokenizer.from_pretrained(folder / "scorer")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "scorer")
+    texts = ["a b c", "a b <end>", "d <end> <end>", "a <end> e", "c b b", "<end>", "b"]
+    with torch.no_grad():
+        want = [theirs(words(text, return_tensors="pt").input_ids).logits[0, 0] for text in texts]
+    np.testing.assert_allclose(reward.score_texts(texts), want, rtol=1e-4, atol=1e-5)
+    fresh = scorers.start_scorer(folder / "model", jax.random.key(0), words)
+    scorers.save_scorer(folder / "again", fresh, words)
+    assert scorers.load_scorer(folder / "again").config.pad_id == fresh.config.pad_id is not None
+
+
+def test_the_folder_of_a_run_stands_for_its_model(folder, capsys):
+    (folder / "run").mkdir()
+    (folder / "run/config.json").write_text('{"settings": {}, "hashes": {}, "processes": []}')
+    with pytest.raises(SystemExit):
+        cli.main(["info", str(folder / "run")])
+    assert "a run that has not written its model yet" in capsys.readouterr().err
+    shutil.copytree(folder / "model", folder / "run/model")
+    cli.main(train_command(folder, model=folder / "run", **{"lora.rank": 2}))
+    settings = json.loads((folder / "out/adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder / "run/model")
+    want, got = (pretrained.load_policy(folder / name) for name in ("out/model", "out/adapter"))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, got.params, want.params)
+
+
+def test_an_unused_pad_token_needs_no_row_in_the_embedding(folder):
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == tiny_policy().config.vocab_size
+    tokenizer.save_pretrained(folder / "model")
+    cli.main(train_command(folder))
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text('{"chosen": "a b <end>", "rejected": "c d e <end>"}\n' * 20)
+    cli.main(command_line("reward", model=folder / "model", data=pairs, out=folder / "scorer"))
+    assert scorers.load_scorer(folder / "scorer").config.pad_id == 0  # the end token
+    assert np.isfinite(load_reward(str(folder / "scorer")).score_texts(["a b", "c"])).all()
+    with pytest.raises(RewardError, match="token id 21"):
+        load_reward(str(folder / "scorer")).score_texts(["a <pad> b"])
+    pads = dataclasses.replace(tiny_policy().config, vocab_size=20)
+    with pytest.raises(ValueError, match="gives ids up to 21"):  # the word t is beyond, too
+        pretrained.check_tokenizer(tokenizer, pads)
+
+
 def test_a_bert_decoder_as_classifier_is_refused(tmp_path):
     config = transformers.BertConfig(
         vocab_size=len(WORDS),
@@ -719,3 +792,91 @@ def test_without_a_terminal_each_update_prints_a_line(tmp_path, capsys):
         "update 1 of 2",
         "update 2 of 2",
     ] and "score=" in lines[0]
+
+
+def start_command(*arguments, platform="cpu"):
+    """Start `ppo-jax` in a process of its own, which sees no GPU."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ppo_jax.cli", *map(str, arguments)],
+        env={**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "model", "--ppo.max-new-tokens", "8"]])
+def test_a_reader_of_the_output_may_end_first(folder, arguments):
+    with start_command(*(folder / x if x == "model" else x for x in arguments)) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_a_platform_without_a_device_is_one_sentence(folder, platform):
+    arguments = command_line("generate", model=folder / "model", prompts="a")
+    process = start_command(*arguments, platform=platform)
+    _, printed = process.communicate(timeout=120)
+    last = printed.splitlines()[-1]
+    assert process.returncode == 2 and "Traceback" not in printed
+    assert last.startswith("ppo-jax: ") and platform in last
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+@pytest.mark.parametrize("name", ["train", "sft", "reward", "convert"])
+def test_a_link_to_nothing_is_no_folder_for_results(folder, capsys, name, below):
+    (folder / "link").symlink_to(folder / "nothing")
+    out = folder / "link" / below
+    arguments = {
+        "train": train_command(folder, out=out),
+        "convert": command_line("convert", model=folder / "model", out=out),
+    }
+    given = {"model": folder / "model", "data": folder / "prompts.txt", "out": out}
+    with pytest.raises(SystemExit):
+        cli.main(arguments.get(name, command_line(name, **given)))
+    assert (
+        f"link is a link to {folder / 'nothing'}, which does not exist" in capsys.readouterr().err
+    )
+    assert not (folder / "nothing").exists()
+
+
+def test_generate_reads_prompts_from_files(folder, capsys):
+    (folder / "more.csv").write_text("prompt,x\nd e,1\n")
+    files = [str(folder / "prompts.txt"), "g", str(folder / "more.csv")]
+    sample = command_line("generate", model=folder / "model", **{"max-new-tokens": 2})
+    cli.main([*sample, "--prompts", *files])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition("|")[0] for line in printed] == ["a b", "c", "g", "d e"]
+    with pytest.raises(SystemExit):
+        cli.main([*sample, "--prompts", "g", "nowhere.txt"])
+    assert "nowhere.txt cannot be read" in capsys.readouterr().err
+
+
+def test_supervised_stages_read_tables_and_count_rows_that_teach_nothing(folder, capsys):
+    training = {"model": folder / "model", "length": 6, "epochs": 1, "batch-size": 2}
+    (folder / "demos.csv").write_text("prompt,response\n" + "a b, c\n" * 4 + "a a a a a a, b\n" * 3)
+    given = {**training, "data": folder / "demos.csv", "eval-data": folder / "demos.csv"}
+    cli.main(command_line("sft", **given, out=folder / "new"))
+    message = "3 of 7 rows of .*demos.csv are left out, because their prompts leave no room for a"
+    assert len(re.findall(message, capsys.readouterr().out)) == 2
+    (folder / "pairs.jsonl").write_text(
+        '{"prompt": "a ", "chosen": "b", "rejected": "c"}\n' * 4
+        + '{"chosen": "b a a a a a a", "rejected": "c a a a a a a"}\n' * 2
+    )
+    given = {**training, "data": folder / "pairs.jsonl"}
+    cli.main(command_line("reward", **given, out=folder / "scorer"))
+    assert (
+        "2 of 6 rows of" in (printed := capsys.readouterr().out)
+        and "because their two texts have the same last 6 tokens" in printed
+    )
+    (folder / "pairs.jsonl").write_text('{"chosen": "b", "rejected": "b"}\n' * 3)
+    with pytest.raises(SystemExit):
+        cli.main(command_line("reward", **given, out=folder / "other"))
+    assert "No row of" in capsys.readouterr().err and not (folder / "other").exists()
+    with pytest.raises(SystemExit):
+        cli.main(command_line("sft", **training, data=folder / "demos.csv", out=folder / "new"))
+    printed = capsys.readouterr().err
+    assert "holds another run; choose another folder, or delete it." in printed
+    assert "--resume" not in printed

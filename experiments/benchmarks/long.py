@@ -19,6 +19,7 @@ from experiments.benchmarks.phases import resident
 from ppo_jax import (
     LoopConfig,
     PPOConfig,
+    Pretrained,
     TextReward,
     Trainer,
     TransformerConfig,
@@ -26,7 +27,6 @@ from ppo_jax import (
     init_params,
     read_rows,
 )
-from ppo_jax.models.io.pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,17 +15,18 @@ from ppo_jax import (
     PPOState,
     TransformerConfig,
     init_params,
+    init_scorer,
     init_state,
     jit_steps,
     language_model,
     learn,
+    reward_model,
     sample,
     score,
     separate_critic,
     shared_critic,
     zero_head,
 )
-from ppo_jax.models import heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ def functions(work: Work) -> Programs:
     """Return the phases as plain functions, which can be traced."""
     steps = (functools.partial(f, agent(work)) for f in (sample, score, learn))
     sample_, score_, learn_ = steps
-    return Programs(sample_, score_, heads.reward_model(work.config), learn_)
+    return Programs(sample_, score_, reward_model(work.config), learn_)
 
 
 def start(work: Work) -> tuple[PPOState, Any, Any]:
@@ -159,11 +160,11 @@ def start(work: Work) -> tuple[PPOState, Any, Any]:
     head = (
         {"head": zero_head(config.width)}
         if work.critic == "shared"
-        else heads.init_scorer(config, critic)
+        else init_scorer(config, critic)
     )
     params = {"policy": jax.tree.map(jnp.copy, policy_params), "critic": head}
     state = init_state(agent(work), params, jax.random.key(1), updates=10**6)
-    return state, policy_params, heads.init_scorer(config, reward)
+    return state, policy_params, init_scorer(config, reward)
 
 
 def prompts(work: Work) -> tuple[np.ndarray, np.ndarray]:

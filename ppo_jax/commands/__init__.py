@@ -1,4 +1,5 @@
 """The subcommands of `ppo-jax`.
 
-Each is a dataclass: its fields are the options, and `run` calls the library and prints.
+Each subcommand is a dataclass whose fields are its options. Its method `run` calls the library and
+prints the result.
 """

@@ -12,8 +12,9 @@ import tyro
 
 from ppo_jax import data
 from ppo_jax.data.chat import as_user_messages
+from ppo_jax.data.files import names_a_file
 from ppo_jax.data.rows import Row
-from ppo_jax.data.text import pad_id
+from ppo_jax.data.text import pad_id, without_stops
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import rollout
@@ -71,13 +72,14 @@ def sample_responses(
     check_top_k(options.top_k, policy.config)
     rows = as_user_messages(rows) if options.chat else rows
     prompts = encode_for(rows, tokenizer, policy.config, options.max_new_tokens)
+    stops = stop_ids(tokenizer, policy, options.stop_tokens)
     generate = jax.jit(
         partial(
             rollout.generate,
             language_model(policy.config),
             max_new_tokens=options.max_new_tokens,
-            stop_ids=stop_ids(tokenizer, policy, options.stop_tokens),
-            pad_id=pad_id(tokenizer),
+            stop_ids=stops,
+            pad_id=pad_id(tokenizer, policy.config.vocab_size),
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -92,7 +94,8 @@ def sample_responses(
         out = generate(policy.params, key, batch.tokens, batch.mask, row_ids=ids)
         kept = np.arange(min(size, len(prompts) - first))
         out, batch = jax.tree.map(lambda x, n=len(kept): x[:n], out), batch.take(kept)
-        mask = np.concatenate([batch.mask, out.response_mask], axis=1)
+        text_mask = without_stops(tokenizer, out.responses, out.response_mask, stops)
+        mask = np.concatenate([batch.mask, text_mask], axis=1)
         yield out, batch, data.decode(tokenizer, out.tokens, mask, start=out.prompt_length)
 
 
@@ -103,12 +106,16 @@ class Generate:
     model: str
     """A folder or a Hugging Face id in safetensors, or a .gguf file."""
     prompts: list[str]
-    """One or more texts."""
+    """One or more texts, or names of files of prompts, as in ppo-jax train."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
 
     def run(self) -> None:
         """Sample and print the responses."""
-        rows = data.read_rows(self.prompts)
+        rows = [
+            row
+            for text in self.prompts
+            for row in data.read_rows(text if names_a_file(text) else [text])
+        ]
         for _, batch, responses in sample_responses(self.model, rows, self.sampling):
             for prompt, response in zip(batch.texts, responses, strict=True):
                 print(f"{prompt}|{response}")
@@ -121,7 +128,7 @@ class Evaluate:
     model: str
     """A folder or a Hugging Face id in safetensors, or a .gguf file."""
     prompts: Path
-    """A text file (one prompt a line) or .jsonl (one object a line, with a column "prompt")."""
+    """A text file (one prompt a line), or a .jsonl or .csv file with a column "prompt"."""
     reward: str
     """my_file.py:function; or a reward model, as a folder or a Hugging Face id."""
     reward_given: Literal["text", "tokens"] = "text"

@@ -7,14 +7,13 @@ from typing import Literal
 import jax
 import tyro
 
-from ppo_jax.models import lora
-from ppo_jax.models.io import adapter_files, pretrained, stored
+from ppo_jax.models.io import adapter_files, families, pretrained, stored
 from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.models.transformer import init_params
-from ppo_jax.plan.memory import check_prompt, estimate_memory, load_config
+from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.ppo.state import overlay
 from ppo_jax.run.assembly import load_model
+from ppo_jax.run.files import check_links
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class Convert:
 
     def run(self) -> None:
         """Read the model, merge the adapter, and write the result to `out`."""
+        check_links(self.out)
         if self.out.exists():
             raise ValueError(f"{self.out} exists already; choose another folder.")
         if stored.file_format(self.out):
@@ -43,10 +43,9 @@ class Convert:
         _check_language_model(self.model)
         policy, tokenizer = load_model(self.model, causal=False)
         if self.adapter is not None:
-            adapters, scale = adapter_files.load_adapter(
-                self.adapter, policy.config, policy.hf_config["model_type"]
-            )
-            policy = policy._replace(params=lora.merge(overlay(policy.params, adapters), scale))
+            kind = policy.hf_config["model_type"]
+            params = adapter_files.merge_adapter(policy.params, self.adapter, policy.config, kind)
+            policy = policy._replace(params=params)
         pretrained.save_policy(self.out, policy, tokenizer)
         print(f"The model is in {self.out}, in the format that transformers loads.")
 
@@ -58,7 +57,7 @@ def _check_language_model(model: str) -> None:
     bare = (
         name.endswith("Model")
         and not name.endswith("HeadModel")
-        and pretrained.config_of(hf).lm_transform
+        and families.config_of(hf).lm_transform
     )
     if bare or name.endswith("ForSequenceClassification"):
         raise ValueError(
@@ -74,8 +73,9 @@ class Info:
     model: tyro.conf.Positional[str]
     """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl.
     Its weights are not read."""
-    prompt_tokens: int = 64
-    """Number of tokens of the longest prompt."""
+    prompt_tokens: int | None = None
+    """Number of tokens of the longest prompt. By default 64, or fewer if the model has no more room
+    before the response."""
     critic: Literal["shared", "separate"] = "separate"
     """shared: a value head on the policy's trunk. separate: a model of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -88,7 +88,7 @@ class Info:
     def run(self) -> None:
         """Print the model's sizes and the estimate of the memory."""
         family, config = load_config(self.model, self.dtype, self.remat)
-        check_prompt(self.prompt_tokens, self.ppo, config)
+        prompt_tokens = choose_prompt_tokens(self.prompt_tokens, self.ppo, config)
         trunk = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         print(f"{self.model}: {family}, {pretrained.count_params(trunk):,} parameters")
         print(
@@ -99,10 +99,13 @@ class Info:
         parts = estimate_memory(
             config,
             self.ppo,
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=prompt_tokens,
             critic=self.critic,
             adapters=self.lora if self.lora.rank else None,
         )
-        print("Memory of a PPO step (estimate):")
+        print(
+            f"Memory of a PPO step with {prompt_tokens} prompt and {self.ppo.max_new_tokens} "
+            "response tokens (estimate):"
+        )
         for name, size in {**parts, "together": sum(parts.values())}.items():
             print(f"  {name:34}{size / 2**30:10.3f} GiB")

@@ -12,7 +12,7 @@ from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.plan import report
 from ppo_jax.plan.compile import compile_iteration
 from ppo_jax.plan.extrapolation import extrapolate
-from ppo_jax.plan.memory import check_prompt, load_config
+from ppo_jax.plan.memory import choose_prompt_tokens, load_config
 from ppo_jax.plan.topology import CHIPS, make_topology
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.files import write_json
@@ -33,8 +33,9 @@ class Plan:
     """Kind of chip and shape of the slice, such as v5e:4x4, v6e:8x8, v5p:4x4x4 or v4:2x2x2."""
     mesh: str = ""
     """Sizes of the mesh axes, such as data=2,fsdp=4,tensor=2. By default all chips are on data."""
-    prompt_tokens: int = 64
-    """Number of tokens of the longest prompt."""
+    prompt_tokens: int | None = None
+    """Number of tokens of the longest prompt. By default 64, or fewer if the model has no more room
+    before the response."""
     critic: Literal["shared", "separate"] = "separate"
     """shared: a value head on the policy's trunk. separate: a model of its own."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -59,7 +60,7 @@ class Plan:
         # The cache cannot store a program that was compiled for another machine.
         jax.config.update("jax_enable_compilation_cache", False)
         family, config = load_config(self.model, self.dtype, self.remat)
-        check_prompt(self.prompt_tokens, self.ppo, config)
+        prompt_tokens = choose_prompt_tokens(self.prompt_tokens, self.ppo, config)
         sizes, devices = parse_mesh(self.mesh), make_topology(self.topology)
         mesh, chip = make_mesh(sizes, devices), CHIPS[self.topology.partition(":")[0]]
         compile_model = partial(
@@ -67,7 +68,7 @@ class Plan:
             ppo=self.ppo,
             mesh=mesh,
             chip=chip,
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=prompt_tokens,
             critic=self.critic,
             adapters=self.lora if self.lora.rank else None,
         )
@@ -78,7 +79,8 @@ class Plan:
         axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         print(
             f"{self.model} ({family}) on {self.topology}, {mesh.size} of {len(devices)} devices as "
-            f"{axes}; per device, of {chip.memory} GiB:"
+            f"{axes}, {prompt_tokens} prompt and {self.ppo.max_new_tokens} response tokens; per "
+            f"device, of {chip.memory} GiB:"
         )
         print(report.summary(programs, config, mesh, chip))
         if self.out is not None:

@@ -1,4 +1,4 @@
-"""`ppo-jax replay` and `ppo-jax compare`: repeat an update of a run, or compare two runs."""
+"""The commands `ppo-jax replay`, which repeats an update of a run, and `ppo-jax compare`."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from ppo_jax.run.compare import compare, metric_differences
 from ppo_jax.run.files import check_free, read_lines
 from ppo_jax.run.logging import SKIPPED, finite
 from ppo_jax.run.resume import read_config
-from ppo_jax.run.serialize import revive
+from ppo_jax.run.serialize import from_json
 from ppo_jax.run.trainer import Trainer
 
 
@@ -62,7 +62,7 @@ class Replay:
     """Folder for the metrics of the update, all of its samples, and the checkpoint after it."""
 
     def run(self) -> None:
-        """Repeats the update and says whether its metrics are the same."""
+        """Repeat the update and print whether its metrics are those of the run."""
         command = self._command()
         if command.deterministic:
             provenance.make_deterministic()
@@ -78,25 +78,24 @@ class Replay:
             f"Update {self.update} is in {self.out}; digest of the parameters after it: "
             f"{hashing.digest(trainer.state.train.params)}."
         )
-        for row in read_lines(self.run_folder / "metrics.jsonl"):
-            if row["update"] == self.update:
-                found = metric_differences(row, {"update": self.update, **metrics})
-                print(
-                    f"It differs from the run: {found[0]}."
-                    if found
-                    else "All its metrics are those of the run."
-                )
-                break
+        lines = read_lines(self.run_folder / "metrics.jsonl")
+        if row := next((row for row in lines if row["update"] == self.update), None):
+            found = metric_differences(row, {"update": self.update, **metrics})
+            print(
+                f"It differs from the run: {found[0]}."
+                if found
+                else "All its metrics are those of the run."
+            )
 
     def _command(self) -> Train:
-        """The command of the run, with this command's `out`."""
+        """Return the options of the run, with the `out` of this command."""
         stored = read_config(self.run_folder)["settings"].get("command")
         if stored is None:
             raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
         check_free(self.out)
         try:
-            command = replace(revive(Train, stored), out=self.out, resume="no")
-        except (SettingError, TypeError, ValueError) as error:
+            command = replace(from_json(Train, stored), out=self.out, resume="no")
+        except SettingError as error:
             raise ValueError(
                 f"The settings in {self.run_folder / 'config.json'} are not those of a run: {error}"
             ) from error
@@ -116,7 +115,7 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
     there is none, and repeats the updates in between.
 
     Args:
-      command: the command of the run; the trainer writes to its `out`.
+      command: the options of the run. The trainer writes to its `out`.
       run_folder: the folder of the run.
       update: the number of the update.
 
@@ -124,7 +123,7 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
       The trainer.
 
     Raises:
-      ValueError: if the run has such checkpoints, but none of them is good.
+      ValueError: if the run has such checkpoints, but all of them are damaged.
     """
     checkpoints = Checkpoints(run_folder / "checkpoints", read_only=True)
     earlier = [step for step in checkpoints.steps() if step <= update]

@@ -1,6 +1,6 @@
 """The commands `ppo-jax sft` and `ppo-jax reward`, the supervised stages before PPO."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 from ppo_jax.data import examples
+from ppo_jax.data.rows import read_rows
 from ppo_jax.data.text import check_ids
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models import heads
@@ -17,19 +18,20 @@ from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import reward_model, sft
 from ppo_jax.run.assembly import load_model
-from ppo_jax.run.files import check_free, claim, write_json
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.files import check_free, create_run_folder, write_json
+from ppo_jax.run.serialize import to_json
 from ppo_jax.types import Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How the model is trained."""
+    """Options of the training."""
 
     eval_data: Path | None = None
     """Held-out rows. By default a tenth of the training rows is held out."""
     length: int = 128
-    """Number of tokens that a row is cut to; at most the number of the model's positions."""
+    """Number of tokens that a row is cut to; at most the number of the model's positions. Responses
+    to imitate are cut at their end, and texts to score at their beginning."""
     epochs: int = 3
     """Number of passes over the rows."""
     batch_size: int = 16
@@ -60,7 +62,7 @@ class SFT:
     model: str
     """Initial model: a folder or a Hugging Face id in safetensors, or a .gguf file."""
     data: Path
-    """Training rows, one JSON object a line."""
+    """Training rows: a .jsonl file with one JSON object a line, or a .csv file."""
     out: Path
     """Folder to write the model to."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = TrainingOptions()
@@ -69,14 +71,13 @@ class SFT:
         """Train the model and write it to `out`."""
         check_free(self.out)
         policy, tokenizer = load_model(self.model)
-        config, options = policy.config, self.training
-        train, held_out = (
-            examples.encode_demonstrations(
-                rows, tokenizer, length=min(options.length, config.positions)
-            )
-            for rows in examples.read_split(
-                self.data, options.eval_data, ("response",), seed=options.seed
-            )
+        config = policy.config
+        length = min(self.training.length, config.positions)
+        train, held_out = _read_examples(
+            self,
+            ("response",),
+            partial(examples.encode_demonstrations, tokenizer=tokenizer, length=length),
+            f"their prompts leave no room for a response within {length} tokens",
         )
         loss_fn, weight = partial(sft.sft_loss, language_model(config)), sft.count_learned_tokens
         params = _fit(self, loss_fn, policy.params, train, held_out, config.vocab_size, weight)
@@ -94,7 +95,7 @@ class Reward:
     model: str
     """Initial model: a folder or a Hugging Face id in safetensors, or a .gguf file."""
     data: Path
-    """Training rows, one JSON object a line."""
+    """Training rows: a .jsonl file with one JSON object a line, or a .csv file."""
     out: Path
     """Folder to write the reward model to."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = TrainingOptions()
@@ -106,18 +107,22 @@ class Reward:
     def run(self) -> None:
         """Train the reward model and write it to `out`."""
         check_free(self.out)
-        options = self.training
-        start = scorers.start_scorer(self.model, jax.random.key(options.seed))
-        tokenizer, config = pretrained.load_tokenizer(self.model), start.config
+        tokenizer = pretrained.load_tokenizer(self.model)
+        seed = self.training.seed
+        start = scorers.start_scorer(self.model, jax.random.key(seed), tokenizer)
+        config = start.config
         pretrained.check_tokenizer(tokenizer, config)
-        columns = examples.answer_columns(self.learn_from)
-        train, held_out = (
-            examples.encode_judgements(
-                rows, tokenizer, self.learn_from, length=min(options.length, config.positions)
-            )
-            for rows in examples.read_split(
-                self.data, options.eval_data, columns, seed=options.seed
-            )
+        length = min(self.training.length, config.positions)
+        train, held_out = _read_examples(
+            self,
+            examples.answer_columns(self.learn_from),
+            partial(
+                examples.encode_judgements,
+                tokenizer=tokenizer,
+                learn_from=self.learn_from,
+                length=length,
+            ),
+            f"their two texts have the same last {length} tokens",
         )
         params = dict(start.params)
         if self.learn_from == "classes":
@@ -127,6 +132,39 @@ class Reward:
         params = _fit(self, loss_fn, params, train, held_out, config.vocab_size)
         params.pop("thresholds", None)
         scorers.save_scorer(self.out, start._replace(params=params), tokenizer)
+
+
+def _read_examples(
+    command: SFT | Reward, columns: Sequence[str], encode: Callable[..., sft.Arrays], reason: str
+) -> tuple[sft.Arrays, sft.Arrays]:
+    """Read and encode the rows to learn from and those that are held out.
+
+    Args:
+      command: names the files.
+      columns: the columns that every row must have.
+      encode: makes arrays of rows, without the rows that teach nothing.
+      reason: why rows teach nothing.
+    """
+
+    def read(path: Path) -> sft.Arrays:
+        rows = read_rows(path, columns=columns, optional=("prompt",))
+        arrays = encode(rows)
+        left_out = len(rows) - len(arrays[0])
+        if left_out == len(rows):
+            raise ValueError(f"No row of {path} teaches anything, because {reason}.")
+        if left_out:
+            print(f"{left_out} of {len(rows)} rows of {path} are left out, because {reason}.")
+        return arrays
+
+    options = command.training
+    arrays = read(command.data)
+    if options.eval_data is not None:
+        return arrays, read(options.eval_data)
+    if len(arrays[0]) < 2:
+        raise ValueError(
+            f"{command.data} holds one row; one more is needed to be held out, or pass --eval-data."
+        )
+    return examples.split(arrays, seed=options.seed)
 
 
 def _fit(
@@ -166,8 +204,8 @@ def _fit(
         weight_decay=options.weight_decay,
         on_epoch=report,
     )
-    claim(command.out)
+    create_run_folder(command.out)
     write_json(command.out / "summary.json", summary)
-    settings = plain(command)
+    settings = to_json(command)
     write_json(command.out / "run.json", settings | settings.pop("training"))
     return params

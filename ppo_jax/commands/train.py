@@ -1,4 +1,4 @@
-"""`ppo-jax train`."""
+"""The command `ppo-jax train`."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -17,11 +17,11 @@ from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import load_reward
 from ppo_jax.run import provenance
-from ppo_jax.run.assembly import assemble, check_top_k, load_model
+from ppo_jax.run.assembly import assemble, load_model
 from ppo_jax.run.export import export_result, write_summary
-from ppo_jax.run.files import check_free, lock
+from ppo_jax.run.files import check_free, lock_folder
 from ppo_jax.run.opening import Resume
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.trainer import Trainer
 
@@ -33,8 +33,8 @@ class Train:
     model: str
     """The policy: a folder or a Hugging Face id with safetensors, or a .gguf file."""
     prompts: Path
-    """The prompts: a text file with one prompt per line, or a .jsonl file with one object per line
-    that has a column "prompt"."""
+    """The prompts: a .txt file with one prompt per line, a .jsonl file with one object per line, or
+    a .csv file with a line of column names. The prompts are in the column "prompt"."""
     reward: str
     """The reward: my_file.py:function, or the folder or Hugging Face id of a reward model. A reward
     model reads the end of a text that is longer than its positions."""
@@ -85,7 +85,7 @@ class Train:
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def run(self) -> None:
-        """Trains, and writes the model and the summary."""
+        """Train, and write the fine-tuned model and the summary."""
         if self.deterministic:
             provenance.make_deterministic()
         self.processes.start()
@@ -94,19 +94,31 @@ class Train:
                 f"mesh=pmap runs in one process; for {jax.process_count()} processes use "
                 f"mesh=data={jax.device_count()}."
             )
-        settings = flatten_dict(plain(self), sep=".")
-        own = ("out", "processes.")  # what may differ between processes
+        settings = flatten_dict(to_json(self), sep=".")
+        own = ("out", "processes.")  # These options may differ between processes.
         processes.check_same({name: x for name, x in settings.items() if not name.startswith(own)})
         check_free(self.out, resume=self.resume != "no")
         trainer = self.build(self.out)
         with contextlib.ExitStack() as stack:
             if processes.is_first():
-                # Held beyond the trainer's own lock, until the model is written.
-                stack.callback(lock(self.out).release)
+                # The trainer releases its own lock before the model is written.
+                stack.callback(lock_folder(self.out).release)
             self._train(trainer)
 
     def build(self, out: Path, loop: LoopConfig | None = None) -> Trainer:
-        """Read everything, and make a trainer that writes to `out`."""
+        """Read model, prompts and reward, and make a trainer.
+
+        Args:
+          out: the folder that the trainer writes to.
+          loop: settings that replace `self.loop`, or None.
+
+        Returns:
+          The trainer.
+
+        Raises:
+          SettingError: if the settings do not fit one another or the devices.
+          ValueError: if the model, the prompts or the reward cannot be read.
+        """
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         pmap = self.mesh == "pmap"
         mesh = None if pmap else meshes.make_mesh(meshes.parse_mesh(self.mesh))
@@ -114,7 +126,6 @@ class Train:
         devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
         meshes.check_rows(self.ppo, devices)
         policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
-        check_top_k(self.ppo.top_k, policy.config)
         reward = load_reward(self.reward, self.reward_given, self.reward_label)
         learner = assemble(
             policy,

@@ -72,7 +72,7 @@ def encode_prompts(
 
     Args:
       rows: one dictionary a prompt, as `read_rows` returns them, with the text or the messages in
-        column `prompt`.
+        column `prompt`, and for messages optionally `tools` and `chat_template_kwargs`.
       tokenizer: a `transformers` tokenizer.
       positions: number of positions that the model has.
       new_tokens: greatest number of tokens of a response.
@@ -105,7 +105,7 @@ def encode_prompts(
                 raise ValueError(
                     "Prompts of messages need a tokenizer with a chat template; this one has none."
                 )
-            text = chat.render_prompt(row["prompt"], tokenizer)
+            text = chat.render_prompt(row["prompt"], tokenizer, **chat.template_options(row))
             row = {**row, "prompt": text, "messages": row["prompt"]}
         text = row["prompt"]
         try:

@@ -1,11 +1,11 @@
 """Rows of texts from a list, a file or a `datasets` dataset."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.data.chat import is_messages
+from ppo_jax.data.files import read_file
 
 Row = dict[str, Any]
 
@@ -16,12 +16,14 @@ def read_rows(
     columns: Sequence[str] = ("prompt",),
     optional: Sequence[str] = (),
 ) -> list[Row]:
-    """Read rows from a list, a `datasets` dataset, a `.jsonl` file or a text file.
+    """Read rows from a list, a `datasets` dataset, a file of texts or JSON lines, or a table.
 
     Args:
-      source: texts or rows in any iterable, or the path of a file. A `.jsonl` or `.json` file holds
-        one JSON object or string a line, and any other file one text a line. Empty lines are
-        skipped.
+      source: texts or rows in any iterable, or the path of a file. A `.jsonl`, `.ndjson` or `.json`
+        file holds one JSON object or string a line, or one list of them. A `.csv` or `.tsv` file
+        begins with a line of column names; its cells are texts, and a cell may hold messages as
+        JSON. A `.txt` file, or one without an ending, holds one text a line. Empty lines are
+        skipped. Other files are refused.
       columns: the columns that every row must have, each a text or a list of
         `{"role": ..., "content": ...}` messages. A row that is only a text becomes the first of
         these columns.
@@ -38,39 +40,27 @@ def read_rows(
       >>> read_rows(["2 + 2 =", {"prompt": "3 + 4 =", "answer": 7}])
       [{'prompt': '2 + 2 ='}, {'prompt': '3 + 4 =', 'answer': 7}]
     """
-    name, items = (
-        (source, _read_file(Path(source)))
-        if isinstance(source, str | Path)
-        else ("the given list", source)
-    )
+    if isinstance(source, str | Path):
+        name, items = str(source), read_file(Path(source), columns)
+    else:
+        name, items = "the given list", [(f"Row {i}", item) for i, item in enumerate(source)]
     rows = []
-    for number, item in enumerate(items):
+    for place, item in items:
         row = {columns[0]: item} if isinstance(item, str) else item
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} of {name} needs columns with names, but is {row!r:.80}.")
         for column in (*columns, *optional):
-            value = row.get(column) if isinstance(row, dict) else None
+            value = row.get(column)
             left_out = column in optional and value is None
             if not (left_out or isinstance(value, str) or is_messages(value)):
+                names = ", ".join(map(repr, row)) or "none"
+                found = (
+                    f"which is {value!r:.80}" if column in row else f"but its columns are: {names}"
+                )
                 raise ValueError(
-                    f"Row {number} of {name} needs a text or messages in its column {column!r}, "
-                    f"but is {row!r:.80}."
+                    f"{place} of {name} needs a text or messages in its column {column!r}, {found}."
                 )
         rows.append(row)
     if not rows:
         raise ValueError(f"There is no {columns[0]} in {name}.")
     return rows
-
-
-def _read_file(path: Path) -> list[Any]:
-    """Return the lines of a file that are not empty, decoded if they are JSON."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    # Not `splitlines`, which also splits at separators that may occur within a text.
-    lines = [line for line in text.split("\n") if line.strip()]
-    if path.suffix not in (".jsonl", ".json"):
-        return lines
-    try:
-        return [json.loads(line) for line in lines]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold one JSON object a line: {error}.") from error

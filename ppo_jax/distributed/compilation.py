@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from ppo_jax.ppo.iteration import Agent, PPOState
 from ppo_jax.sharding import rows_sharding, shardings
 from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
 
-# Without this option XLA may keep in float32 what the model rounds to bfloat16. On a GPU the
-# program would then read and write arrays of twice the size.
+# By default XLA may keep a value in float32 that the model rounds to bfloat16. On a GPU the program
+# would then read and write arrays of twice the size.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
@@ -36,65 +36,27 @@ def start_state(
       key: `[]` typed key, from which all keys of the run derive.
       updates: number of updates of the run, which the learning rate's schedule needs.
       mesh: the mesh, or None for one device.
+
+    Returns:
+      The state, sharded over the mesh.
     """
     copies = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     return place(iteration.init_state(agent, copies, key, updates=updates), mesh)
 
 
-class SampleStep(Protocol):
-    """The signature of `Steps.sample`."""
-
-    def __call__(
-        self,
-        state: PPOState,
-        prompts: Array,
-        prompt_mask: Array,
-        *,
-        frozen: Params | None = None,
-    ) -> Rollout:
-        """Sample a response to each prompt, as `iteration.sample` does."""
-
-
-class ScoreStep(Protocol):
-    """The signature of `Steps.score`."""
-
-    def __call__(
-        self,
-        state: PPOState,
-        ref_params: Params,
-        rollout: Rollout,
-        *,
-        frozen: Params | None = None,
-    ) -> Scores:
-        """Compute log-probs and values of the responses, as `iteration.score` does."""
-
-
-class LearnStep(Protocol):
-    """The signature of `Steps.learn`."""
-
-    def __call__(
-        self,
-        state: PPOState,
-        rollout: Rollout,
-        scores: Scores,
-        task_scores: Array,
-        token_scores: Array | None = None,
-        *,
-        frozen: Params | None = None,
-    ) -> tuple[PPOState, Metrics]:
-        """Update the parameters, as `iteration.learn` does."""
-
-
 class Steps(NamedTuple):
     """The compiled steps of a PPO iteration; `jit_steps` and `pmap_steps` build them.
 
-    They take the arguments of the functions in `ppo_jax.ppo.iteration`, without `agent`.
+    They take the arguments of the functions `ppo_jax.sample`, `score` and `learn`, without `agent`.
 
     Attributes:
-      sample: samples a response to each prompt.
-      score: computes log-probs of policy and reference, and values, of the sampled responses.
-      learn: turns scores into advantages and updates the parameters. Under `jit_steps` it donates
-        its first argument, so the old state cannot be used afterwards.
+      sample: samples a response to each prompt. It is called as
+        `sample(state, prompts, prompt_mask, frozen=None)`.
+      score: computes log-probs of policy and reference, and values, of the sampled responses. It is
+        called as `score(state, ref_params, rollout, frozen=None)`.
+      learn: turns scores into advantages and updates the parameters. It is called as
+        `learn(state, rollout, scores, task_scores, token_scores=None, frozen=None)`. Under
+        `jit_steps` it donates its first argument, so the old state cannot be used afterwards.
 
     Example:
       Wrap a step to add to it; `jit_steps` shows how steps are called.
@@ -104,9 +66,9 @@ class Steps(NamedTuple):
       'other scores'
     """
 
-    sample: SampleStep
-    score: ScoreStep
-    learn: LearnStep
+    sample: Callable[..., Rollout]
+    score: Callable[..., Scores]
+    learn: Callable[..., tuple[PPOState, Metrics]]
 
 
 def jit_steps(

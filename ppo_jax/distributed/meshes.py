@@ -1,4 +1,4 @@
-"""Meshes of devices: read their sizes, build them, and check that a batch divides over them."""
+"""Build meshes of devices, read their sizes from a text, and check that a batch divides evenly."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,8 @@ def parse_mesh(text: str) -> dict[str, int]:
       The sizes of the axes that the text names, as `make_mesh` takes them.
 
     Raises:
-      SettingError: if the text has another form, an unknown axis, or an axis twice.
+      SettingError: if the text has another form, names an axis that does not exist, or names an
+        axis twice.
 
     Example:
       >>> parse_mesh("data=2,fsdp=4")
@@ -35,8 +36,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
             raise SettingError(
-                f"mesh must be like data=2,fsdp=4, with each once of the axes {', '.join(AXES)}; "
-                f"it is {text!r}."
+                "mesh must be like data=2,fsdp=4, where each of the axes "
+                f"{', '.join(AXES)} occurs at most once, but is {text!r}."
             )
         sizes[name] = int(size)
     return sizes
@@ -48,13 +49,14 @@ def make_mesh(
     """Build a mesh with the axes `data`, `fsdp` and `tensor`.
 
     Args:
-      sizes: sizes of axes, as `parse_mesh` returns them. If `data` is missing, it takes the devices
-        that the other axes leave; other missing axes have size 1.
-      devices: the devices of the mesh; by default those of all processes. In one process the mesh
-        may use fewer of them than there are.
+      sizes: the size of each axis, as `parse_mesh` returns them. If `data` is missing, its size is
+        the number of devices divided by the sizes of the other axes. Any other missing axis has
+        size 1.
+      devices: the devices of the mesh; by default those of all processes. A program of one process
+        may have a mesh of fewer devices than it has.
 
     Returns:
-      A mesh whose neighbouring devices on the last axes have the fastest connections.
+      The mesh. Devices that are neighbours on its last axes have the fastest connections.
 
     Raises:
       SettingError: if the sizes do not fit the devices.
@@ -85,10 +87,11 @@ def make_mesh(
 
 
 def arrange_devices(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Arrange devices in an array so that neighbours on the last axes are close to each other.
+    """Arrange devices in an array whose last axes connect devices that are close to each other.
 
-    `jax.make_mesh` handles a single slice only. Here the first axes go over the slices of TPUs, or
-    the hosts of GPUs, as far as their sizes allow.
+    Devices of different TPU slices, or of different hosts of GPUs, are connected by a slower
+    network. The first axes are laid over the slices or hosts as far as their sizes allow.
+    `jax.make_mesh`, in contrast, supports a single slice only.
 
     Args:
       shape: sizes of the axes; their product is the number of devices.
@@ -98,8 +101,9 @@ def arrange_devices(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.n
       The devices, `[*shape]`.
 
     Raises:
-      ValueError: if the shape does not divide by the number of slices, or their sizes differ.
-      AssertionError: if the devices are a part of a TPU slice but no block of it.
+      ValueError: if the number of slices does not divide the shape, or if slices have different
+        numbers of devices.
+      AssertionError: if the devices are a part of a TPU slice that is not a rectangular block.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     outer, left = [], slices
@@ -119,6 +123,10 @@ def arrange_devices(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.n
 def check_rows(config: PPOConfig, shards: int) -> None:
     """Check that the batch, and every part of it, divides into `shards` equal shards.
 
+    Args:
+      config: the settings, which give the numbers of rows.
+      shards: number of devices that share the rows of a batch.
+
     Raises:
       SettingError: naming the setting whose number of rows does not divide.
     """
@@ -137,5 +145,5 @@ def check_rows(config: PPOConfig, shards: int) -> None:
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """Return into how many shards the rows of a batch are split on `mesh`."""
+    """Return the number of shards that the rows of a batch are split into on a mesh, or 1."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

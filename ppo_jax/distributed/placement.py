@@ -1,7 +1,7 @@
 """Move arrays from the host to the devices of a mesh, and back.
 
-Every function also works in several processes. A process then holds the rows of the batch that are
-on its own devices (`local_rows`).
+Every function also works if there are several processes. Each process then holds only the rows of
+the batch that are on its own devices; `local_rows` gives their numbers.
 """
 
 from typing import Any
@@ -22,6 +22,9 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     Args:
       tree: a pytree of arrays, the same in every process.
       mesh: the mesh; without one, `tree` is returned unchanged.
+
+    Returns:
+      The tree with arrays on the devices of the mesh.
 
     Raises:
       ValueError: if no sharding rule matches a parameter.
@@ -44,7 +47,15 @@ def _put_global(x: Any, sharding: NamedSharding) -> Array:
 
 
 def local_rows(mesh: Mesh | None, rows: int) -> np.ndarray:
-    """Return the numbers of the rows, of a batch of `rows`, that are on this process's devices."""
+    """Return the numbers of the rows of a batch that are on the devices of this process.
+
+    Args:
+      mesh: the mesh, or None for one device, which has all rows.
+      rows: number of rows of the whole batch.
+
+    Returns:
+      The numbers, `[n]` int64, in increasing order.
+    """
     if mesh is None:
         return np.arange(rows)
     shards = rows_sharding(mesh).addressable_devices_indices_map((rows,))
@@ -67,8 +78,12 @@ def to_host(tree: Any, *, everywhere: bool = True) -> Any:
 
     Args:
       tree: a pytree of arrays, which may be sharded over several processes.
-      everywhere: whether every process gets the arrays. If False, only the first process does; the
-        others get None for each array, and hold at most one whole array at a time.
+      everywhere: whether every process gets the arrays. If False, only the first process gets
+        them, and the others get None for each array, so that they never hold more than one whole
+        array.
+
+    Returns:
+      The tree with numpy arrays.
     """
     keep = everywhere or jax.process_index() == 0
 
@@ -81,12 +96,15 @@ def to_host(tree: Any, *, everywhere: bool = True) -> Any:
 
 
 def gather_rows(tree: Any, mesh: Mesh | None, rows: int) -> Any:
-    """Join the host arrays of all processes into arrays of the whole batch, in every process.
+    """Gather the rows that each process has into arrays of the whole batch, in every process.
 
     Args:
       tree: a pytree of numpy arrays whose rows are `local_rows(mesh, rows)`.
       mesh: the mesh.
       rows: number of rows of the whole batch.
+
+    Returns:
+      The tree with numpy arrays of `rows` rows.
     """
     if jax.process_count() == 1:
         return tree

@@ -1,6 +1,7 @@
-"""Start several processes that run one program, let them exchange short texts, and stop them.
+"""Let several processes train together: join them, exchange texts between them, and end them.
 
-With one process, every function here does the obvious thing without communication.
+All processes run the same program, and each has its own devices. If there is only one process, the
+functions of this module return at once and communicate with nothing.
 """
 
 import json
@@ -19,15 +20,16 @@ from ppo_jax.errors import Fault, GradientError, NonFiniteError, RewardError, Se
 from ppo_jax.hashing import text_hash
 
 _FAULTS = {kind.kind: kind for kind in (RewardError, NonFiniteError, GradientError)}
-_TEXT_BYTES = 2048  # the longest text that `gather_text` carries
+_TEXT_BYTES = 2048  # `gather_text` pads every text to a multiple of this number of bytes.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
     """Several processes that train together, each with its own devices.
 
-    What is not given is read from the environment variables JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. If they are not set either, there is one process.
+    If coordinator, count or index is None, it is read from the environment variable
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID. If none of them is given in either
+    way, there is one process.
 
     Example:
       >>> Processes().start()  # a single process has nothing to join
@@ -53,7 +55,7 @@ class Processes:
 
         Raises:
           SettingError: if some of coordinator, count and index are missing or malformed.
-          ValueError: if the other processes cannot be reached.
+          ValueError: if the processes cannot connect to one another.
         """
         address = self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
         count = _number(self.count, "JAX_NUM_PROCESSES")
@@ -63,8 +65,8 @@ class Processes:
             return
         if not self.detect and None in named:
             raise SettingError(
-                "Several processes need coordinator, count and index, or detect; "
-                f"they are {address}, {count}, {index}."
+                "Several processes need coordinator, count and index, or detect, but "
+                f"coordinator={address}, count={count} and index={index}."
             )
         for name in ("lost_after_s", "join_within_s"):
             if getattr(self, name) < 1:
@@ -85,9 +87,9 @@ class Processes:
 
 
 def _check_address(address: str, *, listens: bool) -> None:
-    """Check that an address is HOST:PORT, and that process 0 can listen there.
+    """Check that an address is HOST:PORT and, in process 0, that it can listen on this port.
 
-    JAX would abort the process where it cannot listen.
+    Without this check JAX would abort a process that cannot listen.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -102,7 +104,7 @@ def _check_address(address: str, *, listens: bool) -> None:
 
 
 def _number(given: int | None, variable: str) -> int | None:
-    """Return `given`, or else the number in an environment variable."""
+    """Return `given`, or the number in an environment variable if `given` is None."""
     text = os.environ.get(variable)
     if given is not None or text is None:
         return given
@@ -123,9 +125,12 @@ def print_once(text: str) -> None:
 
 
 def gather_text(text: str) -> list[str]:
-    """Return the texts of all processes, in every process.
+    """Return a list of the texts that all processes passed, in the order of the processes.
 
-    All processes must call this together. A text is cut to 2,048 bytes.
+    Every process must call this function, and each gets the same list.
+
+    Args:
+      text: the text of this process, of any length.
 
     Example:
       >>> gather_text("here")
@@ -133,73 +138,73 @@ def gather_text(text: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    data = text.encode(errors="backslashreplace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-    rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+    data = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    # The size is rounded up, because JAX compiles a program for each size that occurs.
+    padding = _TEXT_BYTES * (1 + max(lengths) // _TEXT_BYTES) - len(data)
+    rows = multihost_utils.process_allgather(np.pad(data, (0, padding)))
+    return [
+        bytes(row[:length]).decode(errors="surrogatepass")
+        for row, length in zip(rows, lengths, strict=True)
+    ]
 
 
 def any_process(flag: bool) -> bool:
     """Return whether `flag` is True in any process."""
-    return "1" in gather_text("1" if flag else "0")
+    return any(gather_text("yes" if flag else ""))
 
 
 def raise_everywhere(fault: Fault | None) -> None:
-    """Raise a fault of one process in all processes; None in all of them raises nothing.
+    """Raise the fault of one process in all processes.
+
+    Args:
+      fault: the fault of this process, or None. If it is None in every process, nothing is raised.
 
     Raises:
-      Fault: that of the first process that has one. With several processes it is a new object of
-        the same class, whose message names the process.
+      Fault: the fault of the first process that has one. If there are several processes, it is a
+        new object of the same class, whose message names the process.
     """
     if jax.process_count() == 1:
         if fault is not None:
             raise fault
         return
-    for number, text in enumerate(gather_text("" if fault is None else _to_json(fault))):
+    sent = "" if fault is None else json.dumps([fault.kind, fault.rows, str(fault)])
+    for number, text in enumerate(gather_text(sent)):
         if text:
             kind, rows, message = json.loads(text)
-            raise _FAULTS[kind](f"In process {number}: {message}", tuple(rows)) from fault
-
-
-def _to_json(fault: Fault) -> str:
-    """Write a fault as JSON, with as much of its message as `gather_text` carries."""
-    message, text = str(fault), ""
-    while not text or len(text.encode(errors="backslashreplace")) > _TEXT_BYTES:
-        text = json.dumps([fault.kind, list(fault.rows[:64]), message], ensure_ascii=False)
-        message = message[: len(message) * 3 // 4]
-    return text
+            raise _FAULTS[kind](f"In process {number}: {message}", rows) from fault
 
 
 def check_same(values: Mapping[str, Any]) -> None:
     """Check that all processes have the same values.
 
     Args:
-      values: numpy arrays, or objects with a stable `repr`, by name.
+      values: values by name. Each is a numpy array, or an object whose `repr` depends on nothing
+        but its value.
 
     Raises:
-      ValueError: in every process, naming the first value that is not the same.
+      ValueError: in every process, if a value differs. The message names the first such value.
     """
-    names = sorted(values)
-    # 6 hexadecimal digits of each value's hash, so that many values fit in one text.
-    first, *others = gather_text("".join(text_hash(name, values[name])[:6] for name in names))
-    for number, hashes in enumerate(others, 1):
-        if hashes != first:
-            differing = (
-                name
-                for i, name in enumerate(names)
-                if hashes[6 * i : 6 * i + 6] != first[6 * i : 6 * i + 6]
-            )
-            raise ValueError(
-                f"{next(differing, names[0])} is not the same in process {number} as in process 0; "
-                "start all processes with the same command and files."
-            )
+    sent = json.dumps({name: text_hash(value) for name, value in values.items()}, sort_keys=True)
+    first, *others = map(json.loads, gather_text(sent))
+    for number, other in enumerate(others, 1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"{name} is not the same in process {number} as in process 0; start all "
+                    "processes with the same command and files."
+                )
 
 
 def on_first_process(call: Callable[[], Any]) -> None:
-    """Run `call` in the first process while the others wait for it.
+    """Call a function in the first process while the others wait until it has returned.
+
+    Args:
+      call: a function without arguments. Its result is not used.
 
     Raises:
-      ValueError: in the other processes, with the message of what `call` raised. In the first
-        process, the ValueError or OSError that `call` raised.
+      ValueError: if `call` raised a ValueError or OSError. The first process raises that error
+        itself, and the others raise a ValueError with the same message.
     """
     message, error = "", None
     if is_first():
@@ -213,7 +218,7 @@ def on_first_process(call: Callable[[], Any]) -> None:
 
 
 def exit_at_once(status: int) -> None:
-    """End this process without waiting for the others, as the interpreter's normal end would."""
+    """End this process at once, whereas a normal exit of Python would wait for other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

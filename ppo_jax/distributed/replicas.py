@@ -12,10 +12,10 @@ from jax import Array
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.iteration import Agent, PPOState
-from ppo_jax.types import AdvantageFn, LossFn, Params, Rollout
+from ppo_jax.types import AdvantageFn, LossFn, Rollout
 
 _AXIS = "devices"
-_REPLICATED = ("state", "ref_params", "frozen")  # arguments of the steps that are no rows
+_REPLICATED = ("state", "ref_params", "frozen")  # All other arguments are split by rows.
 
 
 def pmap_steps(
@@ -27,8 +27,8 @@ def pmap_steps(
 ) -> Steps:
     """Compile the steps of a PPO iteration with `jax.pmap`.
 
-    Every device holds a replica of all parameters, and the rows of the batch are split over the
-    devices. Gradients and averages are summed over the devices, so the result agrees with
+    Every device holds a replica of all parameters, and each device computes a share of the rows of
+    the batch. Gradients and averages are summed over the devices, so the result agrees with
     `jit_steps` on a mesh that has all devices on its `data` axis.
 
     Prefer `jit_steps`: only a mesh can shard parameters, and JAX maintains `pmap` for existing
@@ -65,17 +65,14 @@ def pmap_steps(
     learn = partial(
         iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn, axis_name=_AXIS
     )
-    sample_rows = _map_rows(partial(iteration.sample, agent), devices)
-
-    def sample(
-        state: PPOState, prompts: Array, prompt_mask: Array, *, frozen: Params | None = None
-    ) -> Rollout:
-        # Row numbers in the whole batch, so that samples do not depend on the number of devices.
-        row_ids = jnp.arange(len(prompts))
-        return sample_rows(state, prompts, prompt_mask, row_ids=row_ids, frozen=frozen)
-
+    sample = _map_rows(partial(iteration.sample, agent), devices)
     score = _map_rows(partial(iteration.score, agent), devices)
-    return Steps(sample, score, _map_rows(learn, devices, out_axes=None))
+
+    def sample_batch(state: PPOState, prompts: Array, *args: Any, **kwargs: Any) -> Rollout:
+        # Row numbers in the whole batch, so that samples do not depend on the number of devices.
+        return sample(state, prompts, *args, row_ids=jnp.arange(len(prompts)), **kwargs)
+
+    return Steps(sample_batch, score, _map_rows(learn, devices, out_axes=None))
 
 
 def _map_rows(

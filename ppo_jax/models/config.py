@@ -1,7 +1,7 @@
 """The configuration of the decoder: its sizes, and the options in which families differ."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import jax
@@ -15,7 +15,11 @@ class Activation(enum.Enum):
     """The activation function of the MLP, by its name in a Hugging Face config.
 
     `GELU_TANH` and `GELU_FAST` are the same function as `GELU_NEW`, under the names that other
-    families give it.
+    families give it. Further names of these functions, such as `swish`, are accepted too.
+
+    Example:
+      >>> Activation("swish")
+      <Activation.SILU: 'silu'>
     """
 
     GELU = "gelu"
@@ -25,6 +29,17 @@ class Activation(enum.Enum):
     RELU = "relu"
     SILU = "silu"
     TANH = "tanh"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Activation | None":
+        """Return the function that `transformers` also knows by the name `value`, if any."""
+        others = {
+            "gelu_python": cls.GELU,
+            "gelu_accurate": cls.GELU_NEW,
+            "gelu_python_tanh": cls.GELU_TANH,
+            "swish": cls.SILU,
+        }
+        return others.get(value) if isinstance(value, str) else None
 
     def __call__(self, x: Array) -> Array:
         """Apply the function to every element of `x`."""
@@ -155,7 +170,10 @@ class TransformerConfig:
       logit_cap: the same for the output logits of the model.
       init_std: standard deviation of fresh weights. The layers that write to the residual stream
         use `init_std / sqrt(2 L)`.
-      lora_scale: factor of the low-rank part of adapted layers; see `LoRA.scale`.
+      lora_scale: factor of the low-rank part of adapted layers, `LoRA.scale`. Without it the model
+        refuses parameters that hold adapters.
+      pad_id: the token that a scorer skips at the end of a text, as the classifiers of
+        `transformers` skip the `pad_token_id` of their config. Only scorers have one.
       dtype: type of activations and of the operands of matrix products.
       remat: whether the backward pass recomputes each block instead of keeping its activations.
 
@@ -205,7 +223,9 @@ class TransformerConfig:
     attention_cap: float | None = None
     logit_cap: float | None = None
     init_std: float = 0.02
-    lora_scale: float = 1.0
+    lora_scale: float | None = None
+    # Left out of the repr, which identifies the model of a run, because policies have none.
+    pad_id: int | None = field(default=None, repr=False)
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 

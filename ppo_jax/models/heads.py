@@ -26,7 +26,7 @@ def init_head(width: int, key: Array) -> Params:
 
     Source: Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
     """
-    return {"kernel": jax.random.normal(key, (width, 1)) * (width + 1) ** -0.5}
+    return {"kernel": jax.random.normal(key, (width, 1), jnp.float32) * (width + 1) ** -0.5}
 
 
 def init_pooled_head(width: int, key: Array, layer: str = "pooler") -> Params:
@@ -40,10 +40,10 @@ def init_pooled_head(width: int, key: Array, layer: str = "pooler") -> Params:
     """
     layer_key, key = jax.random.split(key)
     dense = {
-        "kernel": 0.02 * jax.random.normal(layer_key, (width, width)),
-        "bias": jnp.zeros(width),
+        "kernel": 0.02 * jax.random.normal(layer_key, (width, width), jnp.float32),
+        "bias": jnp.zeros(width, jnp.float32),
     }
-    return {layer: dense, **init_head(width, key), "bias": jnp.zeros(1)}
+    return {layer: dense, **init_head(width, key), "bias": jnp.zeros(1, jnp.float32)}
 
 
 def zero_head(width: int) -> Params:
@@ -62,7 +62,7 @@ def zero_head(width: int) -> Params:
       Array([[0.],
              [0.]], dtype=float32)
     """
-    return {"kernel": jnp.zeros((width, 1))}
+    return {"kernel": jnp.zeros((width, 1), jnp.float32)}
 
 
 def apply_head(params: Params, hidden: Array) -> Array:
@@ -135,7 +135,10 @@ def separate_critic(config: TransformerConfig) -> CriticFn:
 def reward_model(config: TransformerConfig) -> Callable[[Params, Array, Array], Array]:
     """Return a model that scores token sequences.
 
-    The head reads the last real token of a decoder and the first real token of an encoder.
+    The head reads the first real token of an encoder, and the last real token of a decoder that is
+    not `config.pad_id`, as the classifiers of `transformers` do. A text may thus end with tokens
+    that are not read, where the pad id is that of the end token. A text of such tokens alone is
+    read at its first one.
 
     Args:
       config: the configuration of the model below the head, which is called the trunk.
@@ -156,10 +159,11 @@ def reward_model(config: TransformerConfig) -> Callable[[Params, Array, Array], 
 
     def score(params: Params, tokens: Array, mask: Array) -> Array:
         hidden, _ = model.hidden(params["trunk"], tokens, mask)
+        position = jnp.argmax(mask, axis=1)
         if config.causal:
-            position = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        else:
-            position = jnp.argmax(mask, axis=1)
+            read = mask if config.pad_id is None else mask & (tokens != config.pad_id)
+            last = mask.shape[1] - 1 - jnp.argmax(read[:, ::-1], axis=1)
+            position = jnp.where(jnp.any(read, axis=1), last, position)
         state = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
         return apply_head(params["head"], state)
 

@@ -36,13 +36,20 @@ class Linear(nn.Module):
         """Map `[..., D]` to `[..., features]`."""
         c = self.config
         init = nn.initializers.normal(c.init_std if self.init_std is None else self.init_std)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         # Flattened, because XLA's CPU compiler is slow at weight gradients that contract two axes.
         rows = x.reshape(-1, x.shape[-1])
         out = product("nd,dv->nv", rows, kernel)
         if self.use_bias:
-            out = out + self.param("bias", nn.initializers.zeros, (self.features,))[None, :]
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            out = out + bias[None, :]
         if self.has_variable("params", "lora_a"):
+            if c.lora_scale is None:
+                raise ValueError(
+                    "The parameters hold adapters, but the model's config has no lora_scale; make "
+                    "the model with dataclasses.replace(config, lora_scale=lora.scale), where lora "
+                    "is the LoRA of the adapters."
+                )
             down = product("nd,dv->nv", rows, self.get_variable("params", "lora_a"))
             out = out + c.lora_scale * product(
                 "nd,dv->nv", round_to(down, c.dtype), self.get_variable("params", "lora_b")
@@ -60,14 +67,15 @@ class Norm(nn.Module):
         """Normalise `x`."""
         kind, over_last = self.config.norm, (1,) * (x.ndim - 1) + (-1,)
         init = nn.initializers.zeros if kind is NormKind.RMS_PLUS_1 else nn.initializers.ones
-        scale = self.param("scale", init, (x.shape[-1],)).reshape(over_last)
+        scale = self.param("scale", init, x.shape[-1:], jnp.float32).reshape(over_last)
         x = x.astype(jnp.float32)
         if kind is NormKind.LAYER:
             x = x - mean(x)
         x = x * jax.lax.rsqrt(mean(x * x) + self.config.norm_eps)
         x = x * (1 + scale if kind is NormKind.RMS_PLUS_1 else scale)
         if kind is NormKind.LAYER:
-            x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).reshape(over_last)
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+            x = x + bias.reshape(over_last)
         return round_to(x, self.config.dtype)
 
 
@@ -132,9 +140,10 @@ class Attention(nn.Module):
         k_BKNC = self._scaled(self._heads("k", K, x_BSD), angles, "k_norm")
         v_BKNC = self._heads("v", K, x_BSD)
         if cache is not None:
-            start = (0, 0, cache.length, 0)
-            k_BKNC = jax.lax.dynamic_update_slice(cache.keys[self.layer], k_BKNC, start)
-            v_BKNC = jax.lax.dynamic_update_slice(cache.values[self.layer], v_BKNC, start)
+            k_BKNC, v_BKNC = (
+                jax.lax.dynamic_update_slice_in_dim(old[self.layer], new, cache.length, axis=2)
+                for old, new in ((cache.keys, k_BKNC), (cache.values, v_BKNC))
+            )
         # The query heads that share a key head become rows of one matrix product.
         q_BKQC = q_BHSC.reshape(B, K, H // K * S, C)
         allowed_BQN = jnp.tile(allowed_BSN, (1, H // K, 1))

@@ -35,7 +35,7 @@ class LoRA:
       stabilised: whether the scale is `alpha / sqrt(rank)` instead of `alpha / rank`.
 
     Raises:
-      SettingError: if the rank is negative, a number is not finite, or `targets` is no regular
+      SettingError: if the rank is negative, a number is not finite, or `targets` is not a regular
         expression.
 
     Example:
@@ -66,7 +66,10 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """The factor of the low-rank part, which `TransformerConfig.lora_scale` must equal."""
+        """The factor of the low-rank part, to be set as the `lora_scale` of the model's config.
+
+        A model whose config has no scale refuses adapters.
+        """
         return self.alpha / (self.rank**0.5 if self.stabilised else self.rank)
 
 
@@ -111,9 +114,9 @@ def init_lora(base: Params, key: Array, lora: LoRA) -> Params:
     adapters = {}
     for path, layer_key in zip(adapted, jax.random.split(key, len(adapted)), strict=True):
         rows, columns = kernels[path].shape
-        uniform = jax.random.uniform(layer_key, (rows, lora.rank), minval=-1, maxval=1)
+        uniform = jax.random.uniform(layer_key, (rows, lora.rank), jnp.float32, minval=-1, maxval=1)
         adapters[f"{path}/lora_a"] = uniform * rows**-0.5
-        adapters[f"{path}/lora_b"] = jnp.zeros((lora.rank, columns))
+        adapters[f"{path}/lora_b"] = jnp.zeros((lora.rank, columns), jnp.float32)
     return unflatten_dict(adapters, sep="/")
 
 

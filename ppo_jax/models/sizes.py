@@ -7,6 +7,8 @@ GPT-2: Radford et al. 2019, table 2, with the numbers of heads of the released m
 Llama 3: Grattafiori et al. 2024 (https://arxiv.org/abs/2407.21783), table 3, with 8,192 positions.
 """
 
+from typing import Any
+
 from ppo_jax.models.config import Activation, NormKind, Rotary, TransformerConfig
 
 _GPT2 = {  # layers, width, heads
@@ -33,15 +35,7 @@ _LLAMA3 = {  # layers, width, heads, width of the MLP
 
 def gpt2(size: str) -> TransformerConfig:
     """Return the configuration of a size of GPT-2, such as `gpt2-medium`."""
-    layers, width, heads = _GPT2[size]
-    return TransformerConfig(
-        vocab_size=50257,
-        positions=1024,
-        width=width,
-        layers=layers,
-        heads=heads,
-        mlp_width=4 * width,
-    )
+    return _gpt(*_GPT2[size], positions=1024)
 
 
 def gpt3(size: str, *, band: int = 256) -> TransformerConfig:
@@ -61,16 +55,21 @@ def gpt3(size: str, *, band: int = 256) -> TransformerConfig:
     """
     if size not in _GPT3:
         raise ValueError(f"size={size!r} must be one of {', '.join(_GPT3)}.")
-    layers, width, heads, head_size = _GPT3[size]
+    windows = (None, band) * (_GPT3[size][0] // 2)
+    return _gpt(*_GPT3[size], positions=2048, windows=windows)
+
+
+def _gpt(
+    layers: int, width: int, heads: int, head_size: int | None = None, **options: Any
+) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=50257,
-        positions=2048,
         width=width,
         layers=layers,
         heads=heads,
         head_size=head_size,
         mlp_width=4 * width,
-        windows=(None, band) * (layers // 2),
+        **options,
     )
 
 

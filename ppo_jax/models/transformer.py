@@ -6,6 +6,7 @@ uses.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         """Create the parameters and the layers."""
         c = self.config
         init = nn.initializers.normal(c.init_std)
-        table = lambda name, rows: self.param(name, init, (rows, c.width))
+        table = lambda name, rows: self.param(name, init, (rows, c.width), jnp.float32)
         block = nn.remat(Block) if c.remat else Block
         self.embedding = table("embedding", c.vocab_size)
         if c.learned_positions:
@@ -96,7 +97,9 @@ class Decoder(nn.Module):
             self.unembedding = table("unembedding", c.vocab_size)
         if c.lm_transform:
             self.lm_dense, self.lm_norm = Linear(c.width, c), Norm(c)
-            self.lm_bias = self.param("lm_bias", nn.initializers.zeros, (c.vocab_size,))
+            self.lm_bias = self.param(
+                "lm_bias", nn.initializers.zeros, (c.vocab_size,), jnp.float32
+            )
 
     def __call__(
         self,
@@ -111,6 +114,9 @@ class Decoder(nn.Module):
         first = 0 if last is None else S - last
         if not 0 <= first < S:
             raise ValueError(f"last={last} must lie in 1 .. {S}, the positions of tokens.")
+        slots = S if cache is None else cache.mask.shape[1]
+        if slots > c.positions:
+            raise ValueError(f"A sequence of {slots} tokens does not fit positions={c.positions}.")
         # The last layer computes states from here on only, since nothing reads the earlier ones.
         begin = first // aligned * aligned
         start: Array | int = 0
@@ -120,7 +126,7 @@ class Decoder(nn.Module):
             mask_BN = mask_BS
         else:
             start = cache.length
-            mask_BN = jax.lax.dynamic_update_slice(cache.mask, mask_BS, (0, start))
+            mask_BN = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, start, axis=1)
         slots_S = start + jnp.arange(tokens_BS.shape[1])
         ago_SN = slots_S[:, None] - jnp.arange(mask_BN.shape[1])[None, :]
         # The position of a token is the number of real tokens before it, so that padding does not
@@ -238,7 +244,8 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     Returns:
       The functions `hidden`, `logits`, `init_cache` and `rounded` of `ppo_jax.LanguageModel`, for
       parameters as from `init_params`. `hidden` raises ValueError if `last` is not between 1 and
-      the number of positions.
+      the number of positions of `tokens`, or if these, or the slots of the cache, are more than
+      `config.positions`.
 
     Example:
       >>> config = TransformerConfig(
@@ -278,5 +285,6 @@ def language_model(config: TransformerConfig) -> LanguageModel:
         rounded=lambda params: jax.tree.map(
             lambda x: round_to(x, config.dtype) if x.ndim > 1 else x, params
         ),
-        about=repr(config),
+        # Runs of earlier versions, whose lora_scale was 1 without adapters, can still be resumed.
+        about=repr(config if config.lora_scale else replace(config, lora_scale=1.0)),
     )

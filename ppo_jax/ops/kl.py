@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.masked import widen
+
+MAX_LOG_RATIO = 20.0  # In nats: exp(20) is 4.9e8, beyond which one token would be the whole batch.
+
 _Estimator = TypeVar("_Estimator", bound=Callable[..., Array])
 
 
@@ -62,8 +66,8 @@ def kl_k1(logprobs: Array, ref_logprobs: Array) -> Array:
     """Estimate the KL by `k1 = d`, which is unbiased but has a high variance and either sign.
 
     Args:
-      logprobs: `[...]` float32, log π of the sampled tokens, in nats.
-      ref_logprobs: `[...]` float32, log π_ref of the same tokens, in nats.
+      logprobs: `[...]` float, log π of the sampled tokens, in nats.
+      ref_logprobs: `[...]` float, log π_ref of the same tokens, in nats.
 
     Returns:
       `[...]` float32, in nats per token.
@@ -79,15 +83,15 @@ def kl_k1(logprobs: Array, ref_logprobs: Array) -> Array:
       Array([0.5], dtype=float32)
     """
     chex.assert_equal_shape([logprobs, ref_logprobs])
-    return logprobs - ref_logprobs
+    return widen(logprobs) - widen(ref_logprobs)
 
 
 def kl_k2(logprobs: Array, ref_logprobs: Array) -> Array:
     """Estimate the KL by `k2 = d²/2`, which is never negative and has a low variance but is biased.
 
     Args:
-      logprobs: `[...]` float32, log π of the sampled tokens, in nats.
-      ref_logprobs: `[...]` float32, log π_ref of the same tokens, in nats.
+      logprobs: `[...]` float, log π of the sampled tokens, in nats.
+      ref_logprobs: `[...]` float, log π_ref of the same tokens, in nats.
 
     Returns:
       `[...]` float32, in nats per token.
@@ -108,9 +112,12 @@ def kl_k2(logprobs: Array, ref_logprobs: Array) -> Array:
 def kl_k3(logprobs: Array, ref_logprobs: Array) -> Array:
     """Estimate the KL by `k3 = exp(-d) - 1 + d`: unbiased, never negative, of low variance.
 
+    A `d` below -20 counts as -20, so that a single token can neither overflow nor outweigh all
+    others; the gradient is then 0.
+
     Args:
-      logprobs: `[...]` float32, log π of the sampled tokens, in nats.
-      ref_logprobs: `[...]` float32, log π_ref of the same tokens, in nats.
+      logprobs: `[...]` float, log π of the sampled tokens, in nats.
+      ref_logprobs: `[...]` float, log π_ref of the same tokens, in nats.
 
     Returns:
       `[...]` float32, in nats per token.
@@ -125,7 +132,7 @@ def kl_k3(logprobs: Array, ref_logprobs: Array) -> Array:
       >>> kl_k3(jnp.array([-1.0]), jnp.array([-1.5])).round(4)
       Array([0.1065], dtype=float32)
     """
-    d = kl_k1(logprobs, ref_logprobs)
+    d = jnp.maximum(kl_k1(logprobs, ref_logprobs), -MAX_LOG_RATIO)
     return jnp.expm1(-d) + d
 
 
@@ -133,8 +140,8 @@ def kl_abs(logprobs: Array, ref_logprobs: Array) -> Array:
     """Compute the distance `|d|`, which is a penalty but not an estimate of the KL.
 
     Args:
-      logprobs: `[...]` float32, log π of the sampled tokens, in nats.
-      ref_logprobs: `[...]` float32, log π_ref of the same tokens, in nats.
+      logprobs: `[...]` float, log π of the sampled tokens, in nats.
+      ref_logprobs: `[...]` float, log π_ref of the same tokens, in nats.
 
     Returns:
       `[...]` float32, in nats per token.
@@ -241,10 +248,13 @@ def adaptive_kl(init_coef: float, *, target: float, horizon: float) -> KLControl
     """Adapt the weight of the KL penalty so that the KL stays near a target.
 
         e = clip(KL / target - 1, -0.2, 0.2)
-        β ← β (1 + e · episodes / horizon)
+        β ← β max(1 + e · episodes / horizon, 0.2)
+
+    The lower bound of the factor keeps β positive where an update has many more responses than
+    `horizon`. A KL that is not finite leaves β unchanged.
 
     Args:
-      init_coef: β at the start.
+      init_coef: β at the start; positive, because a β of 0 could not change.
       target: the KL to aim for, in nats per response (not per token); positive.
       horizon: the number of responses over which β changes by at most 20 %; positive.
 
@@ -252,7 +262,7 @@ def adaptive_kl(init_coef: float, *, target: float, horizon: float) -> KLControl
       A controller. Its `update` takes the state, the mean KL of the responses and their number.
 
     Raises:
-      ValueError: if `target` or `horizon` is not positive.
+      ValueError: if `init_coef`, `target` or `horizon` is not positive.
 
     Source:
       Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.2. As in their code,
@@ -263,14 +273,15 @@ def adaptive_kl(init_coef: float, *, target: float, horizon: float) -> KLControl
       >>> controller.update(controller.init(), jnp.array(12.0), 500).coef
       Array(0.202, dtype=float32)
     """
-    if target <= 0 or horizon <= 0:
+    if not (init_coef > 0 and target > 0 and horizon > 0):
         raise ValueError(
-            "adaptive_kl needs a positive target and horizon, not "
-            f"target={target} and horizon={horizon}."
+            "adaptive_kl needs a positive init_coef, target and horizon, not "
+            f"init_coef={init_coef}, target={target} and horizon={horizon}."
         )
 
     def update(state: KLState, kl: Array, episodes: int) -> KLState:
         error = jnp.clip(kl / target - 1, -0.2, 0.2)
-        return KLState(state.coef * (1 + error * (episodes / horizon)))
+        factor = jnp.maximum(1 + error * (episodes / horizon), 0.2)
+        return KLState(jnp.where(jnp.isfinite(kl), state.coef * factor, state.coef))
 
     return KLController(lambda: KLState(jnp.float32(init_coef)), update)

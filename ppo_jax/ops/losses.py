@@ -10,7 +10,8 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-from ppo_jax.ops.masked import masked_mean
+from ppo_jax.ops.kl import MAX_LOG_RATIO
+from ppo_jax.ops.masked import check_mask, masked_mean, widen
 from ppo_jax.types import Aggregate, Metrics
 
 
@@ -19,8 +20,8 @@ def policy_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
 
         ρ_t = π(a_t|s_t) / π_old(a_t|s_t)
 
-    The log-ratio is clipped to ±60, far beyond the clip range of any loss, so that neither the
-    ratio nor its gradient overflows.
+    The log-ratio is clipped to ±20, far beyond the clip range of any loss, so that a single token
+    can neither overflow nor outweigh all others. Its gradient is 0 beyond.
 
     Args:
       logprobs: `[B, R]` float32, log π of the policy that trains, in nats.
@@ -31,7 +32,7 @@ def policy_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
       `[B, R]` float32; 1 outside the mask.
 
     Raises:
-      AssertionError: if the shapes differ.
+      AssertionError: if the shapes differ, or a mask is not bool.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), section 3.
@@ -41,8 +42,14 @@ def policy_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
       >>> policy_ratio(logprobs, old_logprobs, jnp.array([[True, False]]))
       Array([[1., 1.]], dtype=float32)
     """
-    chex.assert_equal_shape([logprobs, old_logprobs, mask])
-    return jnp.exp(jnp.clip(jnp.where(mask, logprobs - old_logprobs, 0), -60, 60))
+    return jnp.exp(log_ratio(logprobs, old_logprobs, mask))
+
+
+def log_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
+    """Compute the logarithm of `policy_ratio`, in nats; the arguments are the same."""
+    check_mask(mask, logprobs, old_logprobs)
+    difference = widen(logprobs) - widen(old_logprobs)
+    return jnp.clip(jnp.where(mask, difference, 0), -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def clipped_policy_loss(
@@ -79,7 +86,7 @@ def clipped_policy_loss(
       `[]` float32.
 
     Raises:
-      AssertionError: if the shapes differ.
+      AssertionError: if the shapes differ, or a mask is not bool.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 7. Dual clip: Ye et al. 2020
@@ -96,6 +103,7 @@ def clipped_policy_loss(
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     ratio = policy_ratio(logprobs, old_logprobs, mask)
+    advantages = widen(advantages)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     gain = jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
@@ -130,7 +138,7 @@ def clipped_value_loss(
       `[]` float32.
 
     Raises:
-      AssertionError: if the shapes differ.
+      AssertionError: if the shapes differ, or a mask is not bool.
 
     Source:
       `ppo2` of OpenAI Baselines, and the code of Ziegler et al. 2019
@@ -141,9 +149,11 @@ def clipped_value_loss(
       >>> clipped_value_loss(one, 0 * one, 2 * one, one > 0, clip=0.5)
       Array(1.125, dtype=float32)
     """
-    chex.assert_equal_shape([values, old_values, returns, mask])
+    check_mask(mask, values, old_values, returns)
     # Masking before the arithmetic keeps a NaN outside the mask out of the gradient.
-    values, old_values, returns = (jnp.where(mask, x, 0) for x in (values, old_values, returns))
+    values, old_values, returns = (
+        widen(jnp.where(mask, x, 0)) for x in (values, old_values, returns)
+    )
     error = (values - returns) ** 2
     if clip is not None:
         clipped = old_values + jnp.clip(values - old_values, -clip, clip)
@@ -163,7 +173,7 @@ def entropy_bonus(entropies: Array, mask: Array, *, aggregate: Aggregate = maske
       `[]` float32, to be subtracted from a loss.
 
     Raises:
-      AssertionError: if the shapes differ.
+      AssertionError: if the shapes differ, or a mask is not bool.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 9.
@@ -225,7 +235,7 @@ def ppo_loss(
       `policy/entropy`, `[]` float32 each.
 
     Raises:
-      AssertionError: if the shapes differ.
+      AssertionError: if the shapes differ, or a mask is not bool.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 9.

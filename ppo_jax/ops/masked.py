@@ -1,9 +1,9 @@
 """Sums, means, variances and whitening over the entries that a mask keeps.
 
 All averages of the package are computed here. `axis_name` names a mapped axis (of `shard_map`,
-`pmap` or `vmap`). Sums and counts are then reduced over that axis too, so that results do not
-depend on how the batch is split. Entries outside the mask may hold anything, even NaN: they change
-neither a result nor its gradient.
+`pmap` or `vmap`). Sums and counts are then reduced over that axis too, so that results and their
+gradients do not depend on how the batch is split (see `ops.axes`). Entries outside the mask may
+hold anything, even NaN: they change neither a result nor its gradient.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,29 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.axes import share, sum_shards
 
-def _widen(x: Array) -> Array:
+
+def widen(x: Array) -> Array:
     """Cast to float32, or keep the type of `x` if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _reduce(total: Array, axis_name: str | None) -> Array:
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
+def check_mask(mask: Array, *arrays: Array) -> None:
+    """Raise AssertionError unless a mask is boolean and has the shape of each of the arrays."""
+    chex.assert_type(mask, bool)
+    chex.assert_equal_shape([mask, *arrays])
+
+
+def _constant(x: Array, mask: Array, axis_name: str | None) -> Array:
+    """Whether the kept entries are equal up to the rounding of a few operations, `[]` bool."""
+    x = jax.lax.stop_gradient(x)
+    largest = jnp.max(x, where=mask, initial=-jnp.inf)
+    least = jnp.min(x, where=mask, initial=jnp.inf)
+    if axis_name is not None:
+        largest, least = jax.lax.pmax(largest, axis_name), jax.lax.pmin(least, axis_name)
+    rounding = 8 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(largest), jnp.abs(least))
+    return largest - least <= rounding
 
 
 def masked_sum(x: Array, mask: Array, *, axis_name: str | None = None) -> Array:
@@ -37,14 +52,14 @@ def masked_sum(x: Array, mask: Array, *, axis_name: str | None = None) -> Array:
       `[]` float32, or the type of `x` if that is wider.
 
     Raises:
-      AssertionError: if `x` and `mask` have different shapes.
+      AssertionError: if `x` and `mask` have different shapes, or `mask` is not bool.
 
     Example:
       >>> masked_sum(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False]))
       Array(3., dtype=float32)
     """
-    chex.assert_equal_shape([x, mask])
-    return _reduce(jnp.sum(_widen(jnp.where(mask, x, 0))), axis_name)
+    check_mask(mask, x)
+    return sum_shards(jnp.sum(widen(jnp.where(mask, x, 0))), axis_name)
 
 
 def masked_count(mask: Array, *, axis_name: str | None = None) -> Array:
@@ -57,11 +72,15 @@ def masked_count(mask: Array, *, axis_name: str | None = None) -> Array:
     Returns:
       `[]` float32.
 
+    Raises:
+      AssertionError: if `mask` is not bool.
+
     Example:
       >>> masked_count(jnp.array([True, True, False]))
       Array(2., dtype=float32)
     """
-    return jnp.maximum(_reduce(jnp.sum(mask, dtype=jnp.float32), axis_name), 1)
+    check_mask(mask)
+    return jnp.maximum(sum_shards(jnp.sum(mask, dtype=jnp.float32), axis_name), 1)
 
 
 def masked_mean(
@@ -83,7 +102,7 @@ def masked_mean(
       `[]` float32, or the type of `x` if that is wider; 0 if the mask keeps no entry.
 
     Raises:
-      AssertionError: if `x` and `mask` have different shapes.
+      AssertionError: if `x` and `mask` have different shapes, or `mask` is not bool.
 
     Example:
       >>> masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))
@@ -103,10 +122,14 @@ def sequence_count(mask: Array, *, axis_name: str | None = None) -> Array:
     Returns:
       `[]` float32.
 
+    Raises:
+      AssertionError: if `mask` is not bool.
+
     Example:
       >>> sequence_count(jnp.array([[True, True], [False, False]]))
       Array(1., dtype=float32)
     """
+    check_mask(mask)
     return masked_count(mask.any(axis=1), axis_name=axis_name)
 
 
@@ -124,7 +147,7 @@ def sequence_mean(x: Array, mask: Array, *, count: Array | None = None) -> Array
       `[]` float32, or the type of `x` if that is wider.
 
     Raises:
-      AssertionError: if `x` and `mask` are not both `[B, R]`.
+      AssertionError: if `x` and `mask` are not both `[B, R]`, or `mask` is not bool.
 
     Example:
       >>> x, mask = jnp.array([[1.0, 3.0], [8.0, 0.0]]), jnp.array([[True, True], [True, False]])
@@ -132,8 +155,8 @@ def sequence_mean(x: Array, mask: Array, *, count: Array | None = None) -> Array
       Array(5., dtype=float32)
     """
     chex.assert_rank([x, mask], 2)
-    chex.assert_equal_shape([x, mask])
-    x = _widen(x)
+    check_mask(mask, x)
+    x = widen(x)
     lengths = jnp.maximum(mask.sum(axis=1), 1).astype(x.dtype)
     means = jnp.where(mask, x, 0).sum(axis=1) / lengths
     return masked_mean(means, mask.any(axis=1), count=count)
@@ -182,21 +205,23 @@ def masked_var(
       axis_name: the mapped axis to reduce over as well.
 
     Returns:
-      `[]` float32, or the type of `x` if that is wider.
+      `[]` float32, or the type of `x` if that is wider; 0 if the entries are equal up to rounding.
 
     Raises:
-      AssertionError: if `x` and `mask` have different shapes.
+      AssertionError: if `x` and `mask` have different shapes, or `mask` is not bool.
 
     Example:
       >>> masked_var(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]), unbiased=True)
       Array(2., dtype=float32)
     """
+    check_mask(mask, x)
     # Masking before squaring keeps a NaN outside the mask out of the gradient.
-    x = _widen(jnp.where(mask, x, 0))
+    x = widen(jnp.where(mask, x, 0))
     n = masked_count(mask, axis_name=axis_name)
-    mean = masked_mean(x, mask, count=n, axis_name=axis_name)
+    mean = share(masked_mean(x, mask, count=n, axis_name=axis_name), axis_name)
     total = masked_sum((x - mean) ** 2, mask, axis_name=axis_name)
-    return total / (jnp.maximum(n - 1, 1) if unbiased else n)
+    var = total / (jnp.maximum(n - 1, 1) if unbiased else n)
+    return jnp.where(_constant(x, mask, axis_name), 0, var)
 
 
 def masked_whiten(
@@ -221,10 +246,11 @@ def masked_whiten(
       axis_name: the mapped axis over which mean and variance are taken as well.
 
     Returns:
-      An array of the shape of `x`, float32 or wider; 0 outside the mask.
+      An array of the shape of `x`, float32 or wider; 0 outside the mask. Entries that are equal up
+      to rounding become 0, or keep their mean if `shift_mean` is false.
 
     Raises:
-      AssertionError: if `x` and `mask` have different shapes.
+      AssertionError: if `x` and `mask` have different shapes, or `mask` is not bool.
 
     Source:
       `whiten` in the code of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593).
@@ -233,9 +259,11 @@ def masked_whiten(
       >>> masked_whiten(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))
       Array([-1.,  1.,  0.], dtype=float32)
     """
-    chex.assert_equal_shape([x, mask])
-    x = jnp.where(mask, x, 0)
-    mean = masked_mean(x, mask, axis_name=axis_name)
-    var = masked_var(x, mask, unbiased=unbiased, axis_name=axis_name)
+    check_mask(mask, x)
+    x = widen(jnp.where(mask, x, 0))
+    mean = share(masked_mean(x, mask, axis_name=axis_name), axis_name)
+    var = share(masked_var(x, mask, unbiased=unbiased, axis_name=axis_name), axis_name)
     white = (x - mean) * jax.lax.rsqrt(var + eps)
+    # The mean of equal entries is rounded, and the difference from it would be scaled up to 1.
+    white = jnp.where(_constant(x, mask, axis_name), 0, white)
     return jnp.where(mask, white if shift_mean else white + mean, 0)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ppo_jax.ops.losses import policy_ratio
-from ppo_jax.ops.masked import masked_count, masked_mean, masked_sum, masked_var
+from ppo_jax.ops.kl import kl_k1
+from ppo_jax.ops.losses import log_ratio, policy_ratio
+from ppo_jax.ops.masked import masked_count, masked_mean, masked_sum, masked_var, widen
 from ppo_jax.types import Experience, LossMetrics, Metrics, Rollout, Scores
 
 
@@ -70,7 +71,7 @@ def policy_metrics(
       Array(1., dtype=float32)
     """
     ratio = policy_ratio(logprobs, old_logprobs, mask)
-    moved = jnp.where(mask, logprobs - old_logprobs, 0)
+    moved = log_ratio(logprobs, old_logprobs, mask)
     low, high = (x.astype(jnp.float32) for x in (ratio < 1 - clip_low, ratio > 1 + clip_high))
     means = {
         "policy/clipfrac": low + high,
@@ -118,6 +119,7 @@ def explained_variance(
       >>> explained_variance(returns - 5, returns, mask)
       Array(1., dtype=float32)
     """
+    returns, values = widen(returns), widen(values)
     var = masked_var(returns, mask, axis_name=axis_name)
     residual = masked_var(returns - values, mask, axis_name=axis_name)
     # A variance below the rounding error counts as 0.
@@ -148,16 +150,16 @@ def experience_metrics(
       The metrics `objective/*`, `response/*`, `value/*` and `sampler/*`, `[]` float32 each.
     """
     mask, value_mask = rollout.response_mask, experience.value_mask
-    every_row = jnp.ones(mask.shape[0], bool)
+    every_row = mask.any(axis=1)  # A row without a token to learn from is in no mean.
     mean = partial(masked_mean, axis_name=axis_name)
 
     def mean_of_sums(x: Array) -> Array:
         """Average over responses the sum over the tokens of each response."""
         return mean(jnp.sum(jnp.where(mask, x, 0), axis=1), every_row)
 
-    kl = scores.logprobs - scores.ref_logprobs
-    gap = jnp.abs(scores.logprobs - rollout.logprobs)
-    largest_gap = jnp.max(jnp.where(mask, gap, 0))
+    kl = kl_k1(scores.logprobs, scores.ref_logprobs)
+    gap = jnp.abs(kl_k1(scores.logprobs, rollout.logprobs))
+    largest_gap = jax.lax.stop_gradient(jnp.max(jnp.where(mask, gap, 0)))
     score_var = masked_var(task_scores, every_row, axis_name=axis_name)
     total_reward = masked_sum(rewards, value_mask, axis_name=axis_name)
     return {

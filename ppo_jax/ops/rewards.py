@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax.struct import PyTreeNode
 from jax import Array
 
-from ppo_jax.ops.masked import masked_mean, masked_sum
+from ppo_jax.ops.axes import share
+from ppo_jax.ops.masked import check_mask, masked_mean, masked_sum, widen
 
 
 class ScoreAt(enum.Enum):
@@ -64,7 +65,7 @@ def score_index(mask: Array, score_at: ScoreAt) -> Array:
       `[B]` int32; 0 for a response without a real token, except with `LAST_INDEX`.
 
     Raises:
-      AssertionError: if `mask` is not `[B, R]`.
+      AssertionError: if `mask` is not `[B, R]` bool.
 
     Example:
       >>> mask = jnp.array([[True, True, False, False]])
@@ -72,6 +73,7 @@ def score_index(mask: Array, score_at: ScoreAt) -> Array:
       [1, 2, 3]
     """
     chex.assert_rank(mask, 2)
+    check_mask(mask)
     length = mask.shape[1]
     after = jnp.where(mask.any(axis=1), length - jnp.argmax(mask[:, ::-1], axis=1), 0)
     match score_at:
@@ -98,7 +100,7 @@ def apply_missing_eos(
       `[B]` float32.
 
     Raises:
-      AssertionError: if the shapes differ.
+      AssertionError: if the shapes differ, or `ended` is not bool.
 
     Source:
       Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593) and Huang et al. 2024
@@ -109,7 +111,8 @@ def apply_missing_eos(
       >>> apply_missing_eos(scores, ended, rule=MissingEOS.PENALIZE)
       Array([2., 1.], dtype=float32)
     """
-    chex.assert_equal_shape([scores, ended])
+    check_mask(ended, scores)
+    scores = widen(scores)
     match rule:
         case MissingEOS.KEEP:
             return scores
@@ -160,10 +163,10 @@ class RewardScaling(NamedTuple):
 def running_scale(*, eps: float = 1e-8) -> RewardScaling:
     """Divide scores by their running standard deviation, without shifting their mean.
 
-        scaled = score / √(var + eps),  or the score itself if var ≤ eps
+        scaled = score / √(var + eps),  or 0 if all scores so far are equal up to rounding
 
     Each batch is added to the moments before it is scaled. Scores that are infinite or NaN are not
-    added.
+    added, nor is a batch whose scores are so large that the moments would overflow.
 
     Args:
       eps: added to the variance.
@@ -186,20 +189,25 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
         state: ScaleState, scores: Array, *, axis_name: str | None = None
     ) -> tuple[ScaleState, Array]:
         chex.assert_rank(scores, 1)
+        scores = widen(scores)
         finite = jnp.isfinite(scores)
         n = masked_sum(jnp.ones_like(scores), finite, axis_name=axis_name)
         mean = masked_mean(scores, finite, axis_name=axis_name)
-        m2 = masked_sum((scores - mean) ** 2, finite, axis_name=axis_name)
+        m2 = masked_sum((scores - share(mean, axis_name)) ** 2, finite, axis_name=axis_name)
         count = state.count + n
         shift = mean - state.mean
-        share = n / jnp.maximum(count, 1)
-        m2 = state.m2 + m2 + shift**2 * state.count * share
-        var = m2 / jnp.maximum(count, 1)
-        # Scores that are all equal so far have no scale.
-        scale = jnp.where(var > eps, jax.lax.rsqrt(var + eps), 1)
-        return ScaleState(count, state.mean + shift * share, m2), scores * scale
+        part = n / jnp.maximum(count, 1)
+        new = ScaleState(
+            count, state.mean + shift * part, state.m2 + m2 + shift**2 * state.count * part
+        )
+        fits = jnp.isfinite(new.m2)
+        new = jax.tree.map(lambda new, old: jnp.where(fits, new, old), new, state)
+        var = new.m2 / jnp.maximum(new.count, 1)
+        # Equal scores have no scale. Below this variance there is only the rounding of the mean.
+        scale = jnp.where(var > 1e-10 * new.mean**2, jax.lax.rsqrt(var + eps), 0)
+        return new, scores * share(scale, axis_name)
 
-    return RewardScaling(lambda: ScaleState(*(jnp.zeros(()) for _ in range(3))), update)
+    return RewardScaling(lambda: ScaleState(*(jnp.float32(0) for _ in range(3))), update)
 
 
 def token_rewards(
@@ -227,10 +235,11 @@ def token_rewards(
 
     Returns:
       The rewards, `[B, R]` float32 in units of score, and the steps over which advantages are
-      estimated, `[B, R]` bool: the real tokens and the step of the score.
+      estimated, `[B, R]` bool: the real tokens and the step of the score. A response without a real
+      token has neither a reward nor a step.
 
     Raises:
-      AssertionError: if the shapes are not those above.
+      AssertionError: if the shapes are not those above, or `mask` is not bool.
 
     Source:
       Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), eq. 2.
@@ -244,11 +253,12 @@ def token_rewards(
       Array([[-0.05,  0.95,  0.  ]], dtype=float32)
     """
     chex.assert_rank([scores, kl, mask], [1, 2, 2])
-    chex.assert_equal_shape([kl, mask])
-    rewards = jnp.where(mask, -kl_coef * kl, 0)
+    check_mask(mask, kl)
+    rewards = jnp.where(mask, -kl_coef * widen(kl), 0)
     if token_scores is not None:
         chex.assert_equal_shape([token_scores, mask])
-        rewards = rewards + jnp.where(mask, token_scores, 0)
-    scored = jnp.arange(mask.shape[1])[None, :] == score_index(mask, score_at)[:, None]
-    rewards = rewards + jnp.where(scored, scores[:, None].astype(jnp.float32), 0)
+        rewards = rewards + jnp.where(mask, widen(token_scores), 0)
+    at_score = jnp.arange(mask.shape[1])[None, :] == score_index(mask, score_at)[:, None]
+    scored = at_score & mask.any(axis=1, keepdims=True)
+    rewards = rewards + jnp.where(scored, widen(scores)[:, None], 0)
     return rewards, mask | scored

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.masked import widen
+
 # A token is drawn in two stages, first a block of this many tokens and then a token of the block.
 # That takes two cumulative sums of about √V numbers instead of one of V.
 _BLOCK = 256
@@ -108,7 +110,7 @@ def sample_token(key: Array, logits: Array) -> tuple[Array, Array]:
 
     Args:
       key: `[]` typed key, consumed.
-      logits: `[V]` float32. A token with the logit `-inf` is never drawn.
+      logits: `[V]` float. A token with the logit `-inf` is never drawn.
 
     Returns:
       The token, `[]` int32, and its log-prob under `softmax(logits)`, `[]` float32 in nats.
@@ -126,11 +128,12 @@ def sample_token(key: Array, logits: Array) -> tuple[Array, Array]:
       (2, 0.0)
     """
     chex.assert_rank(logits, 1)
+    logits = widen(logits)
     weights = jnp.exp(logits - jnp.max(logits))
     blocks = jnp.pad(weights, (0, -weights.size % _BLOCK)).reshape(-1, _BLOCK)
     mass = blocks.sum(axis=1)
     # Two numbers, because one float32 is too coarse for tokens of a probability below 1e-7.
-    u, v = jax.random.uniform(key, (2,))
+    u, v = jax.random.uniform(key, (2,), jnp.float32)
     block = _first_beyond(mass, u * mass.sum())
     within = _first_beyond(blocks[block], v * mass[block])
     # The minimum matters only if the weights are NaN. It keeps the token in the vocabulary then.
@@ -142,7 +145,7 @@ def greedy_token(logits: Array) -> tuple[Array, Array]:
     """Choose the most likely token, the first of several. For a batch, `jax.vmap` it.
 
     Args:
-      logits: `[V]` float32.
+      logits: `[V]` float.
 
     Returns:
       The token, `[]` int32, and its log-prob under `softmax(logits)`, `[]` float32 in nats.
@@ -156,6 +159,7 @@ def greedy_token(logits: Array) -> tuple[Array, Array]:
       (0, -0.6931)
     """
     chex.assert_rank(logits, 1)
+    logits = widen(logits)
     token = jnp.argmax(logits).astype(jnp.int32)
     return token, logits[token] - jax.nn.logsumexp(logits)
 

@@ -1,6 +1,6 @@
-"""A PPO iteration compiled for the chips of a mesh, and what each chip would hold and compute.
+"""Compile a PPO iteration for the chips of a mesh, and predict what it costs on each chip.
 
-Nothing runs and no parameter is allocated: the compiler needs shapes only.
+The programs do not run and no parameter is allocated, because the compiler needs shapes only.
 """
 
 import time
@@ -16,10 +16,10 @@ from jax.stages import Traced
 from ppo_jax.distributed import compilation, meshes
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.plan import hlo
 from ppo_jax.plan.flops import jaxpr_flops
-from ppo_jax.plan.memory import size_of
+from ppo_jax.plan.memory import size_of, start_params
 from ppo_jax.plan.topology import Chip
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
@@ -27,14 +27,15 @@ from ppo_jax.sharding import placed, rows_sharding
 
 
 class Program(NamedTuple):
-    """What one compiled phase of an iteration takes on each chip; memory is in bytes.
+    """The cost of one compiled phase of an iteration on each chip, with memory in bytes.
 
     Attributes:
       name: `rollout`, `scoring` or `update`.
       arguments: memory of the program's arguments.
       temporary: memory of intermediate results.
       peak: largest memory of arguments, results and intermediate results at any moment.
-      needed: the peak, with whatever else stays on the chip meanwhile.
+      needed: the peak plus parameters and optimizer state that stay on the chip meanwhile, although
+        this program does not use them.
       flops: floating-point operations of matrix products, if every response has its greatest
         length and the chips share the work evenly (but see `report.indivisible_sizes`).
       moved: bytes read from and written to main memory, an upper bound.
@@ -91,7 +92,8 @@ def compile_iteration(
       prompt_tokens: `P`, the length of every prompt.
       critic: `shared` for a value head on the policy's trunk, `separate` for a model of its own.
       adapters: low-rank adapters to train instead of all parameters.
-      stop_ids: tokens that end a response. The figures assume that none does before the last token.
+      stop_ids: tokens that end a response. The figures assume that every response has its greatest
+        length.
 
     Returns:
       For each of `rollout`, `scoring` and `update`, the program or the reason why there is none.
@@ -111,7 +113,7 @@ def compile_iteration(
         sharding = rows_sharding(mesh)
         return jax.ShapeDtypeStruct((ppo.batch_size, *shape), dtype, sharding=sharding)
 
-    # With adapters, policy and critic share a frozen trunk, which is two arguments of a program.
+    # With adapters, policy and critic share a frozen trunk, which a program takes as two arguments.
     shared = 0 if frozen is None or critic == "shared" else size_of(frozen["critic"]["trunk"])
     resident = size_of((state, frozen, reference if frozen is None else None)) - shared
     prompts = (rows(jnp.int32, prompt_tokens), rows(bool, prompt_tokens))
@@ -137,20 +139,12 @@ def _state_shapes(
     adapters: lora.LoRA | None,
     mesh: Mesh,
 ) -> tuple[Any, Any, Any]:
-    """Shapes and shardings of the state, the frozen parameters, and the reference."""
+    """Return the state, the frozen parameters and the reference as shapes with shardings."""
 
     def init() -> tuple[Any, Any, Any]:
-        key, frozen = jax.random.key(0), None
-        head = {"head": heads.zero_head(config.width)}
-        params = {
-            "policy": init_params(config, key),
-            "critic": head if critic == "shared" else heads.init_scorer(config, key),
-        }
-        reference = params["policy"]
-        if adapters is not None:
-            params, frozen = lora.adapt(params, key, adapters)
-            reference = frozen["policy"]
-        return iteration.init_state(agent, params, key, updates=1), frozen, reference
+        params, frozen, reference = start_params(config, critic=critic, adapters=adapters)
+        state = iteration.init_state(agent, params, jax.random.key(0), updates=1)
+        return state, frozen, reference
 
     return placed(jax.eval_shape(init), mesh)
 
@@ -165,7 +159,11 @@ def _measure(
     resident: int,
     shared: int = 0,
 ) -> Program | TooLarge:
-    """Compile one phase; `shared` bytes of its arguments are counted once too often."""
+    """Compile one phase and measure its cost.
+
+    The compiler counts arguments that are the same array twice; `shared` is the number of bytes to
+    subtract for that.
+    """
     start = time.perf_counter()
     try:
         compiled = traced.lower().compile()
@@ -174,14 +172,15 @@ def _measure(
             raise
         return TooLarge(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "), resident)
     compile_s = time.perf_counter() - start
-    memory: Any = compiled.memory_analysis()  # never None on a TPU
+    memory: Any = compiled.memory_analysis()  # Only other backends may return None.
     account = hlo.account(compiled.as_text() or "")
     arguments = memory.argument_size_in_bytes - shared
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = max(
         memory.peak_memory_in_bytes - shared, arguments + memory.temp_size_in_bytes + results
     )
-    # Decoding samples all tokens but the first, which follows from the pass over the prompt.
+    # The decoding loop has one iteration less than there are tokens, because the first token is
+    # sampled after the pass over the prompt.
     flops = jaxpr_flops(traced.jaxpr.jaxpr, while_trips=ppo.max_new_tokens - 1)
     return Program(
         name,

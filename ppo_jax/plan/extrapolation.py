@@ -1,8 +1,10 @@
-"""Figures for models that are too deep to compile here, from two shallower models."""
+"""Estimate the cost of a model that is too deep to compile, from two models with fewer layers."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import jax
 
 from ppo_jax.errors import SettingError
 from ppo_jax.models.config import TransformerConfig
@@ -15,20 +17,20 @@ def extrapolate(
     config: TransformerConfig,
     depths: tuple[int, int],
 ) -> Programs:
-    """Compile a model with fewer layers twice, and extend every figure along a straight line.
+    """Compile a model with two smaller numbers of layers, and extrapolate linearly to all layers.
 
-    Where memory is short the compiler would schedule the whole model differently, so a peak is an
-    estimate, usually too high.
+    If the whole model nearly fills the memory, the compiler would schedule it differently to save
+    memory. The extrapolated peak is therefore an estimate, which is usually too high.
 
     Args:
       compile_model: compiles an iteration with a model, such as `compile_iteration` with all other
         arguments given by `functools.partial`.
       config: the whole model.
-      depths: the two numbers of layers to compile, the smaller first. Where layers differ in their
-        attention windows, both must be multiples of the period of that pattern.
+      depths: the two numbers of layers to compile, the smaller first. If the layers have attention
+        windows in a periodic pattern, both numbers must be multiples of its period.
 
     Returns:
-      The programs of the whole model. `compile_s` is the time of both compilations.
+      The programs of the whole model. `compile_s` is the sum of the times of both compilations.
 
     Raises:
       SettingError: if the depths are not increasing, or exceed the model's layers.
@@ -59,11 +61,6 @@ def _extend(few: Program | TooLarge, many: Program | TooLarge, share: float) -> 
     def line(a: Any, b: Any) -> Any:
         return type(a)(a + share * (b - a)) if isinstance(a, int | float) else a
 
-    none = Collective(0, 0)
-    collectives = {}
-    for kind in {**few.collectives, **many.collectives}:
-        a, b = few.collectives.get(kind, none), many.collectives.get(kind, none)
-        collectives[kind] = Collective(line(a.count, b.count), line(a.bytes, b.bytes))
-    return Program(*map(line, few, many))._replace(
-        collectives=collectives, compile_s=few.compile_s + many.compile_s
-    )
+    none = dict.fromkeys(few.collectives | many.collectives, Collective(0, 0))
+    few, many = (x._replace(collectives=none | x.collectives) for x in (few, many))
+    return jax.tree.map(line, few, many)._replace(compile_s=few.compile_s + many.compile_s)

@@ -1,6 +1,6 @@
 """Count the arithmetic of matrix products in a traced function.
 
-The count is exact for the traced program, with its loops and the recomputation of activations.
+The count is exact for the traced program and includes loops and recomputed activations.
 """
 
 import math
@@ -16,14 +16,17 @@ def matmul_flops(
 ) -> int:
     """Count the floating-point operations of all matrix products in one call of `function`.
 
-    A multiply-add is two operations. Of the branches of a `cond`, the most expensive one counts.
+    A multiply-add is counted as two operations, and a `cond` as its most expensive branch.
 
     Args:
       function: a function that JAX can trace; it is not run.
       args: its positional arguments, as arrays or `jax.ShapeDtypeStruct`.
-      while_trips: how often to count the body of a `while_loop`, whose number of steps is not in
-        the trace. The length of a `scan` is.
+      while_trips: iterations to assume for every `while_loop`, because the traced program
+        does not contain it. It does contain the length of a `scan`.
       kwargs: its keyword arguments.
+
+    Returns:
+      The number of operations.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,7 +60,7 @@ def jaxpr_flops(jaxpr: Jaxpr, while_trips: int = 1) -> int:
 
 
 def matmul_eqns(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """Yield the equations of a jaxpr that are matrix products, each once however often it runs."""
+    """Yield the matrix products of a jaxpr. One in the body of a loop is yielded once."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield eqn
@@ -72,7 +75,7 @@ def _shape(x: Var | Literal) -> tuple[int, ...]:
 
 
 def _mapped_devices(eqn: JaxprEqn) -> int:
-    """Return over how many devices a `shard_map` spreads its body."""
+    """Return the number of devices that each execute the body of a `shard_map`."""
     # The parameter has another name in older releases of JAX.
     name = "newly_manual_axes" if "newly_manual_axes" in eqn.params else "manual_axes"
     return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params[name])

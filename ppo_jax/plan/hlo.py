@@ -1,15 +1,18 @@
-"""Count what a compiled program does, from the text of its HLO.
+"""Count the communication and the memory traffic of a compiled program from its HLO text.
 
-XLA's own sums count the body of a loop once. Here it counts as often as the loop runs.
+HLO is the language in which XLA prints a compiled program. XLA's own cost analysis counts the body
+of a loop once, whereas this module counts it once for each iteration.
 
-The text of HLO is not a stable interface. An operation that is not recognized counts as nothing.
+The format of the text is not a stable interface of XLA. Operations in an unknown format are not
+counted.
 """
 
 import math
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from flax.struct import PyTreeNode
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {
     f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)
@@ -25,8 +28,8 @@ _COLLECTIVE = re.compile(
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-# Operations that move no data themselves: their inputs and outputs share memory, or the
-# computations that they call count instead.
+# Operations that move no data themselves, because their outputs share memory with their inputs or
+# because the computations that they call are counted instead.
 _FREE = {
     "parameter",
     "tuple",
@@ -41,8 +44,7 @@ _FREE = {
 }
 
 
-@dataclass(frozen=True)
-class Collective:
+class Collective(PyTreeNode):
     """All collective operations of one kind.
 
     Attributes:
@@ -61,7 +63,7 @@ class Account(NamedTuple):
     Attributes:
       collectives: the collective operations by kind, such as `all-reduce`.
       bytes: bytes that all operations read from and write to main memory. This is an upper bound,
-        since an operation that reads a slice counts its whole operand.
+        because an operation that reads a slice of an array is counted with the whole array.
       cycles: the TPU compiler's estimate of clock cycles; 0 from other compilers.
     """
 
@@ -80,7 +82,7 @@ class _Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands."""
+        """The names of the operands."""
         return re.findall(r"%([\w.-]+)", self.rest.split(")")[0])
 
 
@@ -88,9 +90,15 @@ _Computations = dict[str, list[_Instruction]]
 
 
 def account(text: str) -> Account:
-    """Count what a program does, from its text (`compiled.as_text()`).
+    """Count the collectives, memory traffic and cycles of one call of a compiled program.
 
-    A loop that may end early counts as if it did not.
+    A loop that may end early is counted as if it made all of its iterations.
+
+    Args:
+      text: the HLO text of the program, from `compiled.as_text()`.
+
+    Returns:
+      The counts for one device.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -126,49 +134,47 @@ def _parse(text: str) -> tuple[_Computations, str]:
 
 
 def _count_runs(computations: _Computations, entry: str) -> tuple[dict[str, int], set[str]]:
-    """Return how often each computation runs, and those that are part of a single operation."""
-    calls: dict[str, list[tuple[str, int]]] = {name: [] for name in computations}
+    """Return how often each computation runs, and the computations that one operation fuses."""
+    runs: dict[str, int] = defaultdict(int)
     fused: set[str] = set()
-    for name, instructions in computations.items():
-        for x in instructions:
+
+    def run(name: str, count: int) -> None:
+        runs[name] += count
+        for x in computations[name]:
             called = {
                 role: re.findall(r"[\w.-]+", single or several)
                 for role, single, several in _CALLED.findall(x.rest)
             }
-            trips = 1
-            if x.opcode == "while" and "condition" in called:
-                trips = _trips(computations.get(called["condition"][0], []))
+            trips = _trips(computations[called["condition"][0]]) if x.opcode == "while" else 1
             for role, names in called.items():
-                calls[name] += [(other, trips) for other in names if other in computations]
                 if role in ("calls", "to_apply") and x.opcode != "call":
                     fused.update(names)
-    runs: dict[str, int] = defaultdict(int)
-
-    def run(name: str, count: int) -> None:
-        runs[name] += count
-        for other, trips in calls[name]:
-            run(other, count * trips)
+                for other in names:
+                    run(other, count * trips)
 
     run(entry, 1)
     return runs, fused
 
 
 def _trips(condition: list[_Instruction]) -> int:
-    """Return the bound of `counter < bound` in the condition of a loop, or 1 if there is none.
+    """Return the number of iterations of a loop, from its condition `counter < bound`.
 
-    The loops of this package count from 0, except decoding, which counts from 1.
+    The loops of this package count from 0, except the decoding loop, which counts from 1. The
+    result is the bound, or 1 if the condition has none.
     """
     constants = {
         x.name: int(x.rest.split(")")[0])
         for x in condition
         if x.opcode == "constant" and x.type.startswith("s32")
     }
-    for x in condition:
-        if x.opcode == "compare" and "direction=LT" in x.rest:
-            bounds = [constants[name] for name in x.operands if name in constants]
-            if bounds:
-                return max(bounds)
-    return max(constants.values(), default=1)
+    bounds = [
+        constants[name]
+        for x in condition
+        if x.opcode == "compare" and "direction=LT" in x.rest
+        for name in x.operands
+        if name in constants
+    ]
+    return max(bounds or constants.values(), default=1)
 
 
 def _collectives(

@@ -1,7 +1,8 @@
-"""An estimate of the memory of a PPO step, from the sizes of its arrays."""
+"""Estimate the memory of a PPO step from the sizes of its arrays, without compiling it."""
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads, lora, sizes
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import pretrained, stored
+from ppo_jax.models.io import families, stored
 from ppo_jax.models.transformer import init_params
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.types import Params
 
 
 def load_config(model: str, dtype: str, remat: bool) -> tuple[str, TransformerConfig]:
@@ -22,26 +24,43 @@ def load_config(model: str, dtype: str, remat: bool) -> tuple[str, TransformerCo
       model: a folder, a Hugging Face id, a .gguf file, or a published size such as `gpt2-xl`.
       dtype: the type to compute in.
       remat: whether to recompute activations in the backward pass.
+
+    Raises:
+      ValueError: if the model's config cannot be read.
     """
     if model in sizes.SIZES:
         size = sizes.SIZES[model]
         return size.__name__, replace(size(model), dtype=jnp.dtype(dtype), remat=remat)
     hf = stored.read_config(model)
-    return hf["model_type"], pretrained.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
+    return hf["model_type"], families.config_of(hf, dtype=jnp.dtype(dtype), remat=remat)
 
 
-def check_prompt(prompt_tokens: int, ppo: PPOConfig, config: TransformerConfig) -> None:
-    """Check that a prompt of this length and its response fit the model's positions.
+def choose_prompt_tokens(
+    prompt_tokens: int | None, ppo: PPOConfig, config: TransformerConfig
+) -> int:
+    """Return the length of a prompt that leaves room for its response within the positions.
+
+    Args:
+      prompt_tokens: the length, or None for 64 or as many as there is room for.
+      ppo: settings of the iteration, which give the greatest length of a response.
+      config: the model.
 
     Raises:
-      SettingError: if they do not.
+      SettingError: if there is no room for the prompt and its response.
     """
     room = config.positions - ppo.max_new_tokens
-    if not 1 <= prompt_tokens <= room:
+    if room < 1:
         raise SettingError(
-            f"prompt_tokens={prompt_tokens} must lie in 1 .. {room}, the model's "
-            f"{config.positions} positions less max_new_tokens={ppo.max_new_tokens}."
+            f"max_new_tokens={ppo.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{config.positions} positions."
         )
+    chosen = min(64, room) if prompt_tokens is None else prompt_tokens
+    if not 1 <= chosen <= room:
+        raise SettingError(
+            f"prompt_tokens={chosen} must lie in 1 .. {room}, the model's {config.positions} "
+            f"positions less max_new_tokens={ppo.max_new_tokens}."
+        )
+    return chosen
 
 
 def estimate_memory(
@@ -52,7 +71,7 @@ def estimate_memory(
     critic: str,
     adapters: lora.LoRA | None,
 ) -> dict[str, int]:
-    """Estimate the bytes that a PPO step holds on one device, by their use.
+    """Estimate the memory that a PPO step needs on one device, by what it is used for.
 
     The activations that a block keeps for its backward pass are, for each token, 10 vectors of the
     model's width, 3 of the MLP's width, and the attention weights of each head. With `remat`, a
@@ -64,33 +83,54 @@ def estimate_memory(
       prompt_tokens: `P`, the length of every prompt.
       critic: `shared` for a value head on the policy's trunk, `separate` for a model of its own.
       adapters: low-rank adapters to train instead of all parameters.
+
+    Returns:
+      The number of bytes of each use.
     """
-    trunk = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    scorer = jax.eval_shape(lambda: heads.init_scorer(config, jax.random.key(0)))
-    separate = critic == "separate"
-    params = {"policy": trunk, "critic": scorer if separate else {"head": scorer["head"]}}
-    if adapters is not None:  # policy, critic and reference then share one frozen trunk
-        params, _ = jax.eval_shape(lambda p: lora.adapt(p, jax.random.key(0), adapters), params)
+    start = partial(start_params, config, critic=critic, adapters=adapters)
+    # With adapters, the policy and the critic share the frozen trunk of the reference.
+    params, _, reference = jax.eval_shape(start)
     trained = size_of(params)
     itemsize, tokens = jnp.dtype(config.dtype).itemsize, prompt_tokens + ppo.max_new_tokens
     micro_tokens = ppo.rows_at_a_time * tokens
     token = 10 * config.width + 3 * config.mlp_width + config.heads * tokens
     block = micro_tokens * token * itemsize
+    models = 1 if critic == "shared" else 2
     kept = config.layers * (micro_tokens * config.width * itemsize if config.remat else block)
     logits = ppo.rows_at_a_time * (ppo.logit_chunk or ppo.max_new_tokens) * config.vocab_size
     cache = config.layers * ppo.batch_size * tokens * config.key_heads * config.head_width
     return {
-        "parameters and reference": trained + size_of(trunk),
+        "parameters and reference": trained + size_of(reference),
         "gradients": trained,
         "AdamW's moments": 2 * trained,
-        "activations of a micro-batch": (1 + separate) * (kept + config.remat * block),
+        "activations of a micro-batch": models * (kept + config.remat * block),
         "logits of a micro-batch": 3 * logits * 4,
         "key/value cache of the rollout": 2 * cache * itemsize,
     }
 
 
+def start_params(
+    config: TransformerConfig, *, critic: str, adapters: lora.LoRA | None
+) -> tuple[Params, Params | None, Params]:
+    """Return parameters that train, parameters that are frozen, and those of the reference.
+
+    The arguments are those of `estimate_memory`.
+    """
+    key = jax.random.key(0)
+    params = {
+        "policy": init_params(config, key),
+        "critic": {"head": heads.zero_head(config.width)}
+        if critic == "shared"
+        else heads.init_scorer(config, key),
+    }
+    if adapters is None:
+        return params, None, params["policy"]
+    params, frozen = lora.adapt(params, key, adapters)
+    return params, frozen, frozen["policy"]
+
+
 def size_of(tree: Any) -> int:
-    """Return the bytes that the arrays of a tree, or their shapes, take on each device."""
+    """Return the number of bytes on each device of the arrays, or shapes, of a tree."""
 
     def shape(x: Any) -> tuple[int, ...]:
         return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)

@@ -1,4 +1,7 @@
-"""The figures of compiled programs as text and JSON, and advice where a program does not fit."""
+"""Report the cost of compiled programs as text or JSON, and say what to change if they do not fit.
+
+Advice is given for each program that needs more memory than a chip has.
+"""
 
 from typing import Any
 
@@ -10,7 +13,7 @@ from ppo_jax.plan.topology import Chip
 
 
 def summary(programs: Programs, config: TransformerConfig, mesh: Mesh, chip: Chip) -> str:
-    """Describe the programs for a reader, and end with whether they fit and what to change."""
+    """Return a text with the cost of each program, whether all fit, and what to change if not."""
     lines = [line for name, program in programs.items() for line in _lines(name, program, chip)]
     if sizes := indivisible_sizes(config, mesh):
         lines.append(
@@ -41,7 +44,7 @@ def _lines(name: str, program: Program | TooLarge, chip: Chip) -> list[str]:
 
 
 def as_json(programs: Programs) -> dict[str, Any]:
-    """Return the figures as objects that `json` can write, by the names of the programs."""
+    """Return the cost of each program in the types of JSON, by the name of the program."""
     return {
         name: {"too_large": program.reason}
         if isinstance(program, TooLarge)
@@ -52,10 +55,10 @@ def as_json(programs: Programs) -> dict[str, Any]:
 
 
 def indivisible_sizes(config: TransformerConfig, mesh: Mesh) -> list[str]:
-    """Name the sizes of a model that the mesh axis `tensor` does not divide.
+    """Return the names of the sizes of a model that are not multiples of the mesh axis `tensor`.
 
-    All chips of that axis compute the parts with these sizes in full, so a chip then does more
-    than the share that `Program.flops` gives.
+    All chips of that axis compute the parts with these sizes in full, so each chip computes more
+    than `Program.flops` says.
     """
     sizes = {
         "heads": config.heads,
@@ -67,7 +70,7 @@ def indivisible_sizes(config: TransformerConfig, mesh: Mesh) -> list[str]:
 
 
 def advice(programs: Programs, chip: Chip) -> list[str]:
-    """Say what to change for each program that does not fit; the list is empty if all fit."""
+    """Return what to change for each program that does not fit; the list is empty if all fit."""
     lines, memory = [], chip.memory * 2**30
     for name, program in programs.items():
         if isinstance(program, TooLarge):

@@ -1,6 +1,6 @@
-"""Slices of TPUs to compile for, which need not be attached to this machine.
+"""Describe slices of TPUs, so that programs can be compiled for them on any machine.
 
-The compiler is the TPU's own, from the package `libtpu`.
+The compiler comes with the package `libtpu`, and no TPU is needed.
 """
 
 import importlib.util
@@ -14,9 +14,9 @@ from ppo_jax.errors import SettingError
 
 
 class Chip(NamedTuple):
-    """What one JAX device of a TPU slice offers.
+    """The memory and speed of one JAX device of a TPU slice.
 
-    A device is a chip. On v4 the compiler sees each of a chip's two cores as a device.
+    A device is a chip, except on v4, where each of the two cores of a chip is a device.
 
     Attributes:
       memory: memory that programs may use, in GiB, as the compiler reports it.
@@ -36,7 +36,7 @@ CHIPS = {
     "v6e": Chip(31.25, 918, 1.75),
 }
 
-# Without these variables, libtpu looks for a TPU that this machine is a host of.
+# Without these environment variables, libtpu looks for TPUs that are attached to this machine.
 _NO_TPU_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -46,7 +46,7 @@ _NO_TPU_HOST = {
 
 
 def make_topology(name: str) -> list[jax.Device]:
-    """Return the devices of a TPU slice, to compile for.
+    """Return the devices of a TPU slice, for which programs can be compiled but not run.
 
     Args:
       name: kind of chip (see `CHIPS`) and shape of the slice, such as `v5e:4x4`.

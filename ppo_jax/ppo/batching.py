@@ -1,4 +1,4 @@
-"""Splitting of a batch into parts that are computed one after the other, to bound memory."""
+"""Split a batch into parts that are computed one after the other, to bound memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,10 @@ import jax.numpy as jnp
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-    """Reshapes `[B, ...]` arrays to `[parts, B / parts, ...]`.
+    """Reshape `[B, ...]` arrays to `[parts, B / parts, ...]`.
 
-    Part `i` holds rows `i, i + parts, i + 2 * parts, ...`. The rows of a part are a stride apart,
-    so that each part stays sharded over all devices of a batch that is sharded in contiguous
-    blocks.
+    Part `i` holds rows `i, i + parts, i + 2 * parts, ...`. If the batch is sharded over devices in
+    contiguous blocks of rows, each part then has rows on all devices.
 
     Args:
       tree: pytree of `[B, ...]` arrays.

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.ops.axes import separate
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
 from ppo_jax.ops.metrics import add_parts
 from ppo_jax.ppo.batching import split_rows
@@ -22,7 +23,7 @@ def minibatch_gradient(
     """Compute the gradient and the metrics of a minibatch, one micro-batch at a time.
 
     Under `axis_name`, gradients are reduced over devices once per minibatch, after all
-    micro-batches.
+    micro-batches. The result is the same under `vmap`, `pmap` and `shard_map`, checked or not.
 
     Args:
       loss_fn: the loss of a micro-batch; these add up to the loss of the minibatch.
@@ -51,6 +52,9 @@ def minibatch_gradient(
         value=aggregation.count(batch.value_mask, axis_name=axis_name),
     )
 
+    # Each device differentiates with respect to its own copy and reduces the gradients itself.
+    params = separate(params, axis_name)
+
     def part(rows: Experience) -> tuple[Params, LossMetrics]:
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows, counts)
         # Without the constraint the compiler may add up unsharded gradients on every device.
@@ -67,7 +71,9 @@ def minibatch_gradient(
     else:
         parts = split_rows(batch, micro_batches)
         shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
-        (grads, metrics), _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = separate(zeros, axis_name)
+        (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
     if axis_name is not None:
         grads, mean = jax.lax.psum((grads, metrics.mean), axis_name)
         metrics = LossMetrics(mean, jax.lax.pmax(metrics.max, axis_name))

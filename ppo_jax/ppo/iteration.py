@@ -275,7 +275,8 @@ def learn(
     before = experience_metrics(
         rollout, scores, experience, rewards, total_scores, axis_name=axis_name
     )
-    kl_state = c.controller().update(state.kl, before["objective/kl"], c.batch_size)
+    episodes = len(task_scores) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    kl_state = c.controller().update(state.kl, before["objective/kl"], episodes)
     metrics = {**before, **learned, "objective/kl_coef": state.kl.coef}
     return PPOState(train, kl_state, scale, state.key, state.update + 1), metrics
 
@@ -292,6 +293,8 @@ def _final_scores(
     final = apply_missing_eos(
         task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty
     )
+    # A row without a token to learn from has no score.
+    final = jnp.where(rollout.response_mask.any(axis=1), final, jnp.nan)
     # The moments are updated in any case, so that the state is the same whatever the settings.
     scale, scaled = running_scale().update(state.scale, final, axis_name=axis_name)
     final = scaled if c.scale_scores else final

@@ -48,7 +48,7 @@ def gae(*, gamma: float, lam: float) -> AdvantageFn:
 
 
 def clipped_ppo(config: "PPOConfig") -> tuple[ResponseLossFn, Callable[..., LossMetrics]]:
-    """Binds the hyper-parameters of `losses.ppo_loss` and of its metrics to those of the settings.
+    """Make the clipped PPO loss and its metrics with the hyper-parameters of the settings.
 
     Args:
       config: the settings.
@@ -114,7 +114,10 @@ class Loss(_Method):
 
 
 class Weighting(_Method):
-    """Whether each token or each response has equal weight in the loss; `function` is the mean."""
+    """The weighting of the loss: each token or each response counts the same.
+
+    `function` computes the mean.
+    """
 
     function: Aggregation
     TOKEN = "token", BY_TOKEN

@@ -1,6 +1,6 @@
 """Settings of published work, taken from the code that each work released.
 
-docs/presets_and_metrics.md says what of each work is not reproduced.
+docs/presets_and_metrics.md lists in what each preset differs from its work.
 """
 
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from ppo_jax.data.examples import LearnFrom
+from ppo_jax.ops.masked import widen
 from ppo_jax.ppo.sft import LossAndAccuracy, SupervisedLoss
 from ppo_jax.types import Params
 
@@ -43,6 +44,7 @@ def bradley_terry_loss(chosen: Array, rejected: Array, *, margin: float = 0.0) -
       (0.6931, 0.0)
     """
     chex.assert_equal_shape([chosen, rejected])
+    chosen, rejected = widen(chosen), widen(rejected)
     loss = -jnp.mean(jax.nn.log_sigmoid(chosen - rejected - margin))
     return loss, jnp.mean((chosen > rejected).astype(jnp.float32))
 
@@ -70,6 +72,7 @@ def regression_loss(scores: Array, targets: Array) -> LossAndAccuracy:
       [2.5, 0.5]
     """
     chex.assert_equal_shape([scores, targets])
+    scores, targets = widen(scores), widen(targets)
     agree = (scores > 0) == (targets > 0)
     return jnp.mean((scores - targets) ** 2), jnp.mean(agree.astype(jnp.float32))
 
@@ -101,6 +104,7 @@ def ordinal_loss(scores: Array, classes: Array, thresholds: Array) -> LossAndAcc
       (0.0001, 1.0)
     """
     chex.assert_rank([scores, classes, thresholds], 1)
+    scores, thresholds = widen(scores), widen(thresholds)
     above = classes[:, None] > jnp.arange(thresholds.size)[None, :]
     logits = scores[:, None] - thresholds[None, :]
     loss = -jnp.sum(

@@ -78,7 +78,8 @@ def generate(
     Raises:
       ValueError: if `max_new_tokens` or `temperature` is not positive, `min_new_tokens` is not in
         `0 .. max_new_tokens`, or `min_new_tokens` forbids the whole vocabulary.
-      AssertionError: if `prompts` and `prompt_mask` differ in shape, or are not int and bool.
+      AssertionError: if `prompts` and `prompt_mask` differ in shape, or are not int and bool, or
+        the model does not return hidden states `[B, 1, D]` for `last=1`.
 
     Example:
       >>> from ppo_jax import TransformerConfig, init_params, language_model
@@ -100,6 +101,8 @@ def generate(
             f"min_new_tokens={min_new_tokens}, temperature={temperature}."
         )
     B, P = prompts.shape
+    # The model never sees which id fills the padding.
+    prompts_read = jnp.where(prompt_mask, prompts, 0)
     row_ids = jnp.arange(B) if row_ids is None else row_ids
     params = model.rounded(params)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
@@ -114,14 +117,16 @@ def generate(
         return _append(state, token, logprob, ends, pad_id)
 
     def step(state: _Decoding) -> _Decoding:
-        hidden, cache = model.hidden(
-            params, state.token[:, None], ~state.done[:, None], state.cache
-        )
+        if state.cache is None:
+            return advance(state, _reread(model, params, prompts_read, prompt_mask, state))
+        token = jnp.where(state.done, 0, state.token)
+        hidden, cache = model.hidden(params, token[:, None], ~state.done[:, None], state.cache)
         return advance(state._replace(cache=cache), hidden[:, 0])
 
     # The last token is never read, so the cache needs no slot for it.
     empty = model.init_cache(B, P + max_new_tokens - 1)
-    hidden, cache = model.hidden(params, prompts, prompt_mask, empty, last=1)
+    hidden, cache = model.hidden(params, prompts_read, prompt_mask, empty, last=1)
+    chex.assert_shape(hidden, (B, 1, None))
     start = advance(_start(prompts, max_new_tokens, pad_id, cache), hidden[:, -1])
     unfinished = lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done)
     final = jax.lax.while_loop(unfinished, step, start)
@@ -146,6 +151,18 @@ def _start(prompts: Array, max_new_tokens: int, pad_id: int, cache: KVCache | No
         logprobs=jnp.zeros((B, R), jnp.float32),
         cache=cache,
     )
+
+
+def _reread(
+    model: LanguageModel, params: Params, prompts: Array, prompt_mask: Array, state: _Decoding
+) -> Array:
+    """Compute the hidden states `[B, D]` of the newest tokens from all tokens, without a cache."""
+    tokens = jnp.where(state.mask, state.tokens, 0)
+    tokens = jnp.concatenate([prompts, tokens], axis=1)[:, :-1]
+    mask = jnp.concatenate([prompt_mask, state.mask], axis=1)[:, :-1]
+    hidden, _ = model.hidden(params, tokens, mask)
+    newest = prompts.shape[1] + state.t - 1
+    return jax.lax.dynamic_index_in_dim(hidden, newest, axis=1, keepdims=False)
 
 
 def _append(
@@ -178,7 +195,7 @@ def _forbid_stops(logits: Array, stop_ids: tuple[int, ...], t: Array, min_new_to
 
 
 def _draw(row_keys: Array, logits: Array, t: Array, greedy: bool) -> tuple[Array, Array]:
-    """Draws token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
+    """Draw token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
     if greedy:
         return jax.vmap(sampling.greedy_token)(logits)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, t)

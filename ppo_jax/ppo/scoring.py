@@ -9,7 +9,7 @@ from jax import Array
 
 from ppo_jax.ops.kl import kl_k1, reads_logits
 from ppo_jax.ops.logprobs import chunked_logprobs_and_entropy
-from ppo_jax.ops.masked import masked_whiten
+from ppo_jax.ops.masked import check_mask, masked_whiten
 from ppo_jax.ops.rewards import ScoreAt, token_rewards
 from ppo_jax.ppo.batching import map_rows
 from ppo_jax.types import (
@@ -75,7 +75,7 @@ def forward_responses(
       A `Forward`.
 
     Raises:
-      AssertionError: if the critic does not return values of shape `[B, R]`.
+      AssertionError: if the critic does not return values of shape `[B, R]`, or `mask` is not bool.
 
     Example:
       >>> import jax
@@ -89,6 +89,8 @@ def forward_responses(
       ...     temperature=1.0).logprobs.shape
       (1, 3)
     """
+    check_mask(mask, tokens)
+    tokens = jnp.where(mask, tokens, 0)  # The model never sees which id fills the padding.
     inputs, input_mask = tokens[:, :-1], mask[:, :-1]
     # The states before the response's tokens are the last R of the T - 1 inputs.
     hidden, _ = model.hidden(

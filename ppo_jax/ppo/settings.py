@@ -1,7 +1,7 @@
 """The settings of a PPO iteration, and the objects that are built from them.
 
-Only `ppo.iteration` and the code around it read settings; the numeric functions take plain
-keywords.
+Only `ppo.iteration` and the code around it read the settings. The numeric functions in
+`ppo_jax.ops` take keyword arguments instead.
 """
 
 import functools
@@ -17,8 +17,9 @@ from ppo_jax.ops import kl
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt
 from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting
 
-# What a setting must be, the test of it, and the names of the settings that must be so, unless they
-# are None.
+# The ranges of the settings. Each entry has the range in words for the error message, a function
+# that tests whether a value lies in it, and the names of the settings that it applies to. A setting
+# that is None is not tested.
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "be positive",
@@ -200,6 +201,11 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and rows % value:
                 raise SettingError(f"{name}={value} must divide {of}={rows}.")
+        if self.kl_target is not None and not self.kl_coef:
+            raise SettingError(
+                f"kl_coef must be positive with kl_target={self.kl_target}, because a weight of 0 "
+                "cannot adapt."
+            )
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise SettingError(
                 f"min_new_tokens={self.min_new_tokens} must lie in 0 .. "
@@ -208,17 +214,17 @@ class PPOConfig:
 
     @property
     def minibatch_size(self) -> int:
-        """Responses per optimizer step."""
+        """The number of responses per optimizer step."""
         return self.batch_size // self.minibatches
 
     @property
     def rows_at_a_time(self) -> int:
-        """Responses per forward and backward pass."""
+        """The number of responses per forward and backward pass."""
         return self.micro_batch or self.minibatch_size
 
     @property
     def micro_batches(self) -> int:
-        """Forward and backward passes per optimizer step."""
+        """The number of forward and backward passes per optimizer step."""
         return self.minibatch_size // self.rows_at_a_time
 
     def controller(self) -> kl.KLController:
@@ -234,7 +240,7 @@ class PPOConfig:
           updates: number of updates over which the learning rate decays.
 
         Returns:
-          The optimizer; equal settings give the same object.
+          The optimizer. Equal settings and `updates` give the same object.
         """
         return _optimizer(self, updates)
 

@@ -13,12 +13,12 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from ppo_jax.ops.logprobs import token_logprobs
-from ppo_jax.ops.masked import masked_mean
+from ppo_jax.ops.masked import check_mask, masked_mean
 from ppo_jax.types import LanguageModel, Params
 
-Arrays = tuple[np.ndarray, ...]  # one row of each is one example
+Arrays = tuple[np.ndarray, ...]  # Row `i` of every array belongs to example `i`.
 LossAndAccuracy = tuple[Array, Array]
-SupervisedLoss = Callable[..., LossAndAccuracy]  # (params, *batch) -> loss, accuracy
+SupervisedLoss = Callable[..., LossAndAccuracy]  # `loss_fn(params, *batch)`
 
 
 def sft_loss(
@@ -41,7 +41,7 @@ def sft_loss(
       position; `[]` float32 each.
 
     Raises:
-      AssertionError: if the arrays are not all `[B, T]`.
+      AssertionError: if the arrays are not all `[B, T]`, or a mask is not bool.
 
     Source:
       Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155), section 3.5.
@@ -59,7 +59,8 @@ def sft_loss(
       (1.9459, 0.5)
     """
     chex.assert_rank(tokens, 2)
-    chex.assert_equal_shape([tokens, mask, loss_mask])
+    check_mask(mask, tokens)
+    check_mask(loss_mask, tokens)
     hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
     logits, marked = model.logits(params, hidden), (loss_mask & mask)[:, 1:]
     loss = -masked_mean(token_logprobs(logits, tokens[:, 1:]), marked)
@@ -107,6 +108,14 @@ def fit(
 
     Raises:
       ValueError: if there are fewer rows than `batch_size`.
+
+    Example:
+      >>> def loss_fn(params, x, y):
+      ...     return jnp.mean((params["w"] * x - y) ** 2), jnp.float32(0.0)
+      >>> rows = np.ones(8, np.float32), np.full(8, 2, np.float32)
+      >>> params = {"w": jnp.zeros(1)}
+      >>> fit(loss_fn, params, rows, seed=0, epochs=9, batch_size=4, learning_rate=0.5)["w"] > 1
+      Array([ True], dtype=bool)
     """
     n = len(arrays[0])
     steps = n // batch_size

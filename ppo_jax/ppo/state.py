@@ -1,4 +1,4 @@
-"""What a PPO iteration works on: the agent, which never changes, and the state, which does."""
+"""The agent and the state of a PPO iteration. An update changes the state but not the agent."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def overlay(base: Params | None, top: Params) -> Params:
 
 
 class PPOState(flax.struct.PyTreeNode):
-    """All that changes in a run; a checkpoint holds it and the position in the data.
+    """Everything that changes during a run. A checkpoint holds it.
 
     Attributes:
       train: parameters `{"policy": ..., "critic": ...}` and the optimizer's state.
@@ -66,7 +66,7 @@ class PPOState(flax.struct.PyTreeNode):
 
     @property
     def policy(self) -> Params:
-        """Parameters of the policy that are trained."""
+        """The parameters of the policy that are trained."""
         return self.train.params["policy"]
 
     def key_for(self, purpose: int) -> Array:
@@ -75,7 +75,7 @@ class PPOState(flax.struct.PyTreeNode):
 
 
 class Agent(NamedTuple):
-    """All that is fixed while a run goes on, and static while it is compiled.
+    """The functions and settings of a run, which do not change and are static under `jax.jit`.
 
     Attributes:
       model: functions of the policy.
@@ -101,7 +101,7 @@ class Agent(NamedTuple):
 
 
 def init_key(seed: int, part: int) -> Array:
-    """Make a key for initializing a part of the parameters, unlike any key of a run with the seed.
+    """Make a key to initialize a part of the parameters, which differs from all keys of the run.
 
     Args:
       seed: seed of the run.
@@ -110,8 +110,8 @@ def init_key(seed: int, part: int) -> Array:
     Returns:
       `[]` typed key.
     """
-    # Children of jax.random.key(seed) would not do: `split` and `fold_in` give the same children,
-    # and those of `fold_in` are the keys of the first updates.
+    # Keys from `split` would not do, because they are the same as keys from `fold_in`, which the
+    # first updates of the run use.
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _INIT), part)
 
 

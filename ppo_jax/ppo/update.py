@@ -42,7 +42,7 @@ def schedule_at(state: TrainState, step: Array) -> TrainState:
 def shuffled_minibatches(
     key: Array, rows: int, *, epochs: int, minibatches: int, axis_name: str | None = None
 ) -> Array:
-    """Draws the row numbers of each minibatch, with a new permutation of the rows in each epoch.
+    """Draw the row numbers of each minibatch, with a new permutation of the rows in each epoch.
 
     Args:
       key: `[]` typed key, consumed.
@@ -83,7 +83,7 @@ def ppo_update(
     axis_name: str | None = None,
     frozen: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Trains on one batch of experience with `epochs * minibatches` optimizer steps.
+    """Train on one batch of experience with `epochs * minibatches` optimizer steps.
 
     Args:
       state: parameters and optimizer state. To clip gradients, chain `optax.clip_by_global_norm`
@@ -201,13 +201,13 @@ def _apply_gradients(
 def _no_step(
     take_step: Callable, state: TrainState, row_numbers: Array
 ) -> tuple[TrainState, _Step]:
-    """Leaves the state as it is and reports zeros, in the place of `take_step`."""
+    """Return the state unchanged with a report of zeros, in place of `take_step`."""
     report = jax.eval_shape(take_step, state, row_numbers)[1]
     return state, jax.tree.map(jnp.zeros_like, report)
 
 
 def _summary(state: TrainState, stopped: Array, steps: _Step) -> Metrics:
-    """Reduces the stacked reports of all minibatches to one number per metric."""
+    """Reduce the stacked reports of all minibatches to one number per metric."""
     mean, largest = steps.metrics
     # Minibatches after an early stop report zeros, so they add nothing to the sums.
     count = jnp.sum(steps.computed, dtype=jnp.float32)

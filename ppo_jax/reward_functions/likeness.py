@@ -1,4 +1,4 @@
-"""A reward function of texts: how close a text's meaning is to that of a target sentence."""
+"""A reward for texts whose meaning is similar to that of a given sentence."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ppo_jax import data
-from ppo_jax.data.chat import Message
+from ppo_jax.data.chat import template_options
 from ppo_jax.data.examples import encode_answer
 from ppo_jax.errors import RewardError
 from ppo_jax.models import heads
@@ -27,7 +27,7 @@ class ModelReward(NamedTuple):
         `models.heads.reward_model`.
       params: parameters of the reward model.
       tokenizer: tokenizer of the reward model, which may differ from the policy's.
-      length: number of tokens that a text is cut to, on the tokenizer's `truncation_side`.
+      length: number of tokens that a text is cut to, at its beginning.
       pad_id: the token id written at padding positions.
       vocab_size: number of tokens in the model's vocabulary; a text with another token is a fault.
 
@@ -65,9 +65,17 @@ class ModelReward(NamedTuple):
             not finite.
         """
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
-        rows = zip(prompts.messages, prompts.texts, responses, strict=True)
-        pairs = [((has_template and messages) or text, answer) for messages, text, answer in rows]
-        return TaskScores(self._score(pairs))
+        rows = zip(prompts.rows, prompts.messages, responses, strict=True)
+        return TaskScores(
+            self._score(
+                [
+                    {**row, "prompt": messages, "response": answer}
+                    if has_template and messages
+                    else {"prompt": row["prompt"], "response": answer}
+                    for row, messages, answer in rows
+                ]
+            )
+        )
 
     def score_texts(self, texts: list[str]) -> np.ndarray:
         """Score texts.
@@ -81,17 +89,21 @@ class ModelReward(NamedTuple):
         Raises:
           RewardError: if a token is not in the vocabulary, or a score is not finite.
         """
-        return self._score([("", text) for text in texts])
+        return self._score([{"response": text} for text in texts])
 
-    def _score(self, pairs: Sequence[tuple[str | list[Message], str]]) -> np.ndarray:
-        """Score pairs of a prompt, a text or messages, and its answer."""
+    def _score(self, rows: Sequence[data.Row]) -> np.ndarray:
+        """Score the column `response` of rows, after their `prompt`, a text or messages."""
         try:
             ids = [
                 encode_answer(
-                    prompt, answer, self.tokenizer, truncation=True, max_length=self.length
+                    row.get("prompt"),
+                    row["response"],
+                    self.tokenizer,
+                    length=self.length,
+                    options=template_options(row),
                 )
                 or [self.pad_id]
-                for prompt, answer in pairs
+                for row in rows
             ]
             # Lengths are rounded up to powers of two, so that few programs are compiled.
             length = 1 << (max(map(len, ids)) - 1).bit_length()
@@ -101,7 +113,7 @@ class ModelReward(NamedTuple):
             data.check_ids(tokens, self.vocab_size)
         except ValueError as error:
             raise RewardError(f"The reward model cannot read every response: {error}") from error
-        return check_scores(self.score(self.params, tokens, mask), (len(pairs),))
+        return check_scores(self.score(self.params, tokens, mask), (len(rows),))
 
 
 def load_model_reward(model: str, label: str | None = None) -> ModelReward:
@@ -128,12 +140,11 @@ def load_model_reward(model: str, label: str | None = None) -> ModelReward:
             f"{model} takes its score from the first token, but it is a decoder (is_decoder in its "
             "config.json), whose first token sees no other token."
         )
-    tokenizer.truncation_side = "left"
     return ModelReward(
         jax.jit(heads.reward_model(config)),
         scorer.params,
         tokenizer,
         config.positions,
-        data.text.pad_id(tokenizer),
+        data.text.pad_id(tokenizer, config.vocab_size),
         config.vocab_size,
     )

@@ -1,4 +1,4 @@
-"""Assembles a `Learner` from a model, a critic, adapters, settings and a mesh."""
+"""Assemble a `Learner` from a model, a critic, adapters, settings and a mesh."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,7 +74,7 @@ class Learner(NamedTuple):
         return jax.local_device_count() if self.pmap else meshes.batch_shards(self.mesh)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> data.Prompts:
-        """Tokenizes prompts for this learner's policy.
+        """Tokenize prompts for this learner's policy.
 
         Args:
           rows: rows with a column `prompt`, as `read_rows` returns them.
@@ -114,7 +114,7 @@ def assemble(
     seed: int = 0,
     stop_tokens: Sequence[str] = (),
 ) -> Learner:
-    """Assembles a learner from a pretrained policy.
+    """Assemble a learner from a pretrained policy.
 
     Args:
       policy: the policy, as `load_model` returns it.
@@ -156,7 +156,8 @@ def assemble(
     if lora is not None:
         policy = policy._replace(config=replace(policy.config, lora_scale=lora.scale))
     critic_fn, critic_params, critic_positions = _make_critic(critic, policy, seed, mesh)
-    agent = Agent(language_model(policy.config), critic_fn, ppo, stops, pad_id(tokenizer))
+    padding = pad_id(tokenizer, policy.config.vocab_size)
+    agent = Agent(language_model(policy.config), critic_fn, ppo, stops, padding)
     params, frozen = {"policy": policy.params, "critic": critic_params}, None
     if lora is not None:
         params, frozen = adapt(params, init_key(seed, _ADAPTERS), lora)
@@ -241,13 +242,13 @@ def load_model(
 def encode_for(
     rows: Sequence[dict[str, Any]], tokenizer: Any, config: TransformerConfig, new_tokens: int
 ) -> data.Prompts:
-    """Tokenizes prompts for a model, and checks its vocabulary and its number of positions."""
+    """Tokenize prompts for a model, and check its vocabulary and its number of positions."""
     prompts = data.encode_prompts(
         rows,
         tokenizer,
         positions=config.positions,
         new_tokens=new_tokens,
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, config.vocab_size),
     )
     data.check_ids(prompts.tokens, config.vocab_size)
     return prompts

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written by Orbax and checked bit by bit when they are read."""
+"""Write the checkpoints of a run with Orbax, and check them bit by bit when they are read."""
 
 import json
 import logging
@@ -22,8 +22,9 @@ from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.run.provenance import differences
 
 _LOG = logging.getLogger(__name__)
-_SPARE_BYTES = 2**20  # room for what Orbax writes besides the arrays
-# If one array fails, Orbax also logs the failures of all others and of its threads.
+_SPARE_BYTES = 2**20  # room for the files that Orbax writes besides the arrays
+# After one array cannot be read, Orbax also logs errors of all other arrays and of its threads.
+# Messages with these texts are not shown.
 _CONSEQUENCES = (
     "exception was never retrieved",
     "_SignalingThread.run() raised an exception",
@@ -36,7 +37,7 @@ def _is_cause(record: logging.LogRecord) -> bool:
 
 
 class _MismatchError(CheckpointError):
-    """A complete checkpoint whose arrays are not those of the program that reads it."""
+    """The arrays of an undamaged checkpoint have other names, shapes or types than the state."""
 
 
 @dataclass
@@ -50,15 +51,19 @@ class _KeepOne:
 
 
 class Checkpoints:
-    """The newest checkpoints of a run, and the one with the best evaluation."""
+    """The folder that holds the newest checkpoints of a run and the one with the best evaluation.
+
+    Attributes:
+      folder: the absolute path of the folder.
+    """
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
         """Open a folder of checkpoints.
 
         Args:
-          folder: the folder; it is created unless `read_only`.
-          keep: the number of newest checkpoints to keep besides the best.
-          read_only: change nothing in the folder.
+          folder: the folder, which is created unless `read_only` is true.
+          keep: the number of newest checkpoints to keep, besides the one with the best evaluation.
+          read_only: whether to change nothing in the folder.
         """
         self._best = _KeepOne()
         latest = checkpoint_managers.LatestN(keep)
@@ -77,22 +82,22 @@ class Checkpoints:
     def save(
         self, state: PPOState, notes: dict[str, Any] | None = None, *, best: int | None = None
     ) -> None:
-        """Write a checkpoint, named by the number of updates, unless it exists.
+        """Write a checkpoint whose name is the number of updates, unless there is one already.
 
         Args:
-          state: all that changes in the iteration.
-          notes: what else the run needs to be resumed, in the types of JSON.
-          best: the number of updates of the checkpoint that is kept whatever comes after it.
+          state: the state of the run.
+          notes: what a resumed run needs besides the state, in the types of JSON.
+          best: the number of updates of the checkpoint with the best evaluation, which is kept.
 
         Raises:
-          CheckpointError: if it cannot be written, for example because the disk is full; the
-            earlier checkpoints are untouched.
+          CheckpointError: if it cannot be written, for example because the disk is full. Earlier
+            checkpoints remain as they are.
         """
         step, arrays = int(state.update), _arrays(state)
         if step in self._manager.all_steps():
             return
         self._best.step = best
-        # `about` and the other names are those of the files that exist.
+        # The names are those in checkpoints that were written earlier, so they must not change.
         about = json.dumps(notes or {}, sort_keys=True)
         structure = _structure(arrays)
         run = {
@@ -123,18 +128,18 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """The numbers of updates of all checkpoints, newest last."""
+        """Return the numbers of updates of all checkpoints, in increasing order."""
         return sorted(self._manager.all_steps())
 
     def were_any(self) -> bool:
-        """Whether there are checkpoints, damaged ones included."""
+        """Return whether there are checkpoints, including damaged ones."""
         return bool(self.steps()) or any(self.folder.glob("*.damaged*"))
 
     def restore(self, like: PPOState, step: int | None = None) -> tuple[PPOState, dict[str, Any]]:
         """Read the newest good checkpoint, or the checkpoint of `step`.
 
-        A damaged checkpoint is named in a warning and renamed to `N.damaged`, and the checkpoint
-        before it is tried.
+        A damaged checkpoint is renamed to `N.damaged` with a warning, and the one before it is
+        read instead.
 
         Args:
           like: a state with the structure and sharding of the result.
@@ -144,15 +149,15 @@ class Checkpoints:
           The state and the notes that were saved with it.
 
         Raises:
-          CheckpointError: if there is no good checkpoint, or if the newest good one has arrays of
-            other shapes than `like`.
+          CheckpointError: if there is no good checkpoint, or if the arrays of the newest good one
+            do not have the names, shapes and types of those of `like`.
         """
         reasons = []
         for number in reversed(self.steps()) if step is None else [step]:
             found, mismatch, reason = None, "", ""
             try:
                 found = self._read(number, like)
-            except Exception as error:  # a damaged file may raise any kind of error
+            except Exception as error:  # Reading a damaged file may raise any kind of error.
                 reason = (
                     f"Checkpoint {number} in {self.folder} cannot be used: {_first_line(error)}"
                 )
@@ -205,28 +210,28 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Releases what Orbax holds."""
+        """Close the files and threads of Orbax."""
         self._manager.close()
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error means that the files are damaged, and not that they cannot be used here."""
+    """Return whether an error means that files are damaged, and not only unusable here."""
     other = (_MismatchError, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
     return not isinstance(error, other) and "PERMISSION_DENIED" not in str(error)
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error's message, as a sentence of at most about 400 characters."""
+    """Return the first line of an error's message as a sentence of at most about 400 characters."""
     text = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip()
     line = (text or type(error).__name__).splitlines()[0]
-    line = re.sub(r" \[[a-z_]+(\[\d+\])?='.*", "", line)  # TensorStore appends notes of its own
-    if len(line) > 400:  # the cause comes last
+    line = re.sub(r" \[[a-z_]+(\[\d+\])?='.*", "", line)  # TensorStore appends details.
+    if len(line) > 400:  # The cause of the error is at the end of the line.
         line = f"{line[:150]} ... {line[-250:]}"
     return line if line.endswith(".") else line + "."
 
 
 def _structure(arrays: Any) -> dict[str, str]:
-    """Shape and dtype of each array by its path."""
+    """Return the dtype and shape of each array as a text, by the path of the array."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
             f"{jnp.result_type(x)}{list(jnp.shape(x))}"
@@ -236,7 +241,7 @@ def _structure(arrays: Any) -> dict[str, str]:
 
 
 def _arrays(state: PPOState) -> dict[str, Any]:
-    """The arrays of a state, without its functions and with the data of its typed key."""
+    """Return the arrays of a state, with the typed key as its data and without functions."""
     train = state.train
     return {
         "train": {"step": train.step, "params": train.params, "opt_state": train.opt_state},

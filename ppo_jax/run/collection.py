@@ -1,4 +1,4 @@
-"""Collects a batch on the devices and on the host: responses, log-probs, texts and task scores."""
+"""Collect a batch on the devices and on the host: responses, log-probs, texts and task scores."""
 
 import time
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import data
+from ppo_jax.data.text import without_stops
 from ppo_jax.distributed import placement, processes
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.errors import Fault
@@ -80,7 +81,7 @@ class Collector(NamedTuple):
         return Collection(prompts, rollout, scores, host_rollout, texts, rollout_s)
 
     def task_scores(self, batch: Collection, scale: ScaleState | None = None) -> TaskScores:
-        """Asks the reward for the scores of a batch, and checks all numbers.
+        """Ask the reward for the scores of a batch, and check all numbers.
 
         Each process asks for the rows on its own devices, and all processes receive the
         scores of the whole batch. A fault in one process is raised in all of them.
@@ -141,6 +142,7 @@ def response_texts(agent: Agent, tokenizer: Any, rollout: Rollout) -> list[str]:
     may_end = np.arange(tokens.shape[1]) >= agent.config.truncate_after
     ends = np.isin(tokens, agent.stop_ids) & mask & may_end[None, :]
     before_end = mask & (np.cumsum(ends, axis=1) - ends == 0)
+    before_end = without_stops(tokenizer, tokens, before_end, agent.stop_ids)
     kept = np.concatenate([np.asarray(rollout.mask)[:, :prompt_length], before_end], axis=1)
     return data.decode(tokenizer, np.asarray(rollout.tokens), kept, start=prompt_length)
 

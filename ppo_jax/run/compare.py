@@ -1,4 +1,4 @@
-"""Compares two runs bit by bit: settings, metrics, tokens and final parameters."""
+"""Compare two runs bit by bit: settings, metrics, tokens and final parameters."""
 
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -21,10 +21,10 @@ def compare(a: Path, b: Path) -> list[str]:
 
     Returns:
       A sentence for the first difference of each kind: settings, hashes, metrics, samples, faults
-      and final parameters; an empty list if the runs are the same.
+      and final parameters. The list is empty if the runs are the same.
 
     Raises:
-      ValueError: if a folder holds no run or a file cannot be read.
+      ValueError: if a folder does not hold a run, or a file cannot be read.
     """
     config_a, config_b = read_config(a), read_config(b)
     found = [
@@ -57,7 +57,10 @@ def compare(a: Path, b: Path) -> list[str]:
 
 
 def _causes(a: Row, b: Row) -> list[str]:
-    """Differences that may change the last bits: the mesh, versions, devices and flags."""
+    """Return sentences for differences of mesh, versions, devices and flags.
+
+    These can change the last bits of a result.
+    """
     mesh_a, mesh_b = ((run["settings"].get("command") or {}).get("mesh") for run in (a, b))
     found = [("mesh", mesh_a, mesh_b)] if mesh_a != mesh_b else []
     found += environment_differences(a["processes"], b["processes"])
@@ -69,10 +72,18 @@ def _digest(summary: Any) -> Any:
 
 
 def metric_differences(a: Row, b: Row) -> list[str]:
-    """Sentences for the metrics that differ between two lines, timings apart."""
-    names = [name for name in dict.fromkeys([*a, *b]) if not name.startswith(("time/", "perf/"))]
+    """Return a clause for each metric that differs between two lines of `metrics.jsonl`.
+
+    Timings are left out, because they differ between any two runs.
+
+    Args:
+      a: the metrics of an update, by name.
+      b: the metrics of the same update in the other run.
+    """
     return [
-        f"{name} is {a.get(name)} and {b.get(name)}" for name in names if a.get(name) != b.get(name)
+        f"{name} is {x} and {y}"
+        for name, x, y in provenance.differences(a, b)
+        if not name.startswith(("time/", "perf/"))
     ]
 
 
@@ -81,8 +92,4 @@ def _sample_differences(a: Row, b: Row) -> list[str]:
     first = next(((t, x, y) for t, (x, y) in enumerate(tokens) if x != y), None)
     if first is not None and a.get("prompt") == b.get("prompt"):
         return [f"after {a['prompt']!r} token {first[0]} is {first[1]} and {first[2]}"]
-    return [
-        f"{name} is {a.get(name)!r} and {b.get(name)!r}"
-        for name in dict.fromkeys([*a, *b])
-        if a.get(name) != b.get(name)
-    ]
+    return [f"{name} is {x!r} and {y!r}" for name, x, y in provenance.differences(a, b)]

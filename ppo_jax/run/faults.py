@@ -1,10 +1,11 @@
-"""Checks for what can go wrong in a run, time limits on the reward, and signals to stop."""
+"""Check the numbers of a run, limit the time of the reward, and handle signals to stop."""
 
 import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -34,8 +35,8 @@ def persist(call: Callable[[], Result], *, retries: int, timeout_s: float | None
 
     Args:
       call: the function.
-      retries: the number of further calls.
-      timeout_s: seconds after which a call has failed; None waits for ever.
+      retries: the number of further calls after the first.
+      timeout_s: seconds after which a call counts as failed. None means no limit.
 
     Returns:
       The result of the first call that succeeds.
@@ -56,29 +57,32 @@ def persist(call: Callable[[], Result], *, retries: int, timeout_s: float | None
 def _call_within(seconds: float | None, call: Callable[[], Result]) -> Result:
     if seconds is None:
         return call()
-    outcome: list[tuple[Any, BaseException | None]] = []
+    future = Future[Result]()
 
     def work() -> None:
         try:
-            outcome.append((call(), None))
+            future.set_result(call())
         except BaseException as error:
-            outcome.append((None, error))
+            future.set_exception(error)
 
     # A daemon thread, because a call that hangs for ever must not keep the process alive.
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
+    threading.Thread(target=work, daemon=True).start()
+    if not wait([future], seconds).done:
         raise RewardError(f"The reward function took more than {seconds:g} s.")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    return future.result()
 
 
 def check_finite(rollout: Rollout, scores: Scores) -> None:
-    """Raise NonFiniteError with the rows whose log-probs, KL or values are not finite."""
-    # In the order of cause and effect, so that the message names the cause.
+    """Check that the log-probs, KL estimates and values of a rollout are finite.
+
+    Args:
+      rollout: the sampled responses.
+      scores: their log-probs, KL estimates and values.
+
+    Raises:
+      NonFiniteError: if a number is not finite. Its `rows` are the responses with such numbers.
+    """
+    # Causes come before their effects, so that the message names the cause.
     named = {
         "sampled log-prob": rollout.logprobs,
         "log-prob": scores.logprobs,
@@ -98,6 +102,9 @@ def check_finite(rollout: Rollout, scores: Scores) -> None:
 def check_steps(metrics: dict[str, float]) -> None:
     """Check the metrics of an update.
 
+    Args:
+      metrics: the metrics by name.
+
     Raises:
       GradientError: if a loss or gradient was not finite.
       NonFiniteParametersError: if the new parameters are not finite.
@@ -116,7 +123,15 @@ def check_steps(metrics: dict[str, float]) -> None:
 
 
 def check_scale(state: ScaleState, scores: np.ndarray) -> None:
-    """Raise RewardError if scores `[B]` would make the running moments of the scores infinite."""
+    """Check that scores do not make the running moments of the scores infinite.
+
+    Args:
+      state: the running moments.
+      scores: `[B]` float32, the scores of a batch.
+
+    Raises:
+      RewardError: if the new moments are not finite.
+    """
     new, _ = running_scale().update(jax.device_get(state), jnp.asarray(scores))
     if not np.isfinite(jax.device_get(jax.tree.leaves(new))).all():
         worst = int(np.abs(scores).argmax())
@@ -127,7 +142,7 @@ def check_scale(state: ScaleState, scores: np.ndarray) -> None:
 
 
 def check_end(train: TrainState) -> None:
-    """Raise GradientError if a finished run has taken no optimizer step."""
+    """Raise GradientError if a finished run has not taken any optimizer step."""
     if int(train.step) == 0:
         raise GradientError(
             "No optimizer step of the run was taken, because all were skipped for faults; the "
@@ -136,10 +151,13 @@ def check_end(train: TrainState) -> None:
 
 
 class StopSignals:
-    """While entered, a first SIGTERM or SIGINT sets `received`; a second one ends the process.
+    """A context in which the first SIGTERM or SIGINT only sets `received`.
 
-    Processes that are forked meanwhile, such as the workers of a reward, handle signals as Python
-    does by default.
+    A second signal ends the process at once. Processes that are forked meanwhile, such as the
+    workers of a reward, handle signals as Python does by default.
+
+    Attributes:
+      received: the number of the signal, or None if there was none.
     """
 
     def __init__(self) -> None:
@@ -149,7 +167,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         if (
             threading.current_thread() is threading.main_thread()
-        ):  # only there signals can be handled
+        ):  # Python handles signals in the main thread only.
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._handle)
             os.register_at_fork(after_in_child=self._reset_in_child)

@@ -12,31 +12,62 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 LINES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
 _LOG = logging.getLogger(__name__)
-# Any of these files means that the folder holds a run.
+# A folder with any of these files holds a run.
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")
 
 
-def check_free(folder: Path, *, resume: bool = False) -> None:
-    """Check that a run may use a folder, and write nothing.
+def check_free(folder: Path, *, resume: bool | None = None) -> None:
+    """Check that results may be written to a folder, and write nothing.
+
+    Args:
+      folder: the folder.
+      resume: whether a run in the folder is to be resumed; None if what writes there cannot resume.
 
     Raises:
-      ValueError: if the folder is a file, or holds another run that is not to be resumed.
+      ValueError: if the folder is a file, or holds another run that is not to be resumed, or if it
+        is, or is below, a link to something that does not exist.
     """
+    check_links(folder)
     for place in (folder, folder / "checkpoints"):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file; the results need a folder.")
     if not resume and any(any(folder.glob(mark)) for mark in _MARKS):
-        raise ValueError(
-            f"{folder} holds another run; choose another folder, delete it, or continue that run "
-            "with --resume auto."
+        advice = (
+            "choose another folder, or delete it."
+            if resume is None
+            else "choose another folder, delete it, or continue that run with --resume auto."
         )
+        raise ValueError(f"{folder} holds another run; {advice}")
 
 
-def claim(folder: Path, *, resume: bool = False) -> Path:
-    """Create a run's folder after `check_free`.
+def check_links(path: Path) -> None:
+    """Raise ValueError if a path is, or is below, a link to something that does not exist."""
+    for place in (path, path / "checkpoints", *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(
+                f"{place} is a link to {os.readlink(place)}, which does not exist; create that "
+                "folder, or choose another one."
+            )
+
+
+def create_run_folder(folder: Path, *, resume: bool | None = None) -> Path:
+    """Create the folder of a run, with its parents, unless it holds another run.
+
+    Args:
+      folder: the folder; it may exist.
+      resume: whether a run in the folder is to be resumed, as for `check_free`.
+
+    Returns:
+      The folder.
 
     Raises:
-      ValueError: as `check_free`, or if the folder cannot be created.
+      ValueError: if `folder` is a file, holds another run, or cannot be created.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as parent:
+      ...     create_run_folder(Path(parent) / "runs/a").is_dir()
+      True
     """
     check_free(folder, resume=resume)
     try:
@@ -46,13 +77,26 @@ def claim(folder: Path, *, resume: bool = False) -> Path:
     return folder
 
 
-def lock(folder: Path) -> BaseFileLock:
-    """Keep other processes from writing to a folder until the lock is released.
+def lock_folder(folder: Path) -> BaseFileLock:
+    """Lock a folder, so that no other run writes to it until the lock is released.
 
-    The operating system releases it when this process ends, however it ends.
+    The operating system releases the lock when this process ends, however it ends. On a file system
+    without locks, a warning is logged and the folder is not locked.
+
+    Args:
+      folder: an existing folder.
+
+    Returns:
+      The lock, which the caller holds. Its method `release` releases it.
 
     Raises:
       ValueError: if another process holds the lock.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     lock = lock_folder(Path(folder))
+      ...     lock.release()
     """
     held = FileLock(folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
     try:
@@ -62,7 +106,7 @@ def lock(folder: Path) -> BaseFileLock:
             f"Another process is writing to {folder}; wait until it ends, stop it, or choose "
             "another folder."
         ) from error
-    except (RuntimeError, OSError):  # the file system has no locks or is read-only
+    except (RuntimeError, OSError):  # The file system does not support locks or is read-only.
         _LOG.warning(
             "%s cannot be locked, so nothing keeps another process from writing to it.", folder
         )
@@ -70,7 +114,11 @@ def lock(folder: Path) -> BaseFileLock:
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append objects to a file of JSON lines; either all of them are written or none.
+    """Append objects to a file of JSON lines. Either all of them are written or none.
+
+    Args:
+      path: the file, which is created if there is none.
+      rows: the objects, one line each.
 
     Raises:
       ValueError: if they cannot be written.
@@ -88,7 +136,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def synced_size(path: Path) -> int:
-    """Flushes a file to the disk and returns its size in bytes; 0 if there is no such file."""
+    """Flush a file to the disk and return its size in bytes, or 0 if the file does not exist."""
     if not path.exists():
         return 0
     with path.open("ab") as file:
@@ -97,18 +145,20 @@ def synced_size(path: Path) -> int:
 
 
 def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Remove all lines that were written after a checkpoint, and the summary.
+    """Remove the summary, and all lines that were written after a checkpoint.
 
     Args:
       folder: the run's folder.
-      sizes: the size of each file at the checkpoint in bytes; other files of lines are deleted.
+      sizes: the size in bytes that each file of lines had at the checkpoint. Files of lines that
+        are not named here are deleted.
 
     Raises:
-      ValueError: if a file is shorter than at the checkpoint, or if no line ends at its size.
+      ValueError: if a file is shorter than it was at the checkpoint, or if it has no end of a line
+        at that size.
     """
     advice = " Without the newest checkpoints the run may be resumed from an earlier one."
-    for name in LINES:
-        path, size = folder / name, sizes.get(name, 0)
+    at_checkpoint = {folder / name: sizes.get(name, 0) for name in LINES}
+    for path, size in at_checkpoint.items():
         if (path.stat().st_size if path.exists() else 0) < size:
             raise ValueError(
                 f"{path} is shorter than at the checkpoint; lines were lost, so the run cannot be "
@@ -120,12 +170,11 @@ def cut_back(folder: Path, sizes: Mapping[str, int]) -> None:
                 f"resumed there.{advice}"
             )
     (folder / "summary.json").unlink(missing_ok=True)
-    for name in LINES:
-        path = folder / name
-        if path.exists() and sizes.get(name, 0) == 0:
-            path.unlink()
-        elif path.exists():
-            os.truncate(path, sizes[name])
+    for path, size in at_checkpoint.items():
+        if size:
+            os.truncate(path, size)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _ends_a_line(path: Path, size: int) -> bool:
@@ -135,9 +184,15 @@ def _ends_a_line(path: Path, size: int) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; an empty list if there is no such file.
+    """Read a file of JSON lines. The list is empty if there is no such file.
 
-    A last line without a line break, which a process was writing when it ended, is left out.
+    The last line is left out if it has no line break, because a process ended while writing it.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The objects, one for each line.
 
     Raises:
       ValueError: if a line is not a JSON object with the number of an update.
@@ -155,7 +210,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raise ValueError if there is no such file or it is not JSON."""
+    """Read a JSON file. Raise ValueError if there is no such file, or if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -163,7 +218,22 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file completely or not at all; raise ValueError if it cannot be written."""
+    """Write a JSON file completely or not at all.
+
+    Args:
+      path: the file. An earlier file of that name is replaced.
+      content: the content, in the types that `json.dumps` takes.
+
+    Raises:
+      ValueError: if the file cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_json(Path(folder) / "summary.json", {"score": 0.5})
+      ...     read_json(Path(folder) / "summary.json")
+      {'score': 0.5}
+    """
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import secrets
 import socket
 import sys
 import time
@@ -15,7 +16,6 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
-from ppo_jax.hashing import text_hash
 from ppo_jax.run.files import LINES, append_lines, synced_size
 
 # The metrics of an update that a fault made the run skip.
@@ -77,6 +77,7 @@ class RunLog:
         tensorboard: bool = True,
         wandb_project: str | None = None,
         first_update: int = 0,
+        settings: Mapping[str, Any] | None = None,
     ):
         """Open the logs.
 
@@ -85,13 +86,16 @@ class RunLog:
           tensorboard: write TensorBoard events.
           wandb_project: the Weights & Biases project, or None.
           first_update: the update that the run starts with or is resumed from.
+          settings: the run's settings, which Weights & Biases shows.
 
         Raises:
           ValueError: if Weights & Biases is not installed or does not start.
         """
         self._folder = folder
         self._board = _Board(folder / "tensorboard", first_update) if tensorboard else None
-        self._wandb = None if wandb_project is None else _start_wandb(folder, wandb_project)
+        self._wandb = None
+        if wandb_project is not None:
+            self._wandb = _start_wandb(folder, wandb_project, first_update, settings or {})
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of an update."""
@@ -103,7 +107,10 @@ class RunLog:
 
     def samples(self, update: int, rows: Rows) -> None:
         """Write sampled texts of an update."""
+        rows = list(rows)
         append_lines(self._folder / "samples.jsonl", [{"update": update, **row} for row in rows])
+        if self._wandb is not None and rows:
+            self._wandb.log({"samples": _wandb_table(rows)}, step=update)
 
     def fault(self, update: int, kind: str, message: str, rows: Rows) -> None:
         """Write the rows that a fault concerns, with its kind and message."""
@@ -111,7 +118,7 @@ class RunLog:
         append_lines(self._folder / "faults.jsonl", [{**fault, **row} for row in rows])
 
     def sizes(self) -> dict[str, int]:
-        """Flushes the files of lines to the disk and returns their sizes in bytes."""
+        """Flush the files of lines to the disk and return their sizes in bytes."""
         return {name: synced_size(self._folder / name) for name in LINES}
 
     def close(self) -> None:
@@ -122,20 +129,43 @@ class RunLog:
             self._wandb.finish()
 
 
-def _start_wandb(folder: Path, project: str) -> Any:
+def _start_wandb(folder: Path, project: str, first_update: int, settings: Mapping[str, Any]) -> Any:
+    """Start a run of Weights & Biases, or continue it if this run is resumed.
+
+    The run's id is kept in the folder. Updates that a resumed run repeats are there already, with
+    the same numbers, and are not logged again.
+    """
     try:
         import wandb
     except ImportError as error:
         raise ValueError(
             "Weights & Biases is not installed; pip install 'ppo-jax[wandb]'."
         ) from error
-    run_id = text_hash(str(folder.resolve()))
+    id_file = folder / "wandb" / "run_id.txt"
+    if first_update == 0 or not id_file.exists():
+        id_file.parent.mkdir(exist_ok=True)
+        id_file.write_text(secrets.token_hex(8))
     try:
-        return wandb.init(project=project, dir=folder, id=run_id, resume="allow")
+        return wandb.init(
+            project=project,
+            name=folder.resolve().name,
+            dir=folder,
+            config=dict(settings),
+            id=id_file.read_text(),
+            resume="allow",
+        )
     except wandb.errors.Error as error:
-        raise ValueError(
-            f"Weights & Biases does not start: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"Weights & Biases does not start: {error}") from error
+
+
+def _wandb_table(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """Make a table of the columns of sampled texts that a person reads."""
+    import wandb
+
+    columns: list[str | int] = ["prompt", "response", "score"]
+    return wandb.Table(
+        columns=columns, data=[[row.get(str(name)) for name in columns] for row in rows]
+    )
 
 
 class _Board:

@@ -1,4 +1,4 @@
-"""Opens a run's folder: locks it, restores the newest checkpoint, and starts the logs."""
+"""Open a run's folder: lock it, restore the newest checkpoint, and start the logs."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,7 +9,7 @@ from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.run.checkpoints import Checkpoints
-from ppo_jax.run.files import check_free, claim, cut_back, lock
+from ppo_jax.run.files import check_free, create_run_folder, cut_back, lock_folder
 from ppo_jax.run.logging import NoLog, RunLog
 from ppo_jax.run.resume import RunConfig, check_unchanged
 from ppo_jax.run.settings import LoopConfig
@@ -18,14 +18,14 @@ Resume = Literal["no", "yes", "auto"]
 
 
 class OpenRun(NamedTuple):
-    """A run's folder that is ready to be written to.
+    """A run whose folder is open for writing.
 
     Attributes:
       state: the restored state, or the initial one.
       checkpoints: the run's checkpoints.
       log: writes metrics, samples and faults; in all processes but the first it writes nothing.
-      notes: what the newest checkpoint says besides the state: whether an evaluation is due
-        (`unevaluated`) and the best evaluation so far (`best`).
+      notes: what the newest checkpoint holds besides the state. `unevaluated` is true if an
+        evaluation was due, and `best` is the best evaluation so far.
     """
 
     state: PPOState
@@ -35,7 +35,11 @@ class OpenRun(NamedTuple):
 
 
 def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
-    """Create a run's folder and lock it, so that no other process writes to it.
+    """Create a run's folder and lock it, so that no other run writes to it.
+
+    Args:
+      folder: the folder.
+      resume: as in `open_run`.
 
     Returns:
       The lock; None in all processes but the first.
@@ -47,8 +51,9 @@ def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
     locks = []
 
     def claim_and_lock() -> None:
-        locks.append(lock(claim(folder, resume=resume != "no")))
-        # Checked again, because another process may have written there and ended in between.
+        locks.append(lock_folder(create_run_folder(folder, resume=resume != "no")))
+        # Checked again, because another run may have written to the folder and ended before it was
+        # locked.
         check_free(folder, resume=resume != "no")
 
     processes.on_first_process(claim_and_lock)
@@ -76,8 +81,8 @@ def open_run(
       The opened run.
 
     Raises:
-      ValueError: if there is no checkpoint to resume from, or if something that shapes the result
-        differs from the run in the folder.
+      ValueError: if there is no checkpoint to resume from, or if a setting or input on which the
+        result depends differs from that of the run in the folder.
       SettingError: if the run has made more updates than `loop.updates`.
     """
     processes.check_same({f"The hash of the {name}": x for name, x in config.hashes.items()})
@@ -108,5 +113,6 @@ def open_run(
             tensorboard=loop.tensorboard,
             wandb_project=loop.wandb_project,
             first_update=update,
+            settings=config.settings,
         )
     return OpenRun(state, checkpoints, log, notes)

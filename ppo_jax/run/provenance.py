@@ -1,4 +1,4 @@
-"""Where a result comes from: hashes of code and tokenizers, the environment, and differences."""
+"""Record what a result depends on: hashes of code and tokenizers, versions, devices and flags."""
 
 import dataclasses
 import enum
@@ -29,7 +29,7 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
 )
-# Settings of JAX that change numbers: its random bits, the width of its types, its precision.
+# Settings of JAX on which numbers depend: random bits, widths of types and precision.
 _NUMERICS = (
     "default_prng_impl",
     "threefry_partitionable",
@@ -40,31 +40,38 @@ _NUMERICS = (
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of all rules of a fast tokenizer; of the vocabulary for any other tokenizer."""
+    """Hash all rules of a fast tokenizer, or the vocabulary of any other tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         has_vocabulary = hasattr(tokenizer, "get_vocab")
         return text_hash(sorted(tokenizer.get_vocab().items()) if has_vocabulary else None)
     rules = json.loads(backend.to_str())
-    for name in ("truncation", "padding"):  # these are left over from the last call
+    for name in ("truncation", "padding"):  # They depend on the last call of the tokenizer.
         rules.pop(name, None)
     return text_hash(rules, bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)))
 
 
 def code_hash(thing: Any) -> str:
-    """Hash of a function or a callable object: its file, its name and the values that it holds.
+    """Hash a function or a callable object by its file, its name and the values that it holds.
 
-    The values are those of closures, defaults and arguments of partial functions, and the fields of
-    named tuples, dataclasses and callable objects: strings, numbers, arrays, tuples of these, and
-    functions again. Lists and other mutable values do not count, because they may change during a
-    run. Code without a file counts by its name only.
+    The values of a function are those in its closure, its defaults and, for a partial function, its
+    arguments. The values of a named tuple, a dataclass or a callable object are its fields. The
+    hash covers strings, numbers, arrays, functions and tuples of these. It does not cover lists and
+    other mutable values, because they may change during a run. Code that is not in a file is hashed
+    by its name only.
+
+    Args:
+      thing: the function or object.
+
+    Returns:
+      16 hexadecimal digits.
     """
     return text_hash(*_identity(thing, ()))
 
 
 def _identity(thing: Any, parents: tuple[int, ...]) -> Iterator[str]:
     """Yield texts that identify `thing`; `parents` are the ids of the objects that hold it."""
-    if id(thing) in parents:  # it holds itself
+    if id(thing) in parents:  # The object holds itself.
         return
     if isinstance(thing, str | int | float | None | enum.Enum | np.dtype):
         yield repr(thing)
@@ -115,7 +122,7 @@ def _is_tree(x: Any) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and flags of this process."""
+    """Return the versions, devices and flags of this process, in the types of JSON."""
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
         try:
@@ -135,19 +142,19 @@ def environment() -> dict[str, Any]:
 
 
 def _cores() -> int | None:
-    """The number of CPU cores that this process may use; XLA splits sums among them."""
+    """Return the number of CPU cores of this process. XLA splits a sum into as many parts."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def numerics() -> dict[str, Any]:
-    """The settings of JAX that change numbers."""
+    """Return the settings of JAX on which the numbers of a result depend."""
     return {name: getattr(jax.config, f"jax_{name}") for name in _NUMERICS}
 
 
 def make_deterministic() -> None:
-    """Asks XLA for GPU kernels that give the same bits every time.
+    """Make XLA use GPU kernels that give the same bits every time.
 
-    It has no effect once a device has been used.
+    Call this before JAX uses a device for the first time; later it has no effect.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC_GPU not in flags:
@@ -155,7 +162,16 @@ def make_deterministic() -> None:
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield where two nested mappings differ: the dotted name and both values.
+    """Yield the differences between two nested mappings.
+
+    Args:
+      a: a mapping, or a value in it.
+      b: the other mapping, or the other value.
+      path: text before every name, without the dot that follows it.
+
+    Yields:
+      For each difference, its name with dots between the levels, and both values. A value that is
+      missing is None.
 
     Example:
       >>> list(differences({"ppo": {"lam": 1, "gamma": 1}}, {"ppo": {"lam": 0.9, "gamma": 1}}))

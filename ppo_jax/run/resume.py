@@ -1,6 +1,5 @@
-"""A run's `config.json`, and what must be unchanged for a run to be resumed."""
+"""Write and read `config.json`, and check that a run can be resumed with the current settings."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,49 +13,45 @@ from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.files import read_json, write_json
-from ppo_jax.run.serialize import plain
+from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
 
 _LOG = logging.getLogger(__name__)
 
-# Settings that do not shape the result, or that only name what the hashes cover.
-_FREE = {
-    "loop": set(
-        [
-            "updates",
-            "eval_every",
-            "save_every",
-            "keep",
-            "samples",
-            "tensorboard",
-            "wandb_project",
-            "progress",
-            "faults",
-        ]
-    ),
-    "command": set(
-        [
-            "out",
-            "resume",
-            "preset",
-            "updates",
-            "model",
-            "prompts",
-            "eval_prompts",
-            "reward",
-            "loop",
-            "ppo",
-            "mesh",
-            "processes",
-        ]
-    ),
+# Settings on which the result does not depend, or which name a file or model that is hashed.
+_FREE: dict[str, set[str]] = {
+    "loop": {
+        "updates",
+        "eval_every",
+        "save_every",
+        "keep",
+        "samples",
+        "tensorboard",
+        "wandb_project",
+        "progress",
+        "faults",
+    },
+    "command": {
+        "out",
+        "resume",
+        "preset",
+        "updates",
+        "model",
+        "prompts",
+        "eval_prompts",
+        "reward",
+        "loop",
+        "ppo",
+        "mesh",
+        "processes",
+    },
     "ppo": set(),
     "data": set(),
     "jax": set(),
 }
-# Hashes that may be missing from the configuration of the run that is resumed.
+# Hashes that a resumed run may have although the run that it continues did not.
 _MAY_BE_ADDED = {"eval_prompts"}
-# What can change the last bits of a result.
+# Parts of the environment that can change the last bits of a result.
 _ENVIRONMENT = ("versions", "xla_flags", "device_kinds", "cpu_cores")
 
 Difference = tuple[str, Any, Any]
@@ -64,13 +59,23 @@ Difference = tuple[str, Any, Any]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of a run, and hashes of what they name, in the types that JSON has."""
+    """The settings of a run, and hashes of its model, data and functions, in the types of JSON.
+
+    Attributes:
+      settings: the settings by group, such as `ppo` and `loop`.
+      hashes: the hashes by what they are of, such as `prompts`.
+    """
 
     settings: dict[str, Any]
     hashes: dict[str, Any]
 
     def write(self, folder: Path, *, first_update: int) -> None:
-        """Write `config.json` with the environment of each process that worked on the run."""
+        """Write `config.json`, with the environment of this process and of the earlier ones.
+
+        Args:
+          folder: the run's folder.
+          first_update: the number of updates that earlier processes have made.
+        """
         earlier = read_config(folder)["processes"] if first_update else []
         here = {"first_update": first_update, **provenance.environment()}
         write_json(
@@ -100,7 +105,7 @@ def start_config(
       reward: the reward.
       loop: the settings of the loop.
       command: the settings of the command, or None if the run was started from Python.
-      functions: the user's own functions by their purpose; None stands for the default.
+      functions: functions that replace those that the settings name, by their purpose, or None.
 
     Returns:
       The settings and hashes.
@@ -108,9 +113,9 @@ def start_config(
     agent = learner.agent
     both = [p for p in (prompts, eval_prompts) if p is not None]
     settings = {
-        "ppo": plain(agent.config),
-        "loop": plain(loop),
-        "command": plain(command),
+        "ppo": agent.config,
+        "loop": loop,
+        "command": command,
         # The amount of padding can change the last bits.
         "data": {"longest_prompt": max(p.tokens.shape[1] for p in both)},
         "jax": provenance.numerics(),
@@ -128,11 +133,11 @@ def start_config(
             hashes[name] = provenance.code_hash(function)
     if eval_prompts is not None:
         hashes["eval_prompts"] = _prompts_hash(eval_prompts)
-    return RunConfig(json.loads(json.dumps(settings)), hashes)
+    return RunConfig(to_json(settings), hashes)
 
 
 def _prompts_hash(prompts: data.Prompts) -> str:
-    """Hash of the unpadded tokens and the rows, so that padding does not change it."""
+    """Hash the unpadded tokens and the rows, so that padding does not change the hash."""
     tokens, mask = prompts.tokens, prompts.mask
     return text_hash(tokens[mask], mask.sum(axis=1), list(prompts.rows))
 
@@ -148,13 +153,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         isinstance(config["settings"].get(part), dict | None) for part in _FREE
     ):
         raise ValueError(f"{folder / 'config.json'} is not the configuration of a run.")
-    # A setting that was added to the package after the run began has its default.
-    config["settings"]["ppo"] = plain(PPOConfig()) | (config["settings"].get("ppo") or {})
+    # The run may be older than a setting, which then has its default.
+    config["settings"]["ppo"] = to_json(PPOConfig()) | (config["settings"].get("ppo") or {})
     return config
 
 
 def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Difference]:
-    """Yield the settings that shape the result and differ between two runs.
+    """Yield the settings that differ between two runs and on which the result depends.
 
     Args:
       old: the settings of one run.
@@ -169,7 +174,7 @@ def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Di
       >>> list(setting_differences(old, new))
       [('ppo.lam', 0.9, 1.0)]
     """
-    # The number of updates shapes the result only where the learning rate decays over them.
+    # The result depends on the number of updates only if the learning rate decays over them.
     decays = any((run.get("ppo") or {}).get("decay_learning_rate") for run in (old, new))
     for part, free in _FREE.items():
         for name, a, b in provenance.differences(old.get(part) or {}, new.get(part) or {}):
@@ -198,12 +203,16 @@ def environment_differences(old: Sequence[Any], new: Sequence[Any]) -> Iterator[
 def check_unchanged(folder: Path, now: RunConfig) -> None:
     """Check that the run in `folder` can be resumed with the configuration `now`.
 
-    Other versions, devices or flags are named in a warning, because with them the result may agree
-    to rounding only.
+    Versions, devices and flags that have changed since are named in a warning, because the result
+    may then differ in its last bits.
+
+    Args:
+      folder: the run's folder.
+      now: the configuration of the run that starts.
 
     Raises:
-      ValueError: naming the first setting, model, data or function that shapes the result and is
-        not the same as when the run began.
+      ValueError: if a setting, model, file or function on which the result depends has changed
+        since the run began. The message names the first one.
     """
     before = read_config(folder)
     for name, old, new in setting_differences(before["settings"], now.settings):

@@ -11,10 +11,11 @@ OnFault = Literal["stop", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """What the run does when something goes wrong.
+    """What the run does if the reward fails or a number is not finite.
 
-    "stop" writes what is needed to find the cause and ends the run after a checkpoint. "skip"
-    writes the same and continues without the update (for a gradient, without the optimizer step).
+    "stop" writes the responses that caused the fault to `faults.jsonl`, and ends the run after a
+    checkpoint. "skip" writes the same and continues without the update or, if it was a gradient,
+    without the optimizer step.
 
     Example:
       >>> Faults(reward="skip", reward_retries=2).gradient
@@ -30,7 +31,7 @@ class Faults:
     reward_retries: int = 0
     """Number of further calls if the reward fails."""
     reward_timeout_s: float | None = None
-    """Seconds after which a call of the reward counts as failed; none waits for ever."""
+    """Seconds after which a call of the reward counts as failed; none sets no limit."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -49,7 +50,8 @@ class Faults:
 class LoopConfig:
     """How long a run trains and what it writes.
 
-    Only `seed` shapes the result, and `updates` if the learning rate decays.
+    Of these settings, the result depends on `seed` only, and on `updates` if the learning rate
+    decays.
 
     Example:
       >>> LoopConfig(updates=50).save_every
@@ -75,7 +77,7 @@ class LoopConfig:
     progress: bool = True
     """Show a progress bar on standard error, or print a line per update if it is not a terminal."""
     faults: Faults = field(default_factory=Faults)
-    """What the run does when something goes wrong."""
+    """What the run does if the reward fails or a number is not finite."""
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -26,7 +26,7 @@ from ppo_jax.types import AdvantageFn, LossFn
 
 
 class Trainer:
-    """Trains a policy by PPO on prompts and a reward.
+    """A train loop that fine-tunes a policy by PPO on prompts and a reward.
 
     Attributes:
       state: the current `PPOState`; `step` donates its arrays, which are then deleted.
@@ -59,7 +59,7 @@ class Trainer:
         advantage_fn: AdvantageFn | None = None,
         loss_fn: LossFn | None = None,
     ):
-        """Places the parameters on the devices and opens the run's folder.
+        """Place the parameters on the devices and open the run's folder.
 
         Args:
           learner: what is trained, as `assemble` returns it.
@@ -290,7 +290,7 @@ class Trainer:
             tqdm.write(f"ppo-jax: Update {update}: {fault}", file=sys.stderr)
 
     def _check_end(self) -> None:
-        """Says how many updates had faults; raises a fault if nothing was learned."""
+        """Say how many updates had faults, and raise a fault if nothing was learned."""
         path = self.out / "faults.jsonl"
         if processes.is_first() and (faulty := {row["update"] for row in read_lines(path)}):
             print(

@@ -20,7 +20,7 @@ from ppo_jax.models.io.family import HFConfig, shapes_of
 from ppo_jax.models.io.safetensors_format import save_file, writing
 from ppo_jax.models.io.stored import read_json
 from ppo_jax.models.io.weights import Rule
-from ppo_jax.models.lora import LoRA
+from ppo_jax.models.lora import LoRA, merge
 from ppo_jax.types import Params
 
 # Settings of peft with which an adapter is not plain LoRA, or has other parameters as well.
@@ -63,7 +63,8 @@ def save_adapter(
       base_name: the folder or Hugging Face id of the base model, which peft loads.
 
     Raises:
-      ValueError: if the folder cannot be written, or the family is not supported.
+      ValueError: if the folder cannot be written, the family is not supported, or the config has
+        another scale than `lora`.
 
     Example:
       >>> import tempfile
@@ -80,6 +81,11 @@ def save_adapter(
       ...     print(*sorted(file.name for file in Path(folder).iterdir()))
       adapter_config.json adapter_model.safetensors
     """
+    if config.lora_scale not in (None, lora.scale):
+        raise ValueError(
+            f"lora has the scale {lora.scale}, but the model was made with "
+            f"lora_scale={config.lora_scale}; pass the LoRA that the adapters were trained with."
+        )
     flat = flatten_dict(adapters, sep="/")
     tensors, ranks = {}, {}
     for module, rule in _linear_rules(config, kind):
@@ -117,11 +123,10 @@ def _combined(flat: dict[str, Any], rule: Rule) -> tuple[np.ndarray, np.ndarray]
     present = [path for path in rule.paths if path in flat]
     a = np.concatenate([np.asarray(flat[f"{path[:-1]}a"]) for path in present], axis=1)
     parts = {}
-    for path in rule.paths:
-        # A layer without an adapter is as wide as the others in the same tensor.
-        rank, width = flat[path if path in flat else present[0]].shape
+    for path, width in zip(rule.paths, rule.widths, strict=True):
         parts[path] = np.zeros((a.shape[1], width), np.float32)
         if path in flat:
+            rank = len(flat[path])
             row = present.index(path) * rank
             parts[path][row : row + rank] = flat[path]
     return a, rule.save(parts)
@@ -217,6 +222,28 @@ def load_adapter(folder: str | Path, config: TransformerConfig, kind: str) -> tu
             "can be adapted, no embedding and no output matrix such as lm_head."
         )
     return unflatten_dict(adapters, sep="/"), scale
+
+
+def merge_adapter(
+    params: Params, folder: str | Path, config: TransformerConfig, kind: str
+) -> Params:
+    """Load adapters as `load_adapter` does, and merge them into the parameters of their base.
+
+    Args:
+      params: the parameters of the base model.
+      folder: as in `load_adapter`.
+      config: as in `load_adapter`.
+      kind: as in `load_adapter`.
+
+    Returns:
+      Parameters of a model without adapters.
+
+    Raises:
+      ValueError: as in `load_adapter`.
+    """
+    adapters, scale = load_adapter(folder, config, kind)
+    both = flatten_dict(params, sep="/") | flatten_dict(adapters, sep="/")
+    return merge(unflatten_dict(both, sep="/"), scale)
 
 
 def _read(folder: Path) -> tuple[HFConfig, dict[str, np.ndarray]]:

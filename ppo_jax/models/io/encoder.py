@@ -51,6 +51,11 @@ class Encoder(NamedTuple):
       params: the parameters of the model.
       tokenizer: a tokenizer of `transformers`.
       length: number of tokens that each text is truncated or padded to.
+
+    Example::
+
+        encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2")
+        similarity = encoder(["a good film"]) @ encoder(["a bad film"]).T
     """
 
     embed: EmbeddingFn
@@ -85,12 +90,13 @@ def load_encoder(model: str | Path, *, length: int = 64) -> Encoder:
 
     Example:
       >>> import tempfile
+      >>> from ppo_jax.models.io import families
       >>> from ppo_jax.models.transformer import init_params
       >>> from tokenizers import Tokenizer, models
       >>> from transformers import PreTrainedTokenizerFast
       >>> hf = {"model_type": "bert", "vocab_size": 2, "hidden_size": 8, "num_hidden_layers": 1}
       >>> hf |= {"num_attention_heads": 2, "intermediate_size": 8}
-      >>> config = pretrained.config_of(hf)
+      >>> config = families.config_of(hf)
       >>> params = init_params(config, jax.random.key(0))
       >>> words = Tokenizer(models.WordLevel({"yes": 0, "no": 1}, unk_token="no"))
       >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)

@@ -43,7 +43,9 @@ class Family(NamedTuple):
         `models.heads`, the full name of its tensor.
       ignored: pattern of the full names of stored tensors that are not parameters.
       transpose: whether matrices are stored as `[out, in]`, as in PyTorch's `Linear`.
-      by_head: whether layers that are stored as one are concatenated within each attention head.
+      by_head: whether layers that are stored as one are concatenated within each key/value head,
+        together with the query heads that share it.
+      pad_id: the `pad_token_id` of a `config.json` that has none.
     """
 
     classes: dict[str, tuple[str, str]]
@@ -55,6 +57,7 @@ class Family(NamedTuple):
     ignored: re.Pattern[str] = re.compile(r"(?!)")
     transpose: bool = True
     by_head: bool = False
+    pad_id: int | None = None
 
     def table(self, config: TransformerConfig) -> list[Rule]:
         """Return the rules of the tensors of a model, with those of a block for every block.
@@ -74,7 +77,8 @@ class Family(NamedTuple):
                 stored.format(i=i),
                 tuple(path.format(i=i) for path in ours),
                 transpose=self.transpose and ours[0].endswith("kernel"),
-                heads=config.heads if self.by_head else 1,
+                heads=config.key_heads if self.by_head else 1,
+                widths=tuple(parameters[path.format(i=0)].shape[-1] for path in ours),
             )
             for stored, ours in paths.items()
             for i in range(config.layers if "{i}" in stored else 1)

@@ -14,8 +14,6 @@ import numpy as np
 from ppo_jax.models.io.family import HFConfig, rotary
 from ppo_jax.models.io.weights import TensorReader
 
-# Supported types of tensors, by their names in the `gguf` package.
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Names of modules in a GGUF file and in the Hugging Face format, within a layer and outside.
 _LAYER = {
@@ -85,11 +83,11 @@ def read(file: Path) -> tuple[HFConfig, dict[str, TensorReader]]:
             for name, field in reader.fields.items()
             if not name.startswith("tokenizer.ggml.merges")
         }
-    unsupported = sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(TYPES))
+    unsupported = [t.name for t in {x.tensor_type for x in reader.tensors} if not _is_readable(t)]
     if unsupported:
         raise ValueError(
-            f"{file} holds tensors of type {', '.join(unsupported)}; supported are "
-            f"{', '.join(TYPES)}."
+            f"{file} holds tensors of type {', '.join(sorted(unsupported))}, which this version of "
+            "the gguf package cannot dequantize; a newer version may, or convert the file to Q8_0."
         )
     stored = {tensor.name: tensor for tensor in reader.tensors}
     try:
@@ -203,6 +201,18 @@ def _rope_scaling(factors: np.ndarray, config: HFConfig, file: Path) -> HFConfig
             "supported."
         )
     return settings
+
+
+def _is_readable(kind: Any) -> bool:
+    """Return whether the `gguf` package can dequantize tensors of a `gguf.GGMLQuantizationType`."""
+    import gguf
+
+    block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    try:
+        gguf.dequantize(block, kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _dequantized(tensor: Any, heads: int | None) -> np.ndarray:

@@ -19,10 +19,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io.families import family_of
+from ppo_jax.models.io import adapter_files
+from ppo_jax.models.io.families import config_of, family_of
 from ppo_jax.models.io.family import HFConfig, shapes_of
 from ppo_jax.models.io.safetensors_format import writing
-from ppo_jax.models.io.stored import file_format, read, read_json, resolve, table_tensors, write
+from ppo_jax.models.io.stored import (
+    adapter_base,
+    file_format,
+    read,
+    read_json,
+    resolve,
+    table_tensors,
+    write,
+)
 from ppo_jax.models.io.weights import Rule, TensorReader, from_params, to_params
 from ppo_jax.sharding import placed
 from ppo_jax.types import Params
@@ -82,7 +91,8 @@ def load_policy(
     """Load a language model, to train it or to sample from it.
 
     Args:
-      model: a folder, a Hugging Face id or a .gguf file.
+      model: a folder, a Hugging Face id or a .gguf file. An adapter in the format of `peft` is
+        merged into the base model that it names, and the folder of a run stands for its result.
       dtype: dtype of the activations and matrix products. The parameters are float32 in any case.
       remat: whether the backward pass recomputes the activations of each block to save memory.
       mesh: if given, each tensor is sharded over it as it is read, by the rules of `sharding`.
@@ -108,11 +118,16 @@ def load_policy(
       >>> loaded.config.width, loaded.params["embedding"].dtype.name
       (4, 'float32')
     """
+    if not file_format(model) and (base := adapter_base(folder := resolve(model))) is not None:
+        loaded = load_policy(base, dtype=dtype, remat=remat, mesh=mesh)
+        kind = loaded.hf_config["model_type"]
+        params = adapter_files.merge_adapter(loaded.params, folder, loaded.config, kind)
+        return loaded._replace(params=params)
     stored = read(model)
     hf, family = stored.hf, stored.family
     config = config_of(hf, dtype=dtype, remat=remat)
     rules = family.table(config)
-    tensors = table_tensors(stored, rules)
+    tensors = table_tensors(stored, rules, tied=config.tied)
     # In the file of a tied model these are copies of the embedding and the output bias.
     copies = set(family.untied.values()) if config.tied else set()
     if not _is_copy(tensors, rules, copies):  # As transformers decides since version 5.0.
@@ -124,9 +139,15 @@ def load_policy(
         hf, copies = {**hf, "tie_word_embeddings": False}, set()
         config = replace(config, tied=False)
         rules = family.table(config)
+    if any(name.startswith("v_head.") for name in tensors):
+        _LOG.warning(
+            "%s also holds a value head, which is not used; load_scorer and --critic read it.",
+            stored.path,
+        )
     for name in list(tensors):
-        if name in copies or name.startswith(f"{family.prefix}pooler."):
-            del tensors[name]  # Only classifiers use the pooler.
+        # Only classifiers use the pooler, and only TRL's critics use the value head.
+        if name in copies or name.startswith((f"{family.prefix}pooler.", "v_head.")):
+            del tensors[name]
     shapes = placed(shapes_of(config), mesh)
     params = to_params(tensors, rules, shapes, source=stored.path)
     generation = stored.path / "generation_config.json"
@@ -140,43 +161,6 @@ def _is_copy(tensors: Mapping[str, TensorReader], rules: list[Rule], names: set[
     return embedding not in tensors or all(
         np.array_equal(tensors[output](), tensors[embedding]()) for output in outputs
     )
-
-
-def config_of(
-    hf: HFConfig, *, dtype: DTypeLike = jnp.float32, remat: bool = False
-) -> TransformerConfig:
-    """Return our config for a parsed `config.json`.
-
-    Args:
-      hf: the parsed `config.json`.
-      dtype: as in `load_policy`.
-      remat: as in `load_policy`.
-
-    Raises:
-      ValueError: if the family or a setting is not supported, or a field is missing or wrong.
-    """
-    kind = hf.get("model_type")
-    # Checked before the family reads the config, because it may make a list of as many entries.
-    for name in ("num_hidden_layers", "n_layer", "num_layers"):
-        if isinstance(hf.get(name), int) and hf[name] >= 4096:
-            raise ValueError(
-                f"The config of a {kind} has {name}={hf[name]}; at most 4095 layers are supported."
-            )
-    try:
-        fields = {"init_std": hf.get("initializer_range", 0.02), **family_of(kind).config(hf)}
-        config = TransformerConfig(**fields, dtype=dtype, remat=remat)
-    except KeyError as error:
-        raise ValueError(f"The config of a {kind} needs {error}.") from error
-    except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"The config of a {kind} cannot be used: {error}.") from error
-    for name in ("vocab_size", "positions", "width", "layers", "heads", "mlp_width"):
-        value, bound = getattr(config, name), 4096 if name == "layers" else 2**31
-        if type(value) is not int or not 0 < value < bound:
-            raise ValueError(
-                f"The config of a {kind} has {name}={value!r}; it must be a positive integer below "
-                f"{bound}."
-            )
-    return config
 
 
 def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) -> None:
@@ -222,8 +206,9 @@ def save_policy(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
 def check_tokenizer(tokenizer: Any, config: TransformerConfig) -> None:
     """Check that every token of a text has a row in the model's embedding.
 
-    Added tokens that never come from a text, such as Gemma 3's token for an image, may have larger
-    ids; `data.check_ids` checks that no text contains one.
+    The pad token and added tokens that never come from a text, such as Gemma 3's token for an
+    image, may have larger ids; `data.check_ids` checks that no text contains one, and `data.pad_id`
+    chooses another id for padding.
 
     Args:
       tokenizer: a tokenizer of `transformers`.
@@ -233,9 +218,13 @@ def check_tokenizer(tokenizer: Any, config: TransformerConfig) -> None:
       ValueError: if the tokenizer can produce an id that is not below `config.vocab_size`.
     """
     beyond = {i for i in tokenizer.get_vocab().values() if i >= config.vocab_size}
-    kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    kinds = ("bos", "eos", "unk", "sep", "cls", "mask")
     used = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
-    if beyond & used or beyond - set(getattr(tokenizer, "added_tokens_decoder", ())):
+    unused = {
+        getattr(tokenizer, "pad_token_id", None),
+        *getattr(tokenizer, "added_tokens_decoder", ()),
+    } - used
+    if beyond - unused:
         raise ValueError(
             f"The tokenizer gives ids up to {max(beyond)}, but the model has "
             f"vocab_size={config.vocab_size}; use the model's own tokenizer."
@@ -274,6 +263,9 @@ def load_tokenizer(model: str | Path) -> Any:
         if single := file_format(model):
             return single.load_tokenizer(Path(model))
         folder = resolve(model)
+        base = adapter_base(folder)
+        if base is not None and not any((folder / name).is_file() for name in _VOCABULARIES):
+            return load_tokenizer(base)
         # Without a vocabulary file, transformers would invent a tokenizer for some families.
         if not any((folder / name).is_file() for name in _VOCABULARIES):
             raise ValueError(f"none of {', '.join(_VOCABULARIES)} is there.")

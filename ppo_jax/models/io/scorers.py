@@ -16,13 +16,19 @@ from jax.typing import DTypeLike
 
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io.families import family_of
-from ppo_jax.models.io.family import shapes_of
-from ppo_jax.models.io.pretrained import Pretrained, config_of
+from ppo_jax.models.io.families import config_of, family_of
+from ppo_jax.models.io.family import HFConfig, shapes_of
+from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.io.safetensors_format import writing
 from ppo_jax.models.io.stored import StoredModel, read, table_tensors, write
-from ppo_jax.models.io.weights import from_params, to_params
+from ppo_jax.models.io.weights import Rule, from_params, to_params
 from ppo_jax.sharding import placed
+
+# The head of TRL's AutoModelForCausalLMWithValueHead, beside the tensors of the language model.
+_VALUE_HEAD = [
+    Rule("v_head.summary.weight", ("kernel",), transpose=True),
+    Rule("v_head.summary.bias", ("bias",)),
+]
 
 
 def _trunk_config(config: TransformerConfig) -> TransformerConfig:
@@ -47,14 +53,15 @@ def load_trunk(
       ValueError: as in `load_policy`, but the tensors of a head are ignored.
     """
     stored = read(model)
-    family, config = stored.family, _trunk_config(config_of(stored.hf, dtype=dtype, remat=remat))
+    full = config_of(stored.hf, dtype=dtype, remat=remat)
+    family, config = stored.family, _trunk_config(full)
 
     def module(name: str) -> str:
         return name.removeprefix(family.prefix).partition(".")[0]
 
     rules = family.table(config)
     trunk = {module(rule.stored) for rule in rules}
-    tensors = table_tensors(stored, rules)
+    tensors = table_tensors(stored, rules, tied=full.tied)
     tensors = {name: reader for name, reader in tensors.items() if module(name) in trunk}
     params = to_params(tensors, rules, shapes_of(config), source=stored.path)
     return Pretrained(config, params, stored.hf)
@@ -69,6 +76,10 @@ def load_scorer(
     mesh: Mesh | None = None,
 ) -> Pretrained:
     """Load a model that scores texts: a reward model, or the start of a separate critic.
+
+    The scores are those of `transformers`, whose classifiers skip the `pad_token_id` of their
+    config at the end of a text; it becomes the `pad_id` of the config. A checkpoint of TRL's
+    `AutoModelForCausalLMWithValueHead` can be loaded too; its value head is then the head.
 
     Args:
       model: a folder, a Hugging Face id or a .gguf file of a `...ForSequenceClassification` class.
@@ -102,11 +113,11 @@ def load_scorer(
     """
     stored = read(model)
     family, full = stored.family, config_of(stored.hf, dtype=dtype, remat=remat)
-    config = _trunk_config(full)
+    config = replace(_trunk_config(full), pad_id=_pad_id(stored.hf))
     rules = family.table(config)
-    tensors = table_tensors(stored, [*rules, *family.score])
+    tensors = table_tensors(stored, [*rules, *family.score], tied=full.tied)
     head: dict[str, np.ndarray] = {}
-    for rule in family.score:
+    for rule in _VALUE_HEAD if _VALUE_HEAD[0].stored in tensors else family.score:
         if rule.stored not in tensors:
             raise ValueError(f"{stored.path} needs a tensor {rule.stored} to score a text.")
         head |= rule.load(tensors.pop(rule.stored)().astype(np.float32))
@@ -116,6 +127,26 @@ def load_scorer(
     shapes = placed(shapes_of(config), mesh)
     trunk = to_params(tensors, rules, shapes, source=stored.path)
     return Pretrained(config, {"trunk": trunk, "head": unflatten_dict(head, sep="/")}, stored.hf)
+
+
+def _pad_id(hf: HFConfig, *others: int | None, vocab_size: int = 0) -> int | None:
+    """Return the token that the classifiers of `transformers` skip at the end of a text.
+
+    Args:
+      hf: the `config.json`, or what will become it.
+      *others: ids to choose from if it has none; those that are not below `vocab_size` are no
+        choice, because they have no row in the embedding.
+      vocab_size: number of tokens in the model's vocabulary.
+
+    Raises:
+      ValueError: if `pad_token_id` is not an integer.
+    """
+    pad = hf.get("pad_token_id", family_of(hf["model_type"]).pad_id)
+    if pad is not None and type(pad) is not int:
+        raise ValueError(f"pad_token_id must be an integer or null, not {pad!r:.60}.")
+    if pad is not None:
+        return pad
+    return next((i for i in others if i is not None and i < vocab_size), None)
 
 
 def _one_label(
@@ -144,7 +175,7 @@ def _one_label(
     return {path: x[..., indices] if path in outputs else x for path, x in head.items()}
 
 
-def start_scorer(model: str | Path, key: Array) -> Pretrained:
+def start_scorer(model: str | Path, key: Array, tokenizer: Any = None) -> Pretrained:
     """Return an untrained scorer: the trunk of a model under a new head of its family's kind.
 
     Layers of the head that the model has, such as BERT's pooler, are kept. A BERT attends in both
@@ -153,6 +184,8 @@ def start_scorer(model: str | Path, key: Array) -> Pretrained:
     Args:
       model: a folder, a Hugging Face id or a .gguf file.
       key: `[]` typed key, consumed.
+      tokenizer: the tokenizer that will be saved with the scorer. If the model's config has no pad
+        id, it is chosen here as in `save_scorer`, so that training and use read the same token.
 
     Returns:
       The model; its `params` are `{"trunk": ..., "head": ...}`.
@@ -176,6 +209,9 @@ def start_scorer(model: str | Path, key: Array) -> Pretrained:
                 # The output layer of a classifier with several labels does not fit and is dropped.
                 if x.shape == head[path].shape:
                     head[path] = jnp.asarray(x)
+    if tokenizer is not None:
+        hf = {**hf, "pad_token_id": _saved_pad_id(loaded, tokenizer)}
+    config = replace(config, pad_id=_pad_id(hf))
     return Pretrained(config, {"trunk": loaded.params, "head": unflatten_dict(head, sep="/")}, hf)
 
 
@@ -183,7 +219,8 @@ def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     """Save a scorer in a folder that `transformers.AutoModelForSequenceClassification` loads.
 
     That class needs a pad id to find the last token of a text. If the config has none, the
-    tokenizer's pad id or else an end id is saved as the pad id.
+    tokenizer's pad id or else an end id is saved as the pad id. Tokens with this id at the end of a
+    text are not read then; see `models.heads.reward_model`.
 
     Args:
       folder: the folder to write; it is made if it does not exist.
@@ -216,15 +253,18 @@ def save_scorer(folder: str | Path, model: Pretrained, tokenizer: Any = None) ->
     }
     tensors = dict(from_params(trunk, family.table(config)))
     tensors |= dict(from_params(model.params["head"], family.score))
-    pads = [model.hf_config.get("pad_token_id")]
-    if tokenizer is not None:
-        pads += [tokenizer.pad_token_id, tokenizer.eos_token_id]
     hf = {
         **model.hf_config,
         "architectures": [family.classes[kind][1]],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
-        "pad_token_id": next((i for i in (*pads, *model.end_ids) if i is not None), None),
+        "pad_token_id": _saved_pad_id(model, tokenizer),
     }
     with writing(folder):
         write(folder, hf, tensors.items(), tokenizer)
+
+
+def _saved_pad_id(model: Pretrained, tokenizer: Any) -> int | None:
+    """Return the pad id of a scorer's config: its own, else the tokenizer's, else an end id."""
+    ids = [] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    return _pad_id(model.hf_config, *ids, *model.end_ids, vocab_size=model.config.vocab_size)

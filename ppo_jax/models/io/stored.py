@@ -20,6 +20,7 @@ from ppo_jax.models.io.weights import Rule, TensorReader
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _SECOND_COPIES = ["consolidated*", "*/*"]  # The same weights again, in other formats.
+_QUANTISED = ("quantization_config", "compression_config")  # keys of a config.json
 
 
 class FileFormat(NamedTuple):
@@ -49,18 +50,17 @@ def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
     """Return the folder of a model, and download it from the Hugging Face Hub if it is not local.
 
     Args:
-      model: a folder or a Hugging Face id.
+      model: a folder or a Hugging Face id. The folder of a run stands for its exported model, which
+        is in a subfolder.
       files: patterns of the names of the files to download.
 
     Raises:
-      ValueError: if there is no such folder and the Hub gives no such model, or if the folder is
-        that of a run, whose model is in a subfolder.
+      ValueError: if there is no such folder and the Hub gives no such model.
     """
     folder = Path(model)
     if folder.is_dir():
-        if all((path / "config.json").is_file() for path in (folder, folder / "model")):
-            raise ValueError(f"{model} is the folder of a run; its model is {folder / 'model'}.")
-        return folder
+        of_run = all((path / "config.json").is_file() for path in (folder, folder / "model"))
+        return folder / "model" if of_run else folder
     import huggingface_hub
 
     try:
@@ -103,11 +103,17 @@ def read(model: str | Path) -> StoredModel:
       model: a folder, a Hugging Face id or a .gguf file.
 
     Raises:
-      ValueError: if the model cannot be found or read, or its family is not supported.
+      ValueError: if the model cannot be found or read, its family is not supported, it is
+        quantised, or it is an adapter.
     """
     if single := file_format(model):
         return StoredModel(Path(model), *single.read(Path(model)))
     folder = resolve(model)
+    if adapter_base(folder) is not None:
+        raise ValueError(
+            f"{model} holds an adapter without its base model; merge the two first: ppo-jax "
+            f"convert --model {model} --out FOLDER."
+        )
     # The config comes first, so that the message for an unsupported family names the family.
     return StoredModel(folder, _config_in(folder), open_tensors(folder))
 
@@ -139,12 +145,38 @@ def write(
 def read_config(model: str | Path) -> HFConfig:
     """Return the `config.json` of a model, or its equivalent of a .gguf file, without the weights.
 
+    Args:
+      model: a folder, a Hugging Face id or a .gguf file. For an adapter, the config is that of its
+        base model.
+
     Raises:
-      ValueError: if there is none, or the family is not supported.
+      ValueError: if there is none, the family is not supported, or the model is quantised.
     """
     if single := file_format(model):
         return single.read(Path(model))[0]
-    return _config_in(resolve(model, ("config.json",)))
+    folder = resolve(model, ("config.json",))
+    if not (folder / "config.json").is_file():
+        folder = resolve(model, ("adapter_config.json",))
+    base = adapter_base(folder)
+    return _config_in(folder) if base is None else read_config(base)
+
+
+def adapter_base(folder: Path) -> str | None:
+    """Return the base model that the adapter in a folder names; None if it holds no adapter alone.
+
+    Raises:
+      ValueError: if the folder holds an adapter that does not name its base model.
+    """
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file() or any(folder.glob("model*.safetensors*")):
+        return None
+    base = read_json(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{adapter} does not name the base model of the adapter; pass the base model as the "
+            f"model, after ppo-jax convert --model BASE --adapter {folder} --out FOLDER."
+        )
+    return base
 
 
 def _config_in(folder: Path) -> HFConfig:
@@ -154,7 +186,20 @@ def _config_in(folder: Path) -> HFConfig:
             f"{folder} has no config.json, so it is not a model in the Hugging Face format."
         )
     hf = read_json(file)
+    if "model_type" not in hf and "hashes" in hf:
+        raise ValueError(
+            f"{folder} is the folder of a run that has not written its model yet; finish it with "
+            "--resume yes, or give the model that it started from."
+        )
     family_of(hf.get("model_type"))
+    for name in _QUANTISED:
+        if hf.get(name):
+            method = hf[name].get("quant_method") if isinstance(hf[name], dict) else None
+            raise ValueError(
+                f"{folder} holds a model that is quantised by {method or 'an unknown method'} "
+                f"({name} in its config.json), which cannot be read; use the model that it was "
+                "made from, in float32, float16 or bfloat16, or a GGUF file."
+            )
     return hf
 
 
@@ -173,7 +218,9 @@ def read_json(file: Path) -> HFConfig:
     return content
 
 
-def table_tensors(model: StoredModel, rules: Iterable[Rule]) -> dict[str, TensorReader]:
+def table_tensors(
+    model: StoredModel, rules: Iterable[Rule], *, tied: bool = False
+) -> dict[str, TensorReader]:
     """Return the readers of a model's tensors by the names that its family's table has for them.
 
     These differ from the names in the files for norms that were converted from TensorFlow, and for
@@ -183,6 +230,8 @@ def table_tensors(model: StoredModel, rules: Iterable[Rule]) -> dict[str, Tensor
     Args:
       model: the model.
       rules: the table.
+      tied: whether the output matrix is the embedding. If only one of the two is in the file, it
+        may then be either.
 
     Raises:
       ValueError: if two tensors have the same name in the table.
@@ -198,4 +247,9 @@ def table_tensors(model: StoredModel, rules: Iterable[Rule]) -> dict[str, Tensor
             raise ValueError(f"One parameter is stored under two names: {name} is one of them.")
         if not model.family.ignored.fullmatch(name):
             tensors[new] = read_tensor
+    family = model.family
+    for path, copy in family.untied.items() if tied else ():
+        name = family.tensors["embedding" if path == "unembedding" else path]
+        if name not in tensors and copy in tensors:
+            tensors[name] = tensors.pop(copy)
     return tensors

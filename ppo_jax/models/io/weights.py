@@ -27,20 +27,29 @@ class Rule:
         last axis of the tensor (after the transpose).
       transpose: whether the stored matrix is `[out, in]`; our kernels are `[in, out]`.
       heads: number of heads, if the parameters are concatenated within each head; otherwise 1.
+      widths: with several paths, the size of the last axis of each parameter.
     """
 
     stored: str
     paths: tuple[str, ...]
     transpose: bool = False
     heads: int = 1
+    widths: tuple[int, ...] = ()
 
     def load(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the parameters in a stored tensor, by path."""
+        """Return the parameters in a stored tensor, by path.
+
+        Raises:
+          ValueError: if the tensor does not have the size of the parameters together.
+        """
         tensor = tensor.T if self.transpose else tensor
         if len(self.paths) == 1:
             return {self.paths[0]: tensor}
+        if not tensor.ndim or tensor.shape[-1] != sum(self.widths):
+            raise ValueError(f"{self.stored} cannot be split into parts of {self.widths}.")
         by_head = tensor.reshape(*tensor.shape[:-1], self.heads, -1)
-        parts = np.split(by_head, len(self.paths), axis=-1)
+        ends = np.cumsum(self.widths) // self.heads
+        parts = np.split(by_head, ends[:-1], axis=-1)
         return {
             path: part.reshape(*part.shape[:-2], -1)
             for path, part in zip(self.paths, parts, strict=True)

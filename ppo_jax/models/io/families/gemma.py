@@ -86,4 +86,5 @@ FAMILY = Family(
         f"{_LAYER}/mlp_post_norm": f"{_AT}.post_feedforward_layernorm",
     },
     prefix="model.",
+    pad_id=0,
 )

@@ -2,14 +2,15 @@
 
 import re
 
+from ppo_jax.models.config import Activation
 from ppo_jax.models.io.families import bert
-from ppo_jax.models.io.family import ConfigFields, Family, HFConfig
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, activation
 
 
 def config(hf: HFConfig) -> ConfigFields:
     """Return the fields of `TransformerConfig` of a RoBERTa's `config.json`."""
     # The dense layer before the output has GELU whatever the config says, and we have one for all.
-    if hf.get("hidden_act", "gelu") != "gelu":
+    if activation(hf, "hidden_act", "gelu") is not Activation.GELU:
         raise ValueError(
             f"hidden_act {hf['hidden_act']!r} is not supported in RoBERTa; known: 'gelu'."
         )

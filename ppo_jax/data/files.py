@@ -1,0 +1,157 @@
+"""Files of rows: texts, JSON and CSV, which the ending of the file's name tells apart."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.data.chat import is_messages
+
+TEXT_ENDINGS = ("", ".txt", ".text")
+JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+CSV_ENDINGS = (".csv", ".tsv")
+# Where an item stands in its file, such as "Line 3", and the item: a text or what JSON holds.
+Items = list[tuple[str, Any]]
+
+
+def names_a_file(text: str) -> bool:
+    """Return whether a text is the name of a file of rows rather than a prompt.
+
+    That is the name of an existing file with an ending, or a word with an ending of a file of rows.
+
+    Example:
+      >>> names_a_file("prompts.jsonl"), names_a_file("Continue prompts.jsonl")
+      (True, False)
+    """
+    try:
+        ending = Path(text).suffix.lower()
+        exists = bool(ending) and Path(text).is_file()
+    except (OSError, ValueError):  # A long text is no path.
+        return False
+    one_word = text.strip() and not any(sign.isspace() for sign in text)
+    return exists or bool(one_word and ending in (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS))
+
+
+def read_file(path: Path, columns: Sequence[str]) -> Items:
+    """Read the items of a file, and where each of them stands.
+
+    Args:
+      path: the file. `.jsonl`, `.ndjson` and `.json` hold one JSON value a line, or one JSON list.
+        `.csv` and `.tsv` begin with a line of column names. `.txt`, `.text` and a name without an
+        ending hold one text a line. Empty lines are skipped.
+      columns: the columns that every row must have.
+
+    Returns:
+      The items in the order of the file.
+
+    Raises:
+      ValueError: if the file is of another kind, cannot be read, or does not hold what its name
+        says.
+    """
+    ending = path.suffix.lower()
+    if path.is_file() and ending not in (*TEXT_ENDINGS, *JSON_ENDINGS, *CSV_ENDINGS):
+        raise ValueError(
+            f"{path} cannot be read, because {ending} is not the ending of a text file (.txt), of "
+            "JSON lines (.jsonl) or of a table (.csv, .tsv); convert it to one of these."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    if "\0" in text:
+        raise ValueError(f"{path} cannot be read, because it is not a file of text in UTF-8.")
+    if ending in JSON_ENDINGS:
+        return _read_json(path, text)
+    if ending in CSV_ENDINGS:
+        return _read_csv(path, text, columns)
+    return _read_texts(path, text, columns)
+
+
+def _numbered_lines(text: str) -> list[tuple[int, str]]:
+    """Return the lines that are not empty with their numbers from 1."""
+    # Not `splitlines`, which also splits at separators that may occur within a text.
+    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _read_texts(path: Path, text: str, columns: Sequence[str]) -> Items:
+    """Read one text a line, and refuse JSON and tables under the name of a text file."""
+    lines = _numbered_lines(text)
+    first = lines[0][1] if lines else ""
+    header = {cell.strip().strip('"') for sign in ",;\t" for cell in first.split(sign)}
+    kind = None
+    if any(isinstance(value, dict) for value in (_decoded(first), *_as_list(_decoded(text)))):
+        kind = "JSON, whose name must end in .jsonl"
+    elif columns[0] in header and len(header) > 1:
+        kind = "a table, whose name must end in .csv or .tsv"
+    if kind is not None:
+        raise ValueError(
+            f"{path} is read as one text a line, but it begins like {kind}: {first!r:.80}."
+        )
+    return [(f"Line {number}", line) for number, line in lines]
+
+
+def _decoded(text: str) -> Any:
+    """Return what a text holds as JSON, or None if it is not JSON."""
+    try:
+        return json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _read_json(path: Path, text: str) -> Items:
+    """Read one JSON value a line, or one JSON value that is the whole file."""
+    whole = _decoded(text)
+    if isinstance(whole, list):
+        return [(f"Row {i}", item) for i, item in enumerate(whole)]
+    if whole is not None:
+        return [("Line 1", whole)]
+    items: Items = []
+    for number, line in _numbered_lines(text):
+        try:
+            items.append((f"Line {number}", json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)  # without the line number, which would be 1
+            raise ValueError(
+                f"{path} must hold one JSON object a line, but line {number} is not JSON: {reason}."
+            ) from error
+    return items
+
+
+def _read_csv(path: Path, text: str, columns: Sequence[str]) -> Items:
+    """Read a table whose first line holds the names of the columns."""
+    names = text.lstrip().partition("\n")[0]
+    delimiter = max("\t" if path.suffix.lower() == ".tsv" else ",;\t", key=names.count)
+    limit = csv.field_size_limit(2**31 - 1)  # The default refuses texts of 128 Ki characters.
+    items: Items = []
+    try:
+        table = csv.DictReader(io.StringIO(text.lstrip("\n")), delimiter=delimiter, strict=True)
+        table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+        for row in table:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path} must have {len(table.fieldnames)} cells in every row, as in its first "
+                    f"line, but the row that ends in line {table.line_num} has more or fewer."
+                )
+            cells = {name: _cell(name, cell, columns) for name, cell in row.items()}
+            items.append((f"Line {table.line_num}", cells))
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} is not a table of the kind CSV: line {table.line_num}: {error}."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return items
+
+
+def _cell(name: str, cell: str, columns: Sequence[str]) -> Any:
+    """Return a cell's text, its messages if it holds those as JSON, or None if it is empty."""
+    if not cell and name not in columns:
+        return None
+    value = _decoded(cell)
+    return value if is_messages(value) else cell
