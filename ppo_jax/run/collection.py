@@ -162,8 +162,9 @@ def evaluate(
       seed: seed of the run.
 
     Returns:
-      Means over the prompts of `eval/scores` (changed by `missing_eos` as in training), `eval/length_mean` (tokens) and `eval/kl` (nats per
-      response), and the `n` responses as texts.
+      Means over the prompts of `eval/scores` (changed by `missing_eos` as in training; responses
+      without a score are left out), `eval/length_mean` (tokens) and `eval/kl` (nats per response),
+      and the `n` responses as texts.
 
     Raises:
       Fault: if the reward fails or a number is not finite.
@@ -190,5 +191,5 @@ def evaluate(
         found["length_mean"].extend(mask.sum(axis=1)[:keep])
         found["kl"].extend((scores.logprobs - scores.ref_logprobs).sum(axis=1)[:keep])
         responses.extend(batch.texts[:keep])
-    means = {f"eval/{name}": float(np.mean(x, dtype=np.float64)) for name, x in found.items()}
+    means = {f"eval/{name}": float(np.nanmean(x, dtype=np.float64)) for name, x in found.items()}
     return means, responses
