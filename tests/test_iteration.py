@@ -21,6 +21,7 @@ sample, score, learn = (compiled(f) for f in (iteration.sample, iteration.score,
 generate = jax.jit(
     rollout.generate, static_argnames=("model", "max_new_tokens", "stop_ids", "temperature")
 )
+close = np.testing.assert_allclose
 CONFIG = tiny_config(init_std=0.3, layers=1)
 MODEL, CRITIC = language_model(CONFIG), separate_critic(CONFIG)
 PROMPTS = jnp.array([[7, 7, 3, 4], [7, 5, 6, 2], [1, 2, 3, 4], [7, 7, 7, 9]] * 2)
@@ -78,10 +79,13 @@ def test_a_row_without_a_token_to_learn_from_changes_nothing():
     rest = jax.tree.map(lambda x: x[:-1], (rollout, scores))
     masked = rollout.replace(response_mask=rollout.response_mask.at[-1].set(False))
     expected, without = step(agent, state, *rest, jnp.arange(7.0))
-    after, metrics = step(agent, state, masked, scores)
-    jax.tree.map(np.testing.assert_array_equal, after.scale, expected.scale)
-    for name in metrics:
-        np.testing.assert_allclose(metrics[name], without[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    unscored = jnp.array([*range(7), jnp.nan])
+    for arrays in ((masked, scores, jnp.arange(8.0)), (rollout, scores, unscored)):
+        after, metrics = step(agent, state, *arrays)
+        jax.tree.map(np.testing.assert_array_equal, after.scale, expected.scale)
+        assert metrics.pop("response/scored") == 7 / 8
+        for name, value in metrics.items():
+            close(value, without[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_the_pad_id_is_never_read():

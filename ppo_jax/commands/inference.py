@@ -147,6 +147,7 @@ class Evaluate:
                 for out, batch, responses in sample_responses(self.model, rows, self.sampling)
             ]
         )
+        scores = scores[~np.isnan(scores)]  # The reward could not score the others.
         print(
             f"mean score {scores.mean():.4f}, standard error "
             f"{scores.std() / len(scores) ** 0.5:.4f}, {len(scores)} responses"

@@ -171,6 +171,7 @@ def experience_metrics(
         "objective/entropy": mean(scores.entropies, mask),
         "objective/rlhf_reward": total_reward / masked_count(every_row, axis_name=axis_name),
         "response/length_mean": mean(mask.sum(axis=1).astype(jnp.float32), every_row),
+        "response/scored": mean(every_row.astype(jnp.float32), jnp.ones_like(every_row)),
         "response/ended": mean(rollout.ended.astype(jnp.float32), every_row),
         "value/mean": mean(experience.values, value_mask),
         "value/returns": mean(experience.returns, value_mask),

@@ -205,7 +205,8 @@ def learn(
       state: the state before the update, which sampled the rollout.
       rollout: `B` sampled responses.
       scores: their log-probs, values and KL, from `score`.
-      task_scores: `[B]` float32, the task's score of each response.
+      task_scores: `[B]` float32, the task's score of each response. A response whose score is NaN
+        could not be scored: nothing is learned from it, and it is in no mean.
       token_scores: `[B, R]` float32, the task's scores of single tokens, added to `task_scores`.
       advantage_fn: advantage estimator to use instead of the one that the settings name.
       loss_fn: loss to use instead of the one that the settings name.
@@ -237,6 +238,8 @@ def learn(
       Array(16., dtype=float32)
     """
     c, total_scores = agent.config, task_scores
+    scored = ~jnp.isnan(task_scores)
+    rollout = rollout.replace(response_mask=rollout.response_mask & scored[:, None])
     scale, final_scores = _final_scores(agent, state, rollout, task_scores, axis_name)
     if token_scores is not None:
         if c.scale_scores or c.score_clip is not None:

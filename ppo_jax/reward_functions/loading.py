@@ -67,8 +67,12 @@ def _load_function(file: Path, name: str) -> Callable[..., Any]:
     """Run a Python file as a module and return its function `name`."""
     if not file.is_file():
         raise ValueError(f"The reward file {file} does not exist.")
-    # The hash keeps the module's name from colliding with that of an installed module.
-    module_name = f"{file.stem}_{text_hash(str(file.resolve()))}"
+    # Worker processes that are spawned get this path, and can then import the file by its name. A
+    # module beside it can be imported too, as by a script.
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module_name = file.stem if _imports(file) else f"{file.stem}_{text_hash(str(file.resolve()))}"
     module_spec = importlib.util.spec_from_file_location(module_name, file)
     assert module_spec is not None and module_spec.loader is not None  # It ends in .py.
     # Dataclasses and pickle look their classes up in sys.modules.
@@ -83,3 +87,16 @@ def _load_function(file: Path, name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"The reward file {file} has no function {name!r}.")
     return function
+
+
+def _imports(file: Path) -> bool:
+    """Whether `import` of the name of a file finds this file and not another module."""
+    name = file.stem
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        return getattr(loaded, "__file__", None) == str(file)
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return found is not None and found.origin is not None and Path(found.origin).samefile(file)

@@ -16,7 +16,8 @@ class TaskScores(NamedTuple):
     """Scores of `B` responses of up to `R` tokens.
 
     Attributes:
-      response: `[B]` float32, the score of each response as a whole.
+      response: `[B]` float32, the score of each response as a whole. A response whose score is NaN
+        could not be scored; an update learns nothing from it.
       tokens: `[B, R]` float32, additional scores of single tokens, or None.
 
     Example:
@@ -71,23 +72,34 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Convert what a reward function returned to float32 scores.
 
     Args:
-      scores: numbers in any array or sequence, a PyTorch tensor among them.
+      scores: numbers in any array or sequence, a PyTorch tensor among them. None in place of a
+        number says that a response could not be scored.
       shape: the expected shape, `[B]` or `[B, R]`.
 
     Returns:
-      The scores, `shape` float32.
+      The scores, `shape` float32, with NaN for None.
 
     Raises:
-      RewardError: if these are not numbers, have another shape, or are not all finite.
+      RewardError: if these are not numbers, have another shape, are not all finite, or if all are
+        None.
 
     Example:
       >>> check_scores([0.5, 1], (2,))
       array([0.5, 1. ], dtype=float32)
     """
+    if isinstance(scores, dict):
+        raise RewardError(
+            f"The reward function returned a dict with the keys {list(scores)}; return the sum of "
+            f"its scores as one list of {shape[0]} numbers."
+        )
     try:
         if hasattr(scores, "detach"):  # a PyTorch tensor
             scores = scores.detach().cpu().float()
         array = np.asarray(scores)
+        unscored = np.reshape([x is None for x in array.flat], array.shape).astype(bool)
+        if array.size and unscored.all():
+            raise ValueError("it returned None for every response")
+        array = np.where(unscored, np.nan, array).astype(float) if unscored.any() else array
         # NumPy does not count bfloat16 as a floating type; JAX does.
         if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(
             array.dtype, jax.numpy.floating
@@ -103,7 +115,7 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
             f"The reward function returned scores of shape {array.shape} for {shape[0]} responses; "
             f"the shape must be {shape}."
         )
-    bad = np.argwhere(~np.isfinite(array))
+    bad = np.argwhere(~np.isfinite(array) & ~unscored)
     if len(bad):
         raise RewardError(
             f"The reward function returned {array[tuple(bad[0])]} for response {bad[0][0]} "

@@ -1,9 +1,11 @@
 """The reward that wraps a user's function of texts."""
 
+import asyncio
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from ppo_jax import data
 from ppo_jax.reward_functions.protocol import TaskScores, as_reward_error, check_scores
@@ -11,30 +13,35 @@ from ppo_jax.types import Rollout
 
 
 class TextReward(NamedTuple):
-    """A reward that calls a function of prompts and responses as texts.
+    """A reward that calls a function of texts.
 
     Attributes:
-      function: `function(prompts, responses)` with two lists of `B` texts, or
-        `function(prompts, responses, rows)` with the prompts' rows, if it has a third parameter
-        that must be given or is called `rows`. It returns `B` numbers.
+      function: `function(prompts, responses)` with two lists of `B` texts. A third parameter that
+        is called `rows`, or must be given and is not the name of a column, gets the prompts' rows.
+        Any other parameter with the name of a column gets the `B` values of that column, and
+        `**kwargs` gets all columns. A function with a parameter `completions`, as in TRL, is called
+        by the names `prompts` and `completions`. It returns `B` numbers, with None for a response
+        that cannot be scored, and may be an `async def`.
 
     Example:
       >>> import numpy as np
-      >>> reward = TextReward(lambda prompts, responses: [len(text) for text in responses])
-      >>> prompts = data.Prompts([{"prompt": "2 + 2 ="}], np.array([[1]]), np.array([[True]]))
-      >>> reward(None, prompts, [" four"]).response  # This reward does not read the rollout.
-      array([5.], dtype=float32)
+      >>> reward = TextReward(lambda prompts, responses: [-len(text) for text in responses])
+      >>> prompts = data.Prompts([{"prompt": "2 + 2 ="}], np.array([[7]]), np.array([[True]]))
+      >>> reward(None, prompts, [" four"]).response  # It does not read the tokens.
+      array([-5.], dtype=float32)
     """
 
-    function: Callable[..., Sequence[float]]
+    function: Callable[..., Any]
 
-    def __call__(self, rollout: Rollout, prompts: data.Prompts, responses: list[str]) -> TaskScores:
+    def __call__(
+        self, rollout: Rollout, prompts: data.Prompts, responses: Sequence[str]
+    ) -> TaskScores:
         """Score responses with the function; see `RewardFn`.
 
         Args:
           rollout: not read.
           prompts: the `B` prompts.
-          responses: the `B` responses as texts.
+          responses: `B` texts.
 
         Returns:
           A score for each response.
@@ -42,11 +49,13 @@ class TextReward(NamedTuple):
         Raises:
           RewardError: if the function raises an exception, or does not return `B` finite numbers.
         """
-        takes_rows = _takes_rows(self.function)
         try:
-            # A copy, because the function may change the rows.
-            rows = [copy.deepcopy(prompts.rows)] if takes_rows else []
-            scores = self.function(prompts.texts, list(responses), *rows)
+            args, named = _arguments(self.function, prompts, list(responses))
+            scores = self.function(*args, **named)
+            if inspect.isawaitable(scores):
+                # In a thread of its own, because a notebook's event loop runs in this one.
+                with ThreadPoolExecutor(1) as executor:
+                    scores = executor.submit(asyncio.run, _result(scores)).result()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and CancelledError are no Exceptions.
@@ -54,13 +63,38 @@ class TextReward(NamedTuple):
         return TaskScores(check_scores(scores, (len(responses),)))
 
 
-def _takes_rows(function: Callable) -> bool:
-    """Return whether a third parameter is required or is called `rows`."""
+async def _result(scores: Awaitable[Any]) -> Any:
+    return await scores
+
+
+def _arguments(
+    function: Callable[..., Any], prompts: data.Prompts, responses: list[str]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of a user's function, by position and by name.
+
+    The columns are copied, because the function may change them.
+    """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # Some functions written in C have no signature.
-        return False
-    return any(
-        p.kind <= p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.name == "rows")
-        for p in parameters[2:3]
-    )
+        return [prompts.texts, responses], {}
+    rows = prompts.rows
+    columns = {name for row in rows for name in row}
+    by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    args: list[Any] = [prompts.texts, responses]
+    named: dict[str, Any] = {}
+    if "completions" in by_name:
+        texts = {"prompts": prompts.texts, "completions": responses}
+        args, named = [], {name: text for name, text in texts.items() if name in by_name}
+        taken = set(texts)
+    else:
+        third = [p for p in parameters[2:3] if p.kind <= p.POSITIONAL_OR_KEYWORD]
+        if any(p.name == "rows" or (p.default is p.empty and p.name not in columns) for p in third):
+            args.append(copy.deepcopy(rows))
+        taken = {p.name for p in parameters[: len(args)]}
+    taken |= set(getattr(function, "keywords", {}))  # What a functools.partial has bound.
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+        columns &= set(by_name)
+    for name in sorted(columns - taken):
+        named[name] = copy.deepcopy([row.get(name) for row in rows])
+    return args, named

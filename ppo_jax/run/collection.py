@@ -12,7 +12,7 @@ from ppo_jax.data.text import without_stops
 from ppo_jax.distributed import placement, processes
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.errors import Fault
-from ppo_jax.ops.rewards import ScaleState
+from ppo_jax.ops.rewards import ScaleState, apply_missing_eos
 from ppo_jax.ppo.iteration import Agent, PPOState
 from ppo_jax.reward_functions import RewardFn, TaskScores
 from ppo_jax.run import faults
@@ -162,14 +162,16 @@ def evaluate(
       seed: seed of the run.
 
     Returns:
-      Means over the prompts of `eval/scores`, `eval/length_mean` (tokens) and `eval/kl` (nats per
-      response), and the `n` responses as texts.
+      Means over the prompts of `eval/scores` (changed by `missing_eos` as in training; responses
+      without a score are left out), `eval/length_mean` (tokens) and `eval/kl` (nats per response),
+      and the `n` responses as texts.
 
     Raises:
       Fault: if the reward fails or a number is not finite.
     """
     state = state.replace(key=jax.random.key(seed + 1))
-    size = collector.learner.agent.config.batch_size
+    config = collector.learner.agent.config
+    size = config.batch_size
     found: dict[str, list[Any]] = {"scores": [], "length_mean": [], "kl": []}
     responses: list[str] = []
     for first in range(0, len(prompts), size):
@@ -179,9 +181,15 @@ def evaluate(
         batch = collector.collect(state, prompts.take(rows))
         keep = min(size, len(prompts) - first)
         mask, scores = batch.host_rollout.response_mask, placement.to_host(batch.scores)
-        found["scores"].extend(collector.task_scores(batch).total(mask)[:keep])
+        final = apply_missing_eos(
+            jnp.asarray(collector.task_scores(batch).total(mask)),
+            jnp.asarray(batch.host_rollout.ended),
+            rule=config.missing_eos,
+            penalty=config.missing_eos_penalty,
+        )
+        found["scores"].extend(np.asarray(final)[:keep])
         found["length_mean"].extend(mask.sum(axis=1)[:keep])
         found["kl"].extend((scores.logprobs - scores.ref_logprobs).sum(axis=1)[:keep])
         responses.extend(batch.texts[:keep])
-    means = {f"eval/{name}": float(np.mean(x, dtype=np.float64)) for name, x in found.items()}
+    means = {f"eval/{name}": float(np.nanmean(x, dtype=np.float64)) for name, x in found.items()}
     return means, responses

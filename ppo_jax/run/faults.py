@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
@@ -21,7 +20,7 @@ from ppo_jax.errors import (
     NonFiniteParametersError,
     RewardError,
 )
-from ppo_jax.ops.rewards import ScaleState, running_scale
+from ppo_jax.ops.rewards import ScaleState
 from ppo_jax.types import Rollout, Scores
 
 # Exit status after a signal, with a checkpoint written: EX_TEMPFAIL of sysexits.h, "try again".
@@ -127,14 +126,14 @@ def check_scale(state: ScaleState, scores: np.ndarray) -> None:
 
     Args:
       state: the running moments.
-      scores: `[B]` float32, the scores of a batch.
+      scores: `[B]` float32, the scores of a batch; NaN for a response without a score.
 
     Raises:
-      RewardError: if the new moments are not finite.
+      RewardError: if the new moments would overflow.
     """
-    new, _ = running_scale().update(jax.device_get(state), jnp.asarray(scores))
-    if not np.isfinite(jax.device_get(jax.tree.leaves(new))).all():
-        worst = int(np.abs(scores).argmax())
+    moved = scores.astype(np.float64) - float(state.mean)
+    if float(state.m2) + np.nansum(moved**2) > np.finfo(np.float32).max:
+        worst = int(np.nanargmax(np.abs(scores)))
         raise RewardError(
             f"The score {scores[worst]:g} of response {worst} is too large for scale_scores.",
             (worst,),
@@ -153,7 +152,8 @@ def check_end(train: TrainState) -> None:
 class StopSignals:
     """A context in which the first SIGTERM or SIGINT only sets `received`.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. Processes that are forked meanwhile, such as the
+    workers of a reward, handle signals as Python does by default.
 
     Attributes:
       received: the number of the signal, or None if there was none.
@@ -169,6 +169,7 @@ class StopSignals:
         ):  # Python handles signals in the main thread only.
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._handle)
+            _entered.append(self)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -180,3 +181,19 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self in _entered:
+            _entered.remove(self)
+
+
+_entered: list[StopSignals] = []
+
+
+def _restore_signals() -> None:
+    """Let a forked process, such as a worker of a reward, handle signals as Python does."""
+    if _entered:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork.
+    os.register_at_fork(after_in_child=_restore_signals)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from ppo_jax import data
@@ -146,7 +147,9 @@ class Trainer:
         )
         mask = batch.host_rollout.response_mask
         pairs = zip(batch.rows(self.loop.samples), task_scores.total(mask), strict=False)
-        samples = [{**row, "score": float(score)} for row, score in pairs]
+        samples = [
+            {**row, "score": None if np.isnan(score) else float(score)} for row, score in pairs
+        ]
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
         end = time.perf_counter()
         numbers |= {
