@@ -73,10 +73,7 @@ RULES = (
     ShardRule(r"head/kernel", (None, None)),
     ShardRule(r"head/bias", (None,)),
 )
-"""The rules for the parameters of all model families.
-
-They also apply to optimizer states, in which the path of an array ends in that of its parameter.
-"""
+"""The rules for the parameters of all model families, and for the optimizer states of these."""
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: tuple[ShardRule, ...] = RULES) -> Any:

@@ -36,8 +36,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
             raise SettingError(
-                "mesh must be like data=2,fsdp=4, where each of the axes "
-                f"{', '.join(AXES)} occurs at most once, but is {text!r}."
+                f"mesh must be like data=2,fsdp=4, with the axes {', '.join(AXES)} each once at "
+                f"most, but is {text!r}."
             )
         sizes[name] = int(size)
     return sizes

@@ -140,12 +140,14 @@ def _count_runs(computations: _Computations, entry: str) -> tuple[dict[str, int]
 
     def run(name: str, count: int) -> None:
         runs[name] += count
-        for x in computations[name]:
+        for x in computations.get(name, ()):
             called = {
                 role: re.findall(r"[\w.-]+", single or several)
                 for role, single, several in _CALLED.findall(x.rest)
             }
-            trips = _trips(computations[called["condition"][0]]) if x.opcode == "while" else 1
+            trips = 1
+            if x.opcode == "while" and "condition" in called:
+                trips = _trips(computations.get(called["condition"][0], []))
             for role, names in called.items():
                 if role in ("calls", "to_apply") and x.opcode != "call":
                     fused.update(names)
