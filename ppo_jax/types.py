@@ -76,8 +76,7 @@ LogitsFn = Callable[[Params, Array], Array]
 """Computes next-token logits `[..., V]` float32 from parameters and hidden states `[..., D]`."""
 
 CacheFn = Callable[[int, int], KVCache | None]
-"""Makes an empty key/value cache from a number of rows and a number of slots per row. A model
-without a cache returns None. Decoding then reads all tokens again at each step, which is slow."""
+"""Makes an empty key/value cache for so many rows and slots, or None to decode without a cache."""
 
 
 class LanguageModel(NamedTuple):

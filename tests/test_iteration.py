@@ -73,6 +73,15 @@ def test_an_adaptive_weight_of_0_is_refused():
         PPOConfig(kl_target=6.0, kl_coef=0.0)
 
 
+def test_a_loop_may_donate_its_state():
+    """The policy that the state starts from stays, for example as the reference."""
+    agent, params = problem()[0], {"policy": init_params(CONFIG, jax.random.key(0)), "critic": {}}
+    state = init_state(agent, params, jax.random.key(2), updates=3)
+    jax.jit(lambda state: state.replace(update=state.update + 1), donate_argnums=0)(state)
+    assert state.policy["embedding"].is_deleted()
+    assert not params["policy"]["embedding"].is_deleted()
+
+
 def test_a_row_without_a_token_to_learn_from_changes_nothing():
     """Its score is in no mean, and the other rows learn what they learn without it."""
     agent, state, rollout, scores = problem(minibatches=1, epochs=1, scale_scores=True)

@@ -518,3 +518,17 @@ def test_a_signal_during_loading_ends_the_program_at_once(tmp_path, number):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == (130 if number == signal.SIGINT else -number), done.stderr
     assert not (tmp_path / "reward.py.read").exists() and "Traceback" not in done.stderr
+
+
+def test_a_later_trainer_of_a_process_takes_over_the_folder(tmp_path):
+    """A notebook's cell is run again: the trainer of its first run must not write any more."""
+    first = full_trainer(tmp_path / "run", updates=2)
+    first.step()
+    second = full_trainer(tmp_path / "run", updates=2, resume="auto")
+    for write in (first.step, first.save, first.run):
+        with pytest.raises(ValueError, match="A later Trainer of this process"):
+            write()
+    second.run()
+    assert [
+        x["update"] for x in read_lines(tmp_path / "run/metrics.jsonl") if "loss/total" in x
+    ] == [0, 1]

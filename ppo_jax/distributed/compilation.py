@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
@@ -27,9 +26,6 @@ def start_state(
 ) -> PPOState:
     """Build the first `PPOState` on the mesh from a copy of the parameters.
 
-    The parameters are copied because an update donates the arrays of its state. Without the copy,
-    the caller's `params` could not be used after the first update.
-
     Args:
       agent: functions and settings of the run.
       params: `{"policy": ..., "critic": ...}`, already on the mesh.
@@ -40,8 +36,7 @@ def start_state(
     Returns:
       The state, sharded over the mesh.
     """
-    copies = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    return place(iteration.init_state(agent, copies, key, updates=updates), mesh)
+    return place(iteration.init_state(agent, params, key, updates=updates), mesh)
 
 
 class Steps(NamedTuple):

@@ -14,13 +14,13 @@ from jax import Array
 
 from ppo_jax.errors import SettingError
 from ppo_jax.ops.metrics import experience_metrics
-from ppo_jax.ops.rewards import ScaleState, apply_missing_eos, running_scale
 from ppo_jax.ppo.batching import map_rows
 from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.state import SAMPLE, SHUFFLE, Agent, PPOState, overlay
 from ppo_jax.ppo.state import init_state as init_state
+from ppo_jax.ppo.task_scores import final_scores
 from ppo_jax.ppo.update import ppo_update, schedule_at
 from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
 
@@ -240,7 +240,7 @@ def learn(
     c, total_scores = agent.config, task_scores
     scored = ~jnp.isnan(task_scores)
     rollout = rollout.replace(response_mask=rollout.response_mask & scored[:, None])
-    scale, final_scores = _final_scores(agent, state, rollout, task_scores, axis_name)
+    scale, final = final_scores(c, state.scale, rollout, task_scores, axis_name=axis_name)
     if token_scores is not None:
         if c.scale_scores or c.score_clip is not None:
             raise SettingError(
@@ -251,7 +251,7 @@ def learn(
     experience, rewards = make_experience(
         rollout,
         scores,
-        final_scores,
+        final,
         kl_coef=state.kl.coef,
         advantage_fn=advantage_fn or c.advantage.function(c),
         score_at=c.score_at,
@@ -282,23 +282,3 @@ def learn(
     kl_state = c.controller().update(state.kl, before["objective/kl"], episodes)
     metrics = {**before, **learned, "objective/kl_coef": state.kl.coef}
     return PPOState(train, kl_state, scale, state.key, state.update + 1), metrics
-
-
-def _final_scores(
-    agent: Agent,
-    state: PPOState,
-    rollout: Rollout,
-    task_scores: Array,
-    axis_name: str | None,
-) -> tuple[ScaleState, Array]:
-    """Apply the rule for a missing EOS, scaling and clipping to the task's scores, `[B]`."""
-    c = agent.config
-    final = apply_missing_eos(
-        task_scores, rollout.ended, rule=c.missing_eos, penalty=c.missing_eos_penalty
-    )
-    # A row without a token to learn from has no score.
-    final = jnp.where(rollout.response_mask.any(axis=1), final, jnp.nan)
-    # The moments are updated in any case, so that the state is the same whatever the settings.
-    scale, scaled = running_scale().update(state.scale, final, axis_name=axis_name)
-    final = scaled if c.scale_scores else final
-    return scale, final if c.score_clip is None else jnp.clip(final, -c.score_clip, c.score_clip)

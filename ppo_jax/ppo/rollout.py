@@ -102,7 +102,7 @@ def generate(
         )
     B, P = prompts.shape
     # The model never sees which id fills the padding.
-    prompts_read = jnp.where(prompt_mask, prompts, 0)
+    known = jnp.where(prompt_mask, prompts, 0)
     row_ids = jnp.arange(B) if row_ids is None else row_ids
     params = model.rounded(params)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
@@ -117,15 +117,12 @@ def generate(
         return _append(state, token, logprob, ends, pad_id)
 
     def step(state: _Decoding) -> _Decoding:
-        if state.cache is None:
-            return advance(state, _reread(model, params, prompts_read, prompt_mask, state))
-        token = jnp.where(state.done, 0, state.token)
-        hidden, cache = model.hidden(params, token[:, None], ~state.done[:, None], state.cache)
-        return advance(state._replace(cache=cache), hidden[:, 0])
+        hidden, cache = _read_newest(model, params, known, prompt_mask, state)
+        return advance(state._replace(cache=cache), hidden)
 
     # The last token is never read, so the cache needs no slot for it.
     empty = model.init_cache(B, P + max_new_tokens - 1)
-    hidden, cache = model.hidden(params, prompts_read, prompt_mask, empty, last=1)
+    hidden, cache = model.hidden(params, known, prompt_mask, empty, last=1)
     chex.assert_shape(hidden, (B, 1, None))
     start = advance(_start(prompts, max_new_tokens, pad_id, cache), hidden[:, -1])
     unfinished = lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done)
@@ -153,16 +150,19 @@ def _start(prompts: Array, max_new_tokens: int, pad_id: int, cache: KVCache | No
     )
 
 
-def _reread(
+def _read_newest(
     model: LanguageModel, params: Params, prompts: Array, prompt_mask: Array, state: _Decoding
-) -> Array:
-    """Compute the hidden states `[B, D]` of the newest tokens from all tokens, without a cache."""
-    tokens = jnp.where(state.mask, state.tokens, 0)
-    tokens = jnp.concatenate([prompts, tokens], axis=1)[:, :-1]
-    mask = jnp.concatenate([prompt_mask, state.mask], axis=1)[:, :-1]
-    hidden, _ = model.hidden(params, tokens, mask)
+) -> tuple[Array, KVCache | None]:
+    """Compute the hidden states `[B, D]` of the newest tokens, and the cache with these added."""
+    if state.cache is not None:
+        token = jnp.where(state.done, 0, state.token)
+        hidden, cache = model.hidden(params, token[:, None], ~state.done[:, None], state.cache)
+        return hidden[:, 0], cache
+    tokens = jnp.concatenate([prompts, jnp.where(state.mask, state.tokens, 0)], axis=1)
+    mask = jnp.concatenate([prompt_mask, state.mask], axis=1)
+    hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
     newest = prompts.shape[1] + state.t - 1
-    return jax.lax.dynamic_index_in_dim(hidden, newest, axis=1, keepdims=False)
+    return jax.lax.dynamic_index_in_dim(hidden, newest, axis=1, keepdims=False), None
 
 
 def _append(

@@ -120,8 +120,8 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
 
     Args:
       agent: model, critic and settings.
-      params: `{"policy": ..., "critic": ...}`, the parameters that are trained. The state holds
-        these same arrays, so an update that donates its state deletes them.
+      params: `{"policy": ..., "critic": ...}`, the parameters that are trained. The state
+        holds copies, so a loop may donate its state and keep `params` as the reference.
       key: `[]` typed key, the root of all keys of the run.
       updates: number of updates of the run, over which the learning rate decays if the settings say
         so.
@@ -140,6 +140,7 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
       Array(0.05, dtype=float32)
     """
     config = agent.config
+    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     train = TrainState.create(
         apply_fn=agent.model.hidden, params=params, tx=config.optimizer(updates)
     ).replace(step=jnp.int32(0))

@@ -1,7 +1,7 @@
 """Open a run's folder: lock it, restore the newest checkpoint, and start the logs."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from filelock import BaseFileLock
 
@@ -34,7 +34,35 @@ class OpenRun(NamedTuple):
     notes: dict[str, Any]
 
 
-def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
+class FolderClaim:
+    """The right of a `Trainer` to write to a folder, until a later one of its process claims it.
+
+    The lock keeps other processes out. Within a process, as in a notebook whose cell is run again,
+    the newest trainer takes over.
+    """
+
+    _newest: ClassVar[dict[Path, "FolderClaim"]] = {}
+
+    def __init__(self, folder: Path, lock: BaseFileLock | None):
+        """Claim a folder; `lock` is None in all processes but the first."""
+        self._folder, self._lock = folder.resolve(), lock
+        self._newest[self._folder] = self
+
+    def check(self) -> None:
+        """Raise ValueError if a later trainer has taken over."""
+        if self._newest.get(self._folder) is not self:
+            raise ValueError(
+                f"A later Trainer of this process has taken over {self._folder}; go on with that "
+                "one, or give each its own folder."
+            )
+
+    def release(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+def claim_folder(folder: Path, resume: Resume) -> FolderClaim:
     """Create a run's folder and lock it, so that no other run writes to it.
 
     Args:
@@ -42,7 +70,7 @@ def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
       resume: as in `open_run`.
 
     Returns:
-      The lock; None in all processes but the first.
+      The claim, which the caller checks before it writes.
 
     Raises:
       ValueError: if the folder holds another run, cannot be created, is locked by another process,
@@ -61,7 +89,7 @@ def claim_folder(folder: Path, resume: Resume) -> BaseFileLock | None:
         raise ValueError(
             f"{folder} is not visible to all processes; they need a folder that each of them sees."
         )
-    return locks[0] if locks else None
+    return FolderClaim(folder, locks[0] if locks else None)
 
 
 def open_run(

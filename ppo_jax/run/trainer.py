@@ -86,13 +86,12 @@ class Trainer:
         self.loop, self.out = loop, out
         agent, mesh = learner.agent, learner.mesh
         meshes.check_rows(agent.config, learner.row_devices)
-        self._lock = claim_folder(out, resume)
+        self._claim = claim_folder(out, resume)
         params, frozen, ref_params = (
             placement.place(tree, mesh)
             for tree in (learner.params, learner.frozen, learner.ref_params)
         )
-        if ref_params is None:
-            ref_params = (frozen or {}).get("policy") or params["policy"]
+        ref_params = ref_params or (frozen or {}).get("policy") or params["policy"]
         state = compilation.start_state(
             agent, params, jax.random.key(loop.seed), updates=loop.updates, mesh=mesh
         )
@@ -126,7 +125,9 @@ class Trainer:
 
         Raises:
           Fault: if something went wrong and the settings say to stop.
+          ValueError: if a later `Trainer` of this process has taken over the folder.
         """
+        self._claim.check()
         start, config = time.perf_counter(), self.learner.agent.config
         update = int(self.state.update)
         rows = data.batch_rows(len(self.prompts), config.batch_size, update, seed=self.loop.seed)
@@ -147,9 +148,7 @@ class Trainer:
         )
         mask = batch.host_rollout.response_mask
         pairs = zip(batch.rows(self.loop.samples), task_scores.total(mask), strict=False)
-        samples = [
-            {**row, "score": None if np.isnan(score) else float(score)} for row, score in pairs
-        ]
+        samples = [{**row, "score": None if np.isnan(x) else float(x)} for row, x in pairs]
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
         end = time.perf_counter()
         numbers |= {
@@ -196,13 +195,13 @@ class Trainer:
         finally:
             self.checkpoints.close()
             self.log.close()
-            if self._lock is not None:
-                self._lock.release()
+            self._claim.release()
         self._check_end()
         return self.state
 
     def save(self) -> None:
         """Write a checkpoint of the run, unless no update has been made."""
+        self._claim.check()
         if int(self.state.update) == 0:
             return
         notes = {"sizes": self.log.sizes(), "unevaluated": self._unevaluated, "best": self._best}
@@ -241,15 +240,12 @@ class Trainer:
         return update + 1 == self.loop.updates or (every > 0 and (update + 1) % every == 0)
 
     def _evaluate(self, update: int) -> bool:
-        """Evaluate after `update` if that is due, and say whether the score is the best so far.
-
-        A fault ends the run after a checkpoint.
-        """
+        """Evaluate after `update` if that is due, and say whether the score is the best so far."""
         if not self._unevaluated or self.eval_prompts is None:
             return False
         try:
             metrics = self.evaluate(self.eval_prompts)[0]
-        except Fault as fault:
+        except Fault as fault:  # It ends the run after a checkpoint.
             self.save()
             message = f"In the evaluation after update {update}: {fault}"
             self.log.fault(update, fault.kind, message, fault.dump)
