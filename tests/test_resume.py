@@ -23,7 +23,7 @@ from ppo_jax.hashing import digest
 from ppo_jax.run import faults, provenance
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.compare import compare
-from ppo_jax.run.files import read_json, write_json
+from ppo_jax.run.files import read_json, read_lines, write_json
 from ppo_jax.run.trainer import Trainer
 
 UPDATES = 12
