@@ -138,8 +138,8 @@ def test_positions_are_padded_to_a_size_that_gpus_multiply_fast():
         found[MASK], hidden(longer, dataclasses.replace(config, positions=16))[MASK]
     )
     by_hand = hidden(
-        params,
-        config,
+        longer,
+        dataclasses.replace(config, positions=16),
         jnp.pad(TOKENS, ((0, 0), (0, 4)), constant_values=3),
         jnp.pad(MASK, ((0, 0), (0, 4))),
     )

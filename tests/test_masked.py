@@ -155,8 +155,8 @@ def test_shapes_must_match(function):
         function(jnp.ones((2, 3)), jnp.ones((2, 1), bool))
 
 
-def test_sequence_mean_of_float16_is_summed_in_float32():
-    out = masked.sequence_mean(jnp.full((1, 300), 300.0, jnp.float16), jnp.ones((1, 300), bool))
+def test_sequence_mean_of_bfloat16_is_summed_in_float32():
+    out = masked.sequence_mean(jnp.full((1, 300), 300.0, jnp.bfloat16), jnp.ones((1, 300), bool))
     assert out.dtype == jnp.float32 and out == 300
 
 
