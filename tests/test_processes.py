@@ -234,6 +234,8 @@ def test_processes_with_different_files_or_folders_are_refused(folder, shared, m
     out = f"files{shared}"
     place = folder / f"elsewhere{shared}"
     place.mkdir()
+    if shared:
+        (folder / out).mkdir()
     for name in ("model", "reward.py", *([out] if shared else [])):
         (place / name).symlink_to(folder / name)
     (place / "prompts.txt").write_text("a b\n")
