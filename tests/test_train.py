@@ -487,7 +487,7 @@ def test_explained_variance_of_constant_returns_is_0():
 @pytest.mark.parametrize(
     "function",
     [
-        lambda prompts, responses, **more: [len(more)] * 3,
+        lambda prompts, responses, **columns: [len(columns.keys() - {"prompt"})] * 3,
         lambda prompts, responses, scale=0.0: [scale] * 3,
         lambda prompts, responses, *, scale=0.0: [scale] * 3,
     ],
