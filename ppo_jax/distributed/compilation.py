@@ -94,6 +94,7 @@ def jit_steps(
       ValueError: if no sharding rule matches a parameter of `state`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from ppo_jax import PPOConfig, TransformerConfig, init_params, language_model
       >>> from ppo_jax import shared_critic, zero_head
       >>> config = TransformerConfig(
