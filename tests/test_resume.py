@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from filelock import FileLock, Timeout
 from helpers import FULL_PPO, full_trainer
 
 from ppo_jax.errors import CheckpointError, SettingError
@@ -520,15 +521,42 @@ def test_a_signal_during_loading_ends_the_program_at_once(tmp_path, number):
     assert not (tmp_path / "reward.py.read").exists() and "Traceback" not in done.stderr
 
 
+def is_locked(folder) -> bool:
+    """Whether another process could not write to the folder of a run."""
+    lock = FileLock(
+        folder / ".lock", timeout=0
+    )  # Not the lock that the trainers of a process share.
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def test_a_later_trainer_of_a_process_takes_over_the_folder(tmp_path):
     """A notebook's cell is run again: the trainer of its first run must not write any more."""
-    first = full_trainer(tmp_path / "run", updates=2)
+    out = tmp_path / "run"
+    first = full_trainer(out, updates=2)
     first.step()
-    second = full_trainer(tmp_path / "run", updates=2, resume="auto")
-    for write in (first.step, first.save, first.run):
+    second = full_trainer(out, updates=2, resume="auto")
+    second.step()
+    first._unevaluated = True  # It owes an evaluation, which `run` makes before anything else.
+    before = {file: file.read_bytes() for file in out.glob("*.json*")}
+    for write in (first.step, first.save, first.run, first.run):
         with pytest.raises(ValueError, match="A later Trainer of this process"):
             write()
+    assert {file: file.read_bytes() for file in out.glob("*.json*")} == before
+    assert is_locked(out)
     second.run()
-    assert [
-        x["update"] for x in read_lines(tmp_path / "run/metrics.jsonl") if "loss/total" in x
-    ] == [0, 1]
+    assert not is_locked(out)
+    lines = read_lines(out / "metrics.jsonl")
+    assert [line["update"] for line in lines if "loss/total" in line] == [0, 1]
+
+
+def test_a_trainer_that_cannot_be_opened_takes_over_nothing(tmp_path):
+    first = full_trainer(tmp_path / "run", updates=2)
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        full_trainer(tmp_path / "run", updates=2, resume="yes")
+    first.run()
+    assert not is_locked(tmp_path / "run")

@@ -18,12 +18,6 @@ def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: st
       out: the run's folder. The model is written to `model/` in it and the adapter to `adapter/`.
       trainer: the trainer of the run, whose learner was made by `assemble`.
       state: the final state.
-      base_name: name of the model that was fine-tuned, for the adapter's config.
-
-    Args:
-      out: the folder of the run.
-      trainer: the trainer.
-      state: the final state of the run.
       base_name: the model that the run started from, which the adapter names as its base.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 from filelock import BaseFileLock
 
@@ -35,17 +36,22 @@ class OpenRun(NamedTuple):
 
 
 class FolderClaim:
-    """The right of a `Trainer` to write to a folder, until a later one of its process claims it.
+    """The right of a `Trainer` to write to a folder, until a later one of its process takes over.
 
-    The lock keeps other processes out. Within a process, as in a notebook whose cell is run again,
-    the newest trainer takes over.
+    The lock keeps other processes out, and is released when the claim is no longer used. Within a
+    process, as in a notebook whose cell is run again, the newest trainer takes over.
     """
 
-    _newest: ClassVar[dict[Path, "FolderClaim"]] = {}
+    _newest: ClassVar[WeakValueDictionary[Path, "FolderClaim"]] = WeakValueDictionary()
 
     def __init__(self, folder: Path, lock: BaseFileLock | None):
         """Claim a folder; `lock` is None in all processes but the first."""
         self._folder, self._lock = folder.resolve(), lock
+
+    def take_over(self) -> None:
+        """Take the folder from an earlier trainer of this process, once this one is open."""
+        if (earlier := self._newest.get(self._folder)) is not None:
+            earlier.release()
         self._newest[self._folder] = self
 
     def check(self) -> None:
@@ -57,9 +63,10 @@ class FolderClaim:
             )
 
     def release(self) -> None:
-        """Release the lock."""
+        """Release the lock, once."""
         if self._lock is not None:
             self._lock.release()
+            self._lock = None
 
 
 def claim_folder(folder: Path, resume: Resume) -> FolderClaim:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,17 @@ class Trainer:
             functions={"advantage": advantage_fn, "loss": loss_fn},
         )
         self.state, self.checkpoints, self.log, notes = open_run(out, state, config, loop, resume)
+        self._claim.take_over()
         self._unevaluated: bool = notes.get("unevaluated", False)
         self._best: tuple[float, int] | None = notes.get("best") and tuple(notes["best"])
-        steps = (
-            replicas.pmap_steps(agent, advantage_fn=advantage_fn, loss_fn=loss_fn)
-            if learner.pmap
-            else compilation.jit_steps(
-                agent, mesh, self.state, advantage_fn=advantage_fn, loss_fn=loss_fn
-            )
-        )
+        compiled = replicas.pmap_steps
+        if not learner.pmap:
+            compiled = partial(compilation.jit_steps, mesh=mesh, state=self.state)
+        steps = compiled(agent, advantage_fn=advantage_fn, loss_fn=loss_fn)
         self.collector = Collector(learner, steps, ref_params, frozen, reward, loop.faults)
 
     def step(self) -> dict[str, float] | None:
-        """Run one PPO iteration.
+        """Run one PPO iteration, which deletes the arrays of the `state` before it.
 
         Returns:
           Its metrics, or None if a fault made the run skip the update.
@@ -173,9 +172,11 @@ class Trainer:
 
         Raises:
           Fault: one that the settings do not skip, or if all steps were skipped.
+          ValueError: as `step`.
           SystemExit: with the status `faults.STOPPED` after SIGTERM or SIGINT, once the update is
             done and a checkpoint is written.
         """
+        self._claim.check()
         loop, done = self.loop, int(self.state.update)
         visible = loop.progress and processes.is_first()
         hidden = None if visible else True  # None hides the bar if there is no terminal

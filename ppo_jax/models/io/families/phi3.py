@@ -3,48 +3,31 @@
 The versions whose positions are scaled by `longrope` are not supported.
 """
 
-from ppo_jax.models.config import NormKind
 from ppo_jax.models.io.families import llama
-from ppo_jax.models.io.family import (
-    ConfigFields,
-    Family,
-    HFConfig,
-    activation,
-    rope_settings,
-    rotary,
-    windows,
-)
+from ppo_jax.models.io.family import ConfigFields, Family, HFConfig, rope_settings, rotary
+
+# Defaults of `transformers` for keys that a config.json lacks.
+_DEFAULTS = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+}
 
 
 def config(hf: HFConfig) -> ConfigFields:
     """Return the fields of `TransformerConfig` of a Phi-3's `config.json`."""
-    width, heads = hf.get("hidden_size", 3072), hf.get("num_attention_heads", 32)
-    layers, head = hf.get("num_hidden_layers", 32), hf.get("head_dim") or width // heads
-    positions = hf.get("max_position_embeddings", 4096)
-    kinds = ["full_attention" if hf.get("sliding_window") is None else "sliding_attention"]
-    return {
-        "vocab_size": hf.get("vocab_size", 32064),
-        "positions": positions,
-        "width": width,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_size": head,
-        "mlp_width": hf.get("intermediate_size", 8192),
-        "activation": activation(hf, "hidden_act", "silu"),
-        "gated": True,
-        "norm": NormKind.RMS,
-        "norm_eps": hf.get("rms_norm_eps", 1e-5),
-        "qkv_bias": False,
-        "out_bias": False,
-        "mlp_bias": False,
-        "learned_positions": False,
-        "rotary": rotary(
-            rope_settings(hf), base=10000.0, head=head, positions=positions, share=1.0
-        ),
-        "windows": windows({**hf, "num_hidden_layers": layers}, kinds * layers),
-        "tied": hf.get("tie_word_embeddings", False),
-    }
+    # Like Mistral's, its layers all have the window, if there is one.
+    fields = llama.config({**_DEFAULTS, **hf, "model_type": "mistral"})
+    head, positions = fields["head_size"], fields["positions"]
+    settings = rope_settings(hf)
+    turns = rotary(settings, base=10000.0, head=head, positions=positions, share=1.0)
+    return {**fields, "rotary": turns}
 
 
 _AT, _LAYER = "model.layers.{i}", "layer_{i}"
