@@ -136,9 +136,13 @@ def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Pretrained, An
 
 
 def encode(tokenizer, texts: Sequence[str], *, end: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and mask of sentences, `[n, LENGTH]`, with or without an end token."""
-    last = [tokenizer.eos_token_id] * end
-    ids = [[*tokenizer(text).input_ids[: LENGTH - 1], *last] for text in texts]
+    """Return tokens and mask of sentences, `[n, LENGTH]`, with or without an end token.
+
+    With an end token, for imitation, long sentences are cut at their end; without one, for scores,
+    at their beginning, as `ModelReward` cuts them.
+    """
+    ids = [tokenizer(text).input_ids for text in texts]
+    ids = [[*x[: LENGTH - 1], tokenizer.eos_token_id] if end else x[-LENGTH:] for x in ids]
     return data.pad(ids, length=LENGTH, pad_id=tokenizer.eos_token_id, left=False)
 
 
