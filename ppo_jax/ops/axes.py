@@ -36,7 +36,8 @@ def separate(tree: Tree, axis_name: str | None) -> Tree:
     """
     if axis_name is None:
         return tree
-    # A choice between equal arrays by the index of the shard depends on the shard only in its type.
+    # Choosing by the index of the shard changes no value, but JAX then takes the result to differ
+    # from shard to shard.
     here = jax.lax.axis_index(axis_name) >= 0
     return jax.tree.map(lambda x: jnp.where(here, x, x), tree)
 
