@@ -755,7 +755,8 @@ def test_a_reward_cannot_change_the_rows_of_the_prompts():
     assert scores == [[1.0], [1.0]] and prompts.rows == [{"prompt": "a", "words": [1.0]}]
 
 
-def test_the_hash_of_a_reward_in_a_file_depends_on_its_class(tmp_path):
+def test_the_hash_of_a_reward_in_a_file_depends_on_its_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # A reward's folder is added to it.
     file, seen = tmp_path / "random.py", []  # named like a module that must not be replaced
     for factor in (1.0, 2.0, 1.0):
         file.write_text(

@@ -50,6 +50,7 @@ async def waits(prompts, responses):
 def reward_in_files(tmp_path):
     """Return a reward whose worker processes import it, and which imports a file beside it."""
     (tmp_path / "beside_it.py").write_text("def score(text):\n    return len(text)\n")
+    (tmp_path / "random.py").write_text("")  # must not replace Python's, which a worker imports
     file = tmp_path / "reward_with_workers.py"
     file.write_text(
         "import multiprocessing\n"

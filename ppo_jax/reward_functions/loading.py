@@ -68,10 +68,10 @@ def _load_function(file: Path, name: str) -> Callable[..., Any]:
     if not file.is_file():
         raise ValueError(f"The reward file {file} does not exist.")
     # Worker processes that are spawned get this path, and can then import the file by its name. A
-    # module beside it can be imported too, as by a script.
+    # module beside it can be imported too. Last, so that no file beside it hides another module.
     folder = str(file.resolve().parent)
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)
     module_name = file.stem if _imports(file) else f"{file.stem}_{text_hash(str(file.resolve()))}"
     module_spec = importlib.util.spec_from_file_location(module_name, file)
     assert module_spec is not None and module_spec.loader is not None  # It ends in .py.
