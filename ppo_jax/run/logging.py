@@ -1,19 +1,12 @@
 """Logs of a run: JSON lines of metrics, samples and faults; TensorBoard; Weights & Biases."""
 
-import contextlib
-import logging
 import math
 import secrets
-import socket
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from ppo_jax.run.files import LINES, append_lines, synced_size
@@ -28,7 +21,6 @@ _SHOWN = {
     "ev": "value/explained_variance",
 }
 Rows = Iterable[Mapping[str, Any]]
-_LOG = logging.getLogger(__name__)
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -92,7 +84,11 @@ class RunLog:
           ValueError: if Weights & Biases is not installed or does not start.
         """
         self._folder = folder
-        self._board = _Board(folder / "tensorboard", first_update) if tensorboard else None
+        self._board = None
+        if tensorboard:
+            from ppo_jax.run.tensorboard import EventWriter  # imports PyTorch where it finds it
+
+            self._board = EventWriter(folder / "tensorboard", first_update)
         self._wandb = None
         if wandb_project is not None:
             self._wandb = _start_wandb(folder, wandb_project, first_update, settings or {})
@@ -166,58 +162,3 @@ def _wandb_table(rows: Iterable[Mapping[str, Any]]) -> Any:
     return wandb.Table(
         columns=columns, data=[[row.get(str(name)) for name in columns] for row in rows]
     )
-
-
-class _Board:
-    """TensorBoard events, written in the caller's thread.
-
-    If the disk refuses an event, the events end with a warning and the run continues.
-    """
-
-    flush_s = 10.0
-
-    def __init__(self, folder: Path, first_update: int):
-        """Start a file; events from `first_update` on that were there before become invalid."""
-        self._file: RecordWriter | None = None
-        self._flushed = time.monotonic()
-        with self._warning_on_error():
-            folder.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-            self._file = RecordWriter(str(folder / name))
-        self._write(step=first_update, file_version="brain.Event:2")
-        self._write(step=first_update, session_log=SessionLog(status=SessionLog.START))
-
-    def scalars(self, update: int, metrics: Mapping[str, float]) -> None:
-        values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
-        self._write(step=update, summary=Summary(value=values))
-
-    def _write(self, **event: Any) -> None:
-        if self._file is None:
-            return
-        with self._warning_on_error():
-            self._file.write(Event(wall_time=time.time(), **event).SerializeToString())
-            if time.monotonic() > self._flushed + self.flush_s:
-                self._file.flush()
-                self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            with self._warning_on_error():
-                file.close()
-
-    __del__ = close
-
-    @contextlib.contextmanager
-    def _warning_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            file, self._file = self._file, None
-            with contextlib.suppress(OSError):  # closing writes the buffered bytes, which fails too
-                if file is not None:
-                    file.close()
-            _LOG.warning(
-                "TensorBoard's events end here, for they cannot be written: %s.",
-                error.strerror or error,
-            )
