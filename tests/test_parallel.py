@@ -397,8 +397,21 @@ def test_one_compilation_in_twenty_updates(tmp_path, caplog):
     run = full_trainer(tmp_path / "run", ppo=ppo, updates=20, eval_every=5, mesh=mesh)
     with jax.log_compiles():
         run.run()
+    again = full_trainer(tmp_path / "again", ppo=ppo, updates=20, seed=1, mesh=mesh)
+    with jax.log_compiles():
+        again.step()  # A second run with equal settings uses the programs of the first.
     for name in ("sample", "score", "learn"):
         assert caplog.text.count(f"Compiling jit({name})") == 1
+
+
+def test_a_loss_that_cannot_be_hashed_may_be_jitted():
+    @dataclasses.dataclass
+    class Loss:
+        clip: float = 0.2
+
+    agent = iteration.Agent(None, None, FULL_PPO, (0,), 0)
+    assert compilation.jit_steps(agent, loss_fn=Loss()).learn is not None
+    assert compilation.jit_steps(agent) == compilation.jit_steps(agent)
 
 
 def test_rows_are_mapped_over_a_free_data_axis():

@@ -60,13 +60,11 @@ def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **ch
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     state, policy, frozen = (put(tree, PartitionSpec()) for tree in (state, policy, frozen))
 
-    @functools.partial(jax.jit, compiler_options=compilation.COMPILER_OPTIONS)
-    def update(state, policy, frozen, prompts, mask):
-        rollout = iteration.sample(agent, state, prompts, mask, frozen=frozen)
-        scores = iteration.score(agent, state, policy, rollout, frozen=frozen)
-        task = (rollout.responses % 7 == 1).sum(axis=1).astype(jnp.float32)
-        state, metrics = iteration.learn(agent, state, rollout, scores, task, frozen=frozen)
-        return state, rollout, metrics
+    # Compiled one by one, so that cases that share a step find it in the cache.
+    sample, score, learn = (
+        jax.jit(functools.partial(step, agent), compiler_options=compilation.COMPILER_OPTIONS)
+        for step in (iteration.sample, iteration.score, iteration.learn)
+    )
 
     samples, steps = [], []
     for number in range(3):
@@ -74,7 +72,10 @@ def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **ch
         prompts = jnp.pad(jax.random.randint(key, (32, 6), 0, 61), ((0, 0), (extra_padding, 0)))
         real = jnp.arange(length)[None, :] >= extra_padding + jax.random.randint(key, (32, 1), 0, 5)
         batch = put((prompts, real), PartitionSpec("data"))
-        state, rollout, metrics = update(state, policy, frozen, *batch)
+        rollout = sample(state, *batch, frozen=frozen)
+        scores = score(state, policy, rollout, frozen=frozen)
+        task = (rollout.responses % 7 == 1).sum(axis=1).astype(jnp.float32)
+        state, metrics = learn(state, rollout, scores, task, frozen=frozen)
         samples.append(np.asarray(jnp.where(rollout.response_mask, rollout.responses, -1)))
         steps.append(float(metrics["optimizer/steps"]))
     return np.stack(samples), jax.device_get(state.train.params), steps

@@ -9,6 +9,7 @@ import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
+from jax.tree_util import PyTreeDef
 
 from ppo_jax.distributed.placement import place
 from ppo_jax.ppo import iteration
@@ -127,8 +128,27 @@ def lowerable_steps(
     """Return the jitted `sample`, `score` and `learn`, which can also be lowered.
 
     The arguments are those of `jit_steps`. On a mesh, call or lower the functions inside
-    `jax.set_mesh(mesh)`; `jit_steps` wraps them so that a caller need not.
+    `jax.set_mesh(mesh)`; `jit_steps` wraps them so that a caller need not. Equal arguments give the
+    same functions, so that a second run with the same settings compiles nothing.
     """
+    leaves, tree = jax.tree.flatten(None if mesh is None else shardings(state, mesh))
+    build = partial(_jitted, agent, mesh, tuple(leaves), tree, loss_fn, advantage_fn)
+    try:
+        hash(build.args)
+    except TypeError:  # A function of the user's own need not be hashable.
+        return build()
+    return _jitted_once(*build.args)
+
+
+def _jitted(
+    agent: Agent,
+    mesh: Mesh | None,
+    leaves: tuple[NamedSharding, ...],
+    tree: PyTreeDef,
+    loss_fn: LossFn | None,
+    advantage_fn: AdvantageFn | None,
+) -> tuple[Wrapped, Wrapped, Wrapped]:
+    """Jit the steps; `tree` and `leaves` are the sharding of the state."""
     sample = partial(iteration.sample, agent)
     score = partial(iteration.score, agent)
     learn = partial(iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn)
@@ -136,12 +156,15 @@ def lowerable_steps(
     if mesh is None:
         return jit(sample), jit(score), jit(learn, donate_argnums=0)
     rows, replicated = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    learned = shardings(state, mesh), replicated
+    learned = tree.unflatten(leaves), replicated
     return (
         jit(sample, out_shardings=rows),
         jit(score, out_shardings=rows),
         jit(learn, donate_argnums=0, out_shardings=learned),
     )
+
+
+_jitted_once = functools.lru_cache(maxsize=16)(_jitted)
 
 
 def _inside(mesh: Mesh, function: Wrapped) -> Callable[..., Any]:

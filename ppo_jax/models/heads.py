@@ -1,5 +1,6 @@
 """Heads that map hidden states to numbers: critics for the values of states, and reward models."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -97,7 +98,12 @@ def shared_critic() -> CriticFn:
       >>> shared_critic()(params, jnp.ones((2, 3, 4)), tokens, tokens == 0).shape
       (2, 3)
     """
-    return lambda params, hidden, tokens, mask: apply_head(params["head"], hidden)
+    return _shared_critic
+
+
+def _shared_critic(params: Params, hidden: Array, tokens: Array, mask: Array) -> Array:
+    """Apply the head to the hidden states `[B, R, D]` of the policy."""
+    return apply_head(params["head"], hidden)
 
 
 def separate_critic(config: TransformerConfig) -> CriticFn:
@@ -126,6 +132,12 @@ def separate_critic(config: TransformerConfig) -> CriticFn:
             "A critic must not see later tokens, but config.causal=False is an encoder; use a"
             " decoder as the trunk."
         )
+    return _separate_critic(config)
+
+
+# Cached for the same reason as language models.
+@functools.cache
+def _separate_critic(config: TransformerConfig) -> CriticFn:
     model = language_model(config)
     return lambda params, hidden, tokens, mask: apply_head(
         params["head"], model.hidden(params["trunk"], tokens, mask, last=hidden.shape[1])[0]

@@ -5,6 +5,7 @@ which they differ. `language_model` turns it into the pure functions that the re
 uses.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -256,6 +257,12 @@ def language_model(config: TransformerConfig) -> LanguageModel:
       >>> model.logits(params, hidden).shape
       (2, 3, 7)
     """
+    return _language_model(config)
+
+
+# Cached, because functions compare by identity: models of equal configs share compiled programs.
+@functools.cache
+def _language_model(config: TransformerConfig) -> LanguageModel:
     apply: Callable[..., Any] = Decoder(config).apply
 
     def hidden(

@@ -1,5 +1,7 @@
 """The gradient of a minibatch, accumulated over micro-batches and devices."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -55,6 +57,8 @@ def minibatch_gradient(
     # Each device differentiates with respect to its own copy and reduces the gradients itself.
     params = separate(params, axis_name)
 
+    # Jitted to be traced once, although `eval_shape` and `scan` both call it.
+    @partial(jax.jit, inline=True)
     def part(rows: Experience) -> tuple[Params, LossMetrics]:
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows, counts)
         # Without the constraint the compiler may add up unsharded gradients on every device.

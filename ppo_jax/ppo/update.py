@@ -149,6 +149,8 @@ def ppo_update(
         aggregation=aggregation,
     )
 
+    # Jitted to be traced once, although `_no_step` asks for the shapes of its results.
+    @partial(jax.jit, inline=True)
     def take_step(state: TrainState, row_numbers: Array) -> tuple[TrainState, _Step]:
         batch = constrain_rows(jax.tree.map(lambda x: x[row_numbers], experience))
         grads, metrics = (
