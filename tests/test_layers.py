@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.models import attention
 from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
 from ppo_jax.models.rounding import product
 from ppo_jax.models.transformer import init_params, language_model
@@ -230,6 +231,22 @@ def test_hidden_of_the_last_positions_fills_the_whole_cache():
 def test_last_out_of_range_is_refused(last):
     with pytest.raises(ValueError, match=rf"last={last} must lie in 1 \.\. 12"):
         language_model(PLAIN).hidden(init_params(PLAIN, jax.random.key(0)), TOKENS, MASK, last=last)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_queries_padded_for_the_matrix_unit_of_a_tpu_attend_alike(queries):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (
+        jax.random.normal(key, (2, 3, n, 4)) for key, n in zip(keys, (queries, 9, 9), strict=False)
+    )
+    allowed = jax.random.bernoulli(keys[3], 0.7, (2, queries, 9))
+    plain = attention.attend(q, k, v, allowed, cap=5.0)
+    padded = attention._attend_padded(q, k, v, allowed, cap=5.0)
+    np.testing.assert_allclose(padded, plain, rtol=1e-6, atol=1e-6)
+    text = jax.jit(attention.attend, static_argnames="cap").trace(q, k, v, allowed, cap=5.0)
+    rows = f"tensor<2x3x{attention._TPU_ROWS}x9xf32>"  # the logits
+    assert rows in text.lower(lowering_platforms=("tpu",)).as_text()
+    assert rows not in text.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_a_critic_must_return_one_value_per_state():

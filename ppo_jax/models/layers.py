@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.models.attention import attend
 from ppo_jax.models.config import NormKind, TransformerConfig
 from ppo_jax.models.rounding import mean, product, round_to
 from ppo_jax.sharding import BATCH, constrain
@@ -97,11 +98,6 @@ def last_positions(x: Array, count: int) -> Array:
     return x if count == x.shape[1] else x[:, x.shape[1] - count :]
 
 
-def soft_cap(x: Array, cap: float | None) -> Array:
-    """Return `cap * tanh(x / cap)`, or `x` without a cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 class Attention(nn.Module):
     """Attention with K key/value heads, each of which serves `H / K` query heads.
 
@@ -147,13 +143,7 @@ class Attention(nn.Module):
         # The query heads that share a key head become rows of one matrix product.
         q_BKQC = q_BHSC.reshape(B, K, H // K * S, C)
         allowed_BQN = jnp.tile(allowed_BSN, (1, H // K, 1))
-        logits_BKQN = product("bkqc,bknc->bkqn", q_BKQC, k_BKNC)
-        # The minimum is finite, so that a position of padding that sees no slot does not give NaN.
-        logits_BKQN = jnp.where(
-            allowed_BQN[:, None], soft_cap(logits_BKQN, c.attention_cap), jnp.finfo(jnp.float32).min
-        )
-        probs_BKQN = round_to(jax.nn.softmax(logits_BKQN), c.dtype)
-        out_BKQC = round_to(product("bkqn,bknc->bkqc", probs_BKQN, v_BKNC), c.dtype)
+        out_BKQC = attend(q_BKQC, k_BKNC, v_BKNC, allowed_BQN, cap=c.attention_cap)
         out = out_BKQC.reshape(B, H, S, C).transpose(0, 2, 1, 3).reshape(B, S, H * C)
         output = Linear(c.width, c, use_bias=c.out_bias, init_std=c.residual_std, name="o")
         return output(out), k_BKNC, v_BKNC

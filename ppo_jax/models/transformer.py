@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.models.attention import soft_cap
 from ppo_jax.models.config import NormAt, TransformerConfig
-from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, soft_cap
+from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions
 from ppo_jax.models.rounding import product, round_to
 from ppo_jax.sharding import BATCH, constrain
 from ppo_jax.types import KVCache, LanguageModel, Params
