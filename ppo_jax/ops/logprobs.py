@@ -39,10 +39,12 @@ def response_view(x: Array, prompt_length: int) -> Array:
     return x[:, prompt_length - 1 :]
 
 
-def _tempered(logits: Array, temperature: float) -> Array:
+def _tempered(logits: Array, temperature: float, largest: Array | None = None) -> Array:
     """Divide by the temperature, in float32, and subtract the largest logit to keep precision."""
     logits = logits.astype(jnp.float32) / temperature
-    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    if largest is None:
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+    return logits - jax.lax.stop_gradient(largest)
 
 
 def token_logprobs(logits: Array, tokens: Array, *, temperature: float = 1.0) -> Array:
@@ -66,7 +68,11 @@ def token_logprobs(logits: Array, tokens: Array, *, temperature: float = 1.0) ->
       Array([-1.0986], dtype=float32)
     """
     chex.assert_equal_shape([logits[..., 0], tokens])
-    logits = _tempered(logits, temperature)
+    return _logprobs(_tempered(logits, temperature), tokens)
+
+
+def _logprobs(logits: Array, tokens: Array) -> Array:
+    """Compute the log-prob of each token from logits that are at most 0."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
 
@@ -87,7 +93,11 @@ def entropy(logits: Array, *, temperature: float = 1.0) -> Array:
       >>> entropy(jnp.zeros((1, 4))).round(4)
       Array([1.3863], dtype=float32)
     """
-    logits = _tempered(logits, temperature)
+    return _entropy(_tempered(logits, temperature))
+
+
+def _entropy(logits: Array) -> Array:
+    """Compute the entropy from logits that are at most 0."""
     weights = jnp.exp(logits)
     total = jnp.sum(weights, axis=-1)
     # H = log Σ eᶻ - Σ eᶻ z / Σ eᶻ. The maximum makes 0 · log 0 count as 0, also in the gradient.
@@ -136,14 +146,18 @@ def chunked_logprobs_and_entropy(
 
     def compute(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, tokens = inputs
+        shape, tokens = tokens.shape, tokens.reshape(-1)
         # The barrier keeps XLA from fusing the logits with their use, which would round them
         # differently in different programs. The ratio of a policy with itself is then exactly 1.
-        logits = jax.lax.optimization_barrier(unembed(hidden))
+        logits = unembed(hidden)
+        logits = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
         # The second barrier keeps the sums of the entropy apart from those of the log-probs, which
         # then have the same bits in a program that does not compute the entropy.
         separate = jax.lax.optimization_barrier(logits)
-        logprobs = token_logprobs(logits, tokens, temperature=temperature)
-        return logprobs, entropy(separate, temperature=temperature)
+        largest = jnp.max(logits.astype(jnp.float32) / temperature, axis=-1, keepdims=True)
+        logprobs = _logprobs(_tempered(logits, temperature, largest), tokens)
+        entropies = _entropy(_tempered(separate, temperature, largest))
+        return logprobs.reshape(shape), entropies.reshape(shape)
 
     inputs, length = (hidden, tokens), tokens.shape[1]
     if chunk is None or chunk >= length:
