@@ -1,9 +1,9 @@
 """Rules for sharding arrays over a mesh of devices with the axes `data`, `fsdp` and `tensor`.
 
 The rows of a batch are sharded over `data` and `fsdp` together. Each parameter is sharded over
-`fsdp` and gathered when its layer is computed, and over `tensor`, which splits attention by heads
-and the MLP by its hidden width. An array dimension that is not divisible by the size of its mesh
-axis stays replicated over that axis.
+`fsdp` and gathered when its layer is computed, except while decoding, and over `tensor`, which
+splits attention by heads and the MLP by its hidden width. An array dimension that is not divisible
+by the size of its mesh axis stays replicated over that axis.
 
 The table `RULES` gives the mesh axes of every parameter. A new kind of layer needs a new line there
 and nothing else.
@@ -27,8 +27,9 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 """The mesh axes over which the rows of a batch are sharded."""
 
-Axes = tuple[str | tuple[str, ...] | None, ...]
-"""For each dimension of an array, the mesh axis or axes that shard it, or None if it is whole."""
+Axes = tuple[Any, ...]
+"""For each dimension of an array, the mesh axis or a tuple of axes that shard it, None if it is
+whole, or `PartitionSpec.UNCONSTRAINED` if the compiler chooses."""
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
@@ -50,7 +51,7 @@ class ShardRule(NamedTuple):
     """
 
     path: str
-    axes: tuple[str | None, ...]
+    axes: Axes
 
 
 # Layers whose output dimension is sharded over `tensor`, and layers that read such an output.
@@ -74,6 +75,19 @@ RULES = (
     ShardRule(r"head/bias", (None,)),
 )
 """The rules for the parameters of all model families, and for the optimizer states of these."""
+
+DECODING_RULES = (
+    ShardRule(r"(embedding|unembedding)", (("tensor", "fsdp"), None)),
+    ShardRule(rf"{_COLUMN}/(kernel|lora_b)", (None, ("tensor", "fsdp"))),
+    ShardRule(rf"{_COLUMN}/lora_a", (None, None)),
+    ShardRule(rf"{_ROW}/lora_a", ("tensor", None)),
+    *RULES,
+)
+"""The rules while decoding, where products shard their output features over `fsdp`.
+
+A step then moves activations of one position between the devices instead of all parameters (Pope et
+al. 2022, https://arxiv.org/abs/2211.05102, section 3.2).
+"""
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: tuple[ShardRule, ...] = RULES) -> Any:
@@ -161,7 +175,7 @@ def rows_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+def constrain(x: Array, *axes: Any) -> Array:
     """Constrain the sharding of an array inside a compiled function.
 
     The constraint refers to the mesh of `jax.set_mesh`. Axes that the mesh does not have, that do
@@ -170,8 +184,8 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
     Args:
       x: the array.
-      *axes: for each dimension, from the first on, the mesh axis or axes that shard it, or None.
-        Dimensions without an entry are not sharded.
+      *axes: for each dimension, from the first on, an entry of `Axes`. Dimensions without an entry
+        are not sharded.
 
     Returns:
       `x` with the constraint.
@@ -192,13 +206,23 @@ def constrain_rows(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: constrain(x, BATCH), tree)
 
 
-def constrain_params(tree: Tree) -> Tree:
-    """Constrain a tree of parameters or gradients by `RULES`."""
+def constrain_params(tree: Tree, rules: tuple[ShardRule, ...] = RULES) -> Tree:
+    """Constrain a tree of parameters or gradients by rules."""
     if _automatic_mesh() is None:
         return tree
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: constrain(x, *_axes_of(path, x.ndim, RULES)), tree
+        lambda path, x: constrain(x, *_axes_of(path, x.ndim, rules)), tree
     )
+
+
+def gather_rows(x: Array) -> Array:
+    """Gather rows `[B, D]` over `fsdp`, for a product with parameters laid by `DECODING_RULES`."""
+    return constrain(x, "data", PartitionSpec.UNCONSTRAINED)
+
+
+def split_features(x: Array) -> Array:
+    """Shard the features `[B, F]` that such a product gives, so that its parameters stay."""
+    return constrain(x, "data", ("tensor", "fsdp"))
 
 
 def map_over_data(
@@ -289,8 +313,11 @@ def _axes_of(path: tuple[Any, ...], rank: int, rules: tuple[ShardRule, ...]) -> 
 def _fit(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Drop the axes that are not free on the mesh or do not divide their dimension."""
     free = _free_axes(mesh)
-    fitted = []
+    fitted: list[Any] = []
     for axis, size in zip(axes, shape, strict=False):
+        if axis is PartitionSpec.UNCONSTRAINED:
+            fitted.append(axis)
+            continue
         names = tuple(
             name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in free
         )

@@ -215,6 +215,26 @@ def test_fsdp_gathers_a_layer_at_a_time():
     assert max(gathered) <= sizes(state)[-1] and sum(gathered) > sum(sizes(state)) / 4
 
 
+def test_decoding_moves_activations_and_not_parameters():
+    mesh = meshes.make_mesh({"fsdp": 8})
+    agent, state, _, _ = start("llama", "sgd", mesh=mesh)
+    prompts = placement.to_mesh(tuple(x[:8] for x in batch(0)), mesh)  # one row on each device
+    sample = compilation.jit_steps(agent, mesh, state).sample.__wrapped__
+    with jax.set_mesh(mesh):
+        hlo = sample.lower(state, *prompts).compile().as_text()
+    loops = {name for inside in bodies(hlo).values() for name in inside}
+    moved = {
+        kind: sum(sum(collectives(hlo, kind).get(name, [])) for name in loops)
+        for kind in ("all-gather", "all-reduce", "all-to-all")
+    }
+    config = pretrained.config_of(HF["llama"])
+    # Inputs of q, k, v, o, up, gate and down in each layer, and of the output.
+    inputs = config.layers * (6 * config.width + config.mlp_width) + config.width
+    policy = sum(x.size for x in jax.tree.leaves(state.policy))
+    assert 0 < moved["all-gather"] <= 8 * inputs < policy / 2
+    assert moved["all-reduce"] <= 8 * config.width + 8  # the embedding's rows
+
+
 @pytest.mark.parametrize("changes", [{}, {"micro_batch": 8}], ids=str)
 def test_a_minibatch_reduces_its_gradient_once(changes):
     hlo, state = compiled_update({"data": 8}, **changes)

@@ -11,7 +11,7 @@ from jax import Array
 from ppo_jax.models.attention import attend
 from ppo_jax.models.config import NormKind, TransformerConfig
 from ppo_jax.models.rounding import mean, product, round_to
-from ppo_jax.sharding import BATCH, constrain
+from ppo_jax.sharding import BATCH, constrain, gather_rows, split_features
 from ppo_jax.types import KVCache
 
 
@@ -40,6 +40,8 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         # Flattened, because XLA's CPU compiler is slow at weight gradients that contract two axes.
         rows = x.reshape(-1, x.shape[-1])
+        decoding = x.ndim == 3 and x.shape[1] == 1  # The rows are smaller than the kernel.
+        rows = gather_rows(rows) if decoding else rows
         out = product("nd,dv->nv", rows, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -55,7 +57,9 @@ class Linear(nn.Module):
             out = out + c.lora_scale * product(
                 "nd,dv->nv", round_to(down, c.dtype), self.get_variable("params", "lora_b")
             )
-        return round_to(out, c.dtype).reshape(*x.shape[:-1], self.features)
+        out = round_to(out, c.dtype)
+        out = split_features(out) if decoding else out
+        return out.reshape(*x.shape[:-1], self.features)
 
 
 class Norm(nn.Module):

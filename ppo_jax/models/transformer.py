@@ -19,7 +19,7 @@ from ppo_jax.models.attention import soft_cap
 from ppo_jax.models.config import NormAt, TransformerConfig
 from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions
 from ppo_jax.models.rounding import product, round_to
-from ppo_jax.sharding import BATCH, constrain
+from ppo_jax.sharding import BATCH, constrain, gather_rows, split_features
 from ppo_jax.types import KVCache, LanguageModel, Params
 
 # Tensor cores are slow at lengths that are not divisible by a power of two.
@@ -180,7 +180,9 @@ class Decoder(nn.Module):
         def rows(table: Array, at: Array) -> Array:
             return round_to(table[at], c.dtype).astype(jnp.float32)
 
-        x_BSD = rows(constrain(self.embedding, "tensor", None), tokens_BS)
+        # While decoding, the table stays sharded, and devices exchange the rows that they found.
+        by = ("tensor", "fsdp") if tokens_BS.shape[1] == 1 else "tensor"
+        x_BSD = rows(constrain(self.embedding, by, None), tokens_BS)
         if c.scale_embedding:
             x_BSD = x_BSD * jnp.sqrt(jnp.float32(c.width)).astype(c.dtype).astype(jnp.float32)
         if c.learned_positions:
@@ -194,6 +196,8 @@ class Decoder(nn.Module):
         """Map hidden states `[..., D]` to logits `[..., V]` float32."""
         c = self.config
         rows = hidden.reshape(-1, hidden.shape[-1])
+        decoding = hidden.ndim == 2
+        rows = gather_rows(rows) if decoding else rows
         if c.lm_transform:
             rows = c.activation(self.lm_dense(rows).astype(jnp.float32))
             rows = self.lm_norm(round_to(rows, c.dtype))
@@ -204,6 +208,7 @@ class Decoder(nn.Module):
         out = soft_cap(product("nd,vd->nv", rows, matrix_VD)[:, : c.vocab_size], c.logit_cap)
         if c.lm_transform:
             out = out + self.lm_bias[None, :]
+        out = constrain(split_features(out), BATCH) if decoding else out
         return out.reshape(*hidden.shape[:-1], -1)
 
 

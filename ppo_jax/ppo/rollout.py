@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops import sampling
-from ppo_jax.sharding import BATCH, constrain
+from ppo_jax.sharding import BATCH, DECODING_RULES, constrain, constrain_params
 from ppo_jax.types import KVCache, LanguageModel, Params, Rollout
 
 
@@ -104,7 +104,7 @@ def generate(
     # The model never sees which id fills the padding.
     known = jnp.where(prompt_mask, prompts, 0)
     row_ids = jnp.arange(B) if row_ids is None else row_ids
-    params = model.rounded(params)
+    params = constrain_params(model.rounded(params), DECODING_RULES)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
     process = partial(sampling.process_logits, temperature=temperature, top_k=top_k, top_p=top_p)
 
