@@ -5,20 +5,19 @@ The rows of a batch are sharded over `data` and `fsdp` together. Each parameter 
 splits attention by heads and the MLP by its hidden width. An array dimension that is not divisible
 by the size of its mesh axis stays replicated over that axis.
 
-The table `RULES` gives the mesh axes of every parameter. A new kind of layer needs a new line there
-and nothing else.
+The table `sharding_rules.RULES` gives the mesh axes of every parameter.
 """
 
 import math
-import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from ppo_jax.sharding_rules import RULES, Axes, ShardRule, axes_of
 from ppo_jax.types import Params
 
 AXES = ("data", "fsdp", "tensor")
@@ -27,67 +26,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 """The mesh axes over which the rows of a batch are sharded."""
 
-Axes = tuple[Any, ...]
-"""For each dimension of an array, the mesh axis or a tuple of axes that shard it, None if it is
-whole, or `PartitionSpec.UNCONSTRAINED` if the compiler chooses."""
-
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
-
-
-class ShardRule(NamedTuple):
-    """The mesh axes of all parameters whose path matches.
-
-    Attributes:
-      path: a regular expression for the last components of the path of a parameter, which is
-        written with slashes, such as `layer_0/attn/q/kernel`.
-      axes: for each dimension of the parameter, the mesh axis that shards it, or None.
-
-    Example:
-      >>> rules = (ShardRule(r"bias", (None,)), *RULES)
-      >>> mesh = AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
-      >>> shardings({"mlp": {"up": {"bias": np.zeros(8)}}}, mesh, rules)["mlp"]["up"]["bias"].spec
-      P(None,)
-    """
-
-    path: str
-    axes: Axes
-
-
-# Layers whose output dimension is sharded over `tensor`, and layers that read such an output.
-_COLUMN = r"(attn/(q|k|v)|mlp/(up|gate)|lm_dense|pooler|pre_classifier)"
-_ROW = r"(attn/o|mlp/down)"
-
-RULES = (
-    ShardRule(r"(embedding|unembedding)", ("tensor", "fsdp")),
-    ShardRule(r"(position|type)_embedding", (None, "fsdp")),
-    ShardRule(rf"{_COLUMN}/kernel", ("fsdp", "tensor")),
-    ShardRule(rf"{_COLUMN}/bias", ("tensor",)),
-    ShardRule(rf"{_ROW}/kernel", ("tensor", "fsdp")),
-    ShardRule(rf"{_ROW}/bias", (None,)),
-    ShardRule(rf"{_COLUMN}/lora_a", ("fsdp", None)),
-    ShardRule(rf"{_COLUMN}/lora_b", (None, "tensor")),
-    ShardRule(rf"{_ROW}/lora_a", ("tensor", None)),
-    ShardRule(rf"{_ROW}/lora_b", (None, "fsdp")),
-    ShardRule(r"\w*norm/(scale|bias)", (None,)),
-    ShardRule(r"lm_bias", ("tensor",)),
-    ShardRule(r"head/kernel", (None, None)),
-    ShardRule(r"head/bias", (None,)),
-)
-"""The rules for the parameters of all model families, and for the optimizer states of these."""
-
-DECODING_RULES = (
-    ShardRule(r"(embedding|unembedding)", (("tensor", "fsdp"), None)),
-    ShardRule(rf"{_COLUMN}/(kernel|lora_b)", (None, ("tensor", "fsdp"))),
-    ShardRule(rf"{_COLUMN}/lora_a", (None, None)),
-    ShardRule(rf"{_ROW}/lora_a", ("tensor", None)),
-    *RULES,
-)
-"""The rules while decoding, where products shard their output features over `fsdp`.
-
-A step then moves activations of one position between the devices instead of all parameters (Pope et
-al. 2022, https://arxiv.org/abs/2211.05102, section 3.2).
-"""
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: tuple[ShardRule, ...] = RULES) -> Any:
@@ -115,7 +55,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: tuple[ShardRule, ...]
     """
 
     def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
-        axes = _axes_of(path, len(x.shape), rules) if x.shape else ()
+        axes = axes_of(path, len(x.shape), rules) if x.shape else ()
         return NamedSharding(mesh, _fit(axes, x.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -211,7 +151,7 @@ def constrain_params(tree: Tree, rules: tuple[ShardRule, ...] = RULES) -> Tree:
     if _automatic_mesh() is None:
         return tree
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: constrain(x, *_axes_of(path, x.ndim, rules)), tree
+        lambda path, x: constrain(x, *axes_of(path, x.ndim, rules)), tree
     )
 
 
@@ -292,22 +232,6 @@ def _is_mapped(axis: str) -> bool:
         return jax.lax.axis_size(axis) > 0
     except NameError:
         return False
-
-
-def _axes_of(path: tuple[Any, ...], rank: int, rules: tuple[ShardRule, ...]) -> Axes:
-    """Return the axes of the first rule that matches the path of a parameter."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    for rule in rules:
-        if re.fullmatch(rf"(.*/)?{rule.path}", name):
-            if len(rule.axes) != rank:
-                raise ValueError(
-                    f"The sharding rule {rule.path!r} has {len(rule.axes)} axes; the parameter"
-                    f" {name} has {rank}."
-                )
-            return rule.axes
-    raise ValueError(
-        f"No sharding rule matches the parameter {name}; add one to RULES in ppo_jax/sharding.py."
-    )
 
 
 def _fit(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:

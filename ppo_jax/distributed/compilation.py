@@ -78,7 +78,7 @@ def jit_steps(
     """Compile the steps of a PPO iteration with `jax.jit`.
 
     On a mesh, the rows of rollouts and scores are sharded over the axes `data` and `fsdp`, and the
-    state keeps the sharding that `ppo_jax.sharding.RULES` gives it.
+    state keeps the sharding that `ppo_jax.sharding_rules.RULES` gives it.
 
     Args:
       agent: the functions of policy and critic, and the settings.

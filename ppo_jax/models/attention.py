@@ -18,6 +18,12 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def in_reach(ago_SN: Array, window: int | None, causal: bool) -> Array:
+    """Return which slots a position may attend to by their distance, `[S, N]` bool."""
+    reach = ago_SN >= 0 if causal else jnp.ones(ago_SN.shape, bool)
+    return reach if window is None else reach & (jnp.abs(ago_SN) < window)
+
+
 def attend(
     q_BKQC: Array, k_BKNC: Array, v_BKNC: Array, allowed_BQN: Array, *, cap: float | None
 ) -> Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ppo_jax.models.attention import soft_cap
+from ppo_jax.models.attention import in_reach, soft_cap
 from ppo_jax.models.config import NormAt, TransformerConfig
 from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions
 from ppo_jax.models.rounding import product, round_to
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         allowed = {
-            window: mask_BN[:, None] & _in_reach(ago_SN, window, c.causal)[None]
+            window: mask_BN[:, None] & in_reach(ago_SN, window, c.causal)[None]
             for window in dict.fromkeys(c.layer_windows)
         }
         angles = {
@@ -210,12 +210,6 @@ class Decoder(nn.Module):
             out = out + self.lm_bias[None, :]
         out = constrain(split_features(out), BATCH) if decoding else out
         return out.reshape(*hidden.shape[:-1], -1)
-
-
-def _in_reach(ago_SN: Array, window: int | None, causal: bool) -> Array:
-    """Return which slots a position may attend to by their distance, `[S, N]` bool."""
-    reach = ago_SN >= 0 if causal else jnp.ones(ago_SN.shape, bool)
-    return reach if window is None else reach & (jnp.abs(ago_SN) < window)
 
 
 def init_params(config: TransformerConfig, key: Array) -> Params:

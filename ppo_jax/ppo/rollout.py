@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops import sampling
-from ppo_jax.sharding import BATCH, DECODING_RULES, constrain, constrain_params
+from ppo_jax.sharding import BATCH, constrain, constrain_params
+from ppo_jax.sharding_rules import DECODING_RULES
 from ppo_jax.types import KVCache, LanguageModel, Params, Rollout
 
 
