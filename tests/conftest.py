@@ -25,3 +25,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 pytest.register_assert_rewrite("helpers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Drop the programs of a module of tests, as a process may hold only so many in memory."""
+    yield
+    jax.clear_caches()
