@@ -47,13 +47,31 @@ from .types import (
     Scores as Scores,
 )
 
-# Advantages, losses and KL.
-from .ops.advantages import generalized_advantage_estimation as generalized_advantage_estimation
+# Advantages: with a critic, relative to a group of responses, relative to the batch.
+from .ops.advantages import (
+    decoupled_gae as decoupled_gae,
+    discounted_returns as discounted_returns,
+    generalized_advantage_estimation as generalized_advantage_estimation,
+    length_adaptive_lambda as length_adaptive_lambda,
+)
+from .ops.group_advantages import (
+    dr_grpo_advantages as dr_grpo_advantages,
+    grpo_advantages as grpo_advantages,
+    maxrl_advantages as maxrl_advantages,
+    rloo_advantages as rloo_advantages,
+)
+from .ops.baselines import (
+    batch_mean_advantages as batch_mean_advantages,
+    evpo_advantages as evpo_advantages,
+    reinforce_plus_plus_advantages as reinforce_plus_plus_advantages,
+)
+
+# Losses and KL.
+from .ops.ratios import policy_ratio as policy_ratio
 from .ops.losses import (
     clipped_policy_loss as clipped_policy_loss,
     clipped_value_loss as clipped_value_loss,
     entropy_bonus as entropy_bonus,
-    policy_ratio as policy_ratio,
     ppo_loss as ppo_loss,
 )
 from .ppo.sft import (

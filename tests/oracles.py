@@ -65,7 +65,7 @@ def gae(rewards, values, mask, gamma, lam, bootstrap_value=None) -> np.ndarray:
     for b in range(B):
         real = [t for t in range(R) if mask[b, t]]
         after = 0.0 if bootstrap_value is None else float(bootstrap_value[b])
-        values_tp1 = [float(values[b, t]) for t in real[1:]] + [after]
+        values_tp1 = [float(values[b, t]) for t in real[1:]] + [after] * bool(real)
         delta = [
             float(rewards[b, t]) + gamma[b, t] * v - float(values[b, t])
             for t, v in zip(real, values_tp1, strict=True)

@@ -1,5 +1,7 @@
 """Generalized advantage estimation over sequences with a mask."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -79,3 +81,122 @@ def generalized_advantage_estimation(
     _, outputs = jax.lax.scan(step, (start, jnp.zeros_like(start)), time_major, reverse=True)
     advantages, returns = (jnp.moveaxis(x, 0, -1) for x in outputs)
     return advantages, returns
+
+
+def decoupled_gae(
+    rewards: Array,
+    values: Array,
+    mask: Array | None = None,
+    *,
+    gamma: float | Array,
+    lam_policy: float | Array,
+    lam_value: float | Array = 1.0,
+    bootstrap_value: Array | None = None,
+) -> tuple[Array, Array]:
+    """Estimate advantages with one λ and returns with another.
+
+        A_t = Σ_k (γ λ_policy)^k δ_{t+k}
+        G_t = V(s_t) + Σ_k (γ λ_value)^k δ_{t+k}
+
+    With λ_value = 1 the critic learns from the sum of the rewards, without bias from its own
+    values, while a smaller λ_policy keeps the variance of the policy gradient low.
+
+    Args:
+      rewards: `[..., R]` float32, see `generalized_advantage_estimation`.
+      values: `[..., R]` float32, V, in units of reward.
+      mask: `[..., R]` bool, true for real steps. By default all steps are real.
+      gamma: γ, the discount per token: a number or `[..., R]`.
+      lam_policy: λ of the advantages: a number or an array that broadcasts to `[..., R]`, such as
+        `length_adaptive_lambda` returns.
+      lam_value: λ of the returns: a number or an array that broadcasts to `[..., R]`.
+      bootstrap_value: `[...]` float32, the value of the state after step `R - 1`, by default 0.
+
+    Returns:
+      Advantages and returns, `[..., R]` float32 or wider. Masked steps hold the advantage and the
+      return of the next real step.
+
+    Raises:
+      AssertionError: if shapes differ, or if the arrays are not float, float and bool.
+
+    Source:
+      Yuan et al. 2025, VC-PPO (https://arxiv.org/abs/2503.01491), decoupled GAE; Yue et al. 2025,
+      VAPO (https://arxiv.org/abs/2504.05118). Checked against NeMo RL.
+
+    Example:
+      >>> rewards, values = jnp.array([[0.0, 1.0]]), jnp.array([[0.5, 0.5]])
+      >>> decoupled_gae(rewards, values, gamma=1.0, lam_policy=0.5)
+      (Array([[0.25, 0.5 ]], dtype=float32), Array([[1., 1.]], dtype=float32))
+    """
+    estimate = partial(
+        generalized_advantage_estimation,
+        rewards,
+        values,
+        mask,
+        gamma=gamma,
+        bootstrap_value=bootstrap_value,
+    )
+    return estimate(lam=lam_policy)[0], estimate(lam=lam_value)[1]
+
+
+def length_adaptive_lambda(mask: Array, *, alpha: float) -> Array:
+    """Compute a λ that grows with the length of the response.
+
+        λ = max(0, 1 - 1 / (α · length))
+
+    The weights of the TD errors, λ^k, then sum to at most `α · length`: the share of a response
+    that an advantage looks ahead does not depend on its length.
+
+    Args:
+      mask: `[B, R]` bool, true for real tokens.
+      alpha: α, positive. VAPO uses 0.05.
+
+    Returns:
+      `[B, 1]` float32, the `lam` of `generalized_advantage_estimation` or the `lam_policy` of
+      `decoupled_gae`; 0 for a response without a real token.
+
+    Raises:
+      AssertionError: if `mask` is not `[B, R]` bool.
+
+    Source:
+      Yue et al. 2025, VAPO (https://arxiv.org/abs/2504.05118), length-adaptive GAE. Checked against
+      NeMo RL.
+
+    Example:
+      >>> length_adaptive_lambda(jnp.array([[True] * 4, [True] + [False] * 3]), alpha=0.5)
+      Array([[0.5],
+             [0. ]], dtype=float32)
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_type(mask, bool)
+    length = mask.sum(axis=1, keepdims=True).astype(jnp.float32)
+    return 1 - 1 / jnp.maximum(alpha * length, 1)
+
+
+def discounted_returns(rewards: Array, mask: Array, *, gamma: float) -> Array:
+    """Sum the discounted rewards from each step to the end of the response.
+
+        G_t = r_t + γ G_{t+1}
+
+    Args:
+      rewards: `[B, R]` float32, `r_t`; those of masked steps are ignored.
+      mask: `[B, R]` bool, true for real steps. The next step is the next real one.
+      gamma: γ, the discount per token.
+
+    Returns:
+      `[B, R]` float32; 0 outside the mask.
+
+    Raises:
+      AssertionError: if shapes differ, or `mask` is not bool.
+
+    Source:
+      Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist
+      Reinforcement Learning".
+
+    Example:
+      >>> mask = jnp.array([[True, True, False]])
+      >>> discounted_returns(jnp.array([[1.0, 2.0, 4.0]]), mask, gamma=0.5)
+      Array([[2., 2., 0.]], dtype=float32)
+    """
+    zeros = jnp.zeros_like(rewards)
+    returns, _ = generalized_advantage_estimation(rewards, zeros, mask, gamma=gamma, lam=1.0)
+    return jnp.where(mask, returns, 0)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.kl import kl_k1
-from ppo_jax.ops.losses import log_ratio, policy_ratio
 from ppo_jax.ops.masked import masked_count, masked_mean, masked_sum, masked_var, widen
+from ppo_jax.ops.ratios import log_ratio, policy_ratio
 from ppo_jax.types import Experience, LossMetrics, Metrics, Rollout, Scores
 
 

@@ -1,0 +1,96 @@
+"""Compare the methods with what released implementations compute on 128 random cases.
+
+`golden/methods/` holds the inputs and their numbers, in float32. Ours are computed in float64, so
+that rounding does not hide a difference. Masks are ragged and have holes.
+"""
+
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.ops import advantages, baselines, group_advantages
+
+GOLDEN = Path(__file__).parent / "golden" / "methods"
+
+
+@cache
+def recorded(family: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{family}.npz") as file:
+        return dict(file)
+
+
+def assert_equal_cases(ours, theirs, rtol=1e-6):
+    """Assert that the largest difference in each case is small relative to its largest number."""
+    ours, theirs = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (ours, theirs))
+    scale = np.maximum(np.abs(theirs).max(axis=1), 1e-6)
+    worst = np.max(np.abs(ours - theirs).max(axis=1) / scale)
+    assert worst <= rtol, worst
+
+
+def each_case(function, family, *names):
+    """Apply a function to each case in one compiled call, in float64."""
+    with jax.enable_x64(True):
+        data = recorded(family)
+        wide = lambda x: x.astype(np.float64) if x.dtype == np.float32 else x
+        return jax.jit(jax.vmap(function))(*(jnp.asarray(wide(data[name])) for name in names))
+
+
+# --- advantages ---
+
+
+def adaptive(rewards, values, mask, *, alpha, **options):
+    lam = advantages.length_adaptive_lambda(mask, alpha=alpha)
+    return advantages.decoupled_gae(rewards, values, mask, lam_policy=lam, **options)
+
+
+def of_size(function):
+    """MaxRL is for scores that are not negative."""
+    return lambda rewards, mask, groups: function(jnp.abs(rewards), mask, groups)
+
+
+GAE = ("rewards", "values", "mask")
+GROUPS = ("rewards", "mask", "groups")
+ADVANTAGES = {  # their numbers: (ours, names of its arguments, which result, tolerance)
+    "nemo_decoupled_advantages": (
+        partial(advantages.decoupled_gae, gamma=0.97, lam_policy=0.9, lam_value=1.0),
+        GAE,
+        0,
+    ),
+    "nemo_decoupled_returns": (
+        partial(advantages.decoupled_gae, gamma=0.97, lam_policy=0.9, lam_value=1.0),
+        GAE,
+        1,
+    ),
+    "nemo_adaptive_advantages": (partial(adaptive, gamma=0.97, alpha=0.35), GAE, 0),
+    "verl_grpo": (group_advantages.grpo_advantages, GROUPS, 0),
+    "verl_dr_grpo": (group_advantages.dr_grpo_advantages, GROUPS, 0),
+    "verl_rloo": (group_advantages.rloo_advantages, ("rewards", "mask", "singles"), 0),
+    "prime_maxrl": (of_size(group_advantages.maxrl_advantages), GROUPS, 0),
+    "skyrl_maxrl": (of_size(group_advantages.maxrl_advantages), GROUPS, 0),
+    "verl_batch_mean": (baselines.batch_mean_advantages, ("rewards", "mask"), 0),
+    "verl_returns": (
+        partial(baselines.reinforce_plus_plus_advantages, gamma=0.97),
+        ("rewards", "mask"),
+        1,
+    ),
+    "verl_reinforce_pp": (
+        partial(baselines.reinforce_plus_plus_advantages, gamma=0.97),
+        ("rewards", "mask"),
+        0,
+    ),
+    "verl_reinforce_pp_baseline": (baselines.reinforce_plus_plus_advantages, GROUPS, 0),
+}
+
+
+@pytest.mark.parametrize("peer", ADVANTAGES)
+def test_advantages(peer):
+    function, names, which = ADVANTAGES[peer]
+    data = recorded("advantages")
+    ours = np.where(data["mask"], each_case(function, "advantages", *names)[which], 0)
+    theirs = np.where(data["mask"], data[peer], 0)
+    # SkyRL adds 1e-6 to the mean of a group, which is large where the scores are small.
+    assert_equal_cases(ours, theirs, rtol=1e-3 if peer == "skyrl_maxrl" else 1e-6)
