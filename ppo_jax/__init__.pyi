@@ -66,12 +66,37 @@ from .ops.baselines import (
     reinforce_plus_plus_advantages as reinforce_plus_plus_advantages,
 )
 
-# Losses and KL.
+# Losses of the policy by token and by response, of the values, and of both.
 from .ops.ratios import policy_ratio as policy_ratio
-from .ops.losses import (
-    clipped_policy_loss as clipped_policy_loss,
+from .ops.policy_losses import (
+    cispo_loss as cispo_loss,
+    dis_loss as dis_loss,
+    sapo_loss as sapo_loss,
+)
+from .ops.dppo import (
+    Divergence as Divergence,
+    binary_kl as binary_kl,
+    binary_tv as binary_tv,
+    dppo_loss as dppo_loss,
+)
+from .ops.decoupled import (
+    decoupled_policy_loss as decoupled_policy_loss,
+    interpolated_logprobs as interpolated_logprobs,
+)
+from .ops.sequence_losses import (
+    gmpo_loss as gmpo_loss,
+    gspo_loss as gspo_loss,
+    vespo_loss as vespo_loss,
+)
+from .ops.likelihood_losses import dro_loss as dro_loss, positive_nll_loss as positive_nll_loss
+from .ops.value_losses import (
     clipped_value_loss as clipped_value_loss,
     entropy_bonus as entropy_bonus,
+)
+from .ops.losses import (
+    PolicyLossFn as PolicyLossFn,
+    actor_critic_loss as actor_critic_loss,
+    clipped_policy_loss as clipped_policy_loss,
     ppo_loss as ppo_loss,
 )
 from .ppo.sft import (
@@ -92,6 +117,9 @@ from .ppo.methods import (
     Loss as Loss,
     clipped_ppo as clipped_ppo,
     gae as gae,
+    monte_carlo as monte_carlo,
+    vapo_gae as vapo_gae,
+    with_policy_loss as with_policy_loss,
 )
 from .ops.kl import (
     kl_abs as kl_abs,

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from helpers import full_trainer, small_problem
 
+from ppo_jax.errors import SettingError
 from ppo_jax.ops import kl
+from ppo_jax.ops.masked import masked_mean
+from ppo_jax.ops.policy_losses import dis_loss
 from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting, gae
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
@@ -113,3 +116,56 @@ def test_a_run_from_before_a_setting_goes_on(tmp_path):
     write_json(tmp_path / "half/config.json", config)
     half = full_trainer(tmp_path / "half", updates=2, eval_every=0, resume="yes").run()
     jax.tree.map(np.testing.assert_array_equal, half.train.params, whole.train.params)
+
+
+def test_every_loss_of_the_settings_has_the_gradient_of_its_policy_loss():
+    x, values, advantages, returns, entropies, old = jax.random.normal(jax.random.key(3), (6, 4, 5))
+    mask = rollout_and_scores()[0].response_mask
+    config = PPOConfig(vf_coef=0.5, value_clip=None, clip_high=0.3)
+
+    def total(x, values, loss):
+        terms = loss(
+            x,
+            values,
+            entropies,
+            old_logprobs=old,
+            old_values=values,
+            advantages=advantages,
+            returns=returns,
+            mask=mask,
+            value_mask=mask,
+            aggregate=masked_mean,
+            value_aggregate=masked_mean,
+        )
+        return terms[0]
+
+    slopes = {}
+    for member in Loss:
+        loss, metrics = member.function(config)
+        assert metrics.keywords == {"clip_low": 0.2, "clip_high": 0.3}
+        slopes[member], of_values = jax.grad(total, (0, 1))(x, values, loss)
+        expected = np.where(mask, 0.5 * (values - returns), 0) / mask.sum()
+        np.testing.assert_allclose(of_values, expected, rtol=1e-5, atol=1e-7)
+        assert np.isfinite(slopes[member]).all() and np.any(slopes[member])
+    clipped = functools.partial(dis_loss, clip_low=0.2, clip_high=0.3)
+    np.testing.assert_array_equal(slopes[Loss.DIS], jax.grad(clipped)(x, old, advantages, mask))
+    assert len({np.asarray(slope).tobytes() for slope in slopes.values()}) == len(Loss)
+
+
+def test_every_advantage_of_the_settings():
+    made = {
+        kind: experience(kind.function(PPOConfig(gamma=0.9)), whiten_advantages=False)
+        for kind in Advantage
+    }
+    mask = made[Advantage.VAPO].response_mask
+    sums = made[Advantage.MONTE_CARLO].returns
+    np.testing.assert_array_equal(made[Advantage.MONTE_CARLO].advantages, sums)
+    np.testing.assert_allclose(made[Advantage.VAPO].returns, sums, rtol=1e-4, atol=1e-5)
+    short = np.where(mask, made[Advantage.VAPO].advantages, 0)
+    one_step = experience(gae(gamma=0.9, lam=0.0)).advantages  # 0.05 · 5 < 1, so λ is 0
+    np.testing.assert_allclose(short, one_step, rtol=1e-5)
+
+
+def test_a_dual_clip_needs_the_loss_of_ppo():
+    with pytest.raises(SettingError, match="needs loss=ppo"):
+        PPOConfig(loss=Loss.CISPO, dual_clip=3.0)

@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.ops import advantages, baselines, group_advantages
+from ppo_jax.ops import (
+    advantages,
+    baselines,
+    decoupled,
+    dppo,
+    group_advantages,
+    likelihood_losses,
+    losses,
+    policy_losses,
+    sequence_losses,
+)
+from ppo_jax.ops.masked import sequence_mean
 
 GOLDEN = Path(__file__).parent / "golden" / "methods"
 
@@ -94,3 +105,60 @@ def test_advantages(peer):
     theirs = np.where(data["mask"], data[peer], 0)
     # SkyRL adds 1e-6 to the mean of a group, which is large where the scores are small.
     assert_equal_cases(ours, theirs, rtol=1e-3 if peer == "skyrl_maxrl" else 1e-6)
+
+
+# --- losses ---
+
+
+WIDE = {"clip_low": 0.15, "clip_high": 0.25}
+KL = {"clip_low": 0.05, "clip_high": 0.02, "divergence": dppo.binary_kl}
+POLICY = ("logprobs", "old_logprobs", "advantages", "mask")
+DECOUPLED = ("logprobs", "old_logprobs", "proximal", "advantages", "mask")
+LOSSES = {  # their numbers: (our loss, names of its arguments)
+    "verl_ppo": (partial(losses.clipped_policy_loss, **WIDE, dual_clip=3.0), POLICY),
+    "verl_cispo": (partial(policy_losses.cispo_loss, **WIDE), POLICY),
+    "slime_cispo": (partial(policy_losses.cispo_loss, clip_low=1.0, clip_high=4.0), POLICY),
+    "skyrl_dis": (partial(policy_losses.dis_loss, **WIDE), POLICY),
+    "verl_sapo": (partial(policy_losses.sapo_loss, aggregate=sequence_mean), POLICY),
+    "areal_sapo": (partial(policy_losses.sapo_loss, tau_positive=0.8, tau_negative=1.7), POLICY),
+    "verl_dppo_tv": (partial(dppo.dppo_loss, **WIDE), POLICY),
+    "verl_dppo_kl": (partial(dppo.dppo_loss, **KL), POLICY),
+    "skyrl_dppo_tv": (partial(dppo.dppo_loss, **WIDE, ratio_max=None), POLICY),
+    "skyrl_dppo_kl": (partial(dppo.dppo_loss, **KL, ratio_max=None), POLICY),
+    "prime_dppo_tv": (partial(dppo.dppo_loss, **WIDE, ratio_max=None), POLICY),
+    "areal_decoupled": (
+        partial(decoupled.decoupled_policy_loss, **WIDE, weight_max=2.0),
+        DECOUPLED,
+    ),
+    "areal_decoupled_unbounded": (
+        partial(decoupled.decoupled_policy_loss, clip_low=0.2, clip_high=0.2),
+        DECOUPLED,
+    ),
+    "verl_gspo": (sequence_losses.gspo_loss, POLICY),
+    "verl_gspo_wide": (partial(sequence_losses.gspo_loss, **WIDE), POLICY),
+    "verl_gmpo": (sequence_losses.gmpo_loss, POLICY),
+    "trl_vespo": (sequence_losses.vespo_loss, POLICY),
+    "verl_dro": (partial(likelihood_losses.dro_loss, beta=0.3), POLICY),
+    "nemo_positive_nll": (likelihood_losses.positive_nll_loss, ("logprobs", "good", "mask")),
+}
+
+
+@pytest.mark.parametrize("peer", LOSSES)
+def test_losses_and_their_gradients(peer):
+    function, names = LOSSES[peer]
+    loss, slope = each_case(jax.value_and_grad(function), "losses", *names)
+    data = recorded("losses")
+    cases = np.ones(len(slope), bool)
+    if "gspo" in peer:  # They clip the mean log-ratio of a response at 10 nats.
+        change, mask = (data["logprobs"] - data["old_logprobs"]), data["mask"]
+        cases = np.max(np.mean(change, axis=2, where=mask), axis=1) < 10
+        assert cases.sum() > 100
+    assert_equal_cases(slope[cases], data[f"{peer}_grad"][cases])
+    if not peer.startswith("verl_dppo"):  # Their value has log π in place of the ratio.
+        assert_equal_cases(loss[cases], data[peer][cases])
+
+
+def test_interpolated_logprobs():
+    names = ("logprobs", "old_logprobs", "age")
+    ours = each_case(decoupled.interpolated_logprobs, "losses", *names)
+    assert_equal_cases(ours, recorded("losses")["areal_interpolated"])

@@ -1,4 +1,4 @@
-"""The PPO losses: functions of `[B, R]` arrays and a mask that return one number to minimise.
+"""The loss of PPO and its parts: `[B, R]` arrays and a mask in, one number to minimise out.
 
 `aggregate` reduces the per-token terms to one number. `masked_mean` gives each token the same
 weight, and `sequence_mean` gives each response the same weight. For a micro-batch, pass
@@ -6,12 +6,16 @@ weight, and `sequence_mean` gives each response the same weight. For a micro-bat
 micro-batches then add up to the loss of the minibatch.
 """
 
+from functools import partial
+from typing import Protocol
+
 import chex
 import jax.numpy as jnp
 from jax import Array
 
-from ppo_jax.ops.masked import check_mask, masked_mean, widen
+from ppo_jax.ops.masked import masked_mean, widen
 from ppo_jax.ops.ratios import policy_ratio
+from ppo_jax.ops.value_losses import clipped_value_loss, entropy_bonus
 from ppo_jax.types import Aggregate, Metrics
 
 
@@ -74,66 +78,70 @@ def clipped_policy_loss(
     return -aggregate(gain, mask)
 
 
-def clipped_value_loss(
+class PolicyLossFn(Protocol):
+    """Computes the loss of the policy, `[]` float32, from `[B, R]` arrays.
+
+    `functools.partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2)` is one; see there for the
+    arguments.
+    """
+
+    def __call__(
+        self,
+        logprobs: Array,
+        old_logprobs: Array,
+        advantages: Array,
+        mask: Array,
+        *,
+        aggregate: Aggregate,
+    ) -> Array:
+        """Return the loss."""
+
+
+def actor_critic_loss(
+    logprobs: Array,
     values: Array,
+    entropies: Array,
+    *,
+    policy_loss: PolicyLossFn,
+    old_logprobs: Array,
     old_values: Array,
+    advantages: Array,
     returns: Array,
     mask: Array,
-    *,
-    clip: float | None,
+    value_mask: Array,
+    value_clip: float | None,
+    vf_coef: float,
+    entropy_coef: float | Array = 0.0,
     aggregate: Aggregate = masked_mean,
-) -> Array:
-    """Compute half the squared error of the values, with the values clipped around the old ones.
+    value_aggregate: Aggregate | None = None,
+) -> tuple[Array, Metrics]:
+    """Combine any loss of the policy with the loss of the values and the entropy.
 
-        V_c = V_old + clip(V - V_old, -clip, clip)
-        L = ½ E[ max((V - G)², (V_c - G)²) ]
+        L = L_policy + vf_coef · L_value - entropy_coef · H
 
-    Args:
-      values: `[B, R]` float32, V, in units of reward. The gradient flows through them.
-      old_values: `[B, R]` float32, V_old, the values that the advantages were computed with.
-      returns: `[B, R]` float32, G, the targets.
-      mask: `[B, R]` bool, true for the steps that count.
-      clip: how far a value may move from its old value, in units of reward; positive. `None` gives
-        the plain squared error.
-      aggregate: reduces the terms to one number.
-
-    Returns:
-      `[]` float32.
-
-    Raises:
-      AssertionError: if the shapes differ, or a mask is not bool.
-
-    Source:
-      `ppo2` of OpenAI Baselines, and the code of Ziegler et al. 2019
-      (https://arxiv.org/abs/1909.08593).
-
-    Example:
-      >>> one = jnp.ones((1, 1))
-      >>> clipped_value_loss(one, 0 * one, 2 * one, one > 0, clip=0.5)
-      Array(1.125, dtype=float32)
-    """
-    check_mask(mask, values, old_values, returns)
-    # Masking before the arithmetic keeps a NaN outside the mask out of the gradient.
-    values, old_values, returns = (
-        widen(jnp.where(mask, x, 0)) for x in (values, old_values, returns)
-    )
-    error = (values - returns) ** 2
-    if clip is not None:
-        clipped = old_values + jnp.clip(values - old_values, -clip, clip)
-        error = jnp.maximum(error, (clipped - returns) ** 2)
-    return 0.5 * aggregate(error, mask)
-
-
-def entropy_bonus(entropies: Array, mask: Array, *, aggregate: Aggregate = masked_mean) -> Array:
-    """Compute the mean entropy, which PPO may reward to keep the policy exploring.
+    With its coefficients bound by `functools.partial`, it is a `types.ResponseLossFn`.
 
     Args:
-      entropies: `[B, R]` float32, in nats.
-      mask: `[B, R]` bool, true for the tokens that count.
-      aggregate: reduces the entropies to one number.
+      logprobs: `[B, R]` float32, see `ppo_loss`.
+      values: `[B, R]` float32, see `ppo_loss`.
+      entropies: `[B, R]` float32, see `ppo_loss`.
+      policy_loss: the loss of the policy with its hyper-parameters bound, such as
+        `functools.partial(cispo_loss, clip_low=1.0, clip_high=4.0)`.
+      old_logprobs: `[B, R]` float32, see `ppo_loss`.
+      old_values: `[B, R]` float32, see `ppo_loss`.
+      advantages: `[B, R]` float32.
+      returns: `[B, R]` float32, the targets of the values.
+      mask: `[B, R]` bool, true for the tokens in the policy loss and the entropy.
+      value_mask: `[B, R]` bool, true for the steps in the value loss.
+      value_clip: the `clip` of `clipped_value_loss`.
+      vf_coef: the weight of the value loss; 0 for methods without a critic.
+      entropy_coef: the weight of the entropy, a number or `[]` float32.
+      aggregate: reduces the terms of policy and entropy to one number.
+      value_aggregate: reduces the terms of the value to one number. By default it is `aggregate`.
 
     Returns:
-      `[]` float32, to be subtracted from a loss.
+      The loss, `[]` float32, and its terms by name: `loss/policy`, `loss/value` and
+      `policy/entropy`, `[]` float32 each.
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
@@ -142,10 +150,29 @@ def entropy_bonus(entropies: Array, mask: Array, *, aggregate: Aggregate = maske
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 9.
 
     Example:
-      >>> entropy_bonus(jnp.array([[1.0, 2.0]]), jnp.array([[True, True]]))
-      Array(1.5, dtype=float32)
+      >>> x, mask = jnp.ones((1, 2)), jnp.ones((1, 2), bool)
+      >>> reinforce = lambda logprobs, old, advantages, mask, *, aggregate: -aggregate(
+      ...     logprobs * advantages, mask)
+      >>> loss, terms = actor_critic_loss(
+      ...     -x, x, x, policy_loss=reinforce, old_logprobs=-x, old_values=x, advantages=x,
+      ...     returns=2 * x, mask=mask, value_mask=mask, value_clip=None, vf_coef=0.1)
+      >>> loss
+      Array(1.05, dtype=float32)
     """
-    return aggregate(entropies, mask)
+    policy = policy_loss(logprobs, old_logprobs, advantages, mask, aggregate=aggregate)
+    value = clipped_value_loss(
+        values,
+        old_values,
+        returns,
+        value_mask,
+        clip=value_clip,
+        aggregate=value_aggregate or aggregate,
+    )
+    bonus = entropy_bonus(entropies, mask, aggregate=aggregate)
+    loss = policy + vf_coef * value
+    if isinstance(entropy_coef, Array) or entropy_coef:  # A weight of 0 needs no gradient.
+        loss = loss - entropy_coef * bonus
+    return loss, {"loss/policy": policy, "loss/value": value, "policy/entropy": bonus}
 
 
 def ppo_loss(
@@ -212,26 +239,23 @@ def ppo_loss(
       >>> loss
       Array(-0.95, dtype=float32)
     """
-    policy = clipped_policy_loss(
+    policy_loss = partial(
+        clipped_policy_loss, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
+    return actor_critic_loss(
         logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        aggregate=aggregate,
-    )
-    value = clipped_value_loss(
         values,
-        old_values,
-        returns,
-        value_mask,
-        clip=value_clip,
-        aggregate=value_aggregate or aggregate,
+        entropies,
+        policy_loss=policy_loss,
+        old_logprobs=old_logprobs,
+        old_values=old_values,
+        advantages=advantages,
+        returns=returns,
+        mask=mask,
+        value_mask=value_mask,
+        value_clip=value_clip,
+        vf_coef=vf_coef,
+        entropy_coef=entropy_coef,
+        aggregate=aggregate,
+        value_aggregate=value_aggregate,
     )
-    bonus = entropy_bonus(entropies, mask, aggregate=aggregate)
-    loss = policy + vf_coef * value
-    if isinstance(entropy_coef, Array) or entropy_coef:  # A weight of 0 needs no gradient.
-        loss = loss - entropy_coef * bonus
-    return loss, {"loss/policy": policy, "loss/value": value, "policy/entropy": bonus}

@@ -11,11 +11,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from jax import Array
+
 from ppo_jax.ops import kl, losses
-from ppo_jax.ops.advantages import generalized_advantage_estimation
+from ppo_jax.ops.advantages import (
+    decoupled_gae,
+    discounted_returns,
+    generalized_advantage_estimation,
+    length_adaptive_lambda,
+)
+from ppo_jax.ops.dppo import binary_kl, dppo_loss
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, Aggregation
 from ppo_jax.ops.metrics import policy_metrics
-from ppo_jax.types import AdvantageFn, KLEstimatorFn, LossMetrics, ResponseLossFn
+from ppo_jax.ops.policy_losses import cispo_loss, dis_loss, sapo_loss
+from ppo_jax.ops.sequence_losses import gmpo_loss, gspo_loss, vespo_loss
+from ppo_jax.types import (
+    AdvantageFn,
+    KLEstimatorFn,
+    LossMetrics,
+    ResponseLossFn,
+    Rollout,
+    Scores,
+)
 
 if TYPE_CHECKING:
     from ppo_jax.ppo.settings import PPOConfig
@@ -45,6 +62,104 @@ def gae(*, gamma: float, lam: float) -> AdvantageFn:
     """
     estimate = partial(generalized_advantage_estimation, gamma=gamma, lam=lam)
     return lambda rewards, values, mask, *, rollout, scores: estimate(rewards, values, mask)
+
+
+def vapo_gae(*, gamma: float, alpha: float = 0.05) -> AdvantageFn:
+    """Make an `AdvantageFn` whose λ grows with the response, and whose returns have λ = 1.
+
+    Args:
+      gamma: discount per token.
+      alpha: see `length_adaptive_lambda`. The default is that of VAPO.
+
+    Returns:
+      The estimator; it needs neither the rollout nor the scores.
+
+    Source:
+      Yue et al. 2025, VAPO (https://arxiv.org/abs/2504.05118).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rewards, mask = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
+      >>> advantage_fn = vapo_gae(gamma=1.0, alpha=1.0)
+      >>> advantages, returns = advantage_fn(
+      ...     rewards, 0 * rewards, mask, rollout=None, scores=None)
+      >>> advantages, returns
+      (Array([[0.5, 1. ]], dtype=float32), Array([[1., 1.]], dtype=float32))
+    """
+
+    def estimate(
+        rewards: Array, values: Array, mask: Array, *, rollout: Rollout, scores: Scores
+    ) -> tuple[Array, Array]:
+        lam = length_adaptive_lambda(mask, alpha=alpha)
+        return decoupled_gae(rewards, values, mask, gamma=gamma, lam_policy=lam)
+
+    return estimate
+
+
+def monte_carlo(*, gamma: float) -> AdvantageFn:
+    """Make an `AdvantageFn` that uses the sum of later rewards, without a critic.
+
+    Whitened over the batch, as `whiten_advantages` does, these are the advantages of REINFORCE++.
+
+    Args:
+      gamma: discount per token.
+
+    Returns:
+      The estimator; it needs neither the values, the rollout nor the scores.
+
+    Source:
+      Hu et al. 2025 (https://arxiv.org/abs/2501.03262).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rewards, mask = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
+      >>> monte_carlo(gamma=0.5)(rewards, rewards, mask, rollout=None, scores=None)[0]
+      Array([[0.5, 1. ]], dtype=float32)
+    """
+
+    def estimate(
+        rewards: Array, values: Array, mask: Array, *, rollout: Rollout, scores: Scores
+    ) -> tuple[Array, Array]:
+        returns = discounted_returns(rewards, mask, gamma=gamma)
+        return returns, returns
+
+    return estimate
+
+
+def with_policy_loss(
+    config: "PPOConfig", policy_loss: losses.PolicyLossFn
+) -> tuple[ResponseLossFn, Callable[..., LossMetrics]]:
+    """Combine a loss of the policy with the value loss, entropy and metrics of the settings.
+
+    Args:
+      config: the settings.
+      policy_loss: the loss of the policy with its hyper-parameters bound.
+
+    Returns:
+      The loss of `[B, R]` arrays and its metrics, as `ppo_loss_fn` takes them.
+
+    Example:
+      >>> from ppo_jax import PPOConfig, sapo_loss
+      >>> loss, metrics = with_policy_loss(PPOConfig(vf_coef=0.5), sapo_loss)
+      >>> loss.keywords["vf_coef"]
+      0.5
+    """
+    loss = partial(
+        losses.actor_critic_loss,
+        policy_loss=policy_loss,
+        value_clip=config.value_clip,
+        vf_coef=config.vf_coef,
+        entropy_coef=config.entropy_coef,
+    )
+    return loss, partial(policy_metrics, clip_low=config.clip_low, clip_high=config.clip_high)
+
+
+def _clipped(policy_loss: Callable[..., Array], **options: Any) -> Callable:
+    """Make a loss whose clip is that of the settings."""
+    return lambda config: with_policy_loss(
+        config,
+        partial(policy_loss, clip_low=config.clip_low, clip_high=config.clip_high, **options),
+    )
 
 
 def clipped_ppo(config: "PPOConfig") -> tuple[ResponseLossFn, Callable[..., LossMetrics]]:
@@ -104,6 +219,8 @@ class Advantage(_Method):
 
     function: Callable[["PPOConfig"], AdvantageFn]
     GAE = "gae", lambda config: gae(gamma=config.gamma, lam=config.lam)
+    VAPO = "vapo", lambda config: vapo_gae(gamma=config.gamma)
+    MONTE_CARLO = "monte_carlo", lambda config: monte_carlo(gamma=config.gamma)
 
 
 class Loss(_Method):
@@ -111,6 +228,14 @@ class Loss(_Method):
 
     function: Callable[["PPOConfig"], tuple[ResponseLossFn, Callable[..., LossMetrics]]]
     PPO = "ppo", clipped_ppo
+    CISPO = "cispo", _clipped(cispo_loss)
+    DIS = "dis", _clipped(dis_loss)
+    DPPO_TV = "dppo_tv", _clipped(dppo_loss)
+    DPPO_KL = "dppo_kl", _clipped(dppo_loss, divergence=binary_kl)
+    SAPO = "sapo", lambda config: with_policy_loss(config, sapo_loss)
+    GSPO = "gspo", _clipped(gspo_loss)
+    GMPO = "gmpo", _clipped(gmpo_loss)
+    VESPO = "vespo", lambda config: with_policy_loss(config, vespo_loss)
 
 
 class Weighting(_Method):

@@ -100,10 +100,18 @@ class PPOConfig:
     """Sample only among the most likely tokens whose probabilities sum to
     this (nucleus sampling). None: no limit."""
     advantage: Advantage = Advantage.GAE
-    """Advantage estimator: gae is generalized advantage estimation."""
+    """Advantage estimator: gae is generalized advantage estimation; vapo is
+    the same with a lambda that grows with the length of the response and
+    returns without bootstrapping (arXiv:2504.05118); monte_carlo is the sum
+    of the later rewards without a critic, which is REINFORCE++ if advantages
+    are whitened (arXiv:2501.03262)."""
     loss: Loss = Loss.PPO
-    """Loss of a minibatch: ppo is the clipped surrogate objective with value
-    loss and entropy bonus."""
+    """Loss of the policy, to which value loss and entropy bonus are added: ppo
+    is the clipped surrogate objective. All but sapo and vespo read clip_low
+    and clip_high, as the bounds of a ratio (cispo, dis), of a divergence
+    (dppo_tv, dppo_kl), of the mean ratio of a response (gspo, for example
+    0.0003 and 0.0004) or of a log-ratio (gmpo, for example 0.4 and 0.4). gspo
+    and gmpo go with weighting=sequence."""
     clip_low: float = 0.2
     """Lower clip: the probability ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
@@ -205,6 +213,11 @@ class PPOConfig:
             raise SettingError(
                 f"kl_coef must be positive with kl_target={self.kl_target}, because a weight of 0 "
                 "cannot adapt."
+            )
+        if self.dual_clip is not None and self.loss is not Loss.PPO:
+            raise SettingError(
+                f"dual_clip={self.dual_clip} needs loss=ppo, because loss={self.loss.value} has no "
+                "dual clip."
             )
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise SettingError(
