@@ -89,6 +89,7 @@ from .ops.sequence_losses import (
     vespo_loss as vespo_loss,
 )
 from .ops.likelihood_losses import dro_loss as dro_loss, positive_nll_loss as positive_nll_loss
+from .ops.kl_loss import kl_loss as kl_loss
 from .ops.value_losses import (
     clipped_value_loss as clipped_value_loss,
     entropy_bonus as entropy_bonus,
@@ -99,6 +100,17 @@ from .ops.losses import (
     clipped_policy_loss as clipped_policy_loss,
     ppo_loss as ppo_loss,
 )
+
+# Weights and masks for a sampler whose log-probs differ from the trainer's.
+from .ops.importance import (
+    Level as Level,
+    bounded_weights as bounded_weights,
+    importance_mask as importance_mask,
+    importance_weights as importance_weights,
+    truncated_weights as truncated_weights,
+)
+
+# Supervised losses, methods by name, and KL.
 from .ppo.sft import (
     sft_loss as sft_loss,
     LossAndAccuracy as LossAndAccuracy,
@@ -155,6 +167,11 @@ from .ops.masked import (
     masked_var as masked_var,
     masked_whiten as masked_whiten,
     sequence_mean as sequence_mean,
+)
+from .ops.aggregation import (
+    SEQUENCE_SUM as SEQUENCE_SUM,
+    TOKEN_SUM as TOKEN_SUM,
+    constant_length as constant_length,
 )
 from .ppo.methods import Weighting as Weighting
 from .ops.logprobs import (

@@ -12,6 +12,7 @@ from flax.training.train_state import TrainState
 from helpers import MAPPINGS, on_devices
 
 from ppo_jax.ops import masked
+from ppo_jax.ops.aggregation import TOKEN_SUM, constant_length
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.metrics import experience_metrics, explained_variance
 from ppo_jax.ops.rewards import running_scale
@@ -132,7 +133,10 @@ def test_values_and_gradients_of_rows(batch, how, name):
 
 
 @pytest.mark.parametrize("how", MAPPINGS)
-@pytest.mark.parametrize("count", [masked.masked_count, masked.sequence_count])
+@pytest.mark.parametrize(
+    "count",
+    [masked.masked_count, masked.sequence_count, TOKEN_SUM.count, constant_length(7).count],
+)
 def test_counts(batch, how, count):
     mask = batch[1]
     close(on_devices(how, partial(count, axis_name="devices"), mask), np.full(8, count(mask)))

@@ -18,12 +18,16 @@ from ppo_jax.ops import (
     decoupled,
     dppo,
     group_advantages,
+    importance,
+    kl,
     likelihood_losses,
     losses,
     policy_losses,
     sequence_losses,
 )
-from ppo_jax.ops.masked import sequence_mean
+from ppo_jax.ops.aggregation import SEQUENCE_SUM, TOKEN_SUM, constant_length
+from ppo_jax.ops.kl_loss import kl_loss
+from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, sequence_mean
 
 GOLDEN = Path(__file__).parent / "golden" / "methods"
 
@@ -162,3 +166,69 @@ def test_interpolated_logprobs():
     names = ("logprobs", "old_logprobs", "age")
     ours = each_case(decoupled.interpolated_logprobs, "losses", *names)
     assert_equal_cases(ours, recorded("losses")["areal_interpolated"])
+
+
+# --- KL in the loss, weighting, importance weights ---
+
+
+AGAINST = ("logprobs", "ref_logprobs", "mask")
+KL_LOSSES = {  # their numbers: (our loss, names of its arguments)
+    "verl_kl_k2": (kl_loss, AGAINST),
+    "verl_kl_k1_straight": (partial(kl_loss, estimator=kl.kl_k1), AGAINST),
+    "verl_kl_k3_straight": (partial(kl_loss, estimator=kl.kl_k3), AGAINST),
+    "slime_kl_k3_weighted": (
+        lambda x, ref, mask, old: kl_loss(x, ref, mask, estimator=kl.kl_k3, old_logprobs=old),
+        (*AGAINST, "old_logprobs"),
+    ),
+}
+
+
+@pytest.mark.parametrize("peer", KL_LOSSES)
+def test_kl_in_the_loss(peer):
+    function, names = KL_LOSSES[peer]
+    loss, slope = each_case(jax.value_and_grad(function), "losses", *names)
+    assert_equal_cases(loss, recorded("losses")[peer])
+    assert_equal_cases(slope, recorded("losses")[f"{peer}_grad"])
+
+
+AGGREGATIONS = {
+    "verl_agg_token_mean": BY_TOKEN,
+    "verl_agg_token_sum": TOKEN_SUM,
+    "verl_agg_seq_mean_token_sum": SEQUENCE_SUM,
+    "verl_agg_seq_mean_token_sum_norm": constant_length(),
+    "verl_agg_constant": constant_length(50),
+    "verl_agg_seq_mean_token_mean": BY_SEQUENCE,
+}
+
+
+@pytest.mark.parametrize("peer", AGGREGATIONS)
+def test_weighting_of_tokens(peer):
+    aggregation = AGGREGATIONS[peer]
+    reduce = lambda x, mask: aggregation.mean(x, mask, count=aggregation.count(mask))
+    total, slope = each_case(jax.value_and_grad(reduce), "losses", "logprobs", "mask")
+    assert_equal_cases(total, recorded("losses")[peer])
+    assert_equal_cases(slope, recorded("losses")[f"{peer}_grad"])
+
+
+TRUNCATED = partial(importance.truncated_weights, high=1.5)
+RANGE = {"low": 0.6, "high": 1.6}
+KEPT = partial(importance.importance_mask, **RANGE)
+SEQUENCE, TOKEN = importance.Level.SEQUENCE, importance.Level.TOKEN
+IMPORTANCE = {
+    "verl_tis_token": TRUNCATED,
+    "skyrl_tis_token": TRUNCATED,
+    "verl_tis_sequence": partial(TRUNCATED, level=SEQUENCE),
+    "skyrl_tis_sequence": partial(TRUNCATED, level=SEQUENCE),
+    "verl_icepop_token": partial(importance.bounded_weights, **RANGE),
+    "verl_icepop_sequence": partial(importance.bounded_weights, **RANGE, level=SEQUENCE),
+    "skyrl_mask_token": partial(KEPT, level=TOKEN),
+    "skyrl_mask_outlier": partial(KEPT, level=TOKEN, whole=True),
+    "skyrl_mask_sequence": partial(KEPT, level=SEQUENCE),
+    "skyrl_mask_geometric": partial(importance.importance_mask, low=0.97, high=1.02),
+}
+
+
+@pytest.mark.parametrize("peer", IMPORTANCE)
+def test_importance_weights(peer):
+    ours = each_case(IMPORTANCE[peer], "importance", "logprobs", "sampler_logprobs", "mask")
+    assert_equal_cases(ours, recorded("importance")[peer])

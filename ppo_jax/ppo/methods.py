@@ -20,6 +20,7 @@ from ppo_jax.ops.advantages import (
     generalized_advantage_estimation,
     length_adaptive_lambda,
 )
+from ppo_jax.ops.aggregation import SEQUENCE_SUM, TOKEN_SUM, constant_length
 from ppo_jax.ops.dppo import binary_kl, dppo_loss
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, Aggregation
 from ppo_jax.ops.metrics import policy_metrics
@@ -239,11 +240,11 @@ class Loss(_Method):
 
 
 class Weighting(_Method):
-    """The weighting of the loss: each token or each response counts the same.
-
-    `function` computes the mean.
-    """
+    """How the loss weighs tokens; `function` computes the mean or sum and its divisor."""
 
     function: Aggregation
     TOKEN = "token", BY_TOKEN
     SEQUENCE = "sequence", BY_SEQUENCE
+    SEQUENCE_SUM = "sequence_sum", SEQUENCE_SUM
+    CONSTANT_LENGTH = "constant_length", constant_length()
+    TOKEN_SUM = "token_sum", TOKEN_SUM

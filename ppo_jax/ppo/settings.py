@@ -128,7 +128,9 @@ class PPOConfig:
     """Weight of the entropy bonus, which is subtracted from the loss."""
     weighting: Weighting = Weighting.TOKEN
     """The loss is a mean in which each token has the same weight (token) or
-    each response (sequence)."""
+    each response (sequence). sequence_sum is the mean over responses of the
+    sum over their tokens, constant_length divides that by max_new_tokens
+    (Dr. GRPO), and token_sum is the sum over the minibatch."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
