@@ -94,6 +94,11 @@ from .ops.value_losses import (
     clipped_value_loss as clipped_value_loss,
     entropy_bonus as entropy_bonus,
 )
+from .ops.entropy_control import (
+    EntropyController as EntropyController,
+    EntropyState as EntropyState,
+    adaptive_entropy as adaptive_entropy,
+)
 from .ops.losses import (
     PolicyLossFn as PolicyLossFn,
     actor_critic_loss as actor_critic_loss,
@@ -147,7 +152,7 @@ from .ops.kl import (
     fixed_kl as fixed_kl,
 )
 
-# Rewards of tokens, averages, log-probs, sampling and metrics.
+# Scores and rewards of tokens, averages, log-probs, sampling and metrics.
 from .ops.rewards import (
     RewardScaling as RewardScaling,
     MissingEOS as MissingEOS,
@@ -156,6 +161,14 @@ from .ops.rewards import (
     apply_missing_eos as apply_missing_eos,
     running_scale as running_scale,
     token_rewards as token_rewards,
+)
+from .ops.scores import (
+    informative as informative,
+    least_score as least_score,
+    mean_score as mean_score,
+    overlong_penalty as overlong_penalty,
+    uncertainty_weighted_score as uncertainty_weighted_score,
+    weighted_score as weighted_score,
 )
 from .ops.masked import (
     MeanFn as MeanFn,

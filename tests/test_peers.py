@@ -23,9 +23,11 @@ from ppo_jax.ops import (
     likelihood_losses,
     losses,
     policy_losses,
+    scores,
     sequence_losses,
 )
 from ppo_jax.ops.aggregation import SEQUENCE_SUM, TOKEN_SUM, constant_length
+from ppo_jax.ops.entropy_control import adaptive_entropy
 from ppo_jax.ops.kl_loss import kl_loss
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, sequence_mean
 
@@ -232,3 +234,42 @@ IMPORTANCE = {
 def test_importance_weights(peer):
     ours = each_case(IMPORTANCE[peer], "importance", "logprobs", "sampler_logprobs", "mask")
     assert_equal_cases(ours, recorded("importance")[peer])
+
+
+# --- scores, entropy ---
+
+
+def overlong(max_length, buffer, weight):
+    return partial(scores.overlong_penalty, max_length=max_length, buffer=buffer, weight=weight)
+
+
+def entropy_path(entropies):
+    """Return the coefficient and the weight after each update."""
+    controller = adaptive_entropy(0.002, target=0.2, step=0.0004, most=0.003)
+    step = lambda state, entropy: (new := controller.update(state, entropy), jnp.stack(new))
+    return jax.lax.scan(step, controller.init(), entropies.astype(jnp.float32))[1]
+
+
+def named(parts):
+    weights = dict(zip("abc", (1.0, 0.5, -0.25), strict=True))
+    return scores.weighted_score(dict(zip("abc", parts, strict=True)), weights)
+
+
+SCORES = {
+    "trl_overlong": (overlong(10, 4, 1.0), ("mask",)),
+    "areal_overlong": (overlong(12, 5, 0.7), ("mask",)),
+    "skyrl_informative": (scores.informative, ("scores", "groups")),
+    "coste_mean": (scores.mean_score, ("ensemble",)),
+    "coste_least": (scores.least_score, ("ensemble",)),
+    "coste_uncertainty": (partial(scores.uncertainty_weighted_score, coef=0.4), ("ensemble",)),
+    "trl_weighted": (named, ("parts",)),
+    "skywork_entropy": (entropy_path, ("entropy",)),
+}
+
+
+@pytest.mark.parametrize("peer", SCORES)
+def test_scores_and_entropy(peer):
+    function, names = SCORES[peer]
+    # The state of a controller is float32, and theirs adds up float64.
+    rtol = 1e-5 if peer == "skywork_entropy" else 1e-6
+    assert_equal_cases(each_case(function, "scores", *names), recorded("scores")[peer], rtol)
