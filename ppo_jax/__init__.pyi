@@ -89,6 +89,12 @@ from .ops.sequence_losses import (
     vespo_loss as vespo_loss,
 )
 from .ops.likelihood_losses import dro_loss as dro_loss, positive_nll_loss as positive_nll_loss
+from .ops.selection import (
+    clip_cov_mask as clip_cov_mask,
+    covariances as covariances,
+    kl_cov_loss as kl_cov_loss,
+    m2po_mask as m2po_mask,
+)
 from .ops.kl_loss import kl_loss as kl_loss
 from .ops.value_losses import (
     clipped_value_loss as clipped_value_loss,

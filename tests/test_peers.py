@@ -24,6 +24,7 @@ from ppo_jax.ops import (
     losses,
     policy_losses,
     scores,
+    selection,
     sequence_losses,
 )
 from ppo_jax.ops.aggregation import SEQUENCE_SUM, TOKEN_SUM, constant_length
@@ -273,3 +274,37 @@ def test_scores_and_entropy(peer):
     # The state of a controller is float32, and theirs adds up float64.
     rtol = 1e-5 if peer == "skywork_entropy" else 1e-6
     assert_equal_cases(each_case(function, "scores", *names), recorded("scores")[peer], rtol)
+
+
+# --- selected tokens ---
+
+
+def clip_cov_loss(x, old, advantages, mask):
+    """Drop all candidates, so that the choice among them does not matter."""
+    clips = {"clip_low": 0.2, "clip_high": 0.2}
+    kept = selection.clip_cov_mask(
+        jax.random.key(0), x, old, advantages, mask, **clips, part=1.0, least=0.3
+    )
+    return losses.clipped_policy_loss(x, old, advantages * kept, mask, **clips)
+
+
+KL_COV = partial(selection.kl_cov_loss, part=0.23, coef=0.7)
+
+
+@pytest.mark.parametrize(
+    "peer, function",
+    [("verl_clip_cov", clip_cov_loss), ("verl_kl_cov", KL_COV), ("skyrl_kl_cov", KL_COV)],
+)
+def test_losses_of_selected_tokens(peer, function):
+    loss, slope = each_case(jax.value_and_grad(function), "losses", *POLICY)
+    cases = np.ones(len(loss), bool)
+    # Equal covariances, of which not all are chosen: any choice is right.
+    cases[[15, 87, 91, 95, 119, 123]] = "kl_cov" not in peer
+    assert_equal_cases(loss[cases], recorded("selection")[peer][cases])
+    assert_equal_cases(slope[cases], recorded("selection")[f"{peer}_grad"][cases])
+
+
+def test_m2po_mask():
+    ours = each_case(selection.m2po_mask, "losses", "proximal", "old_logprobs", "mask")
+    np.testing.assert_array_equal(ours, recorded("selection")["areal_m2po"])
+    assert 0 < ours.sum() < recorded("losses")["mask"].sum()
