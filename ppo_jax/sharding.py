@@ -165,6 +165,18 @@ def split_features(x: Array) -> Array:
     return constrain(x, "data", ("tensor", "fsdp"))
 
 
+def row_shards(*counts: int) -> int:
+    """Return how many devices the rows of a batch are sharded over at this point of a program.
+
+    Args:
+      *counts: numbers of rows. Rows whose number is not divisible are replicated, so the result is
+        then 1.
+    """
+    free = _free_axes(jax.sharding.get_abstract_mesh())
+    shards = math.prod(free.get(axis, 1) for axis in BATCH)
+    return 1 if any(count % shards for count in counts) else shards
+
+
 def map_over_data(
     function: Callable[[Params, Any, str | None], Result],
     params: Params,

@@ -1,7 +1,6 @@
 """Sampling of responses: prefill and decoding with a key/value cache, in one compiled program."""
 
 from functools import partial
-from typing import NamedTuple
 
 import chex
 import jax
@@ -9,21 +8,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops import sampling
-from ppo_jax.sharding import BATCH, constrain, constrain_params
+from ppo_jax.ppo.decoding import (
+    Decoding,
+    DrawFn,
+    Drawn,
+    append,
+    decode,
+    read_newest,
+    stages,
+    start,
+)
+from ppo_jax.ppo.slots import make_room, refill, share
+from ppo_jax.sharding import BATCH, constrain, constrain_params, row_shards
 from ppo_jax.sharding_rules import DECODING_RULES
-from ppo_jax.types import KVCache, LanguageModel, Params, Rollout
-
-
-class _Decoding(NamedTuple):
-    """The state of the decode loop after `t` tokens of the response."""
-
-    t: Array  # [] int32
-    token: Array  # [B] int32, the newest token
-    done: Array  # [B] bool, whether the response has ended
-    tokens: Array  # [B, R] int32
-    mask: Array  # [B, R] bool
-    logprobs: Array  # [B, R] float32
-    cache: KVCache | None
+from ppo_jax.types import LanguageModel, Params, Rollout
 
 
 def generate(
@@ -44,6 +42,7 @@ def generate(
     row_ids: Array | None = None,
     stop_at_end: bool = True,
     truncate_after: int = 0,
+    slots: int | None = None,
 ) -> Rollout:
     """Sample a response to each prompt.
 
@@ -71,6 +70,8 @@ def generate(
       stop_at_end: if false, sampling goes on after a stop id to `R` tokens, all of them real.
         (Ziegler et al. 2019 sample so and truncate the text afterwards.)
       truncate_after: number of first tokens among which a stop id does not end the response.
+      slots: number of responses that are decoded at the same time; `B` by default. When one ends,
+        the next prompt takes its place. In float32, the samples do not depend on it.
 
     Returns:
       The rollout. Its `logprobs` are of the distribution that was sampled from, after temperature
@@ -78,7 +79,8 @@ def generate(
 
     Raises:
       ValueError: if `max_new_tokens` or `temperature` is not positive, `min_new_tokens` is not in
-        `0 .. max_new_tokens`, or `min_new_tokens` forbids the whole vocabulary.
+        `0 .. max_new_tokens`, `min_new_tokens` forbids the whole vocabulary, `slots` is not in
+        `1 .. B`, or there are fewer slots than prompts and the model has no cache.
       AssertionError: if `prompts` and `prompt_mask` differ in shape, or are not int and bool, or
         the model does not return hidden states `[B, 1, D]` for `last=1`.
 
@@ -101,33 +103,33 @@ def generate(
             f"temperature > 0, not max_new_tokens={max_new_tokens}, "
             f"min_new_tokens={min_new_tokens}, temperature={temperature}."
         )
-    B, P = prompts.shape
+    B = len(prompts)
+    if slots is not None and not 1 <= slots <= B:
+        raise ValueError(f"slots={slots} must lie in 1 .. {B}, the number of prompts.")
     # The model never sees which id fills the padding.
     known = jnp.where(prompt_mask, prompts, 0)
     row_ids = jnp.arange(B) if row_ids is None else row_ids
     params = constrain_params(model.rounded(params), DECODING_RULES)
-    row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
     process = partial(sampling.process_logits, temperature=temperature, top_k=top_k, top_p=top_p)
 
-    def advance(state: _Decoding, hidden: Array) -> _Decoding:
-        """Sample token `t` from the hidden states `[B, D]` before it."""
+    def draw(hidden: Array, row_ids: Array, t: Array) -> Drawn:
         logits = model.logits(params, hidden)
-        logits = process(_forbid_stops(logits, stop_ids, state.t, min_new_tokens))
-        token, logprob = _draw(row_keys, constrain(logits, BATCH), state.t, greedy)
-        ends = _is_stop(token, stop_ids) & (state.t >= truncate_after) if stop_at_end else False
-        return _append(state, token, logprob, ends, pad_id)
+        logits = process(_forbid_stops(logits, stop_ids, t, min_new_tokens))
+        token, logprob = _draw(key, row_ids, constrain(logits, BATCH), t, greedy)
+        ends = _is_stop(token, stop_ids) & (t >= truncate_after) if stop_at_end else False
+        return Drawn(token, logprob, ends | (t == max_new_tokens - 1))
 
-    def step(state: _Decoding) -> _Decoding:
-        hidden, cache = _read_newest(model, params, known, prompt_mask, state)
-        return advance(state._replace(cache=cache), hidden)
-
-    # The last token is never read, so the cache needs no slot for it.
-    empty = model.init_cache(B, P + max_new_tokens - 1)
-    hidden, cache = model.hidden(params, known, prompt_mask, empty, last=1)
-    chex.assert_shape(hidden, (B, 1, None))
-    start = advance(_start(prompts, max_new_tokens, pad_id, cache), hidden[:, -1])
-    unfinished = lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done)
-    final = jax.lax.while_loop(unfinished, step, start)
+    final = _decode(
+        model,
+        params,
+        draw,
+        known,
+        prompt_mask,
+        row_ids,
+        length=max_new_tokens,
+        pad_id=pad_id,
+        slots=B if slots is None else slots,
+    )
     return Rollout(
         tokens=jnp.concatenate([prompts, final.tokens], axis=1),
         mask=jnp.concatenate([prompt_mask, final.mask], axis=1),
@@ -137,53 +139,48 @@ def generate(
     )
 
 
-def _start(prompts: Array, max_new_tokens: int, pad_id: int, cache: KVCache | None) -> _Decoding:
-    """Return the state after the prompts were read and before any token was sampled."""
-    B, R = len(prompts), max_new_tokens
-    return _Decoding(
-        t=jnp.int32(0),
-        token=prompts[:, -1],
-        done=jnp.zeros(B, bool),
-        tokens=jnp.full((B, R), pad_id, jnp.int32),
-        mask=jnp.zeros((B, R), bool),
-        logprobs=jnp.zeros((B, R), jnp.float32),
-        cache=cache,
-    )
+def _decode(
+    model: LanguageModel,
+    params: Params,
+    draw: DrawFn,
+    prompts: Array,
+    prompt_mask: Array,
+    row_ids: Array,
+    *,
+    length: int,
+    pad_id: int,
+    slots: int,
+) -> Decoding:
+    """Read the prompts and sample a response to each; the result is the state at the end."""
+    B, P = prompts.shape
+    # The last token is never read, so the cache needs no position for it.
+    sizes = stages(P, P + length - 1)
+    empty = model.init_cache(B, sizes[0] if slots == B else P)
+    hidden, cache = model.hidden(params, prompts, prompt_mask, empty, last=1)
+    chex.assert_shape(hidden, (B, 1, None))
+    first = draw(hidden[:, -1], row_ids, jnp.zeros(B, jnp.int32))
+    groups = row_shards(B, slots)
+    state = start(first, row_ids, cache, length=length, pad_id=pad_id, groups=groups)
 
+    def step(state: Decoding) -> Decoding:
+        hidden, cache = read_newest(model, params, prompts, prompt_mask, state)
+        drawn = draw(hidden, state.row_id, state.t)
+        return append(state._replace(cache=cache), drawn)
 
-def _read_newest(
-    model: LanguageModel, params: Params, prompts: Array, prompt_mask: Array, state: _Decoding
-) -> tuple[Array, KVCache | None]:
-    """Compute the hidden states `[B, D]` of the newest tokens, and the cache with these added."""
-    if state.cache is not None:
-        token = jnp.where(state.done, 0, state.token)
-        hidden, cache = model.hidden(params, token[:, None], ~state.done[:, None], state.cache)
-        return hidden[:, 0], cache
-    tokens = jnp.concatenate([prompts, jnp.where(state.mask, state.tokens, 0)], axis=1)
-    mask = jnp.concatenate([prompt_mask, state.mask], axis=1)
-    hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
-    newest = prompts.shape[1] + state.t - 1
-    return jax.lax.dynamic_index_in_dim(hidden, newest, axis=1, keepdims=False), None
-
-
-def _append(
-    state: _Decoding, token: Array, logprob: Array, ends: Array | bool, pad_id: int
-) -> _Decoding:
-    """Add a sampled token to the rows that have not ended, and padding to the others."""
-    real = ~state.done
-    token = jnp.where(real, token, pad_id)
-    return state._replace(
-        t=state.t + 1,
-        token=token,
-        done=state.done | ends,
-        tokens=state.tokens.at[:, state.t].set(token),
-        mask=state.mask.at[:, state.t].set(real),
-        logprobs=state.logprobs.at[:, state.t].set(jnp.where(real, logprob, 0)),
-    )
+    if slots == B:
+        return decode(state, step, P, sizes if cache is not None else sizes[-1:])
+    if cache is None:
+        raise ValueError(
+            f"slots={slots} must be {B}, the number of prompts, because the model's init_cache "
+            "returns None."
+        )
+    state, queue = share(state, model, slots, sizes[0])
+    refilled = lambda state: refill(step(make_room(state, P)), queue)
+    return decode(state, refilled, P, sizes, waves=-(-B // slots))
 
 
 def _forbid_stops(logits: Array, stop_ids: tuple[int, ...], t: Array, min_new_tokens: int) -> Array:
-    """Set the logits of stop ids to `-inf` while `t < min_new_tokens`."""
+    """Set the logits of stop ids to `-inf` in rows with `t < min_new_tokens`."""
     if not min_new_tokens or not stop_ids:
         return logits
     if len(set(stop_ids)) >= logits.shape[-1]:
@@ -192,15 +189,17 @@ def _forbid_stops(logits: Array, stop_ids: tuple[int, ...], t: Array, min_new_to
             f"{logits.shape[-1]} tokens of the vocabulary are stop ids."
         )
     stops = jnp.asarray(stop_ids)
-    return logits.at[:, stops].set(jnp.where(t < min_new_tokens, -jnp.inf, logits[:, stops]))
+    return logits.at[:, stops].set(
+        jnp.where(t[:, None] < min_new_tokens, -jnp.inf, logits[:, stops])
+    )
 
 
-def _draw(row_keys: Array, logits: Array, t: Array, greedy: bool) -> tuple[Array, Array]:
-    """Draw token `t` of each row, `[B]` int32, and its log-prob, `[B]`, from `[B, V]` logits."""
+def _draw(key: Array, row_ids: Array, logits: Array, t: Array, greedy: bool) -> tuple[Array, Array]:
+    """Draw token `t[i]` of row `row_ids[i]` from `logits[i]`: tokens and log-probs, `[n]` each."""
     if greedy:
         return jax.vmap(sampling.greedy_token)(logits)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, t)
-    return jax.vmap(sampling.sample_token)(keys, logits)
+    row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
+    return jax.vmap(sampling.sample_token)(jax.vmap(jax.random.fold_in)(row_keys, t), logits)
 
 
 def _is_stop(tokens: Array, stop_ids: tuple[int, ...]) -> Array:
