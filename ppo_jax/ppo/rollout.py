@@ -174,7 +174,7 @@ def _decode(
             f"slots={slots} must be {B}, the number of prompts, because the model's init_cache "
             "returns None."
         )
-    state, queue = share(state, model, slots, sizes[0])
+    state, queue = share(state, slots)
     refilled = lambda state: refill(step(make_room(state, P)), queue)
     return decode(state, refilled, P, sizes, waves=-(-B // slots))
 

@@ -10,14 +10,14 @@ into groups, one for each device that rows are sharded over, and no group reads 
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ppo.decoding import Decoding, longest
-from ppo_jax.types import KVCache, LanguageModel
+from ppo_jax.types import KVCache
 
 
 class Queue(NamedTuple):
@@ -38,42 +38,47 @@ class Queue(NamedTuple):
     count: Array
 
 
-def share(
-    state: Decoding, model: LanguageModel, slots: int, positions: int
-) -> tuple[Decoding, Queue]:
+def share(state: Decoding, slots: int) -> tuple[Decoding, Queue]:
     """Turn a state with a slot for each row into one with fewer slots, and a queue of rows.
 
     Args:
       state: the state after the first token of each row, whose cache has `P` positions.
-      model: makes the cache of the slots.
       slots: `S`.
-      positions: number of positions of that cache.
 
     Returns:
       The state, with the first rows in the slots, and the queue.
     """
     assert state.cache is not None
-    groups, length = len(state.started), state.cache.mask.shape[1]
-    done = state.done.reshape(groups, -1)
-    queue = Queue(
-        cache=state.cache,
-        row_ids=state.row_id,
-        token=state.token,
-        order=jnp.argsort(done, axis=1, stable=True),
-        count=jnp.sum(~done, axis=1),
+    groups, cache = len(state.started), state.cache
+    done = _grouped(state.done, groups)
+    order = jnp.argsort(done, axis=1, stable=True)
+    rows = order[:, : slots // groups]
+    chosen = lambda x: _chosen(x, rows).reshape(slots, *x.shape[1:])
+    first = state._replace(
+        row=rows.reshape(slots),
+        row_id=chosen(state.row_id),
+        t=chosen(state.t),
+        token=chosen(state.token),
+        done=chosen(state.done),
+        cache=KVCache(
+            keys=tuple(map(chosen, cache.keys)),
+            values=tuple(map(chosen, cache.values)),
+            mask=chosen(cache.mask),
+            length=cache.length,
+        ),
+        started=jnp.full(groups, slots // groups),
     )
-    cache = model.init_cache(slots, positions)
-    assert cache is not None
-    empty = state._replace(
-        row=jnp.zeros(slots, jnp.int32),
-        row_id=jnp.zeros(slots, jnp.int32),
-        t=jnp.zeros(slots, jnp.int32),
-        token=jnp.zeros(slots, jnp.int32),
-        done=jnp.ones(slots, bool),
-        cache=cache.replace(length=jnp.int32(length)),
-        started=jnp.zeros(groups, jnp.int32),
-    )
-    return refill(empty, queue), queue
+    return first, Queue(cache, state.row_id, state.token, order, jnp.sum(~done, axis=1))
+
+
+def _grouped(x: Array, groups: int) -> Array:
+    """Divide the rows of `[B, ...]` into groups, `[G, B / G, ...]`."""
+    return x.reshape(groups, -1, *x.shape[1:])
+
+
+def _chosen(x: Array, rows: Array) -> Array:
+    """Return from `[B, ...]` the rows `[G, ...]` of each group."""
+    return jax.vmap(lambda x, i: x[i])(_grouped(x, len(rows)), rows)
 
 
 def refill(state: Decoding, queue: Queue) -> Decoding:
@@ -82,14 +87,14 @@ def refill(state: Decoding, queue: Queue) -> Decoding:
     The loop makes one iteration for each slot, and none in most steps. It changes the cache in
     place, where a conditional update of the whole cache would read and write all of it.
     """
-    open_ = lambda state: _vacant(state, queue).any()
-    return jax.lax.while_loop(open_, partial(_fill_one, queue), state)
+    free = lambda state: _vacant(state, queue).any()
+    return jax.lax.while_loop(free, partial(_fill_one, queue), state)
 
 
 def _vacant(state: Decoding, queue: Queue) -> Array:
     """Return which slots of each group are free while a row waits, `[G, S / G]` bool."""
     waits = state.started < queue.count
-    return state.done.reshape(len(waits), -1) & waits[:, None]
+    return _grouped(state.done, len(waits)) & waits[:, None]
 
 
 def _fill_one(queue: Queue, state: Decoding) -> Decoding:
@@ -99,39 +104,34 @@ def _fill_one(queue: Queue, state: Decoding) -> Decoding:
     vacant = _vacant(state, queue)
     slot = jnp.argmax(vacant.any(axis=0))
     taken = jax.lax.dynamic_index_in_dim(vacant, slot, axis=1, keepdims=False)
-    of_group = jax.vmap(lambda x, i: x[i])
-    row = of_group(queue.order, jnp.minimum(state.started, queue.order.shape[1] - 1))
+    # A group whose queue is empty reads its last row, which `put` then leaves out.
+    last = queue.order.shape[1] - 1
+    row = _chosen(queue.order.reshape(-1), jnp.minimum(state.started, last))
     place = cache.length - queue.cache.mask.shape[1]  # The prompt ends where the next step writes.
 
     def put(old: Array, new: Array) -> Array:
         """Replace the slot in `[S, ...]` by `new [G, ...]` in the groups where it is free."""
-        grouped = old.reshape(groups, -1, *old.shape[1:])
+        grouped = _grouped(old, groups)
         kept = jax.lax.dynamic_index_in_dim(grouped, slot, axis=1, keepdims=False)
         new = jnp.where(taken.reshape(-1, *(1,) * (new.ndim - 1)), new, kept)
         return jax.lax.dynamic_update_index_in_dim(grouped, new, slot, axis=1).reshape(old.shape)
 
-    def chosen(x: Array) -> Array:
-        """Return the waiting row of each group from `[B, ...]`."""
-        return of_group(x.reshape(groups, -1, *x.shape[1:]), row)
-
     def copy(old: Array, prompts: Array, axis: int) -> Array:
         """Copy a prompt into the slot, and clear what an earlier row has left there."""
         clear = jnp.zeros((groups, *old.shape[1:]), old.dtype)
-        new = jax.lax.dynamic_update_slice_in_dim(clear, chosen(prompts), place, axis)
-        return put(old, new)
+        prompt = _chosen(prompts, row)
+        return put(old, jax.lax.dynamic_update_slice_in_dim(clear, prompt, place, axis))
 
-    wide: Any = lambda old, prompts: tuple(
-        copy(a, b, axis=2) for a, b in zip(old, prompts, strict=True)
-    )
+    copy_all = lambda old, prompts: tuple(map(partial(copy, axis=2), old, prompts))
     return state._replace(
         row=put(state.row, row),
-        row_id=put(state.row_id, chosen(queue.row_ids)),
+        row_id=put(state.row_id, _chosen(queue.row_ids, row)),
         t=put(state.t, jnp.ones(groups, jnp.int32)),
-        token=put(state.token, chosen(queue.token)),
+        token=put(state.token, _chosen(queue.token, row)),
         done=put(state.done, jnp.zeros(groups, bool)),
         cache=KVCache(
-            keys=wide(cache.keys, queue.cache.keys),
-            values=wide(cache.values, queue.cache.values),
+            keys=copy_all(cache.keys, queue.cache.keys),
+            values=copy_all(cache.values, queue.cache.values),
             mask=copy(cache.mask, queue.cache.mask, axis=1),
             length=cache.length,
         ),
