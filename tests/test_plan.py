@@ -240,17 +240,18 @@ def test_flops_of_a_mapped_function_count_on_every_device():
 
 def test_loops_count_once_per_iteration():
     def step(carry, _):
-        return jax.lax.while_loop(
-            lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ c[1]), (0, carry)
-        )[1], None
+        with jax.named_scope("trips=3"):
+            return jax.lax.while_loop(
+                lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ c[1]), (0, carry)
+            )[1], None
 
     function = lambda x: jax.lax.scan(jax.checkpoint(step), x, length=5)[0]
-    assert matmul_flops(function, jnp.ones((8, 8)), while_trips=3) == 5 * 3 * 2 * 8**3
+    assert matmul_flops(function, jnp.ones((8, 8))) == 5 * 3 * 2 * 8**3
     assert (
         matmul_flops(
             lambda x: jax.lax.cond(x[0, 0] > 0, function, lambda x: x, x), jnp.ones((8, 8))
         )
-        == 5 * 2 * 8**3
+        == 5 * 3 * 2 * 8**3
     )
     text = """HloModule m
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -279,3 +280,5 @@ ENTRY %main (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
     found = hlo.account(text)
     assert found.collectives == {"all-reduce": hlo.Collective(7, 7 * 128)} and found.cycles == 70
     assert found.bytes == 7 * (2 * 128) + 7 * (1 + 4 + 4)  # the all-reduces and the comparisons
+    named = text.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/trips=3/while"}')
+    assert hlo.account(named).cycles == 30

@@ -136,10 +136,7 @@ def _rates(
 ) -> dict[str, float]:
     """Return seconds and FLOPs of the phases, and their shares of what the machine can do."""
     plain = work_.functions(work)
-    flops = {
-        name: matmul_flops(getattr(plain, name), *shapes[name], while_trips=work.new_tokens - 1)
-        for name in shapes
-    }
+    flops = {name: matmul_flops(getattr(plain, name), *shapes[name]) for name in shapes}
     flops["prefill"] = matmul_flops(work_.functions(_prefill(work)).sample, *shapes["sample"])
     decode_bound = decoding_bound(work, flops["sample"] - flops["prefill"], rate, bandwidth)
     bound = decode_bound + flops["prefill"] / rate

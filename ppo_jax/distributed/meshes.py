@@ -135,6 +135,7 @@ def check_rows(config: PPOConfig, shards: int) -> None:
         "batch_size / minibatches": config.batch_size // config.minibatches,
         "micro_batch": config.rows_at_a_time,
         "rollout_rows": config.rollout_rows,
+        "rollout_slots": config.rollout_slots,
     }
     for name, count in rows.items():
         if count is not None and count % shards:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,7 +66,11 @@ def pmap_steps(
     learn = partial(
         iteration.learn, agent, loss_fn=loss_fn, advantage_fn=advantage_fn, axis_name=_AXIS
     )
-    sample = _map_rows(partial(iteration.sample, agent), devices)
+    sampler = agent
+    if (slots := agent.config.rollout_slots) is not None:  # Each device has its share of them.
+        share = max(1, slots // len(devices))
+        sampler = agent._replace(config=replace(agent.config, rollout_slots=share))
+    sample = _map_rows(partial(iteration.sample, sampler), devices)
     score = _map_rows(partial(iteration.score, agent), devices)
 
     def sample_batch(state: PPOState, prompts: Array, *args: Any, **kwargs: Any) -> Rollout:

@@ -118,7 +118,7 @@ def compile_iteration(
     resident = size_of((state, frozen, reference if frozen is None else None)) - shared
     prompts = (rows(jnp.int32, prompt_tokens), rows(bool, prompt_tokens))
     by_rows = partial(jax.tree.map, lambda x: rows(x.dtype, *x.shape[1:]))
-    measure = partial(_measure, mesh=mesh, chip=chip, resident=resident, ppo=ppo)
+    measure = partial(_measure, mesh=mesh, chip=chip, resident=resident)
     with jax.set_mesh(mesh):
         sampled = sample.trace(state, *prompts, frozen=frozen)
         rollout = by_rows(sampled.out_info)
@@ -155,7 +155,6 @@ def _measure(
     *,
     mesh: Mesh,
     chip: Chip,
-    ppo: PPOConfig,
     resident: int,
     shared: int = 0,
 ) -> Program | TooLarge:
@@ -179,9 +178,7 @@ def _measure(
     peak = max(
         memory.peak_memory_in_bytes - shared, arguments + memory.temp_size_in_bytes + results
     )
-    # The decoding loop has one iteration less than there are tokens, because the first token is
-    # sampled after the pass over the prompt.
-    flops = jaxpr_flops(traced.jaxpr.jaxpr, while_trips=ppo.max_new_tokens - 1)
+    flops = jaxpr_flops(traced.jaxpr.jaxpr)
     return Program(
         name,
         arguments,

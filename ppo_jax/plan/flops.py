@@ -4,6 +4,7 @@ The count is exact for the traced program and includes loops and recomputed acti
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,18 +12,17 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
 
-def matmul_flops(
-    function: Callable[..., Any], *args: Any, while_trips: int = 1, **kwargs: Any
-) -> int:
+def matmul_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Count the floating-point operations of all matrix products in one call of `function`.
 
-    A multiply-add is counted as two operations, and a `cond` as its most expensive branch.
+    A multiply-add is counted as two operations, and a `cond` as its most expensive branch. The
+    traced program contains the number of iterations of a `scan`, but not of a `while_loop`. It is
+    counted once, unless the scope that it is called in is named after the number, as in
+    `jax.named_scope("trips=5")`.
 
     Args:
       function: a function that JAX can trace; it is not run.
       args: its positional arguments, as arrays or `jax.ShapeDtypeStruct`.
-      while_trips: iterations to assume for every `while_loop`, because the traced program
-        does not contain it. It does contain the length of a `scan`.
       kwargs: its keyword arguments.
 
     Returns:
@@ -33,14 +33,14 @@ def matmul_flops(
       >>> matmul_flops(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 5)))
       60
     """
-    return jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr, while_trips)
+    return jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
-def jaxpr_flops(jaxpr: Jaxpr, while_trips: int = 1) -> int:
+def jaxpr_flops(jaxpr: Jaxpr) -> int:
     """Count the floating-point operations of all matrix products in a jaxpr, as `matmul_flops`."""
     total = 0
     for eqn in jaxpr.eqns:
-        parts = [jaxpr_flops(part, while_trips) for part in jaxprs_in_params(eqn.params)]
+        parts = [jaxpr_flops(part) for part in jaxprs_in_params(eqn.params)]
         match eqn.primitive.name:
             case "dot_general":
                 (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -51,7 +51,8 @@ def jaxpr_flops(jaxpr: Jaxpr, while_trips: int = 1) -> int:
             case "scan":
                 total += eqn.params["length"] * sum(parts)
             case "while":
-                total += while_trips * sum(parts)
+                named = re.search(r"trips=(\d+)$", str(eqn.source_info.name_stack))
+                total += (int(named.group(1)) if named else 1) * sum(parts)
             case "shard_map":
                 total += _mapped_devices(eqn) * sum(parts)
             case _:

@@ -27,6 +27,7 @@ _COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(-start)?"
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NAMED_TRIPS = re.compile(r'trips=(\d+)/while"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 # Operations that move no data themselves, because their outputs share memory with their inputs or
 # because the computations that they call are counted instead.
@@ -147,7 +148,9 @@ def _count_runs(computations: _Computations, entry: str) -> tuple[dict[str, int]
             }
             trips = 1
             if x.opcode == "while" and "condition" in called:
-                trips = _trips(computations.get(called["condition"][0], []))
+                named = _NAMED_TRIPS.search(x.rest)
+                condition = computations.get(called["condition"][0], [])
+                trips = int(named.group(1)) if named else _trips(condition)
             for role, names in called.items():
                 if role in ("calls", "to_apply") and x.opcode != "call":
                     fused.update(names)
@@ -161,8 +164,8 @@ def _count_runs(computations: _Computations, entry: str) -> tuple[dict[str, int]
 def _trips(condition: list[_Instruction]) -> int:
     """Return the number of iterations of a loop, from its condition `counter < bound`.
 
-    The loops of this package count from 0, except the decoding loop, which counts from 1. The
-    result is the bound, or 1 if the condition has none.
+    The loops of this package count from 0, so the result is the bound, or 1 if the condition has
+    none. The scope of a decoding loop is named after the number instead.
     """
     constants = {
         x.name: int(x.rest.split(")")[0])

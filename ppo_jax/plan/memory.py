@@ -98,7 +98,10 @@ def estimate_memory(
     models = 1 if critic == "shared" else 2
     kept = config.layers * (micro_tokens * config.width * itemsize if config.remat else block)
     logits = ppo.rows_at_a_time * (ppo.logit_chunk or ppo.max_new_tokens) * config.vocab_size
-    cache = config.layers * ppo.batch_size * tokens * config.key_heads * config.head_width
+    rows = ppo.rollout_rows or ppo.batch_size
+    slots = ppo.rollout_slots or rows
+    cached = slots * tokens + (prompt_tokens * rows if slots < rows else 0)
+    cache = config.layers * cached * config.key_heads * config.head_width
     return {
         "parameters and reference": trained + size_of(reference),
         "gradients": trained,

@@ -85,7 +85,10 @@ def advice(programs: Programs, chip: Chip) -> list[str]:
                 "chips, --critic shared or --lora.rank."
             )
         elif name == "rollout":
-            change = "the key/value cache is too large; use fewer --ppo.rollout-rows or more chips."
+            change = (
+                "the key/value cache is too large; use fewer --ppo.rollout-rows or "
+                "--ppo.rollout-slots, or more chips."
+            )
         else:
             change = (
                 "activations or logits are too large; use a smaller --ppo.micro-batch, --remat, "

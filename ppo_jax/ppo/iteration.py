@@ -128,6 +128,7 @@ def sample(
             stop_at_end=c.stop_at_end,
             truncate_after=c.truncate_after,
             row_ids=row_ids,
+            slots=c.rollout_slots and min(c.rollout_slots, len(prompts)),
         )
 
     row_ids = jnp.arange(len(prompts)) if row_ids is None else row_ids

@@ -29,8 +29,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "be positive, or none",
         lambda x: x > 0,
-        "micro_batch rollout_rows logit_chunk top_k value_clip kl_target score_clip target_kl "
-        "max_grad_norm",
+        "micro_batch rollout_rows rollout_slots logit_chunk top_k value_clip kl_target "
+        "score_clip target_kl max_grad_norm",
     ),
     (
         "not be negative",
@@ -73,6 +73,10 @@ class PPOConfig:
     rollout_rows: int | None = None
     """Responses are sampled this many at a time, which bounds the memory of
     the key/value cache. None: the whole batch at once."""
+    rollout_slots: int | None = None
+    """Responses are decoded this many at a time. When one ends, the next
+    prompt takes its place, which is faster where lengths differ much.
+    None: one slot for each response."""
     logit_chunk: int | None = None
     """Logits are computed for this many response positions at a time, which
     bounds their memory. None: all positions at once."""
@@ -211,6 +215,12 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and rows % value:
                 raise SettingError(f"{name}={value} must divide {of}={rows}.")
+        rows = self.rollout_rows or self.batch_size
+        if self.rollout_slots is not None and self.rollout_slots > rows:
+            raise SettingError(
+                f"rollout_slots={self.rollout_slots} must be at most {rows}, the number of "
+                "responses that are sampled at a time."
+            )
         if self.kl_target is not None and not self.kl_coef:
             raise SettingError(
                 f"kl_coef must be positive with kl_target={self.kl_target}, because a weight of 0 "

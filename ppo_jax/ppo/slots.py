@@ -88,7 +88,8 @@ def refill(state: Decoding, queue: Queue) -> Decoding:
     place, where a conditional update of the whole cache would read and write all of it.
     """
     free = lambda state: _vacant(state, queue).any()
-    return jax.lax.while_loop(free, partial(_fill_one, queue), state)
+    with jax.named_scope("trips=0"):  # The plan counts the steps without this, which is rare.
+        return jax.lax.while_loop(free, partial(_fill_one, queue), state)
 
 
 def _vacant(state: Decoding, queue: Queue) -> Array:
@@ -160,4 +161,5 @@ def make_room(state: Decoding, prompt_length: int) -> Decoding:
 
     # A loop of at most one iteration, because a conditional would copy the cache in every step.
     full = lambda cache: cache.length == size
-    return state._replace(cache=jax.lax.while_loop(full, move, state.cache))
+    with jax.named_scope("trips=0"):  # As in `refill`.
+        return state._replace(cache=jax.lax.while_loop(full, move, state.cache))

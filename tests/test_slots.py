@@ -1,0 +1,119 @@
+"""Slots for sampling change no sampled token, whatever the model and the settings."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+from ppo_jax.errors import SettingError
+from ppo_jax.models.config import Rotary
+from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.ppo import decoding
+from ppo_jax.ppo.rollout import generate
+from ppo_jax.ppo.settings import PPOConfig
+
+B, P, R = 9, 5, 11
+KEY = jax.random.key(7)
+PROMPTS = jax.random.randint(jax.random.key(5), (B, P), 0, 21)
+MASK = jnp.arange(P)[None, :] >= jnp.arange(B)[:, None] % P
+GPT2 = tiny_config(layers=1, init_std=0.4)
+GEMMA = dataclasses.replace(
+    GPT2,
+    layers=2,
+    kv_heads=1,
+    learned_positions=False,
+    rotary=Rotary(base=1000.0, width=8),
+    local_rotary=Rotary(base=100.0, width=8),
+    windows=(3, None),
+    attention_cap=20.0,
+)
+STOPS = (0, 1, 2)
+
+
+def sampled(model, params, prompts=PROMPTS, mask=MASK, **options):
+    options = {"max_new_tokens": R, "stop_ids": STOPS, **options}
+    return jax.jit(functools.partial(generate, model, **options))(params, KEY, prompts, mask)
+
+
+def assert_same(found, expected):
+    for name in ("tokens", "mask", "response_mask", "ended"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "config, slots, options",
+    [
+        (GPT2, 1, {}),
+        (GPT2, 4, {"min_new_tokens": 2, "truncate_after": 4, "top_k": 15, "temperature": 0.8}),
+        (GPT2, 2, {"stop_at_end": False}),
+        (GEMMA, 2, {}),
+        (GEMMA, 5, {"greedy": True, "stop_ids": tuple(range(6)), "pad_id": 50}),
+    ],
+    ids=["one", "limits", "whole", "windows", "greedy"],
+)
+def test_samples_do_not_depend_on_the_slots(config, slots, options):
+    model, params = language_model(config), init_params(config, jax.random.key(0))
+    expected = sampled(model, params, **options)
+    lengths = set(np.asarray(expected.response_mask.sum(axis=1)))
+    assert len(lengths) > 2 or lengths == {R}
+    assert_same(sampled(model, params, slots=slots, **options), expected)
+
+
+def test_a_cache_that_grows_changes_no_sample():
+    """A cache for 200 new tokens has 128 positions until a row is longer."""
+    config = tiny_config(layers=1, init_std=0.3, positions=P + 199, vocab_size=200)
+    model, params = language_model(config), init_params(config, jax.random.key(0))
+    without = model._replace(init_cache=lambda rows, slots: None)  # reads all tokens at each step
+    options = {"max_new_tokens": 200, "stop_ids": (0,), "prompts": PROMPTS[:5], "mask": MASK[:5]}
+    assert decoding.stages(P, P + 199) == [128, P + 199]
+    expected = sampled(without, params, **options)
+    assert expected.response_mask.sum(axis=1).max() > 128 > expected.response_mask.sum(axis=1).min()
+    for slots in (None, 2):
+        assert_same(sampled(model, params, slots=slots, **options), expected)
+
+
+def test_a_policy_that_reads_its_cache_wrongly_is_noticed():
+    """One that reads positions of padding, or of the row that had the slot before, differs."""
+    model, params = language_model(GPT2), init_params(GPT2, jax.random.key(0))
+
+    def hidden(params, tokens, mask, cache=None, last=None):
+        if tokens.shape[1] == 1:
+            cache = cache.replace(mask=jnp.ones_like(cache.mask))
+        return model.hidden(params, tokens, mask, cache, last)
+
+    broken = model._replace(hidden=hidden)
+    full = jnp.ones_like(MASK)  # Without padding, all positions of the first rows are real.
+    expected = sampled(broken, params, PROMPTS, full)
+    assert_same(expected, sampled(model, params, PROMPTS, full))
+    with pytest.raises(AssertionError):
+        assert_same(sampled(broken, params, PROMPTS, full, slots=2), expected)
+
+
+def test_one_program_serves_all_prompts_and_repeats_to_the_bit():
+    model, params = language_model(GPT2), init_params(GPT2, jax.random.key(0))
+    program = jax.jit(functools.partial(generate, model, max_new_tokens=R, stop_ids=STOPS, slots=4))
+    first = program(params, KEY, PROMPTS, MASK)
+    program(params, jax.random.key(1), PROMPTS[::-1], MASK[::-1])
+    again = program(params, KEY, PROMPTS, MASK)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert program._cache_size() == 1
+
+
+def test_an_impossible_number_of_slots_is_refused():
+    model, params = language_model(GPT2), init_params(GPT2, jax.random.key(0))
+    for slots in (0, B + 1):
+        with pytest.raises(ValueError, match=rf"slots={slots} must lie in 1 .. {B}, the number"):
+            sampled(model, params, slots=slots)
+    without = model._replace(init_cache=lambda rows, slots: None)
+    with pytest.raises(ValueError, match="because the model's init_cache returns None"):
+        sampled(without, params, slots=2)
+    with pytest.raises(SettingError, match="rollout_slots must be positive, or none"):
+        PPOConfig(rollout_slots=0)
+    for rows, slots in ((None, 65), (16, 17)):
+        with pytest.raises(SettingError, match=f"rollout_slots={slots} must be at most"):
+            PPOConfig(batch_size=64, rollout_rows=rows, rollout_slots=slots)
