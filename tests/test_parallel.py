@@ -173,7 +173,14 @@ def test_every_family_gives_the_result_of_one_device(family, adapters, on):
 )
 def test_micro_batches_and_chunks_on_a_mesh(on, adapters):
     found = three_updates(
-        "llama", "sgd", adapters=adapters, on=on, micro_batch=8, rollout_rows=16, logit_chunk=3
+        "llama",
+        "sgd",
+        adapters=adapters,
+        on=on,
+        micro_batch=8,
+        rollout_rows=16,
+        rollout_slots=8,
+        logit_chunk=3,
     )
     assert_same(found, on_one_device("llama", "sgd", adapters), "sgd")
 
@@ -217,6 +224,20 @@ def bodies(hlo):
             name = line.split()[0]
         found.setdefault(name, []).extend(re.findall(r" while\(.*body=(%[\w.-]+)", line))
     return found
+
+
+def test_slots_serve_the_rows_of_their_device():
+    """Only the heads of `tensor` send activations; no device sends or gathers keys and values."""
+    mesh = meshes.make_mesh({"data": 2, "tensor": 4})
+    agent, state, _, _ = start("gpt2", "adamw", mesh=mesh, rollout_slots=16)
+    sample, _, _ = compilation.lowerable_steps(agent, mesh, state)
+    with jax.set_mesh(mesh):
+        hlo = sample.lower(state, *placement.to_mesh(batch(0), mesh)).compile().as_text()
+    assert not any(collectives(hlo, kind) for kind in ("all-gather", "collective-permute"))
+    assert not collectives(hlo, "all-to-all")
+    width, prompt_tokens, slots = 32, 16 * 6, 8  # on each device
+    reduced = [n for part in collectives(hlo, "all-reduce").values() for n in part]
+    assert set(reduced) <= {0, width * prompt_tokens, width * 16, width * slots}
 
 
 def sizes(state):

@@ -89,13 +89,14 @@ def without_split(optimizer, **all_on):
 SPLITS = [
     {"rollout_rows": 8},
     {"rollout_rows": 1},
+    {"rollout_slots": 5},
     {"micro_batch": 4},
     {"micro_batch": 8, "logit_chunk": 3},
     {"extra_padding": 7},
     {"devices": 2},
     {"devices": 4},
     {"devices": 8},
-    {"devices": 8, "micro_batch": 8, "rollout_rows": 16, "extra_padding": 2},
+    {"devices": 8, "micro_batch": 8, "rollout_rows": 16, "rollout_slots": 8, "extra_padding": 2},
 ]
 
 
