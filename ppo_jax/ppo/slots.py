@@ -28,14 +28,14 @@ class Queue(NamedTuple):
       row_ids: `[B]` int32, numbers of the rows in the global batch.
       token: `[B]` int32, the first token of each response.
       order: `[G, B / G]` int32, the rows of each group, those that need a slot first.
-      count: `[G]` int32, the number of rows that need a slot.
+      needed: `[G]` int32, the number of rows that need a slot.
     """
 
     cache: KVCache
     row_ids: Array
     token: Array
     order: Array
-    count: Array
+    needed: Array
 
 
 def share(state: Decoding, slots: int) -> tuple[Decoding, Queue]:
@@ -94,7 +94,7 @@ def refill(state: Decoding, queue: Queue) -> Decoding:
 
 def _vacant(state: Decoding, queue: Queue) -> Array:
     """Return which slots of each group are free while a row waits, `[G, S / G]` bool."""
-    waits = state.started < queue.count
+    waits = state.started < queue.needed
     return _grouped(state.done, len(waits)) & waits[:, None]
 
 
