@@ -157,12 +157,17 @@ def constrain_params(tree: Tree, rules: tuple[ShardRule, ...] = RULES) -> Tree:
 
 def gather_rows(x: Array) -> Array:
     """Gather rows `[B, D]` over `fsdp`, for a product with parameters laid by `DECODING_RULES`."""
-    return constrain(x, "data", PartitionSpec.UNCONSTRAINED)
+    return constrain(x, "data", PartitionSpec.UNCONSTRAINED) if _free_fsdp() > 1 else x
 
 
 def split_features(x: Array) -> Array:
     """Shard the features `[B, F]` that such a product gives, so that its parameters stay."""
-    return constrain(x, "data", ("tensor", "fsdp"))
+    return constrain(x, "data", ("tensor", "fsdp")) if _free_fsdp() > 1 else x
+
+
+def _free_fsdp() -> int:
+    """Return the size of the mesh axis `fsdp`, or 1 if it is not free."""
+    return _free_axes(jax.sharding.get_abstract_mesh()).get("fsdp", 1)
 
 
 def row_shards(*counts: int) -> int:
