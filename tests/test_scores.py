@@ -52,8 +52,9 @@ def test_ensembles():
 
 
 def test_parts_need_their_weights():
-    parts = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.array([2.0, 4.0])}
-    np.testing.assert_array_equal(weighted_score(parts, {"b": 0.5, "a": 3.0}), [4.0, 2.0])
+    nan = np.nan
+    parts = {"a": jnp.array([1.0, nan, nan]), "b": jnp.array([2.0, 4.0, nan])}
+    np.testing.assert_array_equal(weighted_score(parts, {"b": 0.5, "a": 3.0}), [4.0, 2.0, nan])
     with pytest.raises(ValueError, match="must agree"):
         weighted_score(parts, {"a": 1.0})
 

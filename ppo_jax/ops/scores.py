@@ -161,7 +161,8 @@ def weighted_score(parts: Mapping[str, Array], weights: Mapping[str, float]) -> 
 
         score = Σ_name weight · part
 
-    A part that is NaN says nothing about that response and adds nothing.
+    A part that is NaN says nothing about that response and adds nothing. A response of which all
+    parts are NaN has no score, which is NaN.
 
     Args:
       parts: `[B]` float32 arrays by name.
@@ -187,5 +188,6 @@ def weighted_score(parts: Mapping[str, Array], weights: Mapping[str, float]) -> 
             f"The names of parts, {sorted(parts)}, and of weights, {sorted(weights)}, must agree."
         )
     chex.assert_equal_shape(list(parts.values()))
-    known = {name: widen(jnp.where(jnp.isnan(x), 0, x)) for name, x in parts.items()}
-    return sum((weights[name] * x for name, x in known.items()), start=jnp.float32(0))
+    stacked = jnp.stack([weights[name] * widen(x) for name, x in parts.items()])
+    missing = jnp.isnan(stacked).all(axis=0)
+    return jnp.where(missing, jnp.nan, jnp.nansum(stacked, axis=0))
