@@ -49,7 +49,8 @@ class Decoding(NamedTuple):
     Attributes:
       row: `[S]` int32, the row that each slot serves.
       row_id: `[S]` int32, the number of that row in the global batch.
-      t: `[S]` int32, the number of tokens that the response has so far.
+      t: `[S]` int32, the number of tokens that the response has so far. It counts on after the end,
+        so that no two draws share a key.
       token: `[S]` int32, the newest of them.
       done: `[S]` bool, whether the response has ended.
       cache: keys and values of everything before the newest tokens, or None.
@@ -190,7 +191,7 @@ def read_newest(
     tokens = jnp.concatenate([prompts, jnp.where(state.mask, state.tokens, 0)], axis=1)
     mask = jnp.concatenate([prompt_mask, state.mask], axis=1)
     hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
-    newest = prompts.shape[1] + state.t - 1
+    newest = jnp.minimum(prompts.shape[1] + state.t - 1, hidden.shape[1] - 1)
     return jnp.take_along_axis(hidden, newest[:, None, None], axis=1)[:, 0], None
 
 
@@ -206,7 +207,7 @@ def append(state: Decoding, drawn: Drawn) -> Decoding:
         return written.reshape(out.shape)
 
     return state._replace(
-        t=jnp.where(state.done, state.t, state.t + 1),
+        t=state.t + 1,
         token=drawn.token,
         done=state.done | drawn.ends,
         tokens=put(state.tokens, drawn.token),
