@@ -168,14 +168,7 @@ def test_two_processes_give_the_result_of_one_reproducibly(folder, alone):
 
 
 def test_four_processes_and_a_resume_with_fewer(folder, alone):
-    four, again = (
-        run(folder, out, 4, mesh="data=2,fsdp=4", updates=2) for out in ("four", "four again")
-    )
-    assert (
-        compare(four, again) == []
-        and read_json(four / "summary.json")["digest"]
-        == read_json(again / "summary.json")["digest"]
-    )
+    four = run(folder, "four", 4, mesh="data=2,fsdp=4", updates=2)
     run(folder, "four", 2, mesh="data=2,fsdp=2", updates=3, resume="yes")
     run(folder, "four", 1, devices=1, mesh="data=1", resume="auto")
     assert_same_run(four, alone)
