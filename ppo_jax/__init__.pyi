@@ -15,12 +15,20 @@ from .ppo.iteration import (
 from .ppo.settings import PPOConfig as PPOConfig
 from .ppo.presets import PRESETS as PRESETS
 from .ppo.rollout import generate as generate
-from .ppo.scoring import (
+from .ppo.forward import (
     Forward as Forward,
     forward_responses as forward_responses,
-    score_rollout as score_rollout,
-    make_experience as make_experience,
+    forward_packed as forward_packed,
 )
+from .ppo.packing import (
+    Bins as Bins,
+    Packing as Packing,
+    Placement as Placement,
+    pack_rows as pack_rows,
+    place_rows as place_rows,
+    sum_bins as sum_bins,
+)
+from .ppo.scoring import score_rollout as score_rollout, make_experience as make_experience
 from .ppo.update import ppo_update as ppo_update
 from .ppo.gradients import minibatch_gradient as minibatch_gradient
 from .ppo.loss import ppo_loss_fn as ppo_loss_fn
@@ -45,6 +53,7 @@ from .types import (
     ResponseLossFn as ResponseLossFn,
     Rollout as Rollout,
     Scores as Scores,
+    Segments as Segments,
 )
 
 # Advantages: with a critic, relative to a group of responses, relative to the batch.

@@ -187,15 +187,15 @@ def map_over_data(
     params: Params,
     rows: Any,
     *,
-    parts: int,
+    parts: int | None,
+    split_result: bool = False,
 ) -> Result:
     """Call a function once for each shard of the rows over the mesh axis `data`.
 
     This is for a function that computes `parts` parts one after the other and sums them, such as
     the gradients of the micro-batches of a minibatch. It gives one all-reduce over `data` per
-    minibatch, where the compiler would insert one per micro-batch. The axes `fsdp` and `tensor` are
-    left to the compiler. It reduce-scatters the gradient of each part over `fsdp`, since a whole
-    gradient on each device would take the memory that `fsdp` saves.
+    minibatch, not one per micro-batch. The axes `fsdp` and `tensor` are left to the compiler, which
+    reduce-scatters the gradient of each part over `fsdp`, to save the memory of a whole one.
 
     `function` is called once, with all rows and None as the axis name, if `data` has size 1 or is
     already mapped, or if there is one part and `fsdp` or `tensor` is larger than 1.
@@ -205,7 +205,8 @@ def map_over_data(
         `axis_name`, by `jax.lax.psum` for example, so that they are equal on all shards.
       params: passed whole to every call.
       rows: a tree of arrays whose first dimension is the rows of a batch.
-      parts: how many parts `function` splits its rows into.
+      parts: how many parts `function` splits its rows into; None if that is data, not a shape.
+      split_result: whether `function` returns rows, which are joined, instead of reduced results.
 
     Returns:
       What `function` returns.
@@ -217,16 +218,17 @@ def map_over_data(
     shards, count = free.get("data", 1), len(jax.tree.leaves(rows)[0])
     if shards == 1 or (parts == 1 and any(free.get(axis, 1) > 1 for axis in ("fsdp", "tensor"))):
         return function(params, rows, None)
-    if count % (shards * parts):
+    if count % (shards * (parts or 1)):
         raise ValueError(
-            f"A minibatch of {count} rows does not divide into {parts} micro-batches on"
-            f" data={shards}; its rows must be a multiple of {shards * parts}."
+            f"A batch of {count} rows does not divide into {parts or 1} micro-batches on"
+            f" data={shards}; its rows must be a multiple of {shards * (parts or 1)}."
         )
     split = jax.tree.map(
         lambda x: constrain(x.reshape(shards, -1, *x.shape[1:]), "data", "fsdp"), rows
     )
-    on_shard = lambda rows: function(params, rows, "data")
-    return jax.vmap(on_shard, out_axes=None, axis_name="data", spmd_axis_name="data")(split)
+    on_shard, out_axes = lambda rows: function(params, rows, "data"), 0 if split_result else None
+    out = jax.vmap(on_shard, out_axes=out_axes, axis_name="data", spmd_axis_name="data")(split)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out) if split_result else out
 
 
 def _automatic_mesh() -> AbstractMesh | None:

@@ -23,6 +23,7 @@ from jax import Array
 
 Params = Any  # A pytree of parameter arrays.
 Metrics = dict[str, Array]  # Metrics by name, `[]` float32 each.
+Segments = Array | None  # Numbers of the sequences that share a row, `[B, S]` int32; see HiddenFn.
 
 KLEstimatorFn = Callable[[Array, Array], Array]
 """Estimates the KL of the policy from the reference, `[B, R]` float32 in nats per token, from the
@@ -57,8 +58,8 @@ class HiddenFn(Protocol):
     """Computes the hidden states of `tokens [B, S]` int32, given those already in `cache`.
 
     `mask [B, S]` bool is true for real tokens. The result is the hidden states `[B, S, D]`, or with
-    `last` only those of the last positions, `[B, last, D]`, and the cache with these tokens added
-    (`None` if no cache is given).
+    `last` those of the last positions, and the cache with these tokens added (None without one). A
+    token attends to its own segment, where its position is the number of real tokens before it.
     """
 
     def __call__(
@@ -68,6 +69,7 @@ class HiddenFn(Protocol):
         mask: Array,
         cache: KVCache | None = None,
         last: int | None = None,
+        segments: Segments = None,
     ) -> tuple[Array, KVCache | None]:
         """Return the hidden states and the cache."""
 
@@ -110,9 +112,8 @@ class LanguageModel(NamedTuple):
 class CriticFn(Protocol):
     """Computes the values `[B, R]` float32 of the states at the last `R` of `S` positions.
 
-    A critic that shares the trunk of the policy reads `hidden [B, R, D]`, the hidden states of the
-    policy at those positions. One with a trunk of its own reads `tokens [B, S]` int32 and
-    `mask [B, S]` bool. Values are in units of reward.
+    A critic on the policy's trunk reads its hidden states there, `hidden [B, R, D]`. One with its
+    own trunk reads `tokens [B, S]` int32 and `mask [B, S]` bool. Values are in units of reward.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,7 +122,9 @@ class CriticFn(Protocol):
       Array([[4., 4.]], dtype=float32)
     """
 
-    def __call__(self, params: Params, hidden: Array, tokens: Array, mask: Array) -> Array:
+    def __call__(
+        self, params: Params, hidden: Array, tokens: Array, mask: Array, segments: Segments = None
+    ) -> Array:
         """Return the values."""
 
 
@@ -263,10 +266,7 @@ class LossFn(Protocol):
 
 
 class ResponseLossFn(Protocol):
-    """Computes a loss, `[]` float32, and its terms from `[B, R]` arrays.
-
-    `functools.partial(ppo_loss, clip_low=0.2, ...)` is one; see `ppo_loss` for the arguments.
-    """
+    """Computes a loss, `[]` float32, and its terms from `[B, R]` arrays; `ppo_loss` is one."""
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
 from ppo_jax.models.rounding import product
 from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.plan.flops import matmul_eqns, matmul_flops
-from ppo_jax.ppo.scoring import forward_responses
+from ppo_jax.ppo.forward import forward_responses
 
 CONFIG = TransformerConfig(
     vocab_size=65,

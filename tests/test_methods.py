@@ -111,7 +111,7 @@ def test_a_run_from_before_a_setting_goes_on(tmp_path):
     whole = full_trainer(tmp_path / "whole", updates=2, eval_every=0).run()
     full_trainer(tmp_path / "half", updates=1, eval_every=0).run()
     config = read_json(tmp_path / "half/config.json")
-    for name in ("advantage", "loss"):
+    for name in ("advantage", "loss", "pack"):
         del config["settings"]["ppo"][name]
     write_json(tmp_path / "half/config.json", config)
     half = full_trainer(tmp_path / "half", updates=2, eval_every=0, resume="yes").run()

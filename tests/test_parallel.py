@@ -161,6 +161,15 @@ def test_every_family_gives_the_result_of_one_device(family, adapters, on):
     assert_same(found, on_one_device(family, "sgd", adapters), "sgd")
 
 
+@pytest.mark.parametrize("on", [{"data": 2, "fsdp": 2, "tensor": 2}, "pmap"], ids=str)
+def test_devices_pack_their_own_rows(on):
+    assert_same(
+        three_updates("llama", "sgd", on=on, micro_batch=2, pack=192),
+        on_one_device("llama", "sgd", False),
+        "sgd",
+    )
+
+
 @pytest.mark.parametrize(
     "on, adapters",
     [

@@ -97,6 +97,8 @@ SPLITS = [
     {"devices": 4},
     {"devices": 8},
     {"devices": 8, "micro_batch": 8, "rollout_rows": 16, "rollout_slots": 8, "extra_padding": 2},
+    {"pack": 192, "micro_batch": 2, "logit_chunk": 5, "extra_padding": 7},
+    {"pack": 256, "devices": 4},
 ]
 
 
@@ -125,7 +127,11 @@ ALL_ON = {
 
 @pytest.mark.parametrize(
     "split",
-    [{"rollout_rows": 8, "micro_batch": 4, "extra_padding": 7}, {"devices": 8, "micro_batch": 8}],
+    [
+        {"rollout_rows": 8, "micro_batch": 4, "extra_padding": 7},
+        {"devices": 8, "micro_batch": 8},
+        {"pack": 128},
+    ],
     ids=str,
 )
 def test_no_split_changes_the_result_with_everything_on(split):

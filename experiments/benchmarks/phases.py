@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from experiments.benchmarks import ragged
 from experiments.benchmarks import work as work_
 from experiments.benchmarks.work import WORKS, Work
 from ppo_jax import init_params
@@ -53,13 +54,20 @@ class Phases:
 
 def main(options: Phases) -> dict[str, Any]:
     """Measure, write a summary to `options.out`, print and return it."""
+    if options.work == "ragged":
+        return _report(options, ragged.measure(options.shape(), options.runs))
     if options.child:
         print(json.dumps(measure(options)))
         return {}
-    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
         first, second = (_in_process(options, cache, name) for name in ("first", "second"))
     found = {**second, "compile_s": first["compile_s"], "compile_cached_s": second["compile_s"]}
+    return _report(options, found)
+
+
+def _report(options: Phases, found: dict[str, Any]) -> dict[str, Any]:
+    """Write figures to `options.out`, print and return them."""
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
     for name, value in found.items():
         print(f"{name:32}{value:.6g}" if isinstance(value, int | float) else f"{name:32}{value}")

@@ -47,6 +47,7 @@ class Work:
     critic: str = "separate"
     micro_batch: int | None = None
     logit_chunk: int | None = None
+    pack: int | None = None
 
     @property
     def config(self) -> TransformerConfig:
@@ -71,6 +72,7 @@ class Work:
             micro_batch=self.micro_batch,
             max_new_tokens=self.new_tokens,
             logit_chunk=self.logit_chunk,
+            pack=self.pack,
         )
 
 
@@ -105,6 +107,19 @@ WORKS = {
         prompts=8,
         prompt_tokens=32,
         new_tokens=32,
+    ),
+    # Responses of different lengths, at most 512 tokens; see ragged.py.
+    "ragged": Work(
+        layers=2,
+        width=256,
+        heads=4,
+        vocab_size=8192,
+        positions=576,
+        prompts=64,
+        prompt_tokens=64,
+        new_tokens=512,
+        epochs=1,
+        micro_batch=4,
     ),
     # OpenAI 2019: 64 + 24 tokens, batches of 512, 4 epochs of one minibatch, a shared trunk.
     "oai2019": Work(

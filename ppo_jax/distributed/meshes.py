@@ -133,7 +133,8 @@ def check_rows(config: PPOConfig, shards: int) -> None:
     rows = {
         "batch_size": config.batch_size,
         "batch_size / minibatches": config.batch_size // config.minibatches,
-        "micro_batch": config.rows_at_a_time,
+        # With packing it is a number of bins, and each device fills its own ones.
+        "micro_batch": config.rows_at_a_time if config.pack is None else None,
         "rollout_rows": config.rollout_rows,
         "rollout_slots": config.rollout_slots,
     }

@@ -101,7 +101,9 @@ def shared_critic() -> CriticFn:
     return _shared_critic
 
 
-def _shared_critic(params: Params, hidden: Array, tokens: Array, mask: Array) -> Array:
+def _shared_critic(
+    params: Params, hidden: Array, tokens: Array, mask: Array, segments: Array | None = None
+) -> Array:
     """Apply the head to the hidden states `[B, R, D]` of the policy."""
     return apply_head(params["head"], hidden)
 
@@ -139,9 +141,15 @@ def separate_critic(config: TransformerConfig) -> CriticFn:
 @functools.cache
 def _separate_critic(config: TransformerConfig) -> CriticFn:
     model = language_model(config)
-    return lambda params, hidden, tokens, mask: apply_head(
-        params["head"], model.hidden(params["trunk"], tokens, mask, last=hidden.shape[1])[0]
-    )
+
+    def critic(
+        params: Params, hidden: Array, tokens: Array, mask: Array, segments: Array | None = None
+    ) -> Array:
+        last = hidden.shape[1]
+        states, _ = model.hidden(params["trunk"], tokens, mask, last=last, segments=segments)
+        return apply_head(params["head"], states)
+
+    return critic
 
 
 def reward_model(config: TransformerConfig) -> Callable[[Params, Array, Array], Array]:

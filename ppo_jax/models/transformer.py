@@ -109,6 +109,7 @@ class Decoder(nn.Module):
         mask_BS: Array,
         cache: KVCache | None = None,
         last: int | None = None,
+        segments_BS: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Read tokens; the arguments and results are those of `types.HiddenFn`."""
         c = self.config
@@ -117,13 +118,15 @@ class Decoder(nn.Module):
         if not 0 <= first < S:
             raise ValueError(f"last={last} must lie in 1 .. {S}, the positions of tokens.")
         slots = S if cache is None else cache.mask.shape[1]
-        if slots > c.positions:
+        if slots > c.positions and segments_BS is None:
             raise ValueError(f"A sequence of {slots} tokens does not fit positions={c.positions}.")
+        if cache is not None and segments_BS is not None:
+            raise ValueError("Pass either a cache or segments, but not both.")
         # The last layer computes states from here on only, since nothing reads the earlier ones.
         begin = first // aligned * aligned
         start: Array | int = 0
+        padding = ((0, 0), (0, -S % aligned))
         if cache is None:
-            padding = ((0, 0), (0, -S % aligned))
             tokens_BS, mask_BS = jnp.pad(tokens_BS, padding), jnp.pad(mask_BS, padding)
             mask_BN = mask_BS
         else:
@@ -131,10 +134,14 @@ class Decoder(nn.Module):
             mask_BN = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, start, axis=1)
         slots_S = start + jnp.arange(tokens_BS.shape[1])
         ago_SN = slots_S[:, None] - jnp.arange(mask_BN.shape[1])[None, :]
+        seen_BSN = mask_BN[:, None]
+        if segments_BS is not None:
+            segments_BS = jnp.pad(segments_BS, padding)
+            seen_BSN = seen_BSN & (segments_BS[:, :, None] == segments_BS[:, None])
         # The position of a token is the number of real tokens before it, so that padding does not
         # change it.
-        position_BS = jnp.sum((ago_SN > 0)[None] & mask_BN[:, None], axis=-1)
-        attended = self._attended(ago_SN, mask_BN, position_BS)
+        position_BS = jnp.sum((ago_SN > 0)[None] & seen_BSN, axis=-1)
+        attended = self._attended(ago_SN, seen_BSN, position_BS)
         x_BSD, keys, values = constrain(self._embed(tokens_BS, position_BS), BATCH), [], []
         for block, (allowed_BSN, angles) in zip(self.blocks, attended, strict=True):
             if begin and block is self.blocks[-1]:
@@ -149,18 +156,18 @@ class Decoder(nn.Module):
         return x_BSD if c.norm_at is NormAt.AFTER else self.final_norm(x_BSD), cache
 
     def _attended(
-        self, ago_SN: Array, mask_BN: Array, position_BS: Array
+        self, ago_SN: Array, seen_BSN: Array, position_BS: Array
     ) -> list[tuple[Array, Array | None]]:
         """Return for each layer which slots `[B, S, N]` positions attend to, and their angles.
 
         Args:
           ago_SN: by how many slots each of the N slots precedes each of the S positions.
-          mask_BN: which slots hold a real token.
+          seen_BSN: which slots hold a real token of the same sequence; `S` may be 1 for all.
           position_BS: positions without padding.
         """
         c = self.config
         allowed = {
-            window: mask_BN[:, None] & in_reach(ago_SN, window, c.causal)[None]
+            window: seen_BSN & in_reach(ago_SN, window, c.causal)[None]
             for window in dict.fromkeys(c.layer_windows)
         }
         angles = {
@@ -271,18 +278,14 @@ def _language_model(config: TransformerConfig) -> LanguageModel:
         mask: Array,
         cache: KVCache | None = None,
         last: int | None = None,
+        segments: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
-        return apply({"params": params}, tokens, mask, cache, last)
+        return apply({"params": params}, tokens, mask, cache, last, segments)
 
     def init_cache(batch_size: int, slots: int) -> KVCache:
         shape = (batch_size, config.key_heads, slots, config.head_width)
-        keys, values = (
-            tuple(
-                constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor")
-                for _ in range(config.layers)
-            )
-            for _ in range(2)
-        )
+        layer = lambda: constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor")
+        keys, values = (tuple(layer() for _ in range(config.layers)) for _ in range(2))
         return KVCache(keys, values, jnp.zeros((batch_size, slots), bool), jnp.int32(0))
 
     return LanguageModel(

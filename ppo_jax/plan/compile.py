@@ -101,6 +101,8 @@ def compile_iteration(
     Raises:
       SettingError: if the batch does not divide over the mesh.
     """
+    # A compiled program does not hold the number of bins, so the figures are without packing.
+    ppo = replace(ppo, pack=None)
     meshes.check_rows(ppo, meshes.batch_shards(mesh))
     if adapters is not None:
         config = replace(config, lora_scale=adapters.scale)

@@ -92,12 +92,14 @@ def estimate_memory(
     params, _, reference = jax.eval_shape(start)
     trained = size_of(params)
     itemsize, tokens = jnp.dtype(config.dtype).itemsize, prompt_tokens + ppo.max_new_tokens
-    micro_tokens = ppo.rows_at_a_time * tokens
-    token = 10 * config.width + 3 * config.mlp_width + config.heads * tokens
+    at_once, length = (ppo.rows_at_a_time, tokens) if ppo.bins is None else ppo.bins[::-1]
+    micro_tokens = at_once * length
+    token = 10 * config.width + 3 * config.mlp_width + config.heads * length
     block = micro_tokens * token * itemsize
     models = 1 if critic == "shared" else 2
     kept = config.layers * (micro_tokens * config.width * itemsize if config.remat else block)
-    logits = ppo.rows_at_a_time * (ppo.logit_chunk or ppo.max_new_tokens) * config.vocab_size
+    logit_tokens = ppo.max_new_tokens if ppo.bins is None else length
+    logits = at_once * (ppo.logit_chunk or logit_tokens) * config.vocab_size
     rows = ppo.rollout_rows or ppo.batch_size
     slots = ppo.rollout_slots or rows
     cached = slots * tokens + (prompt_tokens * rows if slots < rows else 0)

@@ -4,13 +4,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ppo_jax.ops.axes import separate
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
 from ppo_jax.ops.metrics import add_parts
 from ppo_jax.ppo.batching import split_rows
+from ppo_jax.ppo.packing import Bins, sum_bins
 from ppo_jax.sharding import constrain_params
 from ppo_jax.types import Counts, Experience, LossFn, LossMetrics, Params
+
+_Gradient = tuple[Params, LossMetrics]
 
 
 def minibatch_gradient(
@@ -21,6 +25,7 @@ def minibatch_gradient(
     *,
     micro_batches: int = 1,
     aggregation: Aggregation = BY_TOKEN,
+    bins: Bins | None = None,
 ) -> tuple[Params, LossMetrics]:
     """Compute the gradient and the metrics of a minibatch, one micro-batch at a time.
 
@@ -34,6 +39,9 @@ def minibatch_gradient(
       axis_name: mapped axis over which the minibatch is split.
       micro_batches: number of micro-batches; it must divide `B`.
       aggregation: the mean over tokens that `loss_fn` uses.
+      bins: the shape of the bins that rows are packed into; `None` for no packing. A
+        micro-batch is then the rows of `bins.number` bins: `loss_fn` gets the whole minibatch each
+        time, with the masks of all other rows false. `micro_batches` has no effect.
 
     Returns:
       The gradient, a pytree like `params`, and the metrics of the whole minibatch.
@@ -64,21 +72,32 @@ def minibatch_gradient(
         # Without the constraint the compiler may add up unsharded gradients on every device.
         return constrain_params(grads), metrics
 
-    def add(
-        total: tuple[Params, LossMetrics], rows: Experience
-    ) -> tuple[tuple[Params, LossMetrics], None]:
-        grads, metrics = part(rows)
-        return (jax.tree.map(jnp.add, total[0], grads), add_parts(total[1], metrics)), None
+    def add(total: _Gradient, new: _Gradient) -> _Gradient:
+        return jax.tree.map(jnp.add, total[0], new[0]), add_parts(total[1], new[1])
 
-    if micro_batches == 1:
+    if bins is not None:
+        of_bins = lambda chosen: part(_only(batch, chosen))
+        grads, metrics = sum_bins(of_bins, batch.mask, bins, add=add, axis_name=axis_name)
+    elif micro_batches == 1:
         grads, metrics = part(batch)
     else:
         parts = split_rows(batch, micro_batches)
         shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         zeros = separate(zeros, axis_name)
-        (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+        (grads, metrics), _ = jax.lax.scan(
+            lambda total, rows: (add(total, part(rows)), None), zeros, parts
+        )
     if axis_name is not None:
         grads, mean = jax.lax.psum((grads, metrics.mean), axis_name)
         metrics = LossMetrics(mean, jax.lax.pmax(metrics.max, axis_name))
     return grads, metrics
+
+
+def _only(batch: Experience, chosen: Array) -> Experience:
+    """Return the batch with the masks of all rows false but those where `chosen [B]` is true."""
+    return batch.replace(
+        mask=batch.mask & chosen[:, None],
+        response_mask=batch.response_mask & chosen[:, None],
+        value_mask=batch.value_mask & chosen[:, None],
+    )

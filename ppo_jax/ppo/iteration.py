@@ -16,6 +16,7 @@ from ppo_jax.errors import SettingError
 from ppo_jax.ops.metrics import experience_metrics
 from ppo_jax.ppo.batching import map_rows
 from ppo_jax.ppo.loss import agent_loss_fn
+from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.state import SAMPLE, SHUFFLE, Agent, PPOState, overlay
@@ -94,6 +95,7 @@ def sample(
 
     Raises:
       ValueError: if the settings forbid the whole vocabulary.
+      SettingError: if the settings say to pack, but bins, model or critic do not allow it.
       AssertionError: if `prompts` and `prompt_mask` differ in shape, or are not int and bool.
 
     Example:
@@ -108,6 +110,7 @@ def sample(
       (1, 24)
     """
     c, key = agent.config, state.key_for(SAMPLE)
+    check_packing(agent.model, agent.critic, c.bins, prompts.shape[1] + c.max_new_tokens)
     params = overlay(frozen, state.train.params)["policy"]
 
     def sample_rows(rows: tuple[Array, Array, Array]) -> Rollout:
@@ -183,6 +186,7 @@ def score(
         kl_estimator=c.kl_estimator.function,
         micro_batch=c.rows_at_a_time,
         chunk=c.logit_chunk,
+        bins=c.bins,
     )
 
 
@@ -238,8 +242,7 @@ def learn(
       >>> metrics["optimizer/steps"]
       Array(16., dtype=float32)
     """
-    c, total_scores = agent.config, task_scores
-    scored = ~jnp.isnan(task_scores)
+    c, total_scores, scored = agent.config, task_scores, ~jnp.isnan(task_scores)
     rollout = rollout.replace(response_mask=rollout.response_mask & scored[:, None])
     scale, final = final_scores(c, state.scale, rollout, task_scores, axis_name=axis_name)
     if token_scores is not None:
@@ -275,6 +278,7 @@ def learn(
         skip_nonfinite=c.skip_nonfinite,
         axis_name=axis_name,
         frozen=frozen,
+        bins=c.bins,
     )
     before = experience_metrics(
         rollout, scores, experience, rewards, total_scores, axis_name=axis_name

@@ -7,7 +7,8 @@ import chex
 from jax import Array
 
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
-from ppo_jax.ppo.scoring import forward_responses
+from ppo_jax.ppo.forward import forward_fn
+from ppo_jax.ppo.packing import Bins
 from ppo_jax.ppo.state import Agent
 from ppo_jax.types import (
     Counts,
@@ -30,6 +31,7 @@ def ppo_loss_fn(
     temperature: float,
     aggregation: Aggregation = BY_TOKEN,
     chunk: int | None = None,
+    bins: Bins | None = None,
 ) -> LossFn:
     """Turn a loss of log-probs, values and entropies into a loss of parameters.
 
@@ -45,6 +47,8 @@ def ppo_loss_fn(
       temperature: sampling temperature; positive.
       aggregation: mean over tokens that the loss uses, `BY_TOKEN` or `BY_SEQUENCE`.
       chunk: number of response positions whose logits are in memory at a time; `None` for all.
+      bins: the shape of the bins that rows are packed into, the same as in `ppo_update`; `None` for
+        no packing.
 
     Returns:
       A `LossFn`, for `ppo_update` or `learn`. It raises AssertionError if the loss is not a scalar.
@@ -61,10 +65,11 @@ def ppo_loss_fn(
       >>> loss, metrics = Loss.PPO.function(PPOConfig(clip_high=0.3))
       >>> loss_fn = ppo_loss_fn(model, critic, loss, metrics, temperature=1.0)
     """
+    forward = forward_fn(bins)
 
     def loss_fn(params: Params, batch: Experience, counts: Counts) -> tuple[Array, LossMetrics]:
         prompt_length = batch.tokens.shape[1] - batch.response_mask.shape[1]
-        out = forward_responses(
+        out = forward(
             model,
             critic,
             params,
@@ -104,4 +109,5 @@ def agent_loss_fn(agent: Agent) -> LossFn:
         temperature=config.temperature,
         aggregation=config.weighting.function,
         chunk=config.logit_chunk,
+        bins=config.bins,
     )

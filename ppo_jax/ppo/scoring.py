@@ -1,17 +1,20 @@
 """Scoring of a rollout, and the experience that an update learns from."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.kl import kl_k1, reads_logits
-from ppo_jax.ops.logprobs import chunked_logprobs_and_entropy
-from ppo_jax.ops.masked import check_mask, masked_whiten
+from ppo_jax.ops.masked import masked_whiten
 from ppo_jax.ops.rewards import ScoreAt, token_rewards
-from ppo_jax.ppo.batching import map_rows
+from ppo_jax.ppo.batching import map_chosen, map_rows
+from ppo_jax.ppo.forward import Forward, forward_fn
+from ppo_jax.ppo.packing import Bins, sum_bins
+from ppo_jax.sharding import map_over_data
 from ppo_jax.types import (
     AdvantageFn,
     CriticFn,
@@ -22,90 +25,6 @@ from ppo_jax.types import (
     Rollout,
     Scores,
 )
-
-
-class Forward(NamedTuple):
-    """What one forward pass gives for each response token.
-
-    Attributes:
-      logprobs: `[B, R]` float32, log-probs of the tokens, in nats.
-      values: `[B, R]` float32, values of the states before the tokens.
-      entropies: `[B, R]` float32, entropies of the next-token distributions, in nats.
-      hidden: `[B, R, D]` hidden states before the tokens.
-
-    Example:
-      >>> x = jnp.zeros((1, 2))
-      >>> Forward(logprobs=x - 1, values=x, entropies=x, hidden=x[..., None]).logprobs.sum(axis=1)
-      Array([-2.], dtype=float32)
-    """
-
-    logprobs: Array
-    values: Array
-    entropies: Array
-    hidden: Array
-
-
-def forward_responses(
-    model: LanguageModel,
-    critic: CriticFn,
-    params: Params,
-    tokens: Array,
-    mask: Array,
-    prompt_length: int,
-    *,
-    temperature: float,
-    chunk: int | None = None,
-) -> Forward:
-    """Compute log-probs, values and entropies of responses in one forward pass.
-
-    Scoring and the loss both call this function, and with the same micro-batch shape, so that the
-    probability ratio of an unchanged policy is 1.
-
-    Args:
-      model: functions of the policy.
-      critic: function of the critic.
-      params: `{"policy": ..., "critic": ...}`.
-      tokens: `[B, T]` int32, `[prompt | response]`.
-      mask: `[B, T]` bool, real tokens.
-      prompt_length: `P`.
-      temperature: sampling temperature; positive.
-      chunk: number of response positions whose logits are in memory at a time; `None` for all.
-
-    Returns:
-      A `Forward`.
-
-    Raises:
-      AssertionError: if the critic does not return values of shape `[B, R]`, or `mask` is not bool.
-
-    Example:
-      >>> import jax
-      >>> from ppo_jax import *
-      >>> config = TransformerConfig(
-      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
-      >>> policy = init_params(config, jax.random.key(0))
-      >>> params = {"policy": policy, "critic": {"head": zero_head(4)}}
-      >>> tokens = jnp.array([[3, 1, 4, 1, 5]])
-      >>> forward_responses(language_model(config), shared_critic(), params, tokens, tokens > 0, 2,
-      ...     temperature=1.0).logprobs.shape
-      (1, 3)
-    """
-    check_mask(mask, tokens)
-    tokens = jnp.where(mask, tokens, 0)  # The model never sees which id fills the padding.
-    inputs, input_mask = tokens[:, :-1], mask[:, :-1]
-    # The states before the response's tokens are the last R of the T - 1 inputs.
-    hidden, _ = model.hidden(
-        params["policy"], inputs, input_mask, last=tokens.shape[1] - prompt_length
-    )
-    values = critic(params["critic"], hidden, inputs, input_mask)
-    chex.assert_shape(values, hidden.shape[:2])
-    logprobs, entropies = chunked_logprobs_and_entropy(
-        lambda h: model.logits(params["policy"], h),
-        hidden,
-        tokens[:, prompt_length:],
-        temperature=temperature,
-        chunk=chunk,
-    )
-    return Forward(logprobs, values, entropies, hidden)
 
 
 def score_rollout(
@@ -120,6 +39,7 @@ def score_rollout(
     micro_batch: int | None = None,
     chunk: int | None = None,
     ref_model: LanguageModel | None = None,
+    bins: Bins | None = None,
 ) -> Scores:
     """Compute log-probs under policy and reference, values, entropies and KL of a rollout.
 
@@ -138,6 +58,9 @@ def score_rollout(
       chunk: number of response positions whose logits are in memory at a time; `None` for all. An
         estimator that reads logits gets those of all positions nevertheless.
       ref_model: functions of the reference policy, if they are not those of the policy.
+      bins: the shape of the bins that rows are packed into, the same as in the update; `None` for
+        no packing. `micro_batch` has then no effect, and an estimator that reads logits gets
+        `[1, n, V]`, those of `n` response tokens of any rows.
 
     Returns:
       The scores, `[B, R]` float32 each; all but the values are 0 outside the response mask.
@@ -163,10 +86,26 @@ def score_rollout(
     """
     ref_model = model if ref_model is None else ref_model
 
+    def estimate_kl(out: Forward, ref: Forward, real: Array) -> Array:
+        if not reads_logits(kl_estimator):
+            return kl_estimator(out.logprobs, ref.logprobs)
+
+        def of_hidden(hidden: Array, ref_hidden: Array) -> Array:
+            logits = model.logits(params["policy"], hidden)
+            ref_logits = ref_model.logits(ref_params, ref_hidden)
+            return kl_estimator(logits, ref_logits, temperature=temperature)
+
+        if bins is None:
+            return of_hidden(out.hidden, ref.hidden)
+        flat = (x.reshape(-1, x.shape[-1]) for x in (out.hidden, ref.hidden))
+        one_row = lambda h, r: of_hidden(h[None], r[None])[0]
+        size = bins.number * bins.length // 4
+        return map_chosen(one_row, real.reshape(-1), *flat, size=size).reshape(real.shape)
+
     def score(rows: tuple[Array, Array, Array]) -> Scores:
         tokens, mask, real = rows
         forward = partial(
-            forward_responses,
+            forward_fn(bins),
             tokens=tokens,
             mask=mask,
             prompt_length=rollout.prompt_length,
@@ -175,22 +114,41 @@ def score_rollout(
         )
         out = forward(model, critic, params)
         ref = forward(ref_model, _no_critic, {"policy": ref_params, "critic": None})
-        if reads_logits(kl_estimator):
-            logits = model.logits(params["policy"], out.hidden)
-            ref_logits = ref_model.logits(ref_params, ref.hidden)
-            kl = kl_estimator(logits, ref_logits, temperature=temperature)
-        else:
-            kl = kl_estimator(out.logprobs, ref.logprobs)
+        kl = estimate_kl(out, ref, real)
         chex.assert_shape(kl, real.shape)
         logprobs, ref_logprobs, kl, entropies = (
             jnp.where(real, x, 0) for x in (out.logprobs, ref.logprobs, kl, out.entropies)
         )
         return Scores(logprobs, ref_logprobs, kl, entropies, out.values)
 
-    return map_rows(score, (rollout.tokens, rollout.mask, rollout.response_mask), micro_batch)
+    rows = rollout.tokens, rollout.mask, rollout.response_mask
+    if bins is None:
+        return map_rows(score, rows, micro_batch)
+    packed = partial(_score_bins, score, bins)
+    return map_over_data(packed, None, rows, parts=None, split_result=True)
 
 
-def _no_critic(params: Params, hidden: Array, tokens: Array, mask: Array) -> Array:
+def _score_bins(
+    score: Callable[[tuple[Array, Array, Array]], Scores],
+    bins: Bins,
+    _: None,
+    rows: tuple[Array, Array, Array],
+    axis_name: str | None,
+) -> Scores:
+    """Score the rows of some bins at a time."""
+    tokens, mask, real = rows
+
+    def score_chosen(chosen: Array) -> Scores:
+        chosen = chosen[:, None]
+        scores = score((tokens, mask & chosen, real & chosen))
+        return jax.tree.map(lambda x: jnp.where(chosen, x, 0), scores)
+
+    return sum_bins(score_chosen, mask, bins, axis_name=axis_name)
+
+
+def _no_critic(
+    params: Params, hidden: Array, tokens: Array, mask: Array, segments: Array | None = None
+) -> Array:
     """A critic that returns 0, because the values of the reference are not used."""
     return jnp.zeros(hidden.shape[:2], jnp.float32)
 

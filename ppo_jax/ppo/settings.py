@@ -16,6 +16,7 @@ from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.ops import kl
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt
 from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting
+from ppo_jax.ppo.packing import Bins, check_length
 
 # The ranges of the settings. Each entry has the range in words for the error message, a function
 # that tests whether a value lies in it, and the names of the settings that it applies to. A setting
@@ -29,8 +30,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "be positive, or none",
         lambda x: x > 0,
-        "micro_batch rollout_rows rollout_slots logit_chunk top_k value_clip kl_target "
-        "score_clip target_kl max_grad_norm",
+        "micro_batch rollout_rows rollout_slots pack logit_chunk top_k value_clip "
+        "kl_target score_clip target_kl max_grad_norm",
     ),
     (
         "not be negative",
@@ -77,6 +78,10 @@ class PPOConfig:
     """Responses are decoded this many at a time. When one ends, the next
     prompt takes its place, which is faster where lengths differ much.
     None: one slot for each response."""
+    pack: int | None = None
+    """Scoring and update compute bins of this many tokens (a multiple of 64)
+    that hold several prompts and responses each, instead of padding them.
+    micro_batch bins are computed at once, 1 by default. None: no packing."""
     logit_chunk: int | None = None
     """Logits are computed for this many response positions at a time, which
     bounds their memory. None: all positions at once."""
@@ -221,6 +226,7 @@ class PPOConfig:
                 f"rollout_slots={self.rollout_slots} must be at most {rows}, the number of "
                 "responses that are sampled at a time."
             )
+        check_length(self.pack, self.score_at)
         if self.kl_target is not None and not self.kl_coef:
             raise SettingError(
                 f"kl_coef must be positive with kl_target={self.kl_target}, because a weight of 0 "
@@ -252,6 +258,11 @@ class PPOConfig:
         """The number of forward and backward passes per optimizer step."""
         return self.minibatch_size // self.rows_at_a_time
 
+    @property
+    def bins(self) -> Bins | None:
+        """The shape of the bins that rows are packed into, or None if they are not packed."""
+        return None if self.pack is None else Bins(self.pack, self.micro_batch or 1)
+
     def controller(self) -> kl.KLController:
         """Return the controller of the KL penalty's weight."""
         if self.kl_target is None:
@@ -259,13 +270,9 @@ class PPOConfig:
         return kl.adaptive_kl(self.kl_coef, target=self.kl_target, horizon=self.kl_horizon)
 
     def optimizer(self, updates: int) -> optax.GradientTransformation:
-        """Return AdamW with warm-up, decay and gradient clipping.
+        """Return AdamW with warm-up, gradient clipping and decay over so many updates.
 
-        Args:
-          updates: number of updates over which the learning rate decays.
-
-        Returns:
-          The optimizer. Equal settings and `updates` give the same object.
+        Equal settings and `updates` give the same object.
         """
         return _optimizer(self, updates)
 

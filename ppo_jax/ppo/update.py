@@ -12,6 +12,7 @@ from jax import Array
 
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
 from ppo_jax.ppo.gradients import minibatch_gradient
+from ppo_jax.ppo.packing import Bins
 from ppo_jax.ppo.state import overlay
 from ppo_jax.sharding import constrain_rows, map_over_data
 from ppo_jax.types import Experience, LossFn, LossMetrics, Metrics, Params
@@ -82,6 +83,7 @@ def ppo_update(
     skip_nonfinite: bool = False,
     axis_name: str | None = None,
     frozen: Params | None = None,
+    bins: Bins | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Train on one batch of experience with `epochs * minibatches` optimizer steps.
 
@@ -102,6 +104,9 @@ def ppo_update(
       skip_nonfinite: take no step on a minibatch whose gradient is not finite.
       axis_name: mapped axis over which the rows are split; `B` is then the share of this device.
       frozen: parameters that are not trained; those of the state take precedence.
+      bins: the shape of the bins that the rows of a minibatch are packed into, for a `loss_fn` made
+        with the same bins; `None` for no packing. Instead of `micro_batches`, a minibatch then has
+        as many parts as its bins make.
 
     Returns:
       The new state, and metrics: means and maxima over the minibatches whose gradient was computed,
@@ -134,7 +139,8 @@ def ppo_update(
     if axis_name is not None:
         experience = jax.lax.all_gather(experience, axis_name, tiled=True)
     rows = experience.tokens.shape[0]
-    if rows % (minibatches * micro_batches):
+    parts = micro_batches if bins is None else None
+    if rows % (minibatches * (parts or 1)):
         raise ValueError(
             f"The {rows} rows cannot be split into minibatches={minibatches} of "
             f"micro_batches={micro_batches} each."
@@ -147,6 +153,7 @@ def ppo_update(
         lambda params, *args: loss_fn(overlay(frozen, params), *args),
         micro_batches=micro_batches,
         aggregation=aggregation,
+        bins=bins,
     )
 
     # Jitted to be traced once, although `_no_step` asks for the shapes of its results.
@@ -154,7 +161,7 @@ def ppo_update(
     def take_step(state: TrainState, row_numbers: Array) -> tuple[TrainState, _Step]:
         batch = constrain_rows(jax.tree.map(lambda x: x[row_numbers], experience))
         grads, metrics = (
-            map_over_data(gradient, state.params, batch, parts=micro_batches)
+            map_over_data(gradient, state.params, batch, parts=parts)
             if axis_name is None
             else gradient(state.params, batch, axis_name)
         )

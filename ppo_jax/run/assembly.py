@@ -19,6 +19,7 @@ from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora import LoRA, adapt
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_key
 from ppo_jax.types import CriticFn, Params
@@ -72,6 +73,12 @@ class Learner(NamedTuple):
     def row_devices(self) -> int:
         """Number of devices over which the rows of a batch are sharded."""
         return jax.local_device_count() if self.pmap else meshes.batch_shards(self.mesh)
+
+    def check(self, prompts: data.Prompts) -> None:
+        """Raise SettingError if the settings do not fit the devices, or packing the prompts."""
+        agent, longest = self.agent, prompts.tokens.shape[1] + self.agent.config.max_new_tokens
+        meshes.check_rows(agent.config, self.row_devices)
+        check_packing(agent.model, agent.critic, agent.config.bins, longest)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> data.Prompts:
         """Tokenize prompts for this learner's policy.

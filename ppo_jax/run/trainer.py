@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ppo_jax import data
-from ppo_jax.distributed import compilation, meshes, placement, processes, replicas
+from ppo_jax.distributed import compilation, placement, processes, replicas
 from ppo_jax.errors import Fault, NonFiniteParametersError
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.reward_functions import RewardFn
@@ -86,7 +86,7 @@ class Trainer:
         self.learner, self.prompts, self.eval_prompts = learner, prompts, eval_prompts
         self.loop, self.out = loop, out
         agent, mesh = learner.agent, learner.mesh
-        meshes.check_rows(agent.config, learner.row_devices)
+        learner.check(prompts)
         self._claim = claim_folder(out, resume)
         params, frozen, ref_params = (
             placement.place(tree, mesh)
