@@ -32,6 +32,11 @@ from .ppo.scoring import score_rollout as score_rollout, make_experience as make
 from .ppo.update import ppo_update as ppo_update
 from .ppo.gradients import minibatch_gradient as minibatch_gradient
 from .ppo.loss import ppo_loss_fn as ppo_loss_fn
+from .ppo.critic import (
+    CriticConfig as CriticConfig,
+    no_critic as no_critic,
+    value_loss_fn as value_loss_fn,
+)
 
 # Data that flows between the parts, and the functions that you can supply.
 from .types import (
@@ -108,6 +113,7 @@ from .ops.kl_loss import kl_loss as kl_loss
 from .ops.value_losses import (
     clipped_value_loss as clipped_value_loss,
     entropy_bonus as entropy_bonus,
+    value_clipfrac as value_clipfrac,
 )
 from .ops.entropy_control import (
     EntropyController as EntropyController,

@@ -76,7 +76,7 @@ class Replay:
             print(f"The {name} of the run had the hash {before}, and has {now} here.")
         print(
             f"Update {self.update} is in {self.out}; digest of the parameters after it: "
-            f"{hashing.digest(trainer.state.train.params)}."
+            f"{hashing.digest(trainer.state.params)}."
         )
         lines = read_lines(self.run_folder / "metrics.jsonl")
         if row := next((row for row in lines if row["update"] == self.update), None):

@@ -51,8 +51,9 @@ class Train:
     """Held-out prompts for evaluation, in the same formats."""
     critic: str = "separate"
     """The critic. shared: a value head on the policy's trunk. separate: a critic with its own trunk
-    that starts from the policy. Otherwise the folder or Hugging Face id of a reward model with one
-    label that a separate critic starts from."""
+    that starts from the policy. none: no critic, for an advantage estimator that reads no values.
+    Otherwise the folder or Hugging Face id of a reward model with one label that a separate critic
+    starts from."""
     chat: bool = False
     """Treat each prompt as a user's message and apply the tokenizer's chat template. Prompts that
     are lists of messages always go through it."""
@@ -164,7 +165,7 @@ class Train:
             else f"A run starts in {self.out}; the first update takes longer, as it is compiled."
         )
         state = trainer.run()
-        digest = hashing.digest(state.train.params)
+        digest = hashing.digest(state.params)
         export_result(self.out, trainer, state, base_name=self.model)
         processes.on_first_process(lambda: write_summary(self.out, int(state.update), digest))
         processes.print_once(

@@ -79,3 +79,48 @@ def entropy_bonus(entropies: Array, mask: Array, *, aggregate: Aggregate = maske
       Array(1.5, dtype=float32)
     """
     return aggregate(entropies, mask)
+
+
+def value_clipfrac(
+    values: Array,
+    old_values: Array,
+    returns: Array,
+    mask: Array,
+    *,
+    clip: float | None,
+    aggregate: Aggregate = masked_mean,
+) -> Array:
+    """Compute the share of the steps whose value loss is that of the clipped value.
+
+    The gradient of these steps is 0.
+
+    Args:
+      values: `[B, R]` float32, see `clipped_value_loss`.
+      old_values: `[B, R]` float32, see `clipped_value_loss`.
+      returns: `[B, R]` float32, see `clipped_value_loss`.
+      mask: `[B, R]` bool, true for the steps that count.
+      clip: see `clipped_value_loss`; `None` gives 0.
+      aggregate: reduces the steps to one number.
+
+    Returns:
+      `[]` float32.
+
+    Raises:
+      AssertionError: if the shapes differ, or a mask is not bool.
+
+    Source:
+      `vf_clipfrac` of verl and TRL.
+
+    Example:
+      >>> one = jnp.ones((1, 2))
+      >>> values = jnp.array([[1.0, 0.25]])
+      >>> value_clipfrac(values, 0 * one, 2 * one, one > 0, clip=0.5)
+      Array(0.5, dtype=float32)
+    """
+    check_mask(mask, values, old_values, returns)
+    values, old_values, returns = (widen(x) for x in (values, old_values, returns))
+    if clip is None:
+        return aggregate(jnp.zeros_like(values), mask)
+    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
+    is_clipped = (clipped - returns) ** 2 > (values - returns) ** 2
+    return aggregate(is_clipped.astype(jnp.float32), mask)

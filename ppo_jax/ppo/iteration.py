@@ -15,14 +15,13 @@ from jax import Array
 from ppo_jax.errors import SettingError
 from ppo_jax.ops.metrics import experience_metrics
 from ppo_jax.ppo.batching import map_rows
-from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.packing import check_packing
+from ppo_jax.ppo.phases import take_steps
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import make_experience, score_rollout
-from ppo_jax.ppo.state import SAMPLE, SHUFFLE, Agent, PPOState, overlay
+from ppo_jax.ppo.state import SAMPLE, Agent, PPOState, overlay
 from ppo_jax.ppo.state import init_state as init_state
 from ppo_jax.ppo.task_scores import final_scores
-from ppo_jax.ppo.update import ppo_update, schedule_at
 from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
 
 
@@ -111,7 +110,7 @@ def sample(
     """
     c, key = agent.config, state.key_for(SAMPLE)
     check_packing(agent.model, agent.critic, c.bins, prompts.shape[1] + c.max_new_tokens)
-    params = overlay(frozen, state.train.params)["policy"]
+    params = overlay(frozen, state.params)["policy"]
 
     def sample_rows(rows: tuple[Array, Array, Array]) -> Rollout:
         prompts, prompt_mask, row_ids = rows
@@ -179,7 +178,7 @@ def score(
     return score_rollout(
         agent.model,
         agent.critic,
-        overlay(frozen, state.train.params),
+        overlay(frozen, state.params),
         ref_params,
         rollout,
         temperature=c.temperature,
@@ -265,20 +264,8 @@ def learn(
         unbiased=c.unbiased_whitening,
         axis_name=axis_name,
     )
-    train, learned = ppo_update(
-        schedule_at(state.train, state.update * (c.epochs * c.minibatches)),
-        experience,
-        state.key_for(SHUFFLE),
-        loss_fn=loss_fn or agent_loss_fn(agent),
-        epochs=c.epochs,
-        minibatches=c.minibatches,
-        micro_batches=c.micro_batches,
-        aggregation=c.weighting.function,
-        target_kl=c.target_kl,
-        skip_nonfinite=c.skip_nonfinite,
-        axis_name=axis_name,
-        frozen=frozen,
-        bins=c.bins,
+    trained, learned = take_steps(
+        agent, state, rollout, experience, loss_fn=loss_fn, frozen=frozen, axis_name=axis_name
     )
     before = experience_metrics(
         rollout, scores, experience, rewards, total_scores, axis_name=axis_name
@@ -286,4 +273,4 @@ def learn(
     episodes = len(task_scores) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     kl_state = c.controller().update(state.kl, before["objective/kl"], episodes)
     metrics = {**before, **learned, "objective/kl_coef": state.kl.coef}
-    return PPOState(train, kl_state, scale, state.key, state.update + 1), metrics
+    return trained.replace(kl=kl_state, scale=scale, update=state.update + 1), metrics

@@ -219,6 +219,12 @@ class Advantage(_Method):
     """The advantage estimator; `function` makes it from the settings."""
 
     function: Callable[["PPOConfig"], AdvantageFn]
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether the estimator needs a critic."""
+        return self not in (Advantage.MONTE_CARLO,)
+
     GAE = "gae", lambda config: gae(gamma=config.gamma, lam=config.lam)
     VAPO = "vapo", lambda config: vapo_gae(gamma=config.gamma)
     MONTE_CARLO = "monte_carlo", lambda config: monte_carlo(gamma=config.gamma)

@@ -12,6 +12,7 @@ from ppo_jax.ops.kl import kl_k1, reads_logits
 from ppo_jax.ops.masked import masked_whiten
 from ppo_jax.ops.rewards import ScoreAt, token_rewards
 from ppo_jax.ppo.batching import map_chosen, map_rows
+from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.forward import Forward, forward_fn
 from ppo_jax.ppo.packing import Bins, sum_bins
 from ppo_jax.sharding import map_over_data
@@ -113,7 +114,7 @@ def score_rollout(
             chunk=chunk,
         )
         out = forward(model, critic, params)
-        ref = forward(ref_model, _no_critic, {"policy": ref_params, "critic": None})
+        ref = forward(ref_model, no_critic, {"policy": ref_params, "critic": None})
         kl = estimate_kl(out, ref, real)
         chex.assert_shape(kl, real.shape)
         logprobs, ref_logprobs, kl, entropies = (
@@ -144,13 +145,6 @@ def _score_bins(
         return jax.tree.map(lambda x: jnp.where(chosen, x, 0), scores)
 
     return sum_bins(score_chosen, mask, bins, axis_name=axis_name)
-
-
-def _no_critic(
-    params: Params, hidden: Array, tokens: Array, mask: Array, segments: Array | None = None
-) -> Array:
-    """A critic that returns 0, because the values of the reference are not used."""
-    return jnp.zeros(hidden.shape[:2], jnp.float32)
 
 
 def make_experience(

@@ -4,18 +4,18 @@ Only `ppo.iteration` and the code around it read the settings. The numeric funct
 `ppo_jax.ops` take keyword arguments instead.
 """
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-import jax.numpy as jnp
 import optax
-from jax import Array
 
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.ops import kl
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt
+from ppo_jax.ppo.critic import CriticConfig
 from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting
+from ppo_jax.ppo.optimizers import adamw
 from ppo_jax.ppo.packing import Bins, check_length
 
 # The ranges of the settings. Each entry has the range in words for the error message, a function
@@ -203,6 +203,8 @@ class PPOConfig:
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to at most this global norm (metric
     optimizer/grad_norm). None: never."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """How the critic is trained, if it has an optimizer of its own."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -259,6 +261,11 @@ class PPOConfig:
         return self.minibatch_size // self.rows_at_a_time
 
     @property
+    def critic_epochs(self) -> int:
+        """The number of passes that a critic with its own optimizer makes over the responses."""
+        return self.critic.epochs or self.epochs
+
+    @property
     def bins(self) -> Bins | None:
         """The shape of the bins that rows are packed into, or None if they are not packed."""
         return None if self.pack is None else Bins(self.pack, self.micro_batch or 1)
@@ -270,31 +277,22 @@ class PPOConfig:
         return kl.adaptive_kl(self.kl_coef, target=self.kl_target, horizon=self.kl_horizon)
 
     def optimizer(self, updates: int) -> optax.GradientTransformation:
-        """Return AdamW with warm-up, gradient clipping and decay over so many updates.
+        """Return the policy's optimizer for a run of so many updates, always the same object."""
+        return self._adamw(self, self.epochs, max(1, updates - self.critic.warmup_updates))
 
-        Equal settings and `updates` give the same object.
-        """
-        return _optimizer(self, updates)
+    def critic_optimizer(self, updates: int) -> optax.GradientTransformation:
+        """Return the critic's own optimizer, which needs `critic.learning_rate`."""
+        return self._adamw(self.critic, self.critic_epochs, updates)
 
-
-# Cached, because a new optimizer object would force a recompilation: it is a static field of the
-# train state, and its functions compare by identity.
-@functools.lru_cache(maxsize=16)
-def _optimizer(config: PPOConfig, updates: int) -> optax.GradientTransformation:
-    steps_per_update = config.epochs * config.minibatches
-
-    def rate(step: Array) -> Array | float:
-        warm = jnp.minimum((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-        left = 1 - (step // steps_per_update) / updates if config.decay_learning_rate else 1.0
-        return config.learning_rate * warm * left
-
-    adam = optax.adamw(
-        rate,
-        b1=config.adam_b1,
-        b2=config.adam_b2,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-    )
-    if config.max_grad_norm is None:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam)
+    def _adamw(self, own: Any, epochs: int, updates: int) -> optax.GradientTransformation:
+        return adamw(
+            own.learning_rate,
+            warmup_steps=own.warmup_steps,
+            decay_over=updates if own.decay_learning_rate else None,
+            steps_per_update=epochs * self.minibatches,
+            b1=self.adam_b1,
+            b2=self.adam_b2,
+            eps=self.adam_eps,
+            weight_decay=own.weight_decay,
+            max_grad_norm=own.max_grad_norm,
+        )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from flax.training.train_state import TrainState
 from jax import Array
 
@@ -14,7 +15,7 @@ from ppo_jax.ops.rewards import ScaleState, running_scale
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.types import CriticFn, LanguageModel, Params
 
-SAMPLE, SHUFFLE = 0, 1  # the purposes of `PPOState.key_for`
+SAMPLE, SHUFFLE, SHUFFLE_CRITIC = 0, 1, 2  # the purposes of `PPOState.key_for`
 _INIT = 2**32 - 1  # larger than the number of any update
 
 
@@ -43,12 +44,14 @@ class PPOState(flax.struct.PyTreeNode):
     """Everything that changes during a run. A checkpoint holds it.
 
     Attributes:
-      train: parameters `{"policy": ..., "critic": ...}` and the optimizer's state.
+      train: parameters `{"policy": ..., "critic": ...}` and the optimizer's state; without
+        `"critic"` if the critic has an optimizer of its own.
       kl: state of the controller of the KL penalty's weight.
       scale: running moments of the scores.
       key: `[]` typed key, the root of all keys of the run. Only keys that are derived from it are
         used for sampling.
       update: `[]` int32, number of updates done.
+      critic: parameters `{"critic": ...}` and the state of the critic's own optimizer, or None.
 
     Example:
       >>> train = TrainState(0, None, {"policy": {}, "critic": {}}, None, None)
@@ -63,6 +66,12 @@ class PPOState(flax.struct.PyTreeNode):
     scale: ScaleState
     key: Array
     update: Array
+    critic: TrainState | None = None
+
+    @property
+    def params(self) -> Params:
+        """The parameters that are trained, `{"policy": ..., "critic": ...}`."""
+        return {**self.train.params, **({} if self.critic is None else self.critic.params)}
 
     @property
     def policy(self) -> Params:
@@ -70,7 +79,7 @@ class PPOState(flax.struct.PyTreeNode):
         return self.train.params["policy"]
 
     def key_for(self, purpose: int) -> Array:
-        """Return the `[]` typed key of this update for a purpose, `SAMPLE` or `SHUFFLE`."""
+        """Return the `[]` typed key of this update for a purpose, such as `SAMPLE`."""
         return jax.random.fold_in(jax.random.fold_in(self.key, self.update), purpose)
 
 
@@ -141,7 +150,20 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
     """
     config = agent.config
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    train = TrainState.create(
-        apply_fn=agent.model.hidden, params=params, tx=config.optimizer(updates)
-    ).replace(step=jnp.int32(0))
-    return PPOState(train, config.controller().init(), running_scale().init(), key, jnp.int32(0))
+
+    def start(params: Params, tx: optax.GradientTransformation) -> TrainState:
+        state = TrainState.create(apply_fn=agent.model.hidden, params=params, tx=tx)
+        return state.replace(step=jnp.int32(0))
+
+    critic = None
+    if config.critic.learning_rate is not None:
+        critic = start({"critic": params["critic"]}, config.critic_optimizer(updates))
+        params = {"policy": params["policy"]}
+    return PPOState(
+        start(params, config.optimizer(updates)),
+        config.controller().init(),
+        running_scale().init(),
+        key,
+        jnp.int32(0),
+        critic,
+    )

@@ -92,8 +92,8 @@ def ppo_update(
         into its optimizer.
       experience: `B` rows, the same ones for all epochs.
       key: `[]` typed key of the shuffles, consumed.
-      loss_fn: the loss of a micro-batch, such as `ppo_loss_fn` makes. Its metrics must include the
-        means `policy/approx_kl` and `policy/clipfrac` and the maximum `policy/ratio_error_max`.
+      loss_fn: the loss of a micro-batch, such as `ppo_loss_fn` makes. With `target_kl` its metrics
+        must include the mean `policy/approx_kl`.
       epochs: number of passes over the rows.
       minibatches: number of optimizer steps per epoch; it must divide `B`.
       micro_batches: number of parts of a minibatch whose gradients are added up before its
@@ -110,10 +110,11 @@ def ppo_update(
 
     Returns:
       The new state, and metrics: means and maxima over the minibatches whose gradient was computed,
-      `policy/first_ratio_error_max` and `policy/first_clipfrac` of the first minibatch,
       `optimizer/grad_norm` before clipping, the numbers of steps taken (`optimizer/steps`) and of
       gradients that were not finite (`optimizer/skipped`), and as 0 or 1 whether the update stopped
-      early (`optimizer/stopped`) and whether all new parameters are finite (`optimizer/finite`).
+      early (`optimizer/stopped`) and whether all new parameters are finite (`optimizer/finite`). If
+      the loss reports `policy/ratio_error_max` and `policy/clipfrac`, those of the first minibatch
+      are `policy/first_ratio_error_max` and `policy/first_clipfrac`.
 
     Raises:
       ValueError: if `minibatches * micro_batches` does not divide the number of rows.
@@ -125,10 +126,9 @@ def ppo_update(
       >>> from ppo_jax.types import LossMetrics
       >>> x, mask = jnp.ones((4, 2)), jnp.ones((4, 2), bool)
       >>> experience = Experience(x, mask, mask, mask, x, x, x, x)
-      >>> names = ("policy/approx_kl", "policy/clipfrac")
       >>> def loss_fn(params, batch, counts):
       ...     loss = jnp.sum(params["w"] * batch.returns) / counts.tokens
-      ...     return loss, LossMetrics(dict.fromkeys(names, loss), {"policy/ratio_error_max": loss})
+      ...     return loss, LossMetrics({"loss/total": loss}, {})
       >>> state = TrainState.create(
       ...     apply_fn=None, params={"w": jnp.float32(1)}, tx=optax.sgd(0.25))
       >>> state, metrics = ppo_update(
@@ -222,11 +222,15 @@ def _summary(state: TrainState, stopped: Array, steps: _Step) -> Metrics:
     count = jnp.sum(steps.computed, dtype=jnp.float32)
     taken = steps.computed & ~steps.beyond & ~steps.bad
     finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
+    first = {"policy/ratio_error_max": largest, "policy/clipfrac": mean}
     return {
         **{name: jnp.sum(x) / count for name, x in mean.items()},
         **{name: jnp.max(x) for name, x in largest.items()},
-        "policy/first_ratio_error_max": largest["policy/ratio_error_max"][0],
-        "policy/first_clipfrac": mean["policy/clipfrac"][0],
+        **{
+            name.replace("/", "/first_"): found[name][0]
+            for name, found in first.items()
+            if name in found
+        },
         "optimizer/steps": jnp.sum(taken, dtype=jnp.float32),
         "optimizer/skipped": jnp.sum(steps.bad, dtype=jnp.float32),
         "optimizer/stopped": stopped.astype(jnp.float32),

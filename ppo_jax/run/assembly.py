@@ -13,12 +13,14 @@ from ppo_jax import data
 from ppo_jax.data.chat import end_of_turn_ids
 from ppo_jax.data.text import pad_id
 from ppo_jax.distributed import meshes
+from ppo_jax.errors import SettingError
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora import LoRA, adapt
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_key
@@ -128,8 +130,9 @@ def assemble(
       tokenizer: its tokenizer.
       ppo: the settings of the PPO iteration.
       critic: "shared" for a value head on the policy's trunk, "separate" for a critic with its own
-        trunk that starts from the policy, or the folder or Hugging Face id of a reward model with
-        one label that the critic starts from.
+        trunk that starts from the policy, "none" for an advantage estimator that reads no values,
+        or the folder or Hugging Face id of a reward model with one label that the critic starts
+        from.
       lora: low-rank adapters to train instead of the whole model; the model itself is then frozen
         and serves as the reference policy.
       mesh: the devices, as `make_mesh` returns them; None for a single device.
@@ -142,7 +145,8 @@ def assemble(
       The learner.
 
     Raises:
-      SettingError: if a number of rows in `ppo` does not divide evenly over the devices.
+      SettingError: if a number of rows in `ppo` does not divide evenly over the devices, or the
+        settings need a critic and there is none.
       ValueError: if the critic cannot read the policy's tokens, if a stop token is not a single
         token, or if `top_k` exceeds the vocabulary.
 
@@ -159,6 +163,7 @@ def assemble(
       (0, 2)
     """
     check_top_k(ppo.top_k, policy.config)
+    _check_critic(critic, ppo)
     stops = stop_ids(tokenizer, policy, stop_tokens)
     if lora is not None:
         policy = policy._replace(config=replace(policy.config, lora_scale=lora.scale))
@@ -183,11 +188,28 @@ def assemble(
     return learner
 
 
+def _check_critic(critic: str | Path, ppo: PPOConfig) -> None:
+    """Raise SettingError if a run without a critic has settings that need one."""
+    if critic != "none":
+        return
+    if ppo.advantage.reads_values:
+        raise SettingError(
+            "critic=none needs an advantage estimator that reads no values, but "
+            f"advantage={ppo.advantage.value} reads them."
+        )
+    if ppo.critic.learning_rate is not None:
+        raise SettingError(
+            f"critic.learning_rate={ppo.critic.learning_rate} needs a critic, but critic=none."
+        )
+
+
 def _make_critic(
     critic: str | Path, policy: Pretrained, seed: int, mesh: Mesh | None
 ) -> tuple[CriticFn, Params, int | None]:
     """The critic's function, its initial parameters and its number of positions if it has any."""
     config = policy.config
+    if critic == "none":
+        return no_critic, {}, None
     if critic == "shared":
         return heads.shared_critic(), {"head": heads.zero_head(config.width)}, None
     if critic == "separate":

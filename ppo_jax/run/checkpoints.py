@@ -193,9 +193,11 @@ class Checkpoints:
             raise ValueError("it does not hold what was written.")
         if int(state["update"]) != step:
             raise ValueError(f"it holds update {int(state['update'])} under another name.")
-        train = like.train.replace(**state["train"])
-        key = jax.random.wrap_key_data(state["key"])
-        return like.replace(**{**state, "train": train, "key": key}), json.loads(run["about"])
+        state["key"] = jax.random.wrap_key_data(state["key"])
+        state["train"] = like.train.replace(**state["train"])
+        if like.critic is not None:
+            state["critic"] = like.critic.replace(**state["critic"])
+        return like.replace(**state), json.loads(run["about"])
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint."""
@@ -242,9 +244,13 @@ def _structure(arrays: Any) -> dict[str, str]:
 
 def _arrays(state: PPOState) -> dict[str, Any]:
     """Return the arrays of a state, with the typed key as its data and without functions."""
-    train = state.train
+    trained = {"train": state.train, "critic": state.critic}
     return {
-        "train": {"step": train.step, "params": train.params, "opt_state": train.opt_state},
+        **{
+            name: {"step": x.step, "params": x.params, "opt_state": x.opt_state}
+            for name, x in trained.items()
+            if x is not None
+        },
         "kl": state.kl,
         "scale": state.scale,
         "key": jax.random.key_data(state.key),

@@ -11,7 +11,6 @@ from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
-from flax.training.train_state import TrainState
 
 from ppo_jax.errors import (
     Fault,
@@ -21,6 +20,7 @@ from ppo_jax.errors import (
     RewardError,
 )
 from ppo_jax.ops.rewards import ScaleState
+from ppo_jax.ppo.state import PPOState
 from ppo_jax.types import Rollout, Scores
 
 # Exit status after a signal, with a checkpoint written: EX_TEMPFAIL of sysexits.h, "try again".
@@ -140,9 +140,9 @@ def check_scale(state: ScaleState, scores: np.ndarray) -> None:
         )
 
 
-def check_end(train: TrainState) -> None:
+def check_end(state: PPOState) -> None:
     """Raise GradientError if a finished run has not taken any optimizer step."""
-    if int(train.step) == 0:
+    if not any(int(x.step) for x in (state.train, state.critic) if x is not None):
         raise GradientError(
             "No optimizer step of the run was taken, because all were skipped for faults; the "
             "parameters are unchanged."

@@ -175,12 +175,18 @@ def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Di
       [('ppo.lam', 0.9, 1.0)]
     """
     # The result depends on the number of updates only if the learning rate decays over them.
-    decays = any((run.get("ppo") or {}).get("decay_learning_rate") for run in (old, new))
+    decays = any(_decays(run.get("ppo") or {}) for run in (old, new))
     for part, free in _FREE.items():
         for name, a, b in provenance.differences(old.get(part) or {}, new.get(part) or {}):
             first = name.split(".")[0]
             if first not in free or (decays and (part, first) == ("loop", "updates")):
                 yield f"{part}.{name}" if part != "command" else name, a, b
+
+
+def _decays(ppo: dict[str, Any]) -> bool:
+    """Whether a learning rate of these settings depends on the number of updates."""
+    critic = ppo.get("critic") or {}
+    return bool(ppo.get("decay_learning_rate") or critic.get("decay_learning_rate"))
 
 
 def environment_differences(old: Sequence[Any], new: Sequence[Any]) -> Iterator[Difference]:

@@ -297,4 +297,4 @@ class Trainer:
                 f"ppo-jax: {len(faulty)} of {self.loop.updates} updates had faults; see {path}.",
                 file=sys.stderr,
             )
-        faults.check_end(self.state.train)
+        faults.check_end(self.state)

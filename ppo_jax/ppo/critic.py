@@ -1,0 +1,158 @@
+"""A critic with an optimizer of its own: its settings, its loss and the values that it gives."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax.numpy as jnp
+from jax import Array
+
+from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.ops.masked import BY_TOKEN, Aggregation
+from ppo_jax.ops.value_losses import clipped_value_loss, value_clipfrac
+from ppo_jax.ppo.forward import forward_fn
+from ppo_jax.ppo.packing import Bins
+from ppo_jax.types import (
+    Counts,
+    CriticFn,
+    Experience,
+    LanguageModel,
+    LossFn,
+    LossMetrics,
+    Params,
+    Segments,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """How the critic is trained, if it has an optimizer of its own.
+
+    Raises:
+      SettingError: if a setting is out of range, or set without `learning_rate`.
+
+    Example:
+      >>> CriticConfig(learning_rate=1e-4, epochs=8, warmup_updates=10).weight_decay
+      0.0
+    """
+
+    learning_rate: float | None = None
+    """Learning rate of the critic's own optimizer: each update then trains
+    the critic on the value loss first, and the policy after that. None: one
+    optimizer step trains the policy and the critic together."""
+    epochs: int | None = None
+    """The critic makes this many passes over the responses of an update, with
+    as many minibatches as the policy. None: as many as the policy."""
+    warmup_updates: int = 0
+    """The policy is frozen during this many first updates of the run, which
+    train the critic only (arXiv:2503.01491)."""
+    warmup_steps: int = 0
+    """The critic's learning rate rises linearly from 0 over this many of its
+    optimizer steps."""
+    decay_learning_rate: bool = False
+    """Decay the critic's learning rate linearly to 0 over the updates of the
+    run."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the critic's AdamW."""
+    max_grad_norm: float | None = 1.0
+    """Gradients of the critic are scaled down to at most this global norm
+    (metric critic/grad_norm). None: never."""
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        check_numbers(self, prefix="critic.")
+        for name in ("learning_rate", "epochs", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SettingError(f"critic.{name} must be positive, or none, but is {value}.")
+        for name in ("warmup_updates", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise SettingError(
+                    f"critic.{name} must not be negative, but is {getattr(self, name)}."
+                )
+        default = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        changed = [name for name, value in vars(self).items() if value != default[name]]
+        if changed and self.learning_rate is None:
+            raise SettingError(
+                f"critic.{changed[0]}={getattr(self, changed[0])} is for a critic with its own "
+                "optimizer; set critic.learning_rate as well."
+            )
+
+
+def value_loss_fn(
+    model: LanguageModel,
+    critic: CriticFn,
+    *,
+    value_clip: float | None,
+    aggregation: Aggregation = BY_TOKEN,
+    bins: Bins | None = None,
+) -> LossFn:
+    """Make the value loss as a function of the parameters of a critic.
+
+    Args:
+      model: functions of the policy, on whose hidden states the critic may build.
+      critic: function of the critic.
+      value_clip: the `clip` of `clipped_value_loss`; `None` for the plain squared error.
+      aggregation: the mean over steps that the loss uses.
+      bins: the shape of the bins that rows are packed into; `None` for no packing.
+
+    Returns:
+      A `LossFn` for `ppo_update` with the metrics `loss/value` and `value/clipfrac`. Its
+      parameters are `{"policy": ..., "critic": ...}`, and only those of the critic have a gradient
+      unless the critic reads the hidden states of the policy.
+
+    Example:
+      >>> from ppo_jax import TransformerConfig, language_model, shared_critic
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
+      >>> loss_fn = value_loss_fn(language_model(config), shared_critic(), value_clip=0.2)
+    """
+    forward = forward_fn(bins)
+
+    def loss_fn(params: Params, batch: Experience, counts: Counts) -> tuple[Array, LossMetrics]:
+        prompt_length = batch.tokens.shape[1] - batch.response_mask.shape[1]
+        # Nothing of the policy's logits is used, so the compiler leaves them out.
+        values = forward(
+            model, critic, params, batch.tokens, batch.mask, prompt_length, temperature=1.0
+        ).values
+        aggregate = partial(aggregation.mean, count=counts.value)
+        loss = clipped_value_loss(
+            values,
+            batch.values,
+            batch.returns,
+            batch.value_mask,
+            clip=value_clip,
+            aggregate=aggregate,
+        )
+        clipped = value_clipfrac(
+            values,
+            batch.values,
+            batch.returns,
+            batch.value_mask,
+            clip=value_clip,
+            aggregate=aggregate,
+        )
+        return loss, LossMetrics({"loss/value": loss, "value/clipfrac": clipped}, {})
+
+    return loss_fn
+
+
+def no_critic(
+    params: Params, hidden: Array, tokens: Array, mask: Array, segments: Segments = None
+) -> Array:
+    """Return values of 0, for a method that needs no critic and for the policy's own steps.
+
+    Args:
+      params: not used.
+      hidden: `[B, R, D]`, the hidden states of the policy.
+      tokens: not used.
+      mask: not used.
+      segments: not used.
+
+    Returns:
+      `[B, R]` float32.
+
+    Example:
+      >>> no_critic({}, jnp.ones((1, 2, 4)), None, None)
+      Array([[0., 0.]], dtype=float32)
+    """
+    return jnp.zeros(hidden.shape[:2], jnp.float32)

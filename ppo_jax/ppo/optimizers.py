@@ -1,0 +1,50 @@
+"""The optimizers of policy and critic: AdamW with warm-up, decay and gradient clipping."""
+
+import functools
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+
+# Cached, because a new optimizer object would force a recompilation: it is a static field of the
+# train state, and its functions compare by identity.
+@functools.lru_cache(maxsize=32)
+def adamw(
+    learning_rate: float,
+    *,
+    warmup_steps: int,
+    decay_over: int | None,
+    steps_per_update: int,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float | None,
+) -> optax.GradientTransformation:
+    """Make AdamW with a schedule of the learning rate; equal arguments give the same object.
+
+    Args:
+      learning_rate: the rate after warm-up and before decay.
+      warmup_steps: number of optimizer steps over which the rate rises linearly from 0.
+      decay_over: number of updates over which the rate falls linearly to 0; None for no decay.
+      steps_per_update: optimizer steps of an update, during which the decay is constant.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: epsilon, added to the square root of the second moment.
+      weight_decay: decoupled weight decay.
+      max_grad_norm: the largest global norm of a gradient; None for no limit.
+
+    Returns:
+      The optimizer.
+    """
+
+    def rate(step: Array) -> Array | float:
+        warm = jnp.minimum((step + 1) / warmup_steps, 1.0) if warmup_steps else 1.0
+        left = 1 - (step // steps_per_update) / decay_over if decay_over is not None else 1.0
+        return learning_rate * warm * left
+
+    adam = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    if max_grad_norm is None:
+        return adam
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adam)

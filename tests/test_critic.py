@@ -1,0 +1,182 @@
+"""A critic with an optimizer of its own: what it learns, and what it leaves alone."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import FULL_PPO, full_trainer, has_zero_gradient, tiny_config, tiny_policy
+from helpers import word_tokenizer as tokenizer
+
+from ppo_jax.distributed import meshes, placement
+from ppo_jax.errors import SettingError
+from ppo_jax.hashing import digest
+from ppo_jax.models.heads import init_scorer, separate_critic, shared_critic, zero_head
+from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.ops.value_losses import value_clipfrac
+from ppo_jax.ppo import iteration
+from ppo_jax.ppo.critic import CriticConfig
+from ppo_jax.ppo.methods import Advantage
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import Agent, init_state
+from ppo_jax.run.assembly import assemble
+from ppo_jax.run.resume import setting_differences
+
+compiled = partial(jax.jit, static_argnames="agent")
+sample, score, learn = (compiled(f) for f in (iteration.sample, iteration.score, iteration.learn))
+MODEL_CONFIG = tiny_config(init_std=0.3, layers=1)
+OWN = CriticConfig(learning_rate=1e-2, max_grad_norm=None)
+PLAIN = {
+    "batch_size": 8,
+    "minibatches": 1,
+    "epochs": 2,
+    "max_new_tokens": 6,
+    "learning_rate": 1e-2,
+    "vf_coef": 1.0,
+    "max_grad_norm": None,
+}
+
+
+def updates(count=1, *, shared=False, **settings):
+    """Return the states before, between and after some updates, and the metrics of each."""
+    ppo = PPOConfig(**(PLAIN | settings))
+    critic = shared_critic() if shared else separate_critic(MODEL_CONFIG)
+    head = init_scorer(MODEL_CONFIG, jax.random.key(1))
+    agent = Agent(language_model(MODEL_CONFIG), critic, ppo, (0, 1), 0)
+    policy = init_params(MODEL_CONFIG, jax.random.key(0))
+    params = {"policy": policy, "critic": {"head": zero_head(16)} if shared else head}
+    states, found = [init_state(agent, params, jax.random.key(2), updates=count)], []
+    prompts = jnp.array([[7, 3, 4], [5, 6, 2]] * 4)
+    for _ in range(count):
+        rollout = sample(agent, states[-1], prompts, prompts > 0)
+        scores = score(agent, states[-1], policy, rollout)
+        task = (rollout.responses == 5).sum(axis=1).astype(jnp.float32)
+        state, metrics = learn(agent, states[-1], rollout, scores, task)
+        states, found = [*states, state], [*found, metrics]
+    return states, found
+
+
+def assert_close(x, y):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(y), strict=True
+    ):
+        if not has_zero_gradient(path):
+            np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_it_learns_what_it_learns_together_with_the_policy():
+    """Adam moves each parameter by itself, so apart from shuffles both ways are the same."""
+    (_, _, together), (joint, _) = updates(2, epochs=1)
+    (_, _, apart), (own, _) = updates(2, epochs=1, critic=OWN)
+    assert_close(apart.params, together.params)
+    np.testing.assert_allclose(own["loss/value"], joint["loss/value"], rtol=1e-5)
+    np.testing.assert_allclose(own["loss/policy"], joint["loss/policy"], atol=1e-6)
+    both = np.hypot(own["critic/grad_norm"], own["optimizer/grad_norm"])
+    np.testing.assert_allclose(both, joint["optimizer/grad_norm"], rtol=1e-5)
+    assert own["critic/steps"] == own["optimizer/steps"] == 1
+    assert own["policy/first_ratio_error_max"] < 2e-6
+
+
+def test_the_policy_waits_for_the_critic_to_warm_up():
+    states, found = updates(3, critic=dataclasses.replace(OWN, warmup_updates=2), warmup_steps=8)
+    assert digest(states[2].train) == digest(states[0].train)
+    assert digest(states[3].train) != digest(states[0].train)
+    assert [float(x["optimizer/steps"]) for x in found] == [0, 0, 2]
+    assert [float(x["critic/steps"]) for x in found] == [2, 2, 2]
+    assert all(x["optimizer/finite"] == 1 for x in found)
+    for x in found:
+        assert x["value/explained_variance_after"] > x["value/explained_variance"]
+    # The policy then learns as in a first update, with its own warm-up of the learning rate.
+    (_, alone), _ = updates(1, critic=OWN, warmup_steps=8)
+    moved = [
+        jnp.abs(a["embedding"] - b.policy["embedding"]).max()
+        for a, b in ((states[3].policy, states[0]), (alone.policy, states[0]))
+    ]
+    np.testing.assert_allclose(moved[0], moved[1], rtol=0.3)
+
+
+def test_a_critic_makes_more_passes_and_decays_by_itself():
+    critic = dataclasses.replace(OWN, epochs=5, decay_learning_rate=True, weight_decay=0.1)
+    states, found = updates(2, critic=critic)
+    assert [float(x["critic/steps"]) for x in found] == [5, 5]
+    assert [float(x["optimizer/steps"]) for x in found] == [2, 2]
+    assert int(states[2].critic.step) == 10 and int(states[2].train.step) == 4
+    (_, constant), _ = updates(1, critic=dataclasses.replace(critic, decay_learning_rate=False))
+    assert digest(constant.critic.params) == digest(states[1].critic.params)
+
+
+def test_a_head_on_the_trunk_of_the_policy_leaves_the_trunk_alone():
+    critic = CriticConfig(learning_rate=0.1, epochs=20, warmup_updates=1)
+    states, (metrics,) = updates(shared=True, critic=critic, value_clip=None)
+    assert digest(states[1].policy) == digest(states[0].policy)
+    assert metrics["value/explained_variance_after"] > 0.1
+
+
+def test_the_clipped_share_of_values():
+    rng = np.random.default_rng(0)
+    values, old, returns = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    mask = rng.random((4, 5)) < 0.7
+    clipped = old + np.clip(values - old, -0.3, 0.3)
+    want = (((clipped - returns) ** 2 > (values - returns) ** 2) & mask).sum() / mask.sum()
+    np.testing.assert_allclose(value_clipfrac(values, old, returns, mask, clip=0.3), want)
+    assert value_clipfrac(values, old, returns, mask, clip=None) == 0
+
+
+RUN = dataclasses.replace(
+    FULL_PPO,
+    critic=CriticConfig(learning_rate=0.1, epochs=3, warmup_updates=1),
+)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_and_a_mesh_change_nothing(tmp_path):
+    trainer = full_trainer(tmp_path / "whole", ppo=RUN)
+    whole = trainer.run()
+    full_trainer(tmp_path / "part", ppo=RUN, updates=2).run()
+    resumed = full_trainer(tmp_path / "part", ppo=RUN, resume="yes").run()
+    assert digest(resumed) == digest(whole)
+    assert int(whole.critic.step) == 4 * 6
+    on = full_trainer(
+        tmp_path / "mesh", ppo=RUN, mesh=meshes.make_mesh({"data": 2, "fsdp": 2}), updates=2
+    )
+    found, wanted = on.run(), trainer.checkpoints.restore(whole, 2)[0]
+    assert_close(placement.to_host(found.params), wanted.params)
+
+
+def test_a_run_whose_critic_decays_is_not_made_longer():
+    old, new = (
+        {"ppo": {"critic": {"decay_learning_rate": True}}, "loop": {"updates": n}} for n in (2, 4)
+    )
+    assert list(setting_differences(old, new)) == [("loop.updates", 2, 4)]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"epochs": 2}, "critic.epochs=2 is for a critic with its own optimizer; set critic.learn"),
+        ({"learning_rate": 0.0}, "critic.learning_rate must be positive, or none, but is 0.0."),
+        ({"learning_rate": 1.0, "warmup_steps": -1}, "critic.warmup_steps must not be negative"),
+        ({"learning_rate": float("nan")}, "critic.learning_rate must be a finite number"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        CriticConfig(**settings)
+
+
+def test_a_method_without_a_critic_has_none():
+    learner = assemble(
+        tiny_policy(), tokenizer(), PPOConfig(advantage=Advantage.MONTE_CARLO), critic="none"
+    )
+    assert learner.params["critic"] == {}
+    for settings, message in (
+        ({}, "critic=none needs an advantage estimator that reads no values, but advantage=gae"),
+        (
+            {"advantage": Advantage.MONTE_CARLO, "critic": OWN},
+            "critic.learning_rate=0.01 needs a critic, but critic=none",
+        ),
+    ):
+        with pytest.raises(SettingError, match=message):
+            assemble(tiny_policy(), tokenizer(), PPOConfig(**settings), critic="none")
