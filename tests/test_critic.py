@@ -132,17 +132,15 @@ RUN = dataclasses.replace(
 
 @pytest.mark.slow
 def test_a_resumed_run_and_a_mesh_change_nothing(tmp_path):
-    trainer = full_trainer(tmp_path / "whole", ppo=RUN)
-    whole = trainer.run()
-    full_trainer(tmp_path / "part", ppo=RUN, updates=2).run()
+    whole = full_trainer(tmp_path / "whole", ppo=RUN).run()
+    part = placement.to_host(full_trainer(tmp_path / "part", ppo=RUN, updates=2).run())
     resumed = full_trainer(tmp_path / "part", ppo=RUN, resume="yes").run()
     assert digest(resumed) == digest(whole)
     assert int(whole.critic.step) == 4 * 6
     on = full_trainer(
         tmp_path / "mesh", ppo=RUN, mesh=meshes.make_mesh({"data": 2, "fsdp": 2}), updates=2
     )
-    found, wanted = on.run(), trainer.checkpoints.restore(whole, 2)[0]
-    assert_close(placement.to_host(found.params), wanted.params)
+    assert_close(placement.to_host(on.run().params), part.params)
 
 
 def test_a_run_whose_critic_decays_is_not_made_longer():

@@ -13,20 +13,18 @@ from ppo_jax import data
 from ppo_jax.data.chat import end_of_turn_ids
 from ppo_jax.data.text import pad_id
 from ppo_jax.distributed import meshes
-from ppo_jax.errors import SettingError
-from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.io import pretrained, scorers
+from ppo_jax.models.io import pretrained
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora import LoRA, adapt
 from ppo_jax.models.transformer import language_model
-from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_key
-from ppo_jax.types import CriticFn, Params
+from ppo_jax.run.critics import check_critic, make_critic
+from ppo_jax.types import Params
 
-_CRITIC, _ADAPTERS = 0, 1  # each part of the new parameters has a key of its own
+_ADAPTERS = 1  # Each part of the new parameters has a key of its own; the critic's is 0.
 
 
 class Learner(NamedTuple):
@@ -163,11 +161,11 @@ def assemble(
       (0, 2)
     """
     check_top_k(ppo.top_k, policy.config)
-    _check_critic(critic, ppo)
+    check_critic(critic, ppo)
     stops = stop_ids(tokenizer, policy, stop_tokens)
     if lora is not None:
         policy = policy._replace(config=replace(policy.config, lora_scale=lora.scale))
-    critic_fn, critic_params, critic_positions = _make_critic(critic, policy, seed, mesh)
+    critic_fn, critic_params, critic_positions = make_critic(critic, policy, seed, mesh)
     padding = pad_id(tokenizer, policy.config.vocab_size)
     agent = Agent(language_model(policy.config), critic_fn, ppo, stops, padding)
     params, frozen = {"policy": policy.params, "critic": critic_params}, None
@@ -186,48 +184,6 @@ def assemble(
     )
     meshes.check_rows(ppo, learner.row_devices)
     return learner
-
-
-def _check_critic(critic: str | Path, ppo: PPOConfig) -> None:
-    """Raise SettingError if a run without a critic has settings that need one."""
-    if critic != "none":
-        return
-    if ppo.advantage.reads_values:
-        raise SettingError(
-            "critic=none needs an advantage estimator that reads no values, but "
-            f"advantage={ppo.advantage.value} reads them."
-        )
-    if ppo.critic.learning_rate is not None:
-        raise SettingError(
-            f"critic.learning_rate={ppo.critic.learning_rate} needs a critic, but critic=none."
-        )
-
-
-def _make_critic(
-    critic: str | Path, policy: Pretrained, seed: int, mesh: Mesh | None
-) -> tuple[CriticFn, Params, int | None]:
-    """The critic's function, its initial parameters and its number of positions if it has any."""
-    config = policy.config
-    if critic == "none":
-        return no_critic, {}, None
-    if critic == "shared":
-        return heads.shared_critic(), {"head": heads.zero_head(config.width)}, None
-    if critic == "separate":
-        params = heads.init_scorer(config, init_key(seed, _CRITIC), trunk=policy.params)
-        return heads.separate_critic(config), params, config.positions
-    try:
-        scorer = scorers.load_scorer(critic, dtype=config.dtype, remat=config.remat, mesh=mesh)
-    except ValueError as error:
-        raise ValueError(
-            f"The critic must start from a reward model with one label: {error}"
-        ) from error
-    if scorer.config.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"The critic {critic} has vocab_size={scorer.config.vocab_size} and the policy has "
-            f"{config.vocab_size}; choose a critic that reads the policy's tokens."
-        )
-    scorer_config = replace(scorer.config, lora_scale=config.lora_scale)
-    return heads.separate_critic(scorer_config), scorer.params, scorer.config.positions
 
 
 def load_model(
