@@ -5,6 +5,8 @@ because processes that tests start import this module too and should start quick
 """
 
 import functools
+import multiprocessing
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +19,16 @@ from jax.sharding import AxisType, PartitionSpec
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ppo_jax import data
-from ppo_jax.models import heads, lora
+from ppo_jax import cli, data
+from ppo_jax.hashing import digest
+from ppo_jax.models import heads, lora, transformer
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained, safetensors_format
 from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.io.pretrained import Pretrained
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo import rollout
 from ppo_jax.ppo.methods import gae
-from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_key
@@ -33,6 +36,38 @@ from ppo_jax.reward_functions import TextReward
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.trainer import Trainer
+
+# --- compiled functions ---
+
+# Outside of jit, each operation of a call is compiled as a program of its own, which is slow.
+init_params = jax.jit(transformer.init_params, static_argnames="config")
+init_scorer = jax.jit(heads.init_scorer, static_argnames="config")
+generate = jax.jit(
+    rollout.generate,
+    static_argnames=(
+        "model",
+        "max_new_tokens",
+        "stop_ids",
+        "pad_id",
+        "min_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "greedy",
+        "stop_at_end",
+        "truncate_after",
+        "slots",
+    ),
+)
+
+
+def logits_of(model, params, tokens, mask) -> jax.Array:
+    """Return the logits at every position."""
+    return model.logits(params, model.hidden(params, jnp.asarray(tokens), jnp.asarray(mask))[0])
+
+
+compiled_logits = jax.jit(logits_of, static_argnames="model")
+
 
 # --- a tiny model over 20 letters ---
 
@@ -58,7 +93,7 @@ def tiny_config(**changes) -> TransformerConfig:
 def tiny_policy(**changes) -> Pretrained:
     """Return a random model of `tiny_config(**changes)`, ready for `pretrained.save_policy`."""
     config = tiny_config(**changes)
-    params = init_params(config, jax.random.key(0))
+    params = transformer.init_params(config, jax.random.key(0))
     return Pretrained(config, params, gpt2.config_to_hf(config, end_id=0))
 
 
@@ -147,7 +182,7 @@ def full_trainer(
     tokenizer = word_tokenizer()
     prompts = encode_rows(["a b", "c", "d e f", "g", "h i", "j k l"], tokenizer, ppo)
     params = {
-        "policy": init_params(config, init_key(0, 0)),
+        "policy": transformer.init_params(config, init_key(0, 0)),
         "critic": heads.init_scorer(config, init_key(0, 1)),
     }
     frozen = None
@@ -165,6 +200,41 @@ def full_trainer(
         resume=resume,
         eval_prompts=prompts if held_out is None else encode_rows(held_out, tokenizer, ppo),
     )
+
+
+# --- processes ---
+
+# A new process is a fork of one that has imported this module, but has not used JAX.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+
+
+def start_process(function: Callable, *args, log: Path, folder: Path, **environment: str):
+    """Start a process that calls a function of this module in a folder and prints to `log`."""
+    process = FORKS.Process(target=_call, args=(function, args, log, folder, environment))
+    process.start()
+    return process
+
+
+def _call(function, args, log, folder, environment) -> None:
+    """Call a function with other standard streams, working folder and environment variables."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    os.environ.update(environment)
+    function(*args)
+
+
+def run_command(args: list[str]) -> None:
+    """Run `ppo-jax`."""
+    cli.main(args)
+
+
+def run_full_trainer(folder: Path, updates: int) -> None:
+    """Start or resume `full_trainer` and print the digest of the final parameters."""
+    run = full_trainer(folder, updates=updates, resume="auto")
+    print(digest(run.run().train.params), flush=True)
 
 
 def has_zero_gradient(path: tuple) -> bool:
@@ -354,11 +424,6 @@ def left_padded(rows=5, length=10, vocab=61):
     return np.where(mask, rng.integers(2, vocab, (rows, length)), 0), mask
 
 
-def logits_of(model, params, tokens, mask) -> jax.Array:
-    """Return the logits at every position."""
-    return model.logits(params, model.hidden(params, jnp.asarray(tokens), jnp.asarray(mask))[0])
-
-
 def noisy_adapters(adapters):
     """Return adapters of the same shapes with random entries, since fresh ones change nothing."""
     leaves, tree = jax.tree.flatten(adapters)
@@ -497,11 +562,11 @@ def small_problem(dtype=jnp.float32):
     key = jax.random.key(0)
     params = {
         "policy": init_params(config, key),
-        "critic": heads.init_scorer(config, jax.random.key(1)),
+        "critic": init_scorer(config, jax.random.key(1)),
     }
     prompts = jax.random.randint(key, (ROWS, 6), 0, 97)
     mask = jnp.arange(6)[None, :] >= jax.random.randint(key, (ROWS, 1), 0, 5)
-    rollout = generate(
+    sampled = generate(
         model,
         params["policy"],
         key,
@@ -511,15 +576,15 @@ def small_problem(dtype=jnp.float32):
         stop_ids=(3, 4, 5),
         temperature=0.7,
     )
-    assert bool((~rollout.response_mask).any())
+    assert bool((~sampled.response_mask).any())
     scores = jax.jit(
         lambda p, ro: score_rollout(
             model, critic, p, p["policy"], ro, temperature=0.7, micro_batch=4
         )
-    )(params, rollout)
+    )(params, sampled)
     np.testing.assert_array_equal(scores.kl, 0)  # of the model with itself
     experience, _ = make_experience(
-        rollout,
+        sampled,
         scores,
         jax.random.normal(key, (ROWS,)),
         kl_coef=0.1,

@@ -14,7 +14,9 @@ import transformers
 from helpers import (
     FAMILIES,
     FAMILY_SIZE,
+    compiled_logits,
     family_peer,
+    generate,
     left_padded,
     save_random_peer,
     tensors_in,
@@ -26,7 +28,6 @@ from ppo_jax.models.config import Activation
 from ppo_jax.models.io import families, pretrained, safetensors_format, scorers, weights
 from ppo_jax.models.io import family as family_helpers
 from ppo_jax.models.transformer import language_model
-from ppo_jax.ppo.rollout import generate
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +55,7 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
     }
     with torch.no_grad():
         want = torch_model(torch.tensor(tokens), **arguments).logits.numpy()
-    got = model.logits(
-        loaded.params, model.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(mask))[0]
-    )
+    got = compiled_logits(model, loaded.params, tokens, mask)
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
     assert np.ptp(want) > 2
 
@@ -70,18 +69,16 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, case):
         pad_token_id=0,
         eos_token_id=1,
     ).numpy()
-    out = jax.jit(
-        lambda p: generate(
-            model,
-            p,
-            jax.random.key(0),
-            jnp.asarray(tokens),
-            jnp.asarray(mask),
-            max_new_tokens=20,
-            stop_ids=(1,),
-            greedy=True,
-        )
-    )(loaded.params)
+    out = generate(
+        model,
+        loaded.params,
+        jax.random.key(0),
+        tokens,
+        mask,
+        max_new_tokens=20,
+        stop_ids=(1,),
+        greedy=True,
+    )
     np.testing.assert_array_equal(np.asarray(out.tokens)[:, : texts.shape[1]], texts)
 
 
@@ -338,9 +335,7 @@ def test_a_bfloat16_base_is_saved_as_float32(tmp_path):
     tokens, model = np.arange(2, 12)[None], language_model(loaded.config)
     with torch.no_grad():
         want = again(torch.tensor(tokens)).logits.numpy()
-    got = model.logits(
-        tuned.params, model.hidden(tuned.params, jnp.asarray(tokens), jnp.asarray(tokens) > 0)[0]
-    )
+    got = compiled_logits(model, tuned.params, tokens, np.asarray(tokens) > 0)
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -455,9 +450,7 @@ def test_a_stored_output_matrix_unties_the_embedding(tmp_path, case, output, cap
     assert not loaded.config.tied and "holds another matrix" in caplog.text
     tokens = np.array([[2, 3, 4, 5]])
     model = language_model(loaded.config)
-    got = model.logits(
-        loaded.params, model.hidden(loaded.params, jnp.asarray(tokens), jnp.ones((1, 4), bool))[0]
-    )
+    got = compiled_logits(model, loaded.params, tokens, np.ones((1, 4), bool))
     pretrained.save_policy(tmp_path / "saved", loaded)
     for folder in (tmp_path, tmp_path / "saved"):
         with torch.no_grad():

@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import gpt2_peer, left_padded, tensors_in
+from helpers import (
+    compiled_logits,
+    generate,
+    gpt2_peer,
+    init_params,
+    left_padded,
+    tensors_in,
+)
 
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained, safetensors_format
 from ppo_jax.models.io.families import gpt2
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.logprobs import response_view, token_logprobs
-from ppo_jax.ppo.rollout import generate
 
 CASES = [
     {},
@@ -36,8 +42,7 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, changes):
             attention_mask=torch.tensor(mask).long(),
             position_ids=torch.tensor(positions),
         ).logits.numpy()
-    hidden, _ = model.hidden(loaded.params, jnp.asarray(tokens), jnp.asarray(mask))
-    got = model.logits(loaded.params, hidden)
+    got = compiled_logits(model, loaded.params, tokens, mask)
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=1e-4)
 
     texts = torch_model.generate(
@@ -47,18 +52,16 @@ def test_logits_and_greedy_generation_equal_transformers(tmp_path, changes):
         max_new_tokens=20,
         pad_token_id=0,
     ).numpy()
-    out = jax.jit(
-        lambda p: generate(
-            model,
-            p,
-            jax.random.key(0),
-            jnp.asarray(tokens),
-            jnp.asarray(mask),
-            max_new_tokens=20,
-            stop_ids=(1,),
-            greedy=True,
-        )
-    )(loaded.params)
+    out = generate(
+        model,
+        loaded.params,
+        jax.random.key(0),
+        tokens,
+        mask,
+        max_new_tokens=20,
+        stop_ids=(1,),
+        greedy=True,
+    )
     np.testing.assert_array_equal(np.asarray(out.tokens)[:, : texts.shape[1]], texts)
 
 
@@ -91,9 +94,7 @@ def test_a_new_model_loads_in_transformers(tmp_path):
             torch.tensor(np.asarray(tokens))
         ).logits.numpy()
     model = language_model(config)
-    np.testing.assert_allclose(
-        model.logits(params, model.hidden(params, tokens, tokens > 0)[0]), want, atol=1e-5
-    )
+    np.testing.assert_allclose(compiled_logits(model, params, tokens, tokens > 0), want, atol=1e-5)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
@@ -138,9 +139,9 @@ def test_cached_logprobs_equal_the_full_forward(tmp_path, temperature):
         temperature=temperature,
     )
     assert int((~out.response_mask).sum()) > 0  # some rows end early
-    hidden, _ = model.hidden(loaded.params, out.tokens[:, :-1], out.mask[:, :-1])
+    logits = compiled_logits(model, loaded.params, out.tokens[:, :-1], out.mask[:, :-1])
     full = token_logprobs(
-        model.logits(loaded.params, response_view(hidden, out.prompt_length)),
+        response_view(logits, out.prompt_length),
         out.responses,
         temperature=temperature,
     )
@@ -181,7 +182,7 @@ def test_no_gradient_flows_from_later_positions():
         hidden, _ = model.hidden({**params, "position_embedding": positions}, tokens, tokens > 0)
         return hidden[0, 4].sum() + (hidden[0, 4] ** 3).sum()
 
-    grad = jnp.abs(jax.grad(logit_at_4)(params["position_embedding"])).sum(axis=1)
+    grad = jnp.abs(jax.jit(jax.grad(logit_at_4))(params["position_embedding"])).sum(axis=1)
     assert (grad[:5] > 0).all() and (grad[5:] == 0).all()
 
 
@@ -199,8 +200,9 @@ def test_remat_changes_no_gradient(remat):
     plain = language_model(
         TransformerConfig(vocab_size=11, positions=16, width=8, layers=2, heads=2, mlp_width=12)
     )
-    want = jax.grad(loss)(params, plain)
-    got = jax.grad(loss)(params, language_model(config))
+    gradient = jax.jit(jax.grad(loss), static_argnames="model")
+    want = gradient(params, model=plain)
+    got = gradient(params, model=language_model(config))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), want, got)
     assert (
         "remat" in str(jax.make_jaxpr(lambda p: jax.grad(loss)(p, language_model(config)))(params))

@@ -6,21 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import full_trainer, tiny_config
+from helpers import full_trainer, generate, init_params, init_scorer, tiny_config
 
 from ppo_jax.errors import SettingError
-from ppo_jax.models.heads import init_scorer, separate_critic
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.heads import separate_critic
+from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.rewards import ScoreAt
-from ppo_jax.ppo import iteration, rollout
+from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state
 
 compiled = partial(jax.jit, static_argnames="agent")
 sample, score, learn = (compiled(f) for f in (iteration.sample, iteration.score, iteration.learn))
-generate = jax.jit(
-    rollout.generate, static_argnames=("model", "max_new_tokens", "stop_ids", "temperature")
-)
 close = np.testing.assert_allclose
 CONFIG = tiny_config(init_std=0.3, layers=1)
 MODEL, CRITIC = language_model(CONFIG), separate_critic(CONFIG)

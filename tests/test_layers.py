@@ -1,16 +1,18 @@
 """Test bfloat16 products and their gradients, and forward passes of the last positions only."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import init_params
 
 from ppo_jax.models import attention
 from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
 from ppo_jax.models.rounding import product
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.plan.flops import matmul_eqns, matmul_flops
 from ppo_jax.ppo.forward import forward_responses
 
@@ -54,8 +56,9 @@ def test_products_in_a_gradient_have_bfloat16_operands():
 
 def test_gradient_equals_that_of_float32_up_to_rounding():
     params = init_params(CONFIG, jax.random.key(0))
-    rounded = jax.tree.leaves(jax.grad(logprob)(params))
-    exact = jax.tree.leaves(jax.grad(logprob)(params, PLAIN))
+    gradient = jax.jit(jax.grad(logprob), static_argnames="config")
+    rounded = jax.tree.leaves(gradient(params))
+    exact = jax.tree.leaves(gradient(params, config=PLAIN))
     for a, b in zip(rounded, exact, strict=True):
         assert a.dtype == jnp.float32
         # an absolute tolerance, because the gradient of the biases of keys is rounding noise
@@ -130,6 +133,7 @@ def test_positions_are_padded_to_a_size_that_gpus_multiply_fast():
         ),
     }
 
+    @functools.partial(jax.jit, static_argnums=1)
     def hidden(params, config, tokens=TOKENS, mask=MASK):
         return language_model(config).hidden(params, tokens, mask)[0]
 
@@ -219,8 +223,9 @@ def test_hidden_of_the_last_positions_only(variant, last):
 
 def test_hidden_of_the_last_positions_fills_the_whole_cache():
     params, model = init_params(PLAIN, jax.random.key(0)), language_model(PLAIN)
+    hidden = jax.jit(model.hidden, static_argnames="last")
     whole, last = (
-        model.hidden(params, TOKENS[:4], MASK[:4], model.init_cache(4, 14), **by)
+        hidden(params, TOKENS[:4], MASK[:4], model.init_cache(4, 14), **by)
         for by in ({}, {"last": 1})
     )
     np.testing.assert_allclose(last[0], whole[0][:, -1:], atol=2e-6)

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from helpers import (
+    compiled_logits,
     family_peer,
     gpt2_peer,
     left_padded,
@@ -83,13 +84,13 @@ def test_fresh_adapters_change_nothing_and_merged_ones_agree(tmp_path, kind, spe
         compiled(overlay(loaded.params, fresh), *batch), compiled(loaded.params, *batch)
     )
     full = overlay(loaded.params, noisy_adapters(fresh))
-    want = logits_of(model, full, *batch)
-    assert np.abs(np.asarray(want - logits_of(model, loaded.params, *batch))).max() > 0.1
+    want = compiled(full, *batch)
+    assert np.abs(np.asarray(want - compiled(loaded.params, *batch))).max() > 0.1
     merged = lora.merge(full, spec.scale)
     assert jax.tree.structure(merged) == jax.tree.structure(loaded.params)
     # Relative to the largest logit: merging rounds each weight, by up to 8e-6 on the CPUs tried.
     np.testing.assert_allclose(
-        logits_of(model, merged, *batch)[batch[1]],
+        compiled(merged, *batch)[batch[1]],
         want[batch[1]],
         atol=4e-5 * np.abs(want).max(),
     )
@@ -137,7 +138,7 @@ def test_an_adapter_equals_peft_after_loading_and_saving(tmp_path, kind, spec):
         want = theirs(
             torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=positions
         ).logits.numpy()
-    got = logits_of(model, overlay(loaded.params, adapters), tokens, mask)
+    got = compiled_logits(model, overlay(loaded.params, adapters), tokens, mask)
     # Relative to the largest logit; 5e-5 was seen with a stabilised adapter of a large scale.
     tolerance = 2e-4 * np.abs(want).max()
     np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=tolerance)
@@ -147,7 +148,7 @@ def test_an_adapter_equals_peft_after_loading_and_saving(tmp_path, kind, spec):
     )
     assert scale == pytest.approx(spec.scale)
     np.testing.assert_allclose(
-        logits_of(model, overlay(loaded.params, loaded_adapters), tokens, mask)[mask],
+        compiled_logits(model, overlay(loaded.params, loaded_adapters), tokens, mask)[mask],
         np.asarray(got)[mask],
         atol=1e-5,
     )
@@ -157,7 +158,7 @@ def test_an_adapter_equals_peft_after_loading_and_saving(tmp_path, kind, spec):
     )
     assert scale == pytest.approx(spec.scale)
     np.testing.assert_allclose(
-        logits_of(model, overlay(loaded.params, back), tokens, mask)[mask],
+        compiled_logits(model, overlay(loaded.params, back), tokens, mask)[mask],
         np.asarray(got)[mask],
         atol=1e-5,
     )

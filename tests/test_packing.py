@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import on_devices, small_problem
+from helpers import init_params, init_scorer, on_devices, small_problem
 
 from ppo_jax.data import Prompts
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads
 from ppo_jax.models.config import Rotary, TransformerConfig
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.ops import losses
 from ppo_jax.ops.kl import kl_full, kl_k1
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
@@ -108,7 +108,7 @@ def forward(config, tokens, mask, bins=None, **options):
     model, critic = language_model(config), heads.separate_critic(config)
     params = {
         "policy": init_params(config, jax.random.key(0)),
-        "critic": heads.init_scorer(config, jax.random.key(1)),
+        "critic": init_scorer(config, jax.random.key(1)),
     }
     by = forward_responses if bins is None else functools.partial(forward_packed, bins=bins)
     compute = lambda tokens, mask: by(

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import FULL_PPO, full_trainer, has_zero_gradient
+from helpers import FULL_PPO, full_trainer, has_zero_gradient, init_params, init_scorer
 from jax.sharding import PartitionSpec
 
 from ppo_jax import sharding
@@ -20,7 +20,7 @@ from ppo_jax.errors import SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.models import heads, lora
 from ppo_jax.models.io import pretrained
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.plan.topology import make_topology
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
@@ -86,7 +86,7 @@ def start(family, optimizer, *, adapters=False, mesh=None, **changes):
     agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (3, 4), 0)
     policy = init_params(config, jax.random.key(0))
     params, frozen = (
-        {"policy": policy, "critic": heads.init_scorer(config, jax.random.key(1), trunk=policy)},
+        {"policy": policy, "critic": init_scorer(config, jax.random.key(1), trunk=policy)},
         None,
     )
     if adapters:

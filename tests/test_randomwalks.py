@@ -15,6 +15,7 @@ from experiments import randomwalks as rw
 from ppo_jax.errors import SettingError
 
 SMALL = rw.Settings(out=Path("unused"), walks=200, sft_steps=60, updates=24, samples=16)
+SHORT = dataclasses.replace(SMALL, sft_steps=20, updates=3, seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +145,10 @@ def test_writes_its_results(short_run):
     )
 
 
-def test_nothing_compiles_twice(short_run, tmp_path):
+def test_nothing_compiles_twice(tmp_path):
     """Another folder or seed does not compile another program."""
-    settings, summary = short_run
+    settings = dataclasses.replace(SHORT, out=tmp_path / "run")
+    summary = rw.main(settings)
     programs = rw.train_all._cache_size()
     again = rw.main(dataclasses.replace(settings, out=tmp_path / "again"))
     other = rw.main(dataclasses.replace(settings, out=tmp_path / "other", seed=1))
@@ -162,10 +164,9 @@ def test_nothing_compiles_twice(short_run, tmp_path):
 
 def test_seeds_side_by_side_equal_single_runs():
     """`vmap` over seeds equals separate training, up to the rounding of batched sums."""
-    settings = dataclasses.replace(SMALL, sft_steps=20, updates=3)
     keys = [jax.random.key(seed) for seed in range(2)]
-    together = jax.device_get(rw.train_all(jnp.stack(keys), settings=settings))
-    train = jax.jit(functools.partial(rw.train, settings=settings))
+    together = jax.device_get(rw.train_all(jnp.stack(keys), settings=SHORT))
+    train = jax.jit(functools.partial(rw.train, settings=SHORT))
     for seed, key in enumerate(keys):
         one = jax.tree.map(lambda x, seed=seed: x[seed], together)
         # Rounding of a probability may change a draw, so a few samples of 320 may differ.

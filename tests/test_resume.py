@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from filelock import FileLock, Timeout
-from helpers import FULL_PPO, full_trainer
+from helpers import FULL_PPO, full_trainer, run_full_trainer, start_process
 
 from ppo_jax.errors import CheckpointError, SettingError
 from ppo_jax.hashing import digest
@@ -267,10 +267,8 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
         "import sys, pathlib\nfrom ppo_jax.run.files import lock_folder\n"
         "held = lock_folder(pathlib.Path(sys.argv[1]))\nprint(1, flush=True)\ninput()"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     other = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path / "run")],
-        env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -354,22 +352,25 @@ def test_a_full_disk_does_not_harm_earlier_checkpoints(tmp_path):
 
 def start(folder, updates):
     """Start a process that runs `full_trainer` and prints the digest of the final parameters."""
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
-    program = (
-        "import sys\nfrom helpers import full_trainer\nfrom ppo_jax.hashing import digest\n"
-        "run = full_trainer(sys.argv[1], updates=int(sys.argv[2]), resume='auto')\n"
-        "print(digest(run.run().train.params), flush=True)"
-    )
-    command = [sys.executable, "-c", program, str(folder), str(updates)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    place = folder.parent
+    return start_process(run_full_trainer, folder, updates, log=log_of(folder), folder=place)
+
+
+def log_of(folder):
+    return folder.with_suffix(".log")
+
+
+def finish(process, folder, status=0):
+    """Wait for a process and return the last line that it printed."""
+    process.join(300)
+    printed = log_of(folder).read_text()
+    assert process.exitcode == status, printed
+    return printed.splitlines()[-1]
 
 
 def wait_for(condition, process, seconds=120.0):
     end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and process.is_alive():
         if condition():
             return
         time.sleep(0.002)
@@ -383,10 +384,9 @@ def test_a_signal_ends_a_run_after_its_update(uninterrupted, tmp_path):
             int(p.name) for p in (folder / "checkpoints").glob("*")
         )
         wait_for(lambda seen=seen: (folder / f"checkpoints/{seen + 2}").exists(), process)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == faults.STOPPED, err
-        assert "Stopped by a signal after " in out
+        os.kill(process.pid, number)
+        finish(process, folder, faults.STOPPED)
+        assert "Stopped by a signal after " in log_of(folder).read_text()
     updates = [row["update"] for row in lines(folder, "metrics.jsonl") if "objective/kl" in row]
     assert updates == list(range(len(updates)))
 
@@ -409,9 +409,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     machine of any speed.
     """
     chance, updates = random.Random(0), 80
-    undisturbed = start(tmp_path / "whole", updates)
-    expected, err = undisturbed.communicate(timeout=300)
-    assert undisturbed.returncode == 0, err
+    expected = finish(start(tmp_path / "whole", updates), tmp_path / "whole")
     folder, kills = tmp_path / "killed", 0
     while kills < 20:
         process = start(folder, updates)
@@ -429,14 +427,11 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
         else:
             last = folder / "checkpoints" / str(newest + 3)
             wait_for(last.exists, process, seconds=chance.uniform(1, 8))
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), log_of(folder).read_text()
         process.kill()
-        process.communicate()
+        process.join()
         kills += 1
-    last = start(folder, updates)
-    digest_after, err = last.communicate(timeout=300)
-    assert last.returncode == 0, err
-    assert digest_after == expected
+    assert finish(start(folder, updates), folder) == expected
     assert same_files(tmp_path / "whole", folder)
     assert compare(tmp_path / "whole", folder) == []
 

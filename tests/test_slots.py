@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_config
+from helpers import init_params, tiny_config
 
 from ppo_jax.errors import SettingError
 from ppo_jax.models.config import Rotary
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import decoding
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.settings import PPOConfig

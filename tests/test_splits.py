@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import FULL_PPO, full_trainer, has_zero_gradient
+from helpers import FULL_PPO, full_trainer, has_zero_gradient, init_params, init_scorer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ppo_jax.distributed import compilation
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
 
@@ -44,7 +44,7 @@ def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **ch
     policy, frozen = init_params(config, jax.random.key(0)), None
     params = {
         "policy": policy,
-        "critic": heads.init_scorer(config, jax.random.key(1), trunk=policy),
+        "critic": init_scorer(config, jax.random.key(1), trunk=policy),
     }
     if adapters:
         params, frozen = lora.adapt(params, jax.random.key(3), lora.LoRA(rank=2, alpha=8.0))
