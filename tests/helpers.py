@@ -8,12 +8,14 @@ import functools
 import multiprocessing
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import transformers
 from jax.sharding import AxisType, PartitionSpec
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -202,6 +204,13 @@ def full_trainer(
     )
 
 
+def slow_but(fast: Container, cases: Iterable) -> list:
+    """Mark the cases of a parametrized test as slow, except for those in `fast`."""
+    marked = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+    slow = lambda case: marked(*case) if isinstance(case, tuple) else marked(case)
+    return [case if case in fast else slow(case) for case in cases]
+
+
 # --- processes ---
 
 # A new process is a fork of one that has imported this module, but has not used JAX.
@@ -228,6 +237,12 @@ def _call(function, args, log, folder, environment) -> None:
 
 def run_command(args: list[str]) -> None:
     """Run `ppo-jax`."""
+    cli.main(args)
+
+
+def run_command_strictly(args: list[str]) -> None:
+    """Run `ppo-jax` so that each warning is an error."""
+    warnings.simplefilter("error")
     cli.main(args)
 
 

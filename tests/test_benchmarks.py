@@ -8,6 +8,8 @@ from experiments import precision
 from experiments.benchmarks import long, peer_ours, phases
 from experiments.benchmarks import work as work_
 
+pytestmark = pytest.mark.slow
+
 
 def test_phases_writes_every_figure(tmp_path):
     found = phases.main(phases.Phases(out=tmp_path, work="tiny", runs=1))

@@ -93,6 +93,7 @@ def test_episodes_are_ordered_by_the_time_they_ended():
     np.testing.assert_array_equal(returns, [7, 2])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tmp_path):
     settings = cartpole.Settings(
         out=tmp_path, envs=2, steps=250, updates=2, epochs=1, minibatches=1, width=4

@@ -72,6 +72,7 @@ def test_an_encoder_needs_its_own_tokenizer(tmp_path):
         encoder.load_encoder(tmp_path)
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers(tmp_path):
     """SmolLM2-135M is read from GGUF as in `transformers`, and a saved copy agrees too."""
     file = assets.smollm2_gguf()

@@ -64,6 +64,7 @@ def raises(scores):
     raise KeyError("gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [raises, lambda scores: None, lambda scores: time.sleep(30)],
@@ -77,6 +78,7 @@ def test_a_failing_reward_is_retried(tmp_path, how):
     assert not (tmp_path / "run/faults.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, message, rows",
     [(with_nan, "nan for response 3", 1), (raises, "KeyError in test_faults.py, line", 16)],
@@ -296,6 +298,7 @@ def replay_command(run, update, out):
     return ["replay", str(run), "--update", str(update), "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
     summary = read_json(folder / "run/summary.json")
     cli.main(train_command(folder, "half", **{"loop.updates": 3}))
@@ -376,6 +379,7 @@ def test_replay_of_a_folder_or_update_that_does_not_exist_is_refused(folder, tmp
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gives, policy",
     [("[3e38] * len(responses)", "gradient"), ("[float('nan')] * len(responses)", "reward")],
@@ -406,6 +410,7 @@ def test_replay_of_a_faulty_update_reproduces_the_fault(folder, tmp_path, gives,
     assert "The reward of the run had the hash" in out and "It differs from the run" in out
 
 
+@pytest.mark.slow
 def test_compare_finds_the_first_difference_of_two_runs(folder, capsys):
     cli.main(train_command(folder, "other", **{"ppo.clip-low": 0.19, "ppo.epochs": 5}))
     with pytest.raises(SystemExit) as stop:
@@ -644,6 +649,7 @@ def test_replay_of_invalid_settings_is_refused_in_one_sentence(folder, tmp_path,
     )
 
 
+@pytest.mark.slow
 def test_replay_uses_deterministic_kernels_if_the_run_did(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "run", tmp_path / "run")
     config = read_json(tmp_path / "run/config.json")
@@ -769,6 +775,7 @@ def test_the_hash_of_a_reward_in_a_file_depends_on_its_class(tmp_path, monkeypat
     assert seen[0] == seen[2] != seen[1] and random.random() < 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_no_summary_until_it_ends(folder, tmp_path, capsys):
     out = tmp_path / "run"
     cli.main(train_command(folder, out, **{"loop.updates": 2, "loop.faults.reward": "skip"}))

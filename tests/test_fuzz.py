@@ -105,6 +105,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(5))
 def test_350_settings(part, model, tmp_path, capsys, monkeypatch):
     """Set options of `ppo-jax train` to valid and invalid values.
@@ -201,6 +202,7 @@ def corrupt_header(rng, content):
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
+@pytest.mark.slow
 def test_450_weight_files(model, tmp_path):
     rng, folder = random.Random(2), tmp_path / "model"
     shutil.copytree(model, folder)
@@ -220,6 +222,7 @@ def test_450_weight_files(model, tmp_path):
             assert jax.tree.structure(loaded.params) == like
 
 
+@pytest.mark.slow
 def test_200_model_configs(model, tmp_path):
     rng, folder = random.Random(3), tmp_path / "model"
     shutil.copytree(model, folder)
@@ -246,6 +249,7 @@ def state(update):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(2))
 def test_250_checkpoints(tmp_path, part):
     """If the newest checkpoint is damaged, the one before it is restored, intact."""

@@ -238,6 +238,7 @@ def assert_same_tokenizer(file, texts):
     )
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_smollm2_equals_that_of_transformers():
     assert_same_tokenizer(
         assets.smollm2_gguf(), TEXTS + [review.sentence for review in assets.movie_reviews()[::10]]

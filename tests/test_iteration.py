@@ -79,6 +79,7 @@ def test_a_loop_may_donate_its_state():
     assert not params["policy"]["embedding"].is_deleted()
 
 
+@pytest.mark.slow
 def test_a_row_without_a_token_to_learn_from_changes_nothing():
     """Its score is in no mean, and the other rows learn what they learn without it."""
     agent, state, rollout, scores = problem(minibatches=1, epochs=1, scale_scores=True)
@@ -94,6 +95,7 @@ def test_a_row_without_a_token_to_learn_from_changes_nothing():
             close(value, without[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_pad_id_is_never_read():
     """Any id may fill the padding, even one beyond the vocabulary and at the step of the score."""
     losses, samples = [], []
@@ -145,6 +147,7 @@ def test_a_policy_that_ignores_last_is_refused():
         generate(ignores, params, jax.random.key(3), PROMPTS, MASK, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_an_iteration_in_64_bit_mode():
     """Sampling, scoring and learning give the float32 numbers of 32-bit mode."""
     expected = step(*problem())[1]

@@ -17,6 +17,7 @@ from helpers import (
     left_padded,
     logits_of,
     noisy_adapters,
+    slow_but,
     word_tokenizer,
 )
 
@@ -42,34 +43,21 @@ def with_scale(loaded, spec):
     return config, language_model(config)
 
 
+KINDS = ("gpt2", "neo", "neox", "llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "bert")
+
+
 @pytest.mark.parametrize(
     "kind, spec",
-    [
-        *(
-            (kind, ALL_LAYERS)
-            for kind in (
-                "gpt2",
-                "neo",
-                "neox",
-                "llama",
-                "mistral",
-                "qwen3",
-                "gemma2",
-                "gemma3",
-                "phi3",
-                "bert",
-            )
-        ),
-        *(
-            ("qwen2", spec)
-            for spec in (
-                ALL_LAYERS,
-                SOME_LAYERS,
-                lora.LoRA(rank=2, targets="attn/o$"),
-                lora.LoRA(rank=2, targets="mlp/"),
-            )
-        ),
-    ],
+    slow_but(
+        [("gpt2", ALL_LAYERS), ("llama", ALL_LAYERS), ("qwen2", SOME_LAYERS)],
+        [
+            *((kind, ALL_LAYERS) for kind in KINDS),
+            ("qwen2", ALL_LAYERS),
+            ("qwen2", SOME_LAYERS),
+            ("qwen2", lora.LoRA(rank=2, targets="attn/o$")),
+            ("qwen2", lora.LoRA(rank=2, targets="mlp/")),
+        ],
+    ),
 )
 def test_fresh_adapters_change_nothing_and_merged_ones_agree(tmp_path, kind, spec):
     loaded = load(kind, tmp_path)
@@ -203,6 +191,7 @@ def test_the_folder_of_an_adapter_is_read_as_the_merged_model(tmp_path, kind):
         pretrained.load_policy(folder)
 
 
+@pytest.mark.slow
 def test_only_adapters_train_and_the_base_is_the_reference(tmp_path):
     loaded = load("llama", tmp_path)
     spec = lora.LoRA(rank=2)

@@ -90,9 +90,9 @@ def scored(kl_estimator):
     rollout = Rollout(
         batch.tokens, batch.mask, batch.response_mask, batch.logprobs, batch.response_mask[:, 0]
     )
-    return score_rollout(
-        model, critic, params, reference, rollout, temperature=0.7, kl_estimator=kl_estimator
-    ).kl
+    score = functools.partial(score_rollout, model, critic, temperature=0.7)
+    score = functools.partial(score, kl_estimator=kl_estimator)
+    return jax.jit(score)(params, reference, rollout).kl
 
 
 def test_an_estimator_that_reads_logits_may_be_a_partial_function():

@@ -5,16 +5,13 @@ Each command runs in its own process, because the compiler reads the environment
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import family_peer
+from helpers import run_command_strictly, start_process
 
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan import hlo, report
@@ -28,7 +25,7 @@ HF_LLAMA = {
     "vocab_size": 64,
     "max_position_embeddings": 40,
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
@@ -48,31 +45,32 @@ SMALL = [
 ]
 
 
-def command(*args):
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    return subprocess.run(
-        [sys.executable, "-m", "ppo_jax.cli", "plan", *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
+def command(folder, *args):
+    """Run the command, in which warnings are errors, and return its exit status and output."""
+    log, arguments = folder / "plan.log", ["plan", *SMALL, *map(str, args)]
+    process = start_process(run_command_strictly, arguments, log=log, folder=folder)
+    process.join(600)
+    return process.exitcode, log.read_text()
 
 
-def planned(tmp_path, *args):
-    out = tmp_path / "plan.json"
-    done = command(*SMALL, "--out", out, *args)
-    assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text()), done.stdout
+def planned(folder, *args):
+    status, printed = command(folder, "--out", folder / "plan.json", *args)
+    assert status == 0, printed
+    return json.loads((folder / "plan.json").read_text()), printed
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    family_peer("llama 3.1", folder)
+    """A model of one layer; a plan only reads config.json."""
+    return save_config(tmp_path_factory.mktemp("model"), HF_LLAMA)
+
+
+def save_config(folder, hf):
+    (folder / "config.json").write_text(json.dumps(hf))
     return folder
 
 
+@pytest.mark.slow
 def test_all_programs_compile_for_a_mesh_with_every_axis(tmp_path, model):
     """Compile for data=2, fsdp=2, tensor=2 on 8 chips of a v5e and check the figures."""
     found, printed = planned(
@@ -107,18 +105,20 @@ WIDE_LAYER = 2 * (
 
 @functools.cache
 def planned_wide(layers, *args):
-    """Return the plan of the update of a wide Llama; a plan only reads config.json."""
+    """Return the plan of the update of a wide Llama."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(WIDE | {"num_hidden_layers": layers}))
-        return planned(
-            Path(folder), "--model", folder, "--topology", "v6e:2x2", "--mesh", "fsdp=4", *args
-        )[0]["update"]
+        model = save_config(Path(folder), WIDE | {"num_hidden_layers": layers})
+        return planned(model, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4", *args)[
+            0
+        ]["update"]
 
 
+@pytest.mark.slow
 def test_adapters_need_less_memory_per_chip():
     assert planned_wide(1, "--lora.rank", "2")["needed"] < 0.6 * planned_wide(1)["needed"]
 
 
+@pytest.mark.slow
 def test_fsdp_holds_one_gathered_layer_at_a_time():
     """One more layer adds a quarter of its gradient to the peak, but no gathered parameters."""
     more = [planned_wide(layers)["peak"] - planned_wide(layers)["arguments"] for layers in (1, 2)]
@@ -126,7 +126,9 @@ def test_fsdp_holds_one_gathered_layer_at_a_time():
     assert more[1] - more[0] < gradient + 0.3 * gathered
 
 
-def test_plans_of_two_depths_extrapolate(tmp_path, model):
+@pytest.mark.slow
+def test_plans_of_two_depths_extrapolate(tmp_path):
+    model = save_config(tmp_path, HF_LLAMA | {"num_hidden_layers": 3})
     full, _ = planned(tmp_path, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4")
     extrapolated, _ = planned(
         tmp_path,
@@ -163,10 +165,10 @@ def test_plans_of_two_depths_extrapolate(tmp_path, model):
         (["--model", "gpt2", "--prompt-tokens", "0"], "prompt_tokens"),
     ],
 )
-def test_an_impossible_plan_is_refused_in_one_sentence(args, message):
+def test_an_impossible_plan_is_refused_in_one_sentence(tmp_path, args, message):
     more = ["--mesh", "data=3,fsdp=3"] if message == "The mesh" else []
-    done = command(*SMALL, *args, *more)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    status, printed = command(tmp_path, *args, *more)
+    assert status == 2 and message in printed and "Traceback" not in printed
 
 
 def test_advice_for_programs_that_do_not_fit():
@@ -182,6 +184,7 @@ def test_advice_for_programs_that_do_not_fit():
     assert "larger fsdp" in report.advice({"update": TooLarge("no", 14 * gib)}, chip)[0]
 
 
+@pytest.mark.slow
 def test_all_bytes_of_a_reduced_gradient_are_counted(tmp_path, model):
     """Data parallelism reduces each gradient once, in one operation with many arrays."""
     found, printed = planned(

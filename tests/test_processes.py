@@ -162,6 +162,7 @@ def assert_same_run(found, expected):
                 np.testing.assert_allclose(a[name], b[name], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one_reproducibly(folder, alone):
     two = run(folder, "two", 2, mesh="data=2,fsdp=2")
     assert_same_run(two, alone)
@@ -173,6 +174,7 @@ def test_two_processes_give_the_result_of_one_reproducibly(folder, alone):
     )
 
 
+@pytest.mark.slow
 def test_four_processes_and_a_resume_with_fewer(folder, alone):
     four = run(folder, "four", 4, mesh="data=2,fsdp=4", updates=2)
     run(folder, "four", 2, mesh="data=2,fsdp=2", updates=3, resume="yes")
@@ -180,6 +182,7 @@ def test_four_processes_and_a_resume_with_fewer(folder, alone):
     assert_same_run(four, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
 def test_if_a_process_dies_the_others_end_and_the_run_can_be_resumed(folder, alone, dies):
     out = f"dies{dies}"
@@ -195,6 +198,7 @@ def test_if_a_process_dies_the_others_end_and_the_run_can_be_resumed(folder, alo
     assert_same_run(folder / out, alone)
 
 
+@pytest.mark.slow
 def test_a_fault_in_one_process_stops_all_after_a_checkpoint(folder):
     (folder / "fail").touch()
     finish(folder, "fault", start(folder, "fault", 2, mesh="data=4"), expected=2)
@@ -208,6 +212,7 @@ def test_a_fault_in_one_process_stops_all_after_a_checkpoint(folder):
     assert len(dumped) == 8 and dumped[0]["prompt"]
 
 
+@pytest.mark.slow
 def test_processes_with_different_settings_are_refused(folder):
     finish(
         folder,
@@ -223,6 +228,7 @@ def test_processes_with_different_settings_are_refused(folder):
     assert not (folder / "parts").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shared, message",
     [(True, "prompts is not the same in process 1"), (False, "is not visible to all processes")],
@@ -280,6 +286,7 @@ for values in ({"a": 1, "b": first}, {"a": 1} if first else {"a": 1, "b": 2}):
 """
 
 
+@pytest.mark.slow
 def test_processes_exchange_messages_of_any_length_and_script_and_name_differences(folder):
     (folder / "exchange.py").write_text(EXCHANGE)
     several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
@@ -297,6 +304,7 @@ def test_processes_exchange_messages_of_any_length_and_script_and_name_differenc
     finish(folder, "exchange", started)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(folder):
     started = start(folder, "signal", 2, mesh="data=4", nap=1.0, updates=30)
     metrics = folder / "signal/metrics.jsonl"
@@ -342,6 +350,7 @@ def test_incomplete_process_settings_are_refused(given, message):
         processes.Processes(**given).start()
 
 
+@pytest.mark.slow
 def test_waiting_for_a_missing_process_ends(folder):
     """If the second of two processes never joins, JAX aborts the first."""
     first, second = start(folder, "waits", 2, mesh="data=4", **{"processes.join-within-s": 5})

@@ -125,12 +125,14 @@ def test_training_walks_follow_edges(graphs):
     assert set(tokens[:, 0]) == set(range(1, rw.NODES))
 
 
+@pytest.mark.slow
 def test_learns(short_run):
     _, summary = short_run
     assert summary["optimality/before"] < 0.6
     assert summary["optimality/after_least"] > summary["optimality/before"] + 0.2
 
 
+@pytest.mark.slow
 def test_writes_its_results(short_run):
     settings, summary = short_run
     assert json.loads((settings.out / "summary.json").read_text()) == summary
@@ -145,6 +147,7 @@ def test_writes_its_results(short_run):
     )
 
 
+@pytest.mark.slow
 def test_nothing_compiles_twice(tmp_path):
     """Another folder or seed does not compile another program."""
     settings = dataclasses.replace(SHORT, out=tmp_path / "run")
@@ -162,6 +165,7 @@ def test_nothing_compiles_twice(tmp_path):
         assert other["by_seed"][0][name] == pytest.approx(summary["by_seed"][1][name], abs=0.02)
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_equal_single_runs():
     """`vmap` over seeds equals separate training, up to the rounding of batched sums."""
     keys = [jax.random.key(seed) for seed in range(2)]

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from filelock import FileLock, Timeout
-from helpers import FULL_PPO, full_trainer, run_full_trainer, start_process
+from helpers import FULL_PPO, full_trainer, run_full_trainer, slow_but, start_process
 
 from ppo_jax.errors import CheckpointError, SettingError
 from ppo_jax.hashing import digest
@@ -88,7 +88,7 @@ def test_a_second_run_is_the_same(uninterrupted, tmp_path):
     assert same_files(uninterrupted.folder, tmp_path / "run")
 
 
-@pytest.mark.parametrize("step", range(1, UPDATES))
+@pytest.mark.parametrize("step", slow_but((1, 6, 11), range(1, UPDATES)))
 def test_resume_from_every_checkpoint(uninterrupted, tmp_path, step):
     folder = killed_after(uninterrupted.folder, tmp_path / "run", step)
     run = full_trainer(folder, updates=UPDATES, resume="yes", keep=UPDATES)
@@ -376,6 +376,7 @@ def wait_for(condition, process, seconds=120.0):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_after_its_update(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -402,6 +403,7 @@ def test_a_second_signal_ends_it_at_once():
     assert done.returncode == 128 + signal.SIGINT and done.stdout == "on\n"
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     """Use `kill -9` while the run compiles, samples, learns and writes; half aim at a write.
 

@@ -131,6 +131,7 @@ def test_a_response_without_a_score_is_left_out(tmp_path):
     assert samples[0]["score"] is None
 
 
+@pytest.mark.slow
 def test_an_evaluation_applies_the_rule_for_a_missing_end(tmp_path):
     """A policy that never ends its responses must not be the best by evaluation."""
     ppo = dataclasses.replace(FULL_PPO, missing_eos=MissingEOS.REPLACE, missing_eos_penalty=50.0)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import FULL_PPO, full_trainer, has_zero_gradient, init_params, init_scorer
+from helpers import FULL_PPO, full_trainer, has_zero_gradient, init_params, init_scorer, slow_but
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ppo_jax.distributed import compilation
@@ -104,7 +104,10 @@ SPLITS = [
 
 @pytest.mark.parametrize(
     "optimizer, split",
-    [*(("sgd", split) for split in SPLITS), *(("adamw", split) for split in SPLITS[-2:])],
+    slow_but(
+        [("sgd", {"micro_batch": 4})],
+        [*(("sgd", split) for split in SPLITS), *(("adamw", split) for split in SPLITS[-2:])],
+    ),
     ids=lambda x: x if isinstance(x, str) else ",".join(f"{k}={v}" for k, v in x.items()),
 )
 def test_no_split_changes_the_result(optimizer, split):
@@ -125,6 +128,7 @@ ALL_ON = {
 }  # in addition to the separate critic, adaptive KL and score scaling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "split",
     [
@@ -156,6 +160,7 @@ def test_the_three_updates_change_parameters_and_samples():
     assert max(jax.tree.leaves(moved)) > 1e-4
 
 
+@pytest.mark.slow
 def test_no_key_is_used_twice(tmp_path, monkeypatch):
     """All random draws of a run and an evaluation use different keys.
 

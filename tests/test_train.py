@@ -67,6 +67,7 @@ def test_learns_and_writes_its_folder(tmp_path, shared):
         simple_trainer(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     ppo = PPOConfig(**{**vars(SIMPLE_PPO), "kl_target": 0.5, "scale_scores": True})
     whole = simple_trainer(tmp_path / "whole", ppo=ppo).run()
@@ -148,6 +149,7 @@ def test_a_token_reward_may_score_responses_tokens_or_both():
             ask(wrong)
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_a_token_reward(tmp_path):
     """Each occurrence of the token "b" is rewarded at its own step."""
     run = simple_trainer(
@@ -229,6 +231,7 @@ def test_unusable_rows_of_reward_training_are_named(folder, rows, flags, message
     assert not (folder / "new").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_take_token_rewards(folder, capsys):
     reward = {"reward": f"{folder / 'reward.py'}:count", "reward-given": "tokens"}
     cli.main(train_command(folder, **reward))
@@ -244,6 +247,7 @@ def test_an_existing_run_is_found_before_the_model_is_loaded(folder, capsys):
     assert "holds another run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["shared", "separate", "reward model"])
 def test_the_command_trains_adapters(folder, critic):
     """The exported model equals the base with the exported adapter merged."""
@@ -354,6 +358,7 @@ def test_a_label_of_a_classifier_is_the_reward(folder, capsys):
     assert "2 responses" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_and_biases_receives_settings_metrics_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -452,6 +457,7 @@ def test_invalid_settings_are_refused(changes, message):
         PPOConfig(**changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, rows",
     [
@@ -503,6 +509,7 @@ def test_a_reward_that_exits_is_a_reward_error():
         TextReward(lambda prompts, responses: exit())(None, prompts, ["a"])
 
 
+@pytest.mark.slow
 def test_the_learning_rate_decays_with_updates_even_if_steps_are_stopped(tmp_path):
     def count(state):
         return int(
@@ -585,6 +592,7 @@ def test_rows_are_cut_to_the_positions_of_the_model(folder):
     assert (folder / "new_sft/model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", ["a", "a b c d e f"])
 def test_held_out_prompts_of_another_length_compile_nothing_new(tmp_path, caplog, held_out):
     run = full_trainer(tmp_path / "run", updates=2, eval_every=1, held_out=[held_out])
@@ -657,6 +665,7 @@ def test_added_tokens_outside_the_models_vocabulary_are_refused_in_texts(folder,
     assert "gives ids up to 22, but the model has vocab_size=21" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["BertForPreTraining", "BertModel", "BertLMHeadModel", "RobertaModel"]
 )
@@ -695,6 +704,7 @@ def test_a_bert_reward_model_equals_transformers(folder, kind, capsys):
         np.testing.assert_array_equal(fresh.params["head"]["pooler"]["kernel"], pooler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", [None, "b"])
 def test_the_scores_of_a_trained_reward_model_equal_transformers(folder, pad):
     """Also of texts that end in the pad token, such as the end token of a GPT-2."""
@@ -717,6 +727,7 @@ def test_the_scores_of_a_trained_reward_model_equal_transformers(folder, pad):
     assert scorers.load_scorer(folder / "again").config.pad_id == fresh.config.pad_id is not None
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_stands_for_its_model(folder, capsys):
     (folder / "run").mkdir()
     (folder / "run/config.json").write_text('{"settings": {}, "hashes": {}, "processes": []}')
@@ -732,6 +743,7 @@ def test_the_folder_of_a_run_stands_for_its_model(folder, capsys):
     jax.tree.map(close, got.params, want.params)
 
 
+@pytest.mark.slow
 def test_an_unused_pad_token_needs_no_row_in_the_embedding(folder):
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -766,6 +778,7 @@ def test_a_bert_decoder_as_classifier_is_refused(tmp_path):
         load_reward(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_custom_loss_is_used_and_checked_on_resume(tmp_path):
     def zero_loss(params, batch, counts):
         model = tiny_policy().config
@@ -854,6 +867,7 @@ def test_generate_reads_prompts_from_files(folder, capsys):
     assert "nowhere.txt cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_supervised_stages_read_tables_and_count_rows_that_teach_nothing(folder, capsys):
     training = {"model": folder / "model", "length": 6, "epochs": 1, "batch-size": 2}
     (folder / "demos.csv").write_text("prompt,response\n" + "a b, c\n" * 4 + "a a a a a a, b\n" * 3)

@@ -66,6 +66,7 @@ def test_first_ratio_is_one(dtype, bound):
     assert metrics["policy/clipfrac"] > 0.01  # clipping is active in later steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", [BY_TOKEN, BY_SEQUENCE])
 def test_micro_batches_and_chunks_change_nothing(aggregation):
     one, metrics = run(aggregation=aggregation, micro_batches=1)
