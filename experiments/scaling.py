@@ -16,13 +16,20 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ppo_jax import PPOConfig, make_mesh, parse_mesh
-from ppo_jax.distributed.meshes import batch_shards
-from ppo_jax.models.sizes import SIZES
-from ppo_jax.plan.compile import compile_iteration
-from ppo_jax.plan.extrapolation import extrapolate
-from ppo_jax.plan.report import advice, as_json
-from ppo_jax.plan.topology import CHIPS, make_topology
+from ppo_jax import (
+    CHIPS,
+    SIZES,
+    PPOConfig,
+    Programs,
+    TooLarge,
+    advice,
+    compile_iteration,
+    extrapolate,
+    make_mesh,
+    make_topology,
+    parse_mesh,
+    to_json,
+)
 
 PROMPT, RESPONSE = 512, 128
 ROWS = (4, 1)  # rows of a micro-batch on each device, tried in this order
@@ -102,7 +109,7 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
         # some meshes otherwise.
         config = dataclasses.replace(config, vocab_size=-(-size.vocab_size // 128) * 128)
     for rows in ROWS if size.width < 4096 else ROWS[-1:]:  # wide models take minutes to compile
-        micro = rows * batch_shards(on)
+        micro = rows * on.shape["data"] * on.shape["fsdp"]
         ppo = PPOConfig(
             batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE
         )
@@ -122,7 +129,15 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
         "fits": fits,
         "memory": chip.memory,
         "advice": advice(programs, chip),
-        **as_json(programs),
+        **_figures(programs),
+    }
+
+
+def _figures(programs: Programs) -> dict:
+    """Return the cost of each program, or why there is none, in the types of JSON."""
+    return {
+        name: {"too_large": x.reason} if isinstance(x, TooLarge) else to_json(x._asdict())
+        for name, x in programs.items()
     }
 
 

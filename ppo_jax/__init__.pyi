@@ -298,6 +298,21 @@ from .distributed.compilation import Steps as Steps, jit_steps as jit_steps
 from .distributed.meshes import make_mesh as make_mesh, parse_mesh as parse_mesh
 from .distributed.replicas import pmap_steps as pmap_steps
 
+# What an iteration costs, before it runs.
+from .models.sizes import SIZES as SIZES
+from .plan.topology import CHIPS as CHIPS, Chip as Chip, make_topology as make_topology
+from .plan.hlo import Collective as Collective
+from .plan.compile import (
+    Program as Program,
+    Programs as Programs,
+    TooLarge as TooLarge,
+    compile_iteration as compile_iteration,
+)
+from .plan.extrapolation import extrapolate as extrapolate
+from .plan.flops import matmul_flops as matmul_flops
+from .plan.memory import estimate_memory as estimate_memory
+from .plan.report import advice as advice
+
 # Errors.
 from .errors import (
     CheckpointError as CheckpointError,

@@ -55,13 +55,7 @@ def _run(args: list[str]) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with _exit_on_interrupt(), _quiet_event_loops():
-            tyro.cli(
-                _commands(_preset(args)),
-                config=(tyro.conf.EnumChoicesFromValues,),
-                prog="ppo-jax",
-                description=__doc__,
-                args=args,
-            ).run()
+            parse(args).run()
     except KeyboardInterrupt:  # A reward function may raise it.
         print("ppo-jax: Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
@@ -85,6 +79,21 @@ def _run(args: list[str]) -> None:
         if several:
             processes.exit_at_once(2)
         raise SystemExit(2) from error
+
+
+def parse(args: list[str]) -> Any:
+    """Return the subcommand, an instance of a class of `ppo_jax.commands`, of a command line.
+
+    Raises:
+      SystemExit: if the command line asks for help, or is wrong, after this is printed.
+    """
+    return tyro.cli(
+        _commands(_preset(args)),
+        config=(tyro.conf.EnumChoicesFromValues,),
+        prog="ppo-jax",
+        description=__doc__,
+        args=args,
+    )
 
 
 def _lacks_platform() -> bool:

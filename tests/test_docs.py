@@ -89,15 +89,10 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_parse(page, monkeypatch):
+def test_commands_parse(page):
     """Each `ppo-jax` command on a page is accepted by the parser; none is executed."""
-    commands = {x for x in vars(cli).values() if isinstance(x, type) and hasattr(x, "run")}
-    called = []
-    for command in commands:
-        monkeypatch.setattr(command, "run", lambda self: called.append(self))
     for arguments in commands_of(page):
-        cli.main(arguments)
-    assert len(called) == len(commands_of(page))
+        assert callable(cli.parse(arguments).run)
 
 
 def test_options_exist(monkeypatch):

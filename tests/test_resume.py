@@ -17,15 +17,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from filelock import FileLock, Timeout
-from helpers import FULL_PPO, full_trainer, run_full_trainer, slow_but, start_process
+from helpers import (
+    FULL_PPO,
+    full_trainer,
+    likes_b,
+    run_full_trainer,
+    slow_but,
+    start_process,
+)
 
 from ppo_jax.errors import CheckpointError, SettingError
 from ppo_jax.hashing import digest
-from ppo_jax.run import faults, provenance
+from ppo_jax.run import faults
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.compare import compare
 from ppo_jax.run.files import read_json, read_lines, write_json
-from ppo_jax.run.trainer import Trainer
 
 UPDATES = 12
 
@@ -144,21 +150,28 @@ def test_the_best_by_evaluation_is_checkpoint_steps(tmp_path):
     assert best < 9 and checkpoint_steps(tmp_path / "run") == {best, 9}
 
 
-def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path, monkeypatch):
+def test_the_best_by_evaluation_is_kept_over_interruptions(tmp_path):
     scores = {2: 0.0, 4: 2.0, 6: 1.0, 8: 2.0, 9: -1.0}
-    monkeypatch.setattr(
-        Trainer, "evaluate", lambda self, _: ({"eval/scores": scores[int(self.state.update)]}, [])
-    )
-    options = {"updates": 9, "keep": 1, "eval_every": 2, "save_every": 3, "resume": "auto"}
-    whole = run_to_digest(full_trainer(tmp_path / "whole", **options))
+    runs = []
+
+    def reward(prompts, responses):
+        """Score the responses to the held-out prompt as `scores` says."""
+        if prompts[0] != "n":
+            return likes_b(prompts, responses)
+        return [scores[int(runs[-1].state.update)]] * len(responses)
+
+    def trainer(out):
+        options = {"updates": 9, "keep": 1, "eval_every": 2, "save_every": 3, "resume": "auto"}
+        runs.append(full_trainer(out, reward=reward, held_out=["n"], **options))
+        return runs[-1]
+
+    whole = run_to_digest(trainer(tmp_path / "whole"))
     assert checkpoint_steps(tmp_path / "whole") == {4, 9}
     for _ in range(2):
         steps = iter(range(3))
         with pytest.raises(StopIteration):  # ends in the fourth update without saving
-            full_trainer(tmp_path / "run", **options).run(
-                on_update=lambda _, steps=steps: next(steps)
-            )
-    assert run_to_digest(full_trainer(tmp_path / "run", **options)) == whole
+            trainer(tmp_path / "run").run(on_update=lambda _, steps=steps: next(steps))
+    assert run_to_digest(trainer(tmp_path / "run")) == whole
     assert checkpoint_steps(tmp_path / "run") == {4, 9} and same_files(
         tmp_path / "whole", tmp_path / "run"
     )
@@ -493,11 +506,15 @@ def test_a_file_named_checkpoints_is_refused(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_another_number_of_cores_is_warned_about(uninterrupted, tmp_path, caplog, monkeypatch):
-    killed_after(uninterrupted.folder, tmp_path / "run", 3)
-    monkeypatch.setattr(provenance, "_cores", lambda: 99)
-    full_trainer(tmp_path / "run", resume="yes", updates=6)
-    assert "cpu_cores was" in caplog.text and "is 99 now: the last bits may differ" in caplog.text
+def test_another_number_of_cores_is_warned_about(uninterrupted, tmp_path, caplog):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 3)
+    config = read_json(folder / "config.json")
+    cores = config["processes"][-1]["cpu_cores"]
+    config["processes"][-1]["cpu_cores"] = 99
+    write_json(folder / "config.json", config)
+    full_trainer(folder, resume="yes", updates=6)
+    assert "cpu_cores was 99" in caplog.text
+    assert f"is {cores} now: the last bits may differ" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -26,9 +26,7 @@ import tyro
 from experiments.benchmarks import ragged
 from experiments.benchmarks import work as work_
 from experiments.benchmarks.work import WORKS, Work
-from ppo_jax import init_params
-from ppo_jax.plan.flops import matmul_flops
-from ppo_jax.plan.memory import estimate_memory, size_of
+from ppo_jax import estimate_memory, init_params, matmul_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +113,11 @@ def measure(options: Phases) -> dict[str, Any]:
         # For comparison: OpenAI's run of 2019 took 4.8 hours.
         "million_episodes_h": statistics.median(times["iteration"]) * 1e6 / work.prompts / 3600,
     }
+
+
+def size_of(tree: Any) -> int:
+    """Return the number of bytes of the arrays, or shapes, of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _prefill(work: Work) -> Work:

@@ -42,6 +42,10 @@ class Program(NamedTuple):
       seconds: the compiler's estimate of the time, without waiting for other chips.
       collectives: number and bytes of the collective operations, by kind.
       compile_s: seconds that the compilation took.
+
+    Example::
+
+      gib = compile_iteration(config, ppo, mesh, chip, prompt_tokens=512)["update"].needed / 2**30
     """
 
     name: str
@@ -62,6 +66,10 @@ class TooLarge(NamedTuple):
     Attributes:
       reason: the compiler's message.
       resident: bytes of parameters and optimizer state on each chip, before any program runs.
+
+    Example:
+      >>> TooLarge("Ran out of memory in memory space hbm.", resident=14 * 2**30).resident
+      15032385536
     """
 
     reason: str
@@ -100,6 +108,13 @@ def compile_iteration(
 
     Raises:
       SettingError: if the batch does not divide over the mesh.
+
+    Example::
+
+      mesh = make_mesh({"fsdp": 16}, make_topology("v5e:4x4"))
+      config = SIZES["gpt3-1.3b"]("gpt3-1.3b")
+      programs = compile_iteration(config, PPOConfig(), mesh, CHIPS["v5e"], prompt_tokens=512)
+      problems = advice(programs, CHIPS["v5e"])  # empty if all programs fit
     """
     # A compiled program does not hold the number of bins, so the figures are without packing.
     ppo = replace(ppo, pack=None)

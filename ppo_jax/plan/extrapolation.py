@@ -34,6 +34,13 @@ def extrapolate(
 
     Raises:
       SettingError: if the depths are not increasing, or exceed the model's layers.
+
+    Example::
+
+      compile_model = functools.partial(
+          compile_iteration, ppo=PPOConfig(), mesh=mesh, chip=CHIPS["v5e"], prompt_tokens=512
+      )
+      programs = extrapolate(compile_model, config, depths=(2, 4))
     """
     low, high = depths
     if not 0 < low < high <= config.layers:

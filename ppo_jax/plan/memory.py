@@ -86,6 +86,16 @@ def estimate_memory(
 
     Returns:
       The number of bytes of each use.
+
+    Example:
+      >>> config = TransformerConfig(
+      ...     vocab_size=7, positions=96, width=4, layers=1, heads=2, mlp_width=16
+      ... )
+      >>> uses = estimate_memory(
+      ...     config, PPOConfig(), prompt_tokens=8, critic="shared", adapters=None
+      ... )
+      >>> uses["AdamW's moments"] == 2 * uses["gradients"]
+      True
     """
     start = partial(start_params, config, critic=critic, adapters=adapters)
     # With adapters, the policy and the critic share the frozen trunk of the reference.

@@ -70,7 +70,21 @@ def indivisible_sizes(config: TransformerConfig, mesh: Mesh) -> list[str]:
 
 
 def advice(programs: Programs, chip: Chip) -> list[str]:
-    """Return what to change for each program that does not fit; the list is empty if all fit."""
+    """Return what to change for each program that does not fit.
+
+    Args:
+      programs: what `compile_iteration` or `extrapolate` returned.
+      chip: the chip that the programs were compiled for.
+
+    Returns:
+      A sentence for each program that does not fit; the list is empty if all fit.
+
+    Example:
+      >>> from ppo_jax.plan.topology import CHIPS
+      >>> [line] = advice({"update": TooLarge("Out of memory.", 15 * 2**30)}, CHIPS["v5e"])
+      >>> line.partition(";")[0]
+      'update: parameters and optimizer state fill the chip'
+    """
     lines, memory = [], chip.memory * 2**30
     for name, program in programs.items():
         if isinstance(program, TooLarge):

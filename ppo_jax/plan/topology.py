@@ -22,6 +22,10 @@ class Chip(NamedTuple):
       memory: memory that programs may use, in GiB, as the compiler reports it.
       peak: published peak rate of bfloat16 arithmetic, in TFLOP/s.
       clock: clock rate in GHz: the peak rate divided by the operations of one cycle.
+
+    Example:
+      >>> CHIPS["v5e"].memory
+      15.75
     """
 
     memory: float
@@ -51,8 +55,15 @@ def make_topology(name: str) -> list[jax.Device]:
     Args:
       name: kind of chip (see `CHIPS`) and shape of the slice, such as `v5e:4x4`.
 
+    Returns:
+      The devices, from which `make_mesh` makes a mesh.
+
     Raises:
       SettingError: if the name has another form, there is no such slice, or libtpu is missing.
+
+    Example::
+
+      mesh = make_mesh({"fsdp": 16}, make_topology("v5e:4x4"))
     """
     if name.partition(":")[0] not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", name):
         raise SettingError(
