@@ -13,7 +13,7 @@ from ppo_jax.data import chat
 from ppo_jax.data.examples import encode_demonstrations, encode_judgements
 from ppo_jax.models.io import pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
-from ppo_jax.run.assembly import stop_ids
+from ppo_jax.run.encoding import stop_ids
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }} {{ m.content }} t {% endfor %}"

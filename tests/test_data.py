@@ -11,8 +11,8 @@ from ppo_jax.data.examples import encode_demonstrations, encode_judgements
 from ppo_jax.data.files import names_a_file
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
-from ppo_jax.run.assembly import stop_ids
 from ppo_jax.run.collection import response_texts
+from ppo_jax.run.encoding import stop_ids
 from ppo_jax.types import Rollout
 
 WORDS = ["?", "<s>", "a", "b", "c", "[SEP]"]
@@ -336,13 +336,13 @@ def test_a_file_is_read_as_what_its_name_says(tmp_path, name, text, rows):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.parquet", "PAR1", r"a\.parquet cannot be read, because \.parquet is not the ending"),
+        ("a.parquet", "PAR1", r"a\.parquet cannot be read: .*4 bytes.*footer"),
         ("a.xlsx", "PK", r"\.xlsx is not the ending of a text file"),
         ("a.txt", "b\0c", "is not a file of text in UTF-8"),
         ("a.txt", '{"prompt": "b"}\n', r"begins like JSON, whose name must end in \.jsonl"),
         ("a.txt", '[\n{"prompt": "b"}\n]', r"begins like JSON, whose name must end in \.jsonl"),
         ("a.txt", "answer,prompt\n1,b\n", r"begins like a table, whose name must end in \.csv"),
-        ("a.csv", "text\nb\n", "Line 2 of .* in its column 'prompt', but its columns are: 'text'"),
+        ("a.csv", "x\nb\n", "column 'prompt' or .* but its columns are: 'x'. Name the right.*--prompt"),
         ("a.csv", "prompt,x\nb,c\nb, c, d\n", "must have 2 cells in every row.* line 3 has more"),
         ("a.csv", 'prompt\nb\n"b\n', "is not a table of the kind CSV: line 2"),
         ("a.csv", "prompt\n", "There is no prompt in"),

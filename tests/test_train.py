@@ -211,14 +211,14 @@ def evaluate_command(folder, **given):
 @pytest.mark.parametrize(
     "rows, flags, message",
     [
-        ([{"response": "a"}], "--learn-from scores", "Row 0 needs a number in 'score', not None"),
+        ([{"response": "a"}], "--learn-from scores", "needs a column 'score' or 'label'"),
         (
             [{"response": "a", "score": 0.5}],
             "--learn-from classes",
             "Row 0 needs a class 0, 1, 2, ... in 'score', not 0.5",
         ),
         ([{"response": "a", "score": 0}], "--learn-from classes", "single class"),
-        ([{"chosen": "a"}], "", "needs a text or messages in its column 'rejected'"),
+        ([{"chosen": "a"}], "", "needs a column 'rejected', but its columns are: 'chosen'. To learn"),
         ([{"chosen": "a", "rejected": ""}], "", "no text in 'rejected'"),
     ],
 )

@@ -1,9 +1,9 @@
 """The commands `ppo-jax generate` and `ppo-jax evaluate`, which sample responses to prompts."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 
 from ppo_jax import data
+from ppo_jax.commands.prompts import PromptOptions
 from ppo_jax.data.chat import as_user_messages
 from ppo_jax.data.files import names_a_file
 from ppo_jax.data.rows import Row
@@ -19,8 +20,11 @@ from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import rollout
 from ppo_jax.reward_functions.loading import load_reward
-from ppo_jax.run.assembly import check_top_k, encode_for, load_model, stop_ids
+from ppo_jax.run.assembly import load_model
+from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.types import Rollout
+
+PROMPT_OPTIONS = PromptOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,10 @@ class SamplingOptions:
 
 
 def sample_responses(
-    model: str, rows: list[Row], options: SamplingOptions
+    model: str,
+    rows: list[Row],
+    options: SamplingOptions,
+    prompt_options: PromptOptions = PROMPT_OPTIONS,
 ) -> Iterator[tuple[Rollout, data.Prompts, list[str]]]:
     """Load a model and sample one response to each prompt.
 
@@ -61,6 +68,7 @@ def sample_responses(
       model: a folder or a Hugging Face id in safetensors, or a .gguf file.
       rows: the prompts, as `data.read_rows` returns them.
       options: how to sample.
+      prompt_options: what happens to long prompts.
 
     Yields:
       For each batch the responses as arrays, their prompts, and the responses as texts.
@@ -71,7 +79,10 @@ def sample_responses(
     policy, tokenizer = load_model(model)
     check_top_k(options.top_k, policy.config)
     rows = as_user_messages(rows) if options.chat else rows
-    prompts = encode_for(rows, tokenizer, policy.config, options.max_new_tokens)
+    new_tokens, limits = options.max_new_tokens, prompt_options.limits()
+    prompts = encode_for(rows, tokenizer, policy.config, new_tokens, **limits)
+    if (note := prompt_options.report(prompts, "the data")) is not None:
+        print(note, file=sys.stderr)
     stops = stop_ids(tokenizer, policy, options.stop_tokens)
     generate = jax.jit(
         partial(
@@ -106,17 +117,23 @@ class Generate:
     model: str
     """A folder or a Hugging Face id in safetensors, or a .gguf file."""
     prompts: list[str]
-    """One or more texts, or names of files of prompts, as in ppo-jax train."""
+    """One or more texts, or names of files or data sets of prompts, as in ppo-jax train."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
+    data_options: tyro.conf.OmitArgPrefixes[PromptOptions] = PROMPT_OPTIONS
 
     def run(self) -> None:
         """Sample and print the responses."""
         rows = [
             row
             for text in self.prompts
-            for row in data.read_rows(text if names_a_file(text) else [text])
+            for row in (
+                data.read_rows(text, names=self.data_options.names())
+                if names_a_file(text)
+                else [{"prompt": text}]
+            )
         ]
-        for _, batch, responses in sample_responses(self.model, rows, self.sampling):
+        sampled = sample_responses(self.model, rows, self.sampling, self.data_options)
+        for _, batch, responses in sampled:
             for prompt, response in zip(batch.texts, responses, strict=True):
                 print(f"{prompt}|{response}")
 
@@ -127,8 +144,8 @@ class Evaluate:
 
     model: str
     """A folder or a Hugging Face id in safetensors, or a .gguf file."""
-    prompts: Path
-    """A text file (one prompt a line), or a .jsonl or .csv file with a column "prompt"."""
+    prompts: str
+    """Prompts, in the formats of ppo-jax train."""
     reward: str
     """my_file.py:function; or a reward model, as a folder or a Hugging Face id."""
     reward_given: Literal["text", "tokens"] = "text"
@@ -136,15 +153,18 @@ class Evaluate:
     reward_label: str | None = None
     """Label whose logit is the score, for a reward model with several labels: name or number."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
+    data_options: tyro.conf.OmitArgPrefixes[PromptOptions] = PROMPT_OPTIONS
 
     def run(self) -> None:
         """Sample the responses, and print the mean and the standard error of their scores."""
-        rows = data.read_rows(self.prompts)
+        rows = data.read_rows(self.prompts, names=self.data_options.names())
         reward = load_reward(self.reward, self.reward_given, self.reward_label)
         scores = np.concatenate(
             [
                 reward(out, batch, responses).total(out.response_mask)
-                for out, batch, responses in sample_responses(self.model, rows, self.sampling)
+                for out, batch, responses in sample_responses(
+                    self.model, rows, self.sampling, self.data_options
+                )
             ]
         )
         scores = scores[~np.isnan(scores)]  # The reward could not score the others.

@@ -3,13 +3,17 @@
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
+import numpy as np
+import tyro
 from flax.traverse_util import flatten_dict
 
 from ppo_jax import data, hashing
+from ppo_jax.commands.prompts import PromptOptions
 from ppo_jax.data.chat import as_user_messages
+from ppo_jax.data.examples import split
 from ppo_jax.distributed import meshes, processes
 from ppo_jax.distributed.processes import Processes
 from ppo_jax.errors import SettingError
@@ -17,7 +21,7 @@ from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import load_reward
 from ppo_jax.run import provenance
-from ppo_jax.run.assembly import assemble, load_model
+from ppo_jax.run.assembly import Learner, assemble, load_model
 from ppo_jax.run.export import export_result, write_summary
 from ppo_jax.run.files import check_free, lock_folder
 from ppo_jax.run.opening import Resume
@@ -32,9 +36,10 @@ class Train:
 
     model: str
     """The policy: a folder or a Hugging Face id with safetensors, or a .gguf file."""
-    prompts: Path
-    """The prompts: a .txt file with one prompt per line, a .jsonl file with one object per line, or
-    a .csv file with a line of column names. The prompts are in the column "prompt"."""
+    prompts: str
+    """The prompts: a .txt file with one prompt per line; a .jsonl, .json, .csv, .tsv or .parquet
+    file; a folder that the library datasets saved; or a data set of the Hugging Face hub, such as
+    openai/gsm8k:main:train."""
     reward: str
     """The reward: my_file.py:function, or the folder or Hugging Face id of a reward model. A reward
     model reads the end of a text that is longer than its positions."""
@@ -47,8 +52,10 @@ class Train:
     labels, such as a sentiment classifier."""
     out: Path
     """Folder for the metrics, samples, checkpoints and final model."""
-    eval_prompts: Path | None = None
+    eval_prompts: str | None = None
     """Held-out prompts for evaluation, in the same formats."""
+    eval_fraction: float = 0.0
+    """Share of the prompts that is held out for evaluation, chosen at random by the seed."""
     critic: str = "separate"
     """The critic. shared: a value head on the policy's trunk. separate: a critic with its own trunk
     that starts from the policy. none: no critic, for an advantage estimator that reads no values.
@@ -81,9 +88,21 @@ class Train:
     batch; fsdp and tensor shard the parameters. An axis that is left out is 1, except that data
     takes the remaining devices. pmap runs a replica on each device of one process."""
     processes: Processes = field(default_factory=Processes)
+    data_options: tyro.conf.OmitArgPrefixes[PromptOptions] = field(default_factory=PromptOptions)
     lora: LoRA = NO_LORA
     loop: LoopConfig = field(default_factory=LoopConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise SettingError(
+                f"eval_fraction must be at least 0 and less than 1, not {self.eval_fraction}."
+            )
+        if self.eval_fraction and self.eval_prompts is not None:
+            raise SettingError(
+                f"eval_fraction={self.eval_fraction} holds out a part of the prompts, but "
+                f"eval_prompts={self.eval_prompts} names others; give only one of them."
+            )
 
     def run(self) -> None:
         """Train, and write the fine-tuned model and the summary."""
@@ -126,6 +145,7 @@ class Train:
         mesh = None if mesh is None or mesh.size == 1 else mesh
         devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
         meshes.check_rows(self.ppo, devices)
+        rows, held_out_rows = self._rows()
         policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
         reward = load_reward(self.reward, self.reward_given, self.reward_label)
         learner = assemble(
@@ -139,12 +159,12 @@ class Train:
             seed=self.loop.seed,
             stop_tokens=self.stop_tokens,
         )
-        held_out = None
-        if self.eval_prompts is not None:
-            held_out = learner.encode(self._rows(self.eval_prompts))
+        prompts = self._encode(learner, rows, self.prompts)
+        held_out = self._encode(learner, held_out_rows, self.eval_prompts or self.prompts)
+        assert prompts is not None  # There are rows to learn from.
         return Trainer(
             learner,
-            learner.encode(self._rows(self.prompts)),
+            prompts,
             reward,
             out=out,
             loop=loop or self.loop,
@@ -153,9 +173,36 @@ class Train:
             resume=self.resume,
         )
 
-    def _rows(self, path: Path) -> list[dict[str, Any]]:
-        rows = data.read_rows(path)
-        return as_user_messages(rows) if self.chat else rows
+    def _rows(self) -> tuple[list[data.Row], list[data.Row]]:
+        """Read the prompts to learn from and those that are held out."""
+
+        def read(source: str) -> list[data.Row]:
+            rows = data.read_rows(source, names=self.data_options.names())
+            return as_user_messages(rows) if self.chat else rows
+
+        rows = read(self.prompts)
+        if self.eval_prompts is not None:
+            return rows, read(self.eval_prompts)
+        if not self.eval_fraction:
+            return rows, []
+        if len(rows) < 2:
+            raise ValueError(
+                f"{self.prompts} holds one prompt, so that eval_fraction={self.eval_fraction} can "
+                "hold out none; pass --eval-prompts."
+            )
+        kept, held_out = split(
+            (np.arange(len(rows)),), seed=self.loop.seed, fraction=self.eval_fraction
+        )
+        return [rows[i] for i in np.sort(kept[0])], [rows[i] for i in np.sort(held_out[0])]
+
+    def _encode(self, learner: Learner, rows: list[data.Row], source: str) -> data.Prompts | None:
+        """Tokenize prompts, and print how many of them are too long."""
+        if not rows:
+            return None
+        prompts = learner.encode(rows, **self.data_options.limits())
+        if (note := self.data_options.report(prompts, source)) is not None:
+            processes.print_once(note)
+        return prompts
 
     def _train(self, trainer: Trainer) -> None:
         done = int(trainer.state.update)

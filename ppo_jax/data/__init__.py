@@ -1,8 +1,8 @@
 """Prompts and training rows: reading texts, applying chat templates, tokenizing and padding.
 
-`rows` reads texts from lists and files, `chat` applies chat templates, `text` converts between
-texts and token ids, `prompts` makes the batches of PPO, and `examples` makes the training arrays of
-the supervised stages.
+`rows` reads texts from lists, files and data sets, `columns` finds the columns that hold them,
+`chat` applies chat templates, `text` converts between texts and token ids, `prompts` makes the
+batches of PPO, and `examples` makes the training arrays of the supervised stages.
 """
 
 from ppo_jax.data.chat import Message

@@ -13,13 +13,14 @@ LearnFrom = Literal["pairs", "scores", "classes"]
 
 
 def split(
-    arrays: tuple[np.ndarray, ...], *, seed: int
+    arrays: tuple[np.ndarray, ...], *, seed: int, fraction: float = 0.1
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Hold out a random tenth of the rows, at least one.
+    """Hold out a random part of the rows, at least one.
 
     Args:
       arrays: `[n, ...]` each, with `n` of at least 2.
       seed: seed of the random choice.
+      fraction: the share of the rows that is held out, between 0 and 1.
 
     Returns:
       The rows to learn from and the rows that are held out.
@@ -29,7 +30,7 @@ def split(
       [18, 2]
     """
     order = np.random.default_rng(seed).permutation(len(arrays[0]))
-    count = max(len(order) // 10, 1)
+    count = min(max(int(len(order) * fraction), 1), len(order) - 1)
     return tuple(x[order[count:]] for x in arrays), tuple(x[order[:count]] for x in arrays)
 
 
@@ -203,6 +204,9 @@ def _scores(rows: Sequence[Row], *, classes: bool) -> np.ndarray:
             score = np.nan
         if not np.isfinite(score) or (classes and (score < 0 or score % 1)):
             kind = "class 0, 1, 2, ..." if classes else "number"
-            raise ValueError(f"Row {i} needs a {kind} in 'score', not {row.get('score')!r}.")
+            advice = "; for words, pass --learn-from classes" if not classes else ""
+            raise ValueError(
+                f"Row {i} needs a {kind} in 'score', not {row.get('score')!r}{advice}."
+            )
         scores.append(score)
     return np.asarray(scores, np.int32 if classes else np.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.data.chat import is_messages
+from ppo_jax.data.tables import PARQUET_ENDINGS, is_hub_id, is_saved
 
 TEXT_ENDINGS = ("", ".txt", ".text")
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -17,21 +18,43 @@ Items = list[tuple[str, Any]]
 
 
 def names_a_file(text: str) -> bool:
-    """Return whether a text is the name of a file of rows rather than a prompt.
+    """Return whether a text is the name of rows that can be read rather than a prompt.
 
-    That is the name of an existing file with an ending, or a word with an ending of a file of rows.
+    That is the name of an existing file with an ending, a word with an ending of a file of rows, a
+    folder that `save_to_disk` wrote, or a data set of the hub with its split.
 
     Example:
       >>> names_a_file("prompts.jsonl"), names_a_file("Continue prompts.jsonl")
       (True, False)
+      >>> names_a_file("openai/gsm8k:main:test"), names_a_file("and/or")
+      (True, False)
     """
+    endings = (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS, *PARQUET_ENDINGS)
     try:
         ending = Path(text).suffix.lower()
-        exists = bool(ending) and Path(text).is_file()
+        if (ending and Path(text).is_file()) or is_saved(text.partition(":")[0]):
+            return True
     except (OSError, ValueError):  # A long text is no path.
         return False
-    one_word = text.strip() and not any(sign.isspace() for sign in text)
-    return exists or bool(one_word and ending in (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS))
+    if not text.strip() or any(sign.isspace() for sign in text):
+        return False
+    return ending in endings or (is_hub_id(text) and "/" in text and ":" in text)
+
+
+def is_table(name: str) -> bool:
+    """Return whether `datasets` reads what has this name: Parquet, a folder or a hub's data set.
+
+    Example:
+      >>> is_table("a.parquet"), is_table("openai/gsm8k:main:test"), is_table("prompts.csv")
+      (True, True, False)
+    """
+    path = Path(name)
+    ending = path.suffix.lower()
+    if ending in PARQUET_ENDINGS:
+        return True
+    if path.is_file() or ending in (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS):
+        return False
+    return Path(name.partition(":")[0]).is_dir() or is_hub_id(name)
 
 
 def read_file(path: Path, columns: Sequence[str]) -> Items:
@@ -41,7 +64,8 @@ def read_file(path: Path, columns: Sequence[str]) -> Items:
       path: the file. `.jsonl`, `.ndjson` and `.json` hold one JSON value a line, or one JSON list.
         `.csv` and `.tsv` begin with a line of column names. `.txt`, `.text` and a name without an
         ending hold one text a line. Empty lines are skipped.
-      columns: the columns that every row must have.
+      columns: the columns that every row must have; a file of texts must not begin with the name
+        of the first, like a table.
 
     Returns:
       The items in the order of the file.
@@ -54,7 +78,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Items:
     if path.is_file() and ending not in (*TEXT_ENDINGS, *JSON_ENDINGS, *CSV_ENDINGS):
         raise ValueError(
             f"{path} cannot be read, because {ending} is not the ending of a text file (.txt), of "
-            "JSON lines (.jsonl) or of a table (.csv, .tsv); convert it to one of these."
+            "JSON lines (.jsonl) or of a table (.csv, .tsv, .parquet); convert it to one of these."
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -65,7 +89,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Items:
     if ending in JSON_ENDINGS:
         return _read_json(path, text)
     if ending in CSV_ENDINGS:
-        return _read_csv(path, text, columns)
+        return _read_csv(path, text)
     return _read_texts(path, text, columns)
 
 
@@ -123,7 +147,7 @@ def _read_json(path: Path, text: str) -> Items:
     return items
 
 
-def _read_csv(path: Path, text: str, columns: Sequence[str]) -> Items:
+def _read_csv(path: Path, text: str) -> Items:
     """Read a table whose first line holds the names of the columns."""
     names = text.lstrip().partition("\n")[0]
     delimiter = max("\t" if path.suffix.lower() == ".tsv" else ",;\t", key=names.count)
@@ -138,7 +162,7 @@ def _read_csv(path: Path, text: str, columns: Sequence[str]) -> Items:
                     f"{path} must have {len(table.fieldnames)} cells in every row, as in its first "
                     f"line, but the row that ends in line {table.line_num} has more or fewer."
                 )
-            cells = {name: _cell(name, cell, columns) for name, cell in row.items()}
+            cells = {name: _cell(cell) for name, cell in row.items()}
             items.append((f"Line {table.line_num}", cells))
     except csv.Error as error:
         raise ValueError(
@@ -149,9 +173,9 @@ def _read_csv(path: Path, text: str, columns: Sequence[str]) -> Items:
     return items
 
 
-def _cell(name: str, cell: str, columns: Sequence[str]) -> Any:
+def _cell(cell: str) -> Any:
     """Return a cell's text, its messages if it holds those as JSON, or None if it is empty."""
-    if not cell and name not in columns:
+    if not cell:
         return None
     value = _decoded(cell)
     return value if is_messages(value) else cell

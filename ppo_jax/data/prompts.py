@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ppo_jax.data import chat
 from ppo_jax.data.rows import Row
 from ppo_jax.data.text import encode_text, pad
+
+LongPrompts = Literal["error", "drop", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Prompts:
       mask: `[n, P]` bool, the real tokens.
       from_messages: `[n]` bool, whether the prompt was a list of messages; None means that no
         prompt was.
+      too_long: number of prompts that were dropped or cut because they were too long.
 
     Example:
       >>> mask = np.array([[False, True], [True, True]])
@@ -35,6 +38,7 @@ class Prompts:
     tokens: np.ndarray
     mask: np.ndarray
     from_messages: np.ndarray | None = None
+    too_long: int = 0
 
     def __len__(self) -> int:
         """Return the number of prompts."""
@@ -66,7 +70,14 @@ class Prompts:
 
 
 def encode_prompts(
-    rows: Sequence[Row], tokenizer: Any, *, positions: int, new_tokens: int, pad_id: int
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    positions: int,
+    new_tokens: int,
+    pad_id: int,
+    long_prompts: LongPrompts = "error",
+    max_prompt_tokens: int | None = None,
 ) -> Prompts:
     """Tokenize prompts; prompts that are lists of messages go through the chat template first.
 
@@ -77,14 +88,19 @@ def encode_prompts(
       positions: number of positions that the model has.
       new_tokens: greatest number of tokens of a response.
       pad_id: the token id written at padding positions.
+      long_prompts: what happens to prompts that are too long. "error" refuses them, "drop" leaves
+        them out, and "truncate" cuts their tokens at the beginning, after the opening token. The
+        text of a prompt that is cut stays whole.
+      max_prompt_tokens: greatest number of tokens of a prompt; None, or a greater number than the
+        room that `new_tokens` leave within `positions`, stands for that room.
 
     Returns:
       The prompts, padded on the left to the longest of them.
 
     Raises:
-      ValueError: if a prompt is not a text that the tokenizer takes, gives no token, or leaves no
-        room for `new_tokens` within `positions`; or if there are messages but no chat template, or
-        the template raises an exception.
+      ValueError: if a prompt is not a text that the tokenizer takes, gives no token, or is too long
+        and `long_prompts` is "error"; if all prompts are too long to keep; or if there are messages
+        but no chat template, or the template raises an exception.
 
     Example:
       >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -97,35 +113,62 @@ def encode_prompts(
       array([[1, 2],
              [0, 2]], dtype=int32)
     """
-    encoded, ids, from_messages = [], [], []
-    for i, row in enumerate(rows):
-        in_chat = chat.is_messages(row["prompt"])
-        if in_chat:
-            if getattr(tokenizer, "chat_template", None) is None:
-                raise ValueError(
-                    "Prompts of messages need a tokenizer with a chat template; this one has none."
-                )
-            text = chat.render_prompt(row["prompt"], tokenizer, **chat.template_options(row))
-            row = {**row, "prompt": text, "messages": row["prompt"]}
-        text = row["prompt"]
-        try:
-            # A chat template writes the special tokens itself.
-            prompt = encode_text(tokenizer, text, keep_end=False, add_special_tokens=not in_chat)
-        except (TypeError, UnicodeError) as error:
+    room = positions - new_tokens
+    limit = room if max_prompt_tokens is None else min(max_prompt_tokens, room)
+    encoded = [_encode_prompt(i, row, tokenizer) for i, row in enumerate(rows)]
+    too_long = [i for i, (_, ids, _) in enumerate(encoded) if len(ids) > limit]
+    if too_long and (long_prompts == "error" or limit < 1):
+        first = len(encoded[too_long[0]][1])
+        reason = (
+            f"with max_new_tokens={new_tokens} it exceeds the model's {positions} positions"
+            if limit == room
+            else f"max_prompt_tokens={max_prompt_tokens} allows fewer"
+        )
+        raise ValueError(
+            f"Prompt {too_long[0]} has {first} tokens; {reason}. {len(too_long)} of {len(rows)} "
+            "prompts are too long; pass --long-prompts drop or --long-prompts truncate."
+        )
+    if long_prompts == "drop":
+        if len(too_long) == len(rows):
             raise ValueError(
-                f"Prompt {i} ({text!r:.80}) is not a text that the tokenizer takes: {error}."
-            ) from error
-        if not prompt:
-            raise ValueError(f"Prompt {i} ({text!r}) has no token.")
-        if len(prompt) + new_tokens > positions:
-            raise ValueError(
-                f"Prompt {i} has {len(prompt)} tokens; with max_new_tokens={new_tokens} it exceeds "
-                f"the model's {positions} positions."
+                f"All {len(rows)} prompts have more than {limit} tokens, so that --long-prompts "
+                "drop leaves none; pass --long-prompts truncate."
             )
-        encoded.append(row)
-        ids.append(prompt)
-        from_messages.append(in_chat)
-    return Prompts(encoded, *pad(ids, pad_id=pad_id, left=True), np.array(from_messages))
+        dropped = set(too_long)
+        encoded = [item for i, item in enumerate(encoded) if i not in dropped]
+    elif too_long:
+        for i in too_long:
+            encoded[i] = _encode_prompt(i, rows[i], tokenizer, length=limit)
+    kept, ids, from_messages = zip(*encoded, strict=True)
+    tokens, mask = pad(ids, pad_id=pad_id, left=True)
+    return Prompts(list(kept), tokens, mask, np.array(from_messages), len(too_long))
+
+
+def _encode_prompt(
+    i: int, row: Row, tokenizer: Any, length: int | None = None
+) -> tuple[Row, list[int], bool]:
+    """Return the row of prompt `i` with its text, its tokens, and whether it was messages."""
+    in_chat = chat.is_messages(row["prompt"])
+    if in_chat:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "Prompts of messages need a tokenizer with a chat template; this one has none."
+            )
+        text = chat.render_prompt(row["prompt"], tokenizer, **chat.template_options(row))
+        row = {**row, "prompt": text, "messages": row["prompt"]}
+    text = row["prompt"]
+    try:
+        # A chat template writes the special tokens itself.
+        ids = encode_text(
+            tokenizer, text, keep_end=False, length=length, add_special_tokens=not in_chat
+        )
+    except (TypeError, UnicodeError) as error:
+        raise ValueError(
+            f"Prompt {i} ({text!r:.80}) is not a text that the tokenizer takes: {error}."
+        ) from error
+    if not ids:
+        raise ValueError(f"Prompt {i} ({text!r}) has no token.")
+    return row, ids, in_chat
 
 
 def batch_rows(n: int, batch_size: int, update: int, *, seed: int) -> np.ndarray:

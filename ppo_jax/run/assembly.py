@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ppo_jax import data
-from ppo_jax.data.chat import end_of_turn_ids
+from ppo_jax.data.prompts import LongPrompts
 from ppo_jax.data.text import pad_id
 from ppo_jax.distributed import meshes
-from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import pretrained
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora import LoRA, adapt
@@ -22,6 +21,7 @@ from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_key
 from ppo_jax.run.critics import check_critic, make_critic
+from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.types import Params
 
 _ADAPTERS = 1  # Each part of the new parameters has a key of its own; the critic's is 0.
@@ -80,11 +80,21 @@ class Learner(NamedTuple):
         meshes.check_rows(agent.config, self.row_devices)
         check_packing(agent.model, agent.critic, agent.config.bins, longest)
 
-    def encode(self, rows: Sequence[dict[str, Any]]) -> data.Prompts:
+    def encode(
+        self,
+        rows: Sequence[dict[str, Any]],
+        *,
+        long_prompts: LongPrompts = "error",
+        max_prompt_tokens: int | None = None,
+    ) -> data.Prompts:
         """Tokenize prompts for this learner's policy.
 
         Args:
           rows: rows with a column `prompt`, as `read_rows` returns them.
+          long_prompts: what happens to prompts that are too long: "error", "drop" or "truncate", as
+            in `encode_prompts`.
+          max_prompt_tokens: greatest number of tokens of a prompt; by default what the policy and
+            the critic can read besides a response.
 
         Returns:
           The left-padded prompts.
@@ -98,8 +108,18 @@ class Learner(NamedTuple):
             raise ValueError(
                 "Learner.encode needs a learner made by assemble; use encode_prompts otherwise."
             )
-        new_tokens = self.agent.config.max_new_tokens
-        prompts = encode_for(rows, self.tokenizer, self.policy.config, new_tokens)
+        new_tokens, positions = self.agent.config.max_new_tokens, self.critic_positions
+        if positions is not None and long_prompts != "error":
+            room = positions - new_tokens
+            max_prompt_tokens = room if max_prompt_tokens is None else min(max_prompt_tokens, room)
+        prompts = encode_for(
+            rows,
+            self.tokenizer,
+            self.policy.config,
+            new_tokens,
+            long_prompts=long_prompts,
+            max_prompt_tokens=max_prompt_tokens,
+        )
         longest = prompts.tokens.shape[1] + new_tokens
         if self.critic_positions is not None and self.critic_positions < longest:
             raise ValueError(
@@ -222,48 +242,3 @@ def load_model(
     tokenizer = pretrained.load_tokenizer(model)
     pretrained.check_tokenizer(tokenizer, policy.config)
     return policy, tokenizer
-
-
-def encode_for(
-    rows: Sequence[dict[str, Any]], tokenizer: Any, config: TransformerConfig, new_tokens: int
-) -> data.Prompts:
-    """Tokenize prompts for a model, and check its vocabulary and its number of positions."""
-    prompts = data.encode_prompts(
-        rows,
-        tokenizer,
-        positions=config.positions,
-        new_tokens=new_tokens,
-        pad_id=pad_id(tokenizer, config.vocab_size),
-    )
-    data.check_ids(prompts.tokens, config.vocab_size)
-    return prompts
-
-
-def stop_ids(
-    tokenizer: Any, policy: Pretrained, stop_tokens: Sequence[str] = ()
-) -> tuple[int, ...]:
-    """Token ids that end a response.
-
-    These are the tokenizer's end token (or its separator if it has none), the end tokens that the
-    model's files name, the token that ends a turn in the chat template, and `stop_tokens`.
-
-    Raises:
-      ValueError: if one of `stop_tokens` is not a single token of the tokenizer.
-    """
-    ids = [data.end_id(tokenizer), *policy.end_ids, *end_of_turn_ids(tokenizer)]
-    for text in stop_tokens:
-        token_ids = tokenizer(text, add_special_tokens=False).input_ids
-        if len(token_ids) != 1:
-            raise ValueError(
-                f"stop_tokens: {text!r} is {len(token_ids)} tokens of this tokenizer, not one."
-            )
-        ids += token_ids
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
-
-
-def check_top_k(top_k: int | None, config: TransformerConfig) -> None:
-    """Raise ValueError if `top_k` is larger than the vocabulary."""
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(
-            f"top_k={top_k} must lie in 1 .. {config.vocab_size}, the size of the vocabulary."
-        )

@@ -39,6 +39,8 @@ _FREE: dict[str, set[str]] = {
         "model",
         "prompts",
         "eval_prompts",
+        "eval_fraction",
+        "data_options",
         "reward",
         "loop",
         "ppo",
