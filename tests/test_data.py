@@ -1,5 +1,8 @@
 """Test encoding and decoding with tokenizers that add special tokens around a text."""
 
+import functools
+
+import datasets
 import numpy as np
 import pytest
 from helpers import simple_trainer
@@ -7,8 +10,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import data
+from ppo_jax.commands.supervised import Reward
+from ppo_jax.data.columns import ExampleColumns, PromptColumns
 from ppo_jax.data.examples import encode_demonstrations, encode_judgements
 from ppo_jax.data.files import names_a_file
+from ppo_jax.data.labels import label_order, number_labels
+from ppo_jax.data.tables import read_table
+from ppo_jax.errors import SettingError
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.reward_functions import ModelReward, RewardError
 from ppo_jax.run.collection import response_texts
@@ -342,7 +350,11 @@ def test_a_file_is_read_as_what_its_name_says(tmp_path, name, text, rows):
         ("a.txt", '{"prompt": "b"}\n', r"begins like JSON, whose name must end in \.jsonl"),
         ("a.txt", '[\n{"prompt": "b"}\n]', r"begins like JSON, whose name must end in \.jsonl"),
         ("a.txt", "answer,prompt\n1,b\n", r"begins like a table, whose name must end in \.csv"),
-        ("a.csv", "x\nb\n", "column 'prompt' or .* but its columns are: 'x'. Name the right.*--prompt"),
+        (
+            "a.csv",
+            "x\nb\n",
+            "column 'prompt' or .* but its columns are: 'x'. Name the right.*--prompt",
+        ),
         ("a.csv", "prompt,x\nb,c\nb, c, d\n", "must have 2 cells in every row.* line 3 has more"),
         ("a.csv", 'prompt\nb\n"b\n', "is not a table of the kind CSV: line 2"),
         ("a.csv", "prompt\n", "There is no prompt in"),
@@ -362,6 +374,127 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, text, 
     with pytest.raises(ValueError, match=message) as error:
         data.read_rows(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+TURNS = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+
+
+def test_parquet_saved_data_and_data_sets_with_splits_are_read(tmp_path):
+    rows = [{"messages": TURNS, "label": n} for n in (0, 1)]
+    saved = datasets.Dataset.from_list(rows)
+    saved.to_parquet(tmp_path / "a.parquet")
+    saved.save_to_disk(tmp_path / "one")
+    splits = datasets.DatasetDict(test=saved.select([1]), other=saved)
+    splits.save_to_disk(tmp_path / "several")
+    (tmp_path / "hub").mkdir()
+    for split in ("train", "test"):
+        splits["test"].to_parquet(tmp_path / f"hub/{split}.parquet")
+    expected = [{**row, "prompt": TURNS[:1]} for row in rows]
+    for name, some in [
+        ("a.parquet", expected),
+        ("one", expected),
+        ("several:other", expected),
+        ("several:test", expected[1:]),
+        ("hub", expected[1:]),  # the split `train`
+        ("hub:default:test", expected[1:]),
+    ]:
+        assert data.read_rows(tmp_path / name) == some
+    assert names_a_file(f"{tmp_path / 'several'}:test")
+    for name, message in [
+        ("several", "no split 'train'; its splits are: test, other; append one, such as"),
+        ("one:test", "it has no splits, so leave out :test"),
+        ("hub:nothing", "no split 'nothing'"),
+        ("a:b:c:d", "must be NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_table(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "options, row, prompt, response",
+    [
+        ({}, {"question": "a", "answer": "b", "text": "c"}, "a", "b"),
+        ({}, {"prompt": "a", "text": "c"}, None, "c"),
+        ({}, {"prompt": "a", "messages": TURNS, "text": "c"}, None, TURNS),
+        ({"messages_column": "none"}, {"messages": TURNS, "text": "c"}, None, "c"),
+        ({"prompt_column": "response", "response_column": "prompt"}, {}, "r", "p"),
+        ({"prompt_column": "none"}, {}, None, "r"),
+        ({"text_column": "prompt"}, {}, None, "p"),
+        ({"text_column": "prompt", "prompt_column": "response"}, {}, "r", "p"),
+    ],
+)
+def test_the_columns_of_examples_are_named_or_found(options, row, prompt, response):
+    names = ExampleColumns(**options).names()
+    given = [row or {"prompt": "p", "response": "r"}]
+    (read,) = data.read_rows(given, columns=("response",), optional=("prompt",), names=names)
+    assert (read.get("prompt"), read["response"]) == (prompt, response)
+
+
+@pytest.mark.parametrize(
+    "options, row, prompt",
+    [
+        ({}, {"text": "a", "messages": TURNS}, TURNS[:1]),
+        ({}, {"query": "b", "messages": TURNS}, "b"),
+        ({"messages_column": "none"}, {"text": "a", "messages": TURNS}, "a"),
+        ({"prompt_column": "x"}, {"x": TURNS, "prompt": "a"}, TURNS),
+        ({"messages_column": "x"}, {"x": TURNS, "prompt": "a"}, TURNS[:1]),
+        ({"prompt_column": "none"}, {"prompt": "a", "messages": TURNS}, TURNS[:1]),
+    ],
+)
+def test_the_column_of_prompts_is_named_or_found(options, row, prompt):
+    assert data.read_rows([row], names=PromptColumns(**options).names()) == [
+        {**row, "prompt": prompt}
+    ]
+
+
+def test_two_columns_for_the_same_texts_are_refused():
+    with pytest.raises(SettingError, match="prompt_column=a and messages_column=b name two"):
+        PromptColumns(prompt_column="a", messages_column="b")
+    with pytest.raises(ValueError, match="needs a column 'x', but its columns are: 'prompt'"):
+        data.read_rows(["a"], names=PromptColumns(prompt_column="x").names())
+
+
+def test_labels_that_are_words_get_class_numbers(tmp_path):
+    (tmp_path / "a.csv").write_text("text,mood\nb,Positive\nc,negative\n")
+    given = {"model": "", "out": tmp_path / "out", "data": str(tmp_path / "a.csv")}
+    rows, _ = Reward(**given, learn_from="classes", label_column="mood")._read()
+    assert [(row["response"], row["score"]) for row in rows] == [("b", 1), ("c", 0)]
+    rows = [{"score": label} for label in ("ham", 2.0, "spam")]
+    assert number_labels(rows, label_order(rows, ("Spam", "2", "ham"))) == [
+        {"score": n} for n in (2, 1, 0)
+    ]
+    assert label_order([{"score": "0"}, {"score": 1}, {"score": None}]) == ()
+    with pytest.raises(ValueError, match=r"'ham', '2.0', 'spam' have no order .* --labels ham"):
+        label_order(rows)
+    with pytest.raises(ValueError, match=r"Row 1 has the label 2.0, which is none of"):
+        number_labels(rows, ("ham", "spam"))
+    with pytest.raises(ValueError, match="To learn from labels instead of pairs, pass --learn"):
+        Reward(**given)._read()
+
+
+@pytest.mark.parametrize(
+    "long_prompts, limit, kept, too_long",
+    [
+        ("error", 4, [[START, A], [START, A, B, C]], 0),
+        ("drop", 3, [[START, A]], 1),
+        ("truncate", 3, [[START, A], [START, B, C]], 1),
+        ("truncate", None, [[START, A], [START, C]], 1),
+    ],
+)
+def test_long_prompts_are_dropped_or_cut_at_the_beginning(long_prompts, limit, kept, too_long):
+    rows, words = [{"prompt": "a"}, {"prompt": "a b c"}], with_start_token()
+    options = {"long_prompts": long_prompts, "max_prompt_tokens": limit, "pad_id": 0}
+    positions = 8 if limit else 4
+    encode = functools.partial(data.encode_prompts, positions=positions, new_tokens=2, **options)
+    prompts = encode(rows, words)
+    assert [x[m].tolist() for x, m in zip(prompts.tokens, prompts.mask, strict=True)] == kept
+    assert (
+        prompts.too_long == too_long
+        and prompts.texts == [row["prompt"] for row in rows][: len(kept)]
+    )
+    encode = functools.partial(encode, long_prompts="error", max_prompt_tokens=1)
+    with pytest.raises(ValueError, match=r"max_prompt_tokens=1 allows fewer. 2 of 2 prompts"):
+        encode(rows, words)
 
 
 def test_names_of_files_are_told_from_prompts(tmp_path, monkeypatch):

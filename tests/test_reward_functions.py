@@ -15,8 +15,8 @@ from helpers import FULL_PPO, full_trainer
 from ppo_jax import data
 from ppo_jax.errors import RewardError
 from ppo_jax.ops.rewards import MissingEOS
-from ppo_jax.reward_functions import TextReward
-from ppo_jax.reward_functions.loading import load_reward
+from ppo_jax.reward_functions import TaskScores, TextReward, TimedReward, require_scores
+from ppo_jax.reward_functions.loading import load_reward, load_rewards
 from ppo_jax.run import faults
 from ppo_jax.run.files import read_lines
 
@@ -102,13 +102,100 @@ def test_a_reward_gets_columns_by_name_and_may_be_async(function, scores):
     np.testing.assert_array_equal(given, scores)
 
 
+def test_named_parts_are_added_up():
+    returned = {"long": [1, None], "right": np.array([0.5, 2.0]), "given": [None, None]}
+    scores = TextReward(lambda prompts, responses: returned)(None, two_prompts(), ["x", "y"])
+    np.testing.assert_array_equal(scores.response, [1.5, 2])
+    np.testing.assert_array_equal(scores.parts["long"], [1, np.nan])
+    assert scores.part_means() == {"reward/long": 1, "reward/right": 1.25}
+    with pytest.raises(RewardError, match=r"In the part 'long': .*shape"):
+        TextReward(lambda prompts, responses: {"long": [1]})(None, two_prompts(), ["x", "y"])
+    with pytest.raises(RewardError, match="no score for any of 2 responses"):
+        require_scores(TaskScores(np.full(2, np.nan)))
+
+
+def test_a_reward_of_trl_gets_messages():
+    seen = []
+    function = lambda prompts, completions: seen.append((prompts, completions)) or [0] * 3
+    turns = [[{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b "}], "c"]
+    rows = [{"prompt": "text", "messages": x} for x in turns]
+    tokens, flags = np.ones((3, 1), int), np.array([True, True, False])
+    TextReward(function)(None, data.Prompts(rows, tokens, tokens > 0, flags), ["x", "y", "z"])
+    answers = [[{"role": "assistant", "content": text}] for text in ("x", "b y")]
+    assert seen == [([*turns[:2], "text"], [*answers, "z"])]
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    """Return the file of functions that take long, fail or score some responses only."""
+    file = tmp_path / "some_rewards.py"
+    file.write_text(
+        "import asyncio, os, time\n"
+        "def length(prompts, responses):\n    return [len(text) for text in responses]\n"
+        "def some(prompts, responses):\n    return [None, 2.0][-len(responses):]\n"
+        "def parts(prompts, responses):\n"
+        "    return {'a': [1.0 for _ in responses], 'b': [None for _ in responses]}\n"
+        "def loops(prompts, completions, answer):\n"
+        "    while completions[0] == 'loop': pass\n"
+        "    if completions[0] == 'exit': os._exit(3)\n"
+        "    return {'length': [len(completions[0])], 'answer': answer}\n"
+        "async def waits(prompts, responses, rows):\n"
+        "    await asyncio.sleep(9 * (responses[0] == 'loop'))\n"
+        "    return [rows[0]['answer'] / (responses[0] != 'exit')]\n"
+    )
+    yield str(file)
+    sys.path.remove(str(tmp_path))
+    sys.modules.pop("some_rewards", None)
+
+
+def test_several_rewards_are_added_up_by_their_weights(reward_file):
+    specs = [f"{reward_file}:{name}" for name in ("length=0.5", "some", "parts=-2", "length=0")]
+    reward = load_rewards(specs)
+    scores = reward(None, two_prompts(), ["abcd", "ab"])
+    np.testing.assert_array_equal(scores.response, [2 - 2, 1 + 2 - 2])
+    means = {f"reward/{name}": float(x) for name, x in [("length", 3), ("some", 2), ("parts", 1)]}
+    assert scores.part_means() == means | {"reward/parts/a": 1, "reward/length#2": 3}
+    only_some = load_rewards([specs[1], specs[3]])(None, two_prompts(), ["abcd", "ab"])
+    np.testing.assert_array_equal(only_some.response, [np.nan, 2])
+    # Runs with one reward can still be resumed, because its hash is that of earlier versions.
+    assert isinstance(load_rewards([f"{reward_file}:length"]), TextReward)
+
+
+@pytest.mark.parametrize("name", ["loops", "waits"])
+def test_a_response_that_takes_too_long_has_no_score(reward_file, name):
+    reward = load_rewards([f"{reward_file}:{name}"], timeout_s=2)
+    scores = reward(None, two_prompts(), ["loop", "ab"])
+    np.testing.assert_array_equal(scores.response, [np.nan, 8 + 2 * (name == "loops")])
+    np.testing.assert_array_equal(scores.parts["timeouts"], [1, 0])
+    with pytest.raises(RewardError, match=r"(status 3)|(some_rewards.py, line 14: .*zero)"):
+        reward(None, two_prompts(), ["exit", "ab"])
+    with pytest.raises(RewardError, match="for any of 2 responses; 2 of them took longer"):
+        require_scores(reward(None, two_prompts(), ["loop", "loop"]))
+
+
 @pytest.mark.parametrize(
-    "returned, message",
-    [([None, None], "None for every response"), ({"length": [1, 2]}, "dict .*length")],
+    "given, message",
+    [
+        ({"specs": []}, "Name a reward"),
+        ({"specs": ["length=0"]}, "All weights .* are 0"),
+        ({"specs": ["length=inf"]}, "must be a finite number"),
+        ({"specs": ["length"], "given": "tokens", "timeout_s": 1}, "reward_timeout=1 limits"),
+        ({"specs": ["length", "some"], "label": "a"}, "reward_label=a selects"),
+        ({"specs": ["length=a"]}, "has no function 'length=a'"),
+    ],
 )
-def test_no_score_at_all_and_a_dict_are_refused_by_name(returned, message):
-    with pytest.raises(RewardError, match=message):
-        TextReward(lambda prompts, responses: returned)(None, two_prompts(), ["x", "y"])
+def test_rewards_that_cannot_be_added_up_are_refused(reward_file, given, message):
+    specs = [f"{reward_file}:{name}" for name in given.pop("specs")]
+    try:
+        with pytest.raises(ValueError, match=message):
+            load_rewards(specs, **given)
+    finally:
+        sys.path.append(os.path.dirname(reward_file))  # The fixture removes it.
+
+
+def test_a_time_limit_needs_a_function_that_a_process_can_import():
+    with pytest.raises(RewardError, match="define it at the top of a file"):
+        TimedReward(lambda prompts, responses: [1], 1.0)(None, two_prompts(), ["x", "y"])
 
 
 def test_an_async_reward_inside_an_event_loop():
@@ -122,13 +209,14 @@ def test_an_async_reward_inside_an_event_loop():
 
 def test_a_response_without_a_score_is_left_out(tmp_path):
     """The reward returns None for it; the other responses are learned from, and it is counted."""
-    unscored = lambda prompts, responses: [None, *[float(len(r)) for r in responses[1:]]]
+    unscored = lambda prompts, responses: {"a": [None, *[float(len(r)) for r in responses[1:]]]}
     full_trainer(tmp_path / "run", reward=unscored, updates=2, eval_every=1).run()
     assert column(tmp_path / "run", "response/scored") == [15 / 16] * 2
     assert min(column(tmp_path / "run", "optimizer/steps")) > 0
     assert np.isfinite(column(tmp_path / "run", "eval/scores")).all()
     samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert samples[0]["score"] is None
+    assert np.isfinite(column(tmp_path / "run", "reward/a")).all()
 
 
 @pytest.mark.slow

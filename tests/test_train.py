@@ -218,7 +218,11 @@ def evaluate_command(folder, **given):
             "Row 0 needs a class 0, 1, 2, ... in 'score', not 0.5",
         ),
         ([{"response": "a", "score": 0}], "--learn-from classes", "single class"),
-        ([{"chosen": "a"}], "", "needs a column 'rejected', but its columns are: 'chosen'. To learn"),
+        (
+            [{"chosen": "a"}],
+            "",
+            "needs a column 'rejected', but its columns are: 'chosen'. To learn",
+        ),
         ([{"chosen": "a", "rejected": ""}], "", "no text in 'rejected'"),
     ],
 )
@@ -396,16 +400,25 @@ def test_prompts_from_a_dataset():
     )
     assert rows == [{"prompt": "a b", "answer": 1}, {"prompt": "c", "answer": 2}]
     with pytest.raises(ValueError, match="column 'prompt'"):
-        data.read_rows(datasets.Dataset.from_list([{"text": "a"}]))
+        data.read_rows(datasets.Dataset.from_list([{"x": "a"}]))
 
 
 def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
-    cli.main(train_command(folder))
+    (folder / "prompts.csv").write_text("question,x\na b,1\nc,2\nd,3\ne,4\n" + "a " * 20 + ",5\n")
+    reward = f"{folder / 'reward.py'}:score"
+    given = {"prompts": folder / "prompts.csv", "long-prompts": "drop", "eval-fraction": 0.5}
+    cli.main([*train_command(folder, **given), "--reward", f"{reward}=0.5"])
+    assert "1 of 3 prompts of" in capsys.readouterr().out
+    metrics = read_lines(folder / "out/metrics.jsonl")
+    for row in (row for row in metrics if "objective/scores" in row):
+        assert row["reward/score"] == row["reward/score#2"] > 0
+        np.testing.assert_allclose(row["objective/scores"], 1.5 * row["reward/score"], rtol=1e-5)
+    assert "eval/scores" in metrics[-1]
     assert json.loads((folder / "out/summary.json").read_text())["updates"] == 2
     sample = {"model": folder / "out/model", "max-new-tokens": 3}
     cli.main([*command_line("generate", **sample), "--prompts", "a b", "c"])
     assert "a b|" in capsys.readouterr().out
-    cli.main(evaluate_command(folder, reward=f"{folder / 'reward.py'}:score"))
+    cli.main(evaluate_command(folder, reward=reward))
     assert "2 responses" in capsys.readouterr().out
 
 
@@ -415,7 +428,11 @@ def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
         ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"prompts": "empty.txt"}, "no prompt"),
         ({"prompts": "broken.jsonl"}, "needs a text or messages in its column 'prompt'"),
-        ({"prompts": "long.txt"}, "exceeds the model's 16 positions"),
+        ({"prompts": "long.txt"}, "exceeds the model's 16 positions. 1 of 1 prompts"),
+        ({"prompts": "long.txt", "long-prompts": "drop"}, "drop leaves none"),
+        ({"prompt-column": "x"}, "needs a column 'x', but its columns are: 'prompt'. Name"),
+        ({"eval-fraction": 1}, "eval_fraction must be at least 0 and less than 1, not 1"),
+        ({"reward-timeout": 0}, "reward_timeout must be a positive number of seconds"),
         ({"reward": "reward.py:nothing"}, "no function 'nothing'"),
         ({"reward": "none.py:score"}, "does not exist"),
         ({"loop.updates": 0}, "at least 1"),
@@ -423,7 +440,7 @@ def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
     ],
 )
 def test_bad_input_is_refused_in_one_sentence_without_writing(folder, capsys, changes, message):
-    at = {k: folder / v if isinstance(v, str) else v for k, v in changes.items()}
+    at = {k: folder / v if k in ("prompts", "reward") else v for k, v in changes.items()}
     with pytest.raises(SystemExit) as stop:
         cli.main(train_command(folder, **at))
     printed = capsys.readouterr().err
@@ -870,7 +887,7 @@ def test_generate_reads_prompts_from_files(folder, capsys):
 @pytest.mark.slow
 def test_supervised_stages_read_tables_and_count_rows_that_teach_nothing(folder, capsys):
     training = {"model": folder / "model", "length": 6, "epochs": 1, "batch-size": 2}
-    (folder / "demos.csv").write_text("prompt,response\n" + "a b, c\n" * 4 + "a a a a a a, b\n" * 3)
+    (folder / "demos.csv").write_text("question,answer\n" + "a b, c\n" * 4 + "a a a a a a, b\n" * 3)
     given = {**training, "data": folder / "demos.csv", "eval-data": folder / "demos.csv"}
     cli.main(command_line("sft", **given, out=folder / "new"))
     message = "3 of 7 rows of .*demos.csv are left out, because their prompts leave no room for a"

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from ppo_jax import data, hashing
 from ppo_jax.commands.prompts import PromptOptions
+from ppo_jax.commands.rewards import Rewards, check_rewards
 from ppo_jax.data.chat import as_user_messages
 from ppo_jax.data.examples import split
 from ppo_jax.distributed import meshes, processes
@@ -19,7 +20,7 @@ from ppo_jax.distributed.processes import Processes
 from ppo_jax.errors import SettingError
 from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.reward_functions import load_reward
+from ppo_jax.reward_functions import load_rewards
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner, assemble, load_model
 from ppo_jax.run.export import export_result, write_summary
@@ -40,9 +41,10 @@ class Train:
     """The prompts: a .txt file with one prompt per line; a .jsonl, .json, .csv, .tsv or .parquet
     file; a folder that the library datasets saved; or a data set of the Hugging Face hub, such as
     openai/gsm8k:main:train."""
-    reward: str
+    reward: Rewards
     """The reward: my_file.py:function, or the folder or Hugging Face id of a reward model. A reward
-    model reads the end of a text that is longer than its positions."""
+    model reads the end of a text that is longer than its positions. Several rewards are added up;
+    each may have a weight: --reward a.py:f --reward b.py:g=0.5."""
     reward_given: Literal["text", "tokens"] = "text"
     """What the reward function receives. text: the lists of texts (prompts, responses), and the
     rows of the prompts if it takes a third argument. tokens: the JAX arrays (tokens, mask,
@@ -50,6 +52,9 @@ class Train:
     reward_label: str | None = None
     """Name or number of the label whose logit is the score, for a reward model that has several
     labels, such as a sentiment classifier."""
+    reward_timeout: float | None = None
+    """Time limit in seconds of a reward function for one response, with which it is called for each
+    response alone. A response that takes longer has no score."""
     out: Path
     """Folder for the metrics, samples, checkpoints and final model."""
     eval_prompts: str | None = None
@@ -94,6 +99,7 @@ class Train:
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:
+        check_rewards(self.reward, self.reward_timeout)
         if not 0 <= self.eval_fraction < 1:
             raise SettingError(
                 f"eval_fraction must be at least 0 and less than 1, not {self.eval_fraction}."
@@ -147,7 +153,9 @@ class Train:
         meshes.check_rows(self.ppo, devices)
         rows, held_out_rows = self._rows()
         policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
-        reward = load_reward(self.reward, self.reward_given, self.reward_label)
+        reward = load_rewards(
+            self.reward, self.reward_given, self.reward_label, self.reward_timeout
+        )
         learner = assemble(
             policy,
             tokenizer,

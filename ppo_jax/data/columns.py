@@ -64,10 +64,11 @@ class PromptColumns:
         messages = _candidates(self.messages_column, ("messages",))
         if self.messages_column not in ("auto", "none"):
             return {"prompt": messages, "messages": messages}
-        prompts = _candidates(self.prompt_column, (*PROMPT_NAMES, *messages, "text"))
         if self.prompt_column == "none":
-            prompts = messages
-        return {"prompt": prompts, "messages": messages if "messages" in prompts[:-1] else ()}
+            return {"prompt": messages, "messages": messages}
+        if self.prompt_column != "auto":
+            return {"prompt": (self.prompt_column,), "messages": ()}
+        return {"prompt": (*PROMPT_NAMES, *messages, "text"), "messages": messages}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,9 @@ def read_rows(
             free = column == "score" or (column in optional and value is None)
             if not (free or isinstance(value, str) or is_messages(value)):
                 has = ", ".join(map(repr, rows[i])) or "none"
-                what = f"which is {value!r:.80}" if given in rows[i] else f"but its columns are: {has}"
+                what = (
+                    f"which is {value!r:.80}" if given in rows[i] else f"but its columns are: {has}"
+                )
                 raise ValueError(
                     f"{place} of {name} needs a text or messages in its column {given!r}, {what}."
                 )

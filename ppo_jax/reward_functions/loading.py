@@ -1,8 +1,9 @@
 """Making a reward from the name that a user gives on the command line."""
 
 import importlib.util
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +11,18 @@ from ppo_jax.hashing import text_hash
 from ppo_jax.reward_functions.model import load_model_reward
 from ppo_jax.reward_functions.protocol import RewardFn
 from ppo_jax.reward_functions.text import TextReward
+from ppo_jax.reward_functions.timed import TimedReward
 from ppo_jax.reward_functions.tokens import TokenReward
+from ppo_jax.reward_functions.weighted import WeightedReward
+from ppo_jax.reward_functions.worker import run_file
 
 
 def load_reward(
-    spec: str, given: Literal["text", "tokens"] = "text", label: str | None = None
+    spec: str,
+    given: Literal["text", "tokens"] = "text",
+    label: str | None = None,
+    *,
+    timeout_s: float | None = None,
 ) -> RewardFn:
     """Make a reward from `my_file.py:function`, or from the name of a reward model.
 
@@ -25,6 +33,8 @@ def load_reward(
         `TokenReward`.
       label: name or number of the label whose logit is the score, for a reward model with several
         labels.
+      timeout_s: time limit in seconds of a function of texts for one response, as in `TimedReward`;
+        None sets no limit.
 
     Returns:
       The reward.
@@ -42,8 +52,8 @@ def load_reward(
       >>> reward.function(["2 + 2 ="], [" four"])
       [-5]
     """
-    file, colon, name = spec.rpartition(":")
-    if not colon or not file.endswith(".py"):
+    file, _, name = spec.rpartition(":")
+    if not _is_function(spec):
         if given == "tokens":
             raise ValueError(
                 f"reward_given=tokens needs a function, my_file.py:function; {spec} would be a "
@@ -59,12 +69,85 @@ def load_reward(
         raise ValueError(
             f"reward_label={label} selects a label of a reward model, but {spec} is a function."
         )
-    function = _load_function(Path(file), name)
+    function, module = _load_function(Path(file), name)
+    if timeout_s is not None:
+        return TimedReward(function, timeout_s, module, name)
     return TextReward(function) if given == "text" else TokenReward(function)
 
 
-def _load_function(file: Path, name: str) -> Callable[..., Any]:
-    """Run a Python file as a module and return its function `name`."""
+def load_rewards(
+    specs: Sequence[str],
+    given: Literal["text", "tokens"] = "text",
+    label: str | None = None,
+    timeout_s: float | None = None,
+) -> RewardFn:
+    """Make a reward of one or several functions and reward models, with weights.
+
+    Args:
+      specs: what `load_reward` takes, each with `=WEIGHT` behind it or with the weight 1.
+      given: as in `load_reward`, for the functions.
+      label: as in `load_reward`, for the reward models.
+      timeout_s: time limit in seconds of a function for one response, or None; see `TimedReward`.
+
+    Returns:
+      The reward if there is one with the weight 1, and otherwise a `WeightedReward`. The parts have
+      the names of the functions, or of the folders of the reward models.
+
+    Raises:
+      ValueError: if there is no reward, a weight is not finite, all weights are 0, or an option
+        applies to none of the rewards; and as `load_reward`.
+    """
+    if not specs:
+        raise ValueError("Name a reward, such as --reward my_file.py:function.")
+    parsed = [_split_weight(spec) for spec in specs]
+    functions = [spec for spec, _ in parsed if _is_function(spec)]
+    if timeout_s is not None and (given == "tokens" or not functions):
+        raise ValueError(
+            f"reward_timeout={timeout_s} limits functions of texts, my_file.py:function with "
+            f"reward_given=text; {parsed[0][0]} is another kind of reward."
+        )
+    only_functions, only_models = len(functions) == len(parsed), not functions
+    rewards: list[RewardFn] = []
+    names: list[str] = []
+    for spec, _ in parsed:
+        if _is_function(spec):
+            chosen = label if only_functions else None
+            rewards.append(load_reward(spec, given, chosen, timeout_s=timeout_s))
+        else:
+            rewards.append(load_reward(spec, given if only_models else "text", label))
+        name = spec.rpartition(":")[2] if _is_function(spec) else Path(spec).name
+        same = sum(other.partition("#")[0] == name for other in names)
+        names.append(f"{name}#{same + 1}" if same else name)
+    weights = tuple(weight for _, weight in parsed)
+    if weights == (1.0,):
+        return rewards[0]
+    if not any(weights):
+        raise ValueError(f"All weights of the rewards {', '.join(specs)} are 0.")
+    return WeightedReward(tuple(zip(names, rewards, strict=True)), weights)
+
+
+def _is_function(spec: str) -> bool:
+    """Whether a reward is a function in a file, and not a reward model."""
+    file, colon, _ = spec.rpartition(":")
+    return bool(colon) and file.endswith(".py")
+
+
+def _split_weight(spec: str) -> tuple[str, float]:
+    """Split `REWARD=WEIGHT`; without a number behind the last "=", the weight is 1."""
+    reward, sign, number = spec.rpartition("=")
+    if not sign or Path(spec).exists():
+        return spec, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return spec, 1.0
+    if not math.isfinite(weight):
+        raise ValueError(f"The weight of the reward {spec} must be a finite number.")
+    return reward, weight
+
+
+def _load_function(file: Path, name: str) -> tuple[Callable[..., Any], str]:
+    """Run a Python file as a module; return its function `name` and the name of the module."""
     if not file.is_file():
         raise ValueError(f"The reward file {file} does not exist.")
     # Worker processes that are spawned get this path, and can then import the file by its name. A
@@ -73,12 +156,8 @@ def _load_function(file: Path, name: str) -> Callable[..., Any]:
     if folder not in sys.path:
         sys.path.append(folder)
     module_name = file.stem if _imports(file) else f"{file.stem}_{text_hash(str(file.resolve()))}"
-    module_spec = importlib.util.spec_from_file_location(module_name, file)
-    assert module_spec is not None and module_spec.loader is not None  # It ends in .py.
-    # Dataclasses and pickle look their classes up in sys.modules.
-    sys.modules[module_name] = module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        module = run_file(file, module_name)
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"The reward file {file} does not run: {type(error).__name__}: {error}"
@@ -86,7 +165,7 @@ def _load_function(file: Path, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"The reward file {file} has no function {name!r}.")
-    return function
+    return function, module_name
 
 
 def _imports(file: Path) -> bool:

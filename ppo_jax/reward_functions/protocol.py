@@ -1,7 +1,6 @@
 """What the training loop expects of a reward, and the checks of what a reward returns."""
 
-import traceback
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -9,6 +8,8 @@ import numpy as np
 
 from ppo_jax import data
 from ppo_jax.errors import RewardError
+from ppo_jax.ops.scores import weighted_score
+from ppo_jax.reward_functions.worker import describe
 from ppo_jax.types import Rollout
 
 
@@ -19,6 +20,7 @@ class TaskScores(NamedTuple):
       response: `[B]` float32, the score of each response as a whole. A response whose score is NaN
         could not be scored; an update learns nothing from it.
       tokens: `[B, R]` float32, additional scores of single tokens, or None.
+      parts: named parts of the scores, `[B]` float32 each, whose means are logged; or None.
 
     Example:
       >>> scores = TaskScores(np.array([1.0, 2.0]), np.array([[0.5, 9.0], [0.25, 0.25]]))
@@ -28,6 +30,7 @@ class TaskScores(NamedTuple):
 
     response: np.ndarray
     tokens: np.ndarray | None = None
+    parts: dict[str, np.ndarray] | None = None
 
     def total(self, mask: jax.Array | np.ndarray) -> np.ndarray:
         """Add the scores of the tokens within `mask` to the score of their response.
@@ -41,6 +44,14 @@ class TaskScores(NamedTuple):
         if self.tokens is None:
             return self.response
         return self.response + np.where(mask, self.tokens, 0).sum(axis=1)
+
+    def part_means(self) -> dict[str, float]:
+        """Return the mean of each part over the responses that it has a score for, as metrics."""
+        return {
+            f"reward/{name}": float(np.nanmean(x, dtype=np.float64))
+            for name, x in (self.parts or {}).items()
+            if not np.isnan(x).all()
+        }
 
 
 class RewardFn(Protocol):
@@ -80,25 +91,17 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
       The scores, `shape` float32, with NaN for None.
 
     Raises:
-      RewardError: if these are not numbers, have another shape, are not all finite, or if all are
-        None.
+      RewardError: if these are not numbers, have another shape, or are not all finite.
 
     Example:
       >>> check_scores([0.5, 1], (2,))
       array([0.5, 1. ], dtype=float32)
     """
-    if isinstance(scores, dict):
-        raise RewardError(
-            f"The reward function returned a dict with the keys {list(scores)}; return the sum of "
-            f"its scores as one list of {shape[0]} numbers."
-        )
     try:
         if hasattr(scores, "detach"):  # a PyTorch tensor
             scores = scores.detach().cpu().float()
         array = np.asarray(scores)
         unscored = np.reshape([x is None for x in array.flat], array.shape).astype(bool)
-        if array.size and unscored.all():
-            raise ValueError("it returned None for every response")
         array = np.where(unscored, np.nan, array).astype(float) if unscored.any() else array
         # NumPy does not count bfloat16 as a floating type; JAX does.
         if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(
@@ -125,19 +128,64 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
+def as_task_scores(returned: Any, count: int) -> TaskScores:
+    """Convert what a function of texts returned to scores.
+
+    Args:
+      returned: `count` numbers, or a dictionary of named parts with `count` numbers each, whose sum
+        is the score. None in place of a number says that a response could not be scored.
+      count: the number of responses.
+
+    Returns:
+      The scores, with their parts if they were named.
+
+    Raises:
+      RewardError: as `check_scores`.
+
+    Example:
+      >>> as_task_scores({"correct": [1, 0], "short": [0.5, None]}, 2).response
+      array([1.5, 0. ], dtype=float32)
+    """
+    if not isinstance(returned, dict):
+        return TaskScores(check_scores(returned, (count,)))
+    if not returned:
+        raise RewardError(f"The reward function must return {count} numbers, not an empty dict.")
+    parts: dict[str, np.ndarray] = {}
+    for name, scores in returned.items():
+        try:
+            parts[str(name)] = check_scores(scores, (count,))
+        except RewardError as error:
+            raise error.with_rows(error.rows, f"In the part {name!r}: {error}") from error
+    return TaskScores(add_parts(parts, dict.fromkeys(parts, 1.0)), None, parts)
+
+
+def add_parts(parts: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Add up the named parts of scores as `weighted_score` does, on the host."""
+    arrays = {name: jax.numpy.asarray(part) for name, part in parts.items()}
+    return np.asarray(weighted_score(arrays, weights))
+
+
+def require_scores(scores: TaskScores) -> TaskScores:
+    """Return scores as they are, unless no response has one.
+
+    Args:
+      scores: the scores of `B` responses.
+
+    Returns:
+      The same scores.
+
+    Raises:
+      RewardError: if `B` is positive and all scores of responses are NaN.
+    """
+    if len(scores.response) and np.isnan(scores.response).all():
+        late = (scores.parts or {}).get("timeouts")
+        why = "" if late is None else f"; {int(late.sum())} of them took longer than the time limit"
+        raise RewardError(
+            f"The reward gave no score for any of {len(scores.response)} responses{why}."
+        )
+    return scores
+
+
 def as_reward_error(error: BaseException) -> RewardError:
     """Describe what a reward function raised, and the line of its file where it was raised."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "site-packages" not in frame.filename
-    ]
-    # The first frame is the caller's; there are no more if the function is not written in Python.
-    where = (
-        f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if len(frames) > 1 else ""
-    )
-    try:
-        message = str(error)
-    except Exception:  # The exception's own __str__ may fail.
-        message = "its message cannot be printed"
-    return RewardError(f"The reward function raised {type(error).__name__}{where}: {message}")
+    return RewardError(describe(error))

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ppo_jax import data
-from ppo_jax.reward_functions.protocol import TaskScores, as_reward_error, check_scores
+from ppo_jax.data.chat import content_of
+from ppo_jax.reward_functions.protocol import TaskScores, as_reward_error, as_task_scores
 from ppo_jax.types import Rollout
 
 
@@ -20,8 +21,10 @@ class TextReward(NamedTuple):
         is called `rows`, or must be given and is not the name of a column, gets the prompts' rows.
         Any other parameter with the name of a column gets the `B` values of that column, and
         `**kwargs` gets all columns. A function with a parameter `completions`, as in TRL, is called
-        by the names `prompts` and `completions`. It returns `B` numbers, with None for a response
-        that cannot be scored, and may be an `async def`.
+        by the names `prompts` and `completions`; for a prompt that was a list of messages, it gets
+        those, and the response as a list of one message of the assistant. It returns `B` numbers,
+        with None for a response that cannot be scored, or a dictionary of named parts with `B`
+        numbers each, whose sum is the score. It may be an `async def`.
 
     Example:
       >>> import numpy as np
@@ -50,24 +53,45 @@ class TextReward(NamedTuple):
           RewardError: if the function raises an exception, or does not return `B` finite numbers.
         """
         try:
-            args, named = _arguments(self.function, prompts, list(responses))
+            args, named = arguments(self.function, prompts, list(responses))
             scores = self.function(*args, **named)
             if inspect.isawaitable(scores):
-                # In a thread of its own, because a notebook's event loop runs in this one.
-                with ThreadPoolExecutor(1) as executor:
-                    scores = executor.submit(asyncio.run, _result(scores)).result()
+                scores = in_event_loop(scores)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and CancelledError are no Exceptions.
             raise as_reward_error(error) from error
-        return TaskScores(check_scores(scores, (len(responses),)))
+        return as_task_scores(scores, len(responses))
+
+
+def in_event_loop(awaitable: Awaitable[Any]) -> Any:
+    """Return the result of an awaitable."""
+    # In a thread of its own, because a notebook's event loop runs in this one.
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, _result(awaitable)).result()
 
 
 async def _result(scores: Awaitable[Any]) -> Any:
     return await scores
 
 
-def _arguments(
+def _as_trl(prompts: data.Prompts, responses: list[str]) -> dict[str, list[Any]]:
+    """Return prompts and completions as texts or, for prompts of messages, as messages."""
+    before: list[Any] = []
+    after: list[Any] = []
+    for text, messages, response in zip(prompts.texts, prompts.messages, responses, strict=True):
+        if messages is None:
+            before.append(text)
+            after.append(response)
+            continue
+        opened = messages[-1]["role"] == "assistant"  # The response continues this message.
+        opening = content_of(messages[-1]) if opened else ""
+        before.append(copy.deepcopy(messages))
+        after.append([{"role": "assistant", "content": opening + response}])
+    return {"prompts": before, "completions": after}
+
+
+def arguments(
     function: Callable[..., Any], prompts: data.Prompts, responses: list[str]
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return the arguments of a user's function, by position and by name.
@@ -84,7 +108,7 @@ def _arguments(
     args: list[Any] = [prompts.texts, responses]
     named: dict[str, Any] = {}
     if "completions" in by_name:
-        texts = {"prompts": prompts.texts, "completions": responses}
+        texts = _as_trl(prompts, responses)
         args, named = [], {name: text for name, text in texts.items() if name in by_name}
         taken = set(texts)
     else:

@@ -14,7 +14,7 @@ from ppo_jax.distributed.compilation import Steps
 from ppo_jax.errors import Fault
 from ppo_jax.ops.rewards import ScaleState, apply_missing_eos
 from ppo_jax.ppo.iteration import Agent, PPOState
-from ppo_jax.reward_functions import RewardFn, TaskScores
+from ppo_jax.reward_functions import RewardFn, TaskScores, require_scores
 from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.settings import Faults
@@ -116,7 +116,7 @@ class Collector(NamedTuple):
         fault, scores = None, None
         try:
             scores = faults.persist(
-                lambda: self.reward(rollout, prompts, texts),
+                lambda: require_scores(self.reward(rollout, prompts, texts)),
                 retries=self.limits.reward_retries,
                 timeout_s=self.limits.reward_timeout_s,
             )

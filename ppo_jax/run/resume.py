@@ -42,6 +42,7 @@ _FREE: dict[str, set[str]] = {
         "eval_fraction",
         "data_options",
         "reward",
+        "reward_timeout",
         "loop",
         "ppo",
         "mesh",

@@ -142,7 +142,7 @@ class Trainer:
             self.state,
             batch.rollout,
             batch.scores,
-            *placement.to_mesh(task_scores, self.learner.mesh),
+            *placement.to_mesh(task_scores[:2], self.learner.mesh),
             frozen=self.collector.frozen,
         )
         mask = batch.host_rollout.response_mask
@@ -150,7 +150,7 @@ class Trainer:
         samples = [{**row, "score": None if np.isnan(x) else float(x)} for row, x in pairs]
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
         end = time.perf_counter()
-        numbers |= {
+        numbers |= task_scores.part_means() | {
             "time/rollout_s": batch.rollout_s,
             "time/reward_s": scored - start - batch.rollout_s,
             "time/update_s": end - scored,
