@@ -261,6 +261,7 @@ from .data import (
     Prompts as Prompts,
     encode_prompts as encode_prompts,
     read_rows as read_rows,
+    LongPrompts as LongPrompts,
     Message as Message,
     Row as Row,
 )
@@ -270,7 +271,10 @@ from .reward_functions import (
     TaskScores as TaskScores,
     TextReward as TextReward,
     TokenReward as TokenReward,
+    TimedReward as TimedReward,
+    WeightedReward as WeightedReward,
     load_reward as load_reward,
+    load_rewards as load_rewards,
 )
 from .reward_functions.likeness import LikenessReward as LikenessReward
 

@@ -6,11 +6,12 @@ batches of PPO, and `examples` makes the training arrays of the supervised stage
 """
 
 from ppo_jax.data.chat import Message
-from ppo_jax.data.prompts import Prompts, batch_rows, encode_prompts
+from ppo_jax.data.prompts import LongPrompts, Prompts, batch_rows, encode_prompts
 from ppo_jax.data.rows import Row, read_rows
 from ppo_jax.data.text import check_ids, decode, encode_text, end_id, pad
 
 __all__ = (
+    "LongPrompts",
     "Message",
     "Prompts",
     "Row",

@@ -96,6 +96,15 @@ def load_rewards(
     Raises:
       ValueError: if there is no reward, a weight is not finite, all weights are 0, or an option
         applies to none of the rewards; and as `load_reward`.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = Path(folder) / "two_rewards.py"
+      ...     _ = file.write_text("a = lambda prompts, responses: [1]; b = a")
+      ...     reward = load_rewards([f"{file}:a", f"{file}:b=0.5"])
+      >>> [name for name, _ in reward.rewards], reward.weights
+      (['a', 'b'], (1.0, 0.5))
     """
     if not specs:
         raise ValueError("Name a reward, such as --reward my_file.py:function.")
