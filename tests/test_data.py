@@ -404,7 +404,7 @@ def test_parquet_saved_data_and_data_sets_with_splits_are_read(tmp_path):
         ("several", "no split 'train'; its splits are: test, other; append one, such as"),
         ("one:test", "it has no splits, so leave out :test"),
         ("hub:nothing", "no split 'nothing'"),
-        ("a:b:c:d", "must be NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT"),
+        ("c:d:e:f", "must be NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_table(str(tmp_path / name))

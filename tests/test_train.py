@@ -408,7 +408,7 @@ def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
     reward = f"{folder / 'reward.py'}:score"
     given = {"prompts": folder / "prompts.csv", "long-prompts": "drop", "eval-fraction": 0.5}
     cli.main([*train_command(folder, **given), "--reward", f"{reward}=0.5"])
-    assert "1 of 3 prompts of" in capsys.readouterr().out
+    assert "1 of 2 prompts of the held-out part of" in capsys.readouterr().out
     metrics = read_lines(folder / "out/metrics.jsonl")
     for row in (row for row in metrics if "objective/scores" in row):
         assert row["reward/score"] == row["reward/score#2"] > 0

@@ -10,13 +10,15 @@ from pydantic import BeforeValidator
 from ppo_jax.errors import SettingError
 
 
-def _as_list(stored: Any) -> Any:
-    """Return the rewards of a `config.json` as a list; older runs have a text."""
-    return [stored] if isinstance(stored, str) else stored
+def _as_tuple(stored: Any) -> Any:
+    """Return the rewards of a `config.json` as a tuple; older runs have a text."""
+    if isinstance(stored, str):
+        return (stored,)
+    return tuple(stored) if isinstance(stored, list) else stored
 
 
 # The option is given once for each reward.
-Rewards = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, BeforeValidator(_as_list)]
+Rewards = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, BeforeValidator(_as_tuple)]
 
 
 def check_rewards(rewards: Sequence[str], timeout_s: float | None) -> None:

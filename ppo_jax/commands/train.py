@@ -168,7 +168,9 @@ class Train:
             stop_tokens=self.stop_tokens,
         )
         prompts = self._encode(learner, rows, self.prompts)
-        held_out = self._encode(learner, held_out_rows, self.eval_prompts or self.prompts)
+        held_out = self._encode(
+            learner, held_out_rows, self.eval_prompts or f"the held-out part of {self.prompts}"
+        )
         assert prompts is not None  # There are rows to learn from.
         return Trainer(
             learner,

@@ -38,7 +38,7 @@ def names_a_file(text: str) -> bool:
         return False
     if not text.strip() or any(sign.isspace() for sign in text):
         return False
-    return ending in endings or (is_hub_id(text) and "/" in text and ":" in text)
+    return ending in endings or (is_hub_id(text) and ":" in text)
 
 
 def is_table(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 PARQUET_ENDINGS = (".parquet",)
 # A data set of the hub, OWNER/NAME, and optionally its configuration and split.
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_hub_id(text: str) -> bool:
@@ -88,17 +88,14 @@ def _errors(source: str) -> Iterator[None]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
-    except (
-        Exception
-    ) as error:  # The library and the file formats below it raise errors of many kinds.
-        kind = (
-            ""
-            if Path(source.partition(":")[0]).exists()
-            else (
-                ", which is neither a file nor a folder here, as a data set of the Hugging Face hub"
+    except Exception as error:  # Errors of many kinds come from the formats below the library.
+        what = "cannot be read"
+        if not Path(source.partition(":")[0]).exists():
+            what = (
+                "is neither a file nor a folder here, and cannot be read as a data set of the "
+                "Hugging Face hub"
             )
-        )
         message = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{source} cannot be read{kind}: {message}.") from error
+        raise ValueError(f"{source} {what}: {message}.") from error
     finally:
         datasets.logging.set_verbosity(before)

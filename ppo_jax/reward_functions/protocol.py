@@ -98,6 +98,8 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
       array([0.5, 1. ], dtype=float32)
     """
     try:
+        if scores is None:
+            raise TypeError("it returned None")
         if hasattr(scores, "detach"):  # a PyTorch tensor
             scores = scores.detach().cpu().float()
         array = np.asarray(scores)
