@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from ppo_jax.commands.convert import Convert
 from ppo_jax.commands.inference import Evaluate, Generate
-from ppo_jax.commands.models import Convert, Info
+from ppo_jax.commands.models import Info
 from ppo_jax.commands.plan import Plan
 from ppo_jax.commands.runs import Compare, Replay
 from ppo_jax.commands.supervised import SFT, Reward

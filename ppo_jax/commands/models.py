@@ -1,69 +1,16 @@
-"""The commands `ppo-jax info` and `ppo-jax convert`."""
+"""The command `ppo-jax info`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import jax
 import tyro
 
-from ppo_jax.models.io import adapter_files, families, pretrained, stored
+from ppo_jax.models.io import pretrained
 from ppo_jax.models.lora import NO_LORA, LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.run.assembly import load_model
-from ppo_jax.run.files import check_links
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Write a language model in the Hugging Face format, as float32 safetensors.
-
-    The model may be in any format that `ppo-jax train` reads.
-    """
-
-    model: str
-    """The model to convert: a folder, a Hugging Face id or a .gguf file."""
-    out: Path
-    """Folder to write the model to. It must not exist."""
-    adapter: Path | None = None
-    """Folder of an adapter in peft's format, to merge into the model."""
-
-    def run(self) -> None:
-        """Read the model, merge the adapter, and write the result to `out`."""
-        check_links(self.out)
-        if self.out.exists():
-            raise ValueError(f"{self.out} exists already; choose another folder.")
-        if stored.file_format(self.out):
-            raise ValueError(
-                f"convert writes a folder in the Hugging Face format, no GGUF file; choose a name "
-                f"without .gguf for out={self.out}."
-            )
-        _check_language_model(self.model)
-        policy, tokenizer = load_model(self.model, causal=False)
-        if self.adapter is not None:
-            kind = policy.hf_config["model_type"]
-            params = adapter_files.merge_adapter(policy.params, self.adapter, policy.config, kind)
-            policy = policy._replace(params=params)
-        pretrained.save_policy(self.out, policy, tokenizer)
-        print(f"The model is in {self.out}, in the format that transformers loads.")
-
-
-def _check_language_model(model: str) -> None:
-    """Raise ValueError if the config is that of a classifier, or of an encoder without a head."""
-    hf = stored.read_config(model)
-    name = str((hf.get("architectures") or [""])[0])
-    bare = (
-        name.endswith("Model")
-        and not name.endswith("HeadModel")
-        and families.config_of(hf).lm_transform
-    )
-    if bare or name.endswith("ForSequenceClassification"):
-        raise ValueError(
-            f"convert takes language models; {model} is a {name}, which has no language-model "
-            "head. Encoders and reward models in safetensors need no conversion."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import tyro
 
 from ppo_jax import hashing
 from ppo_jax.commands.train import Train
-from ppo_jax.errors import CheckpointError, SettingError
+from ppo_jax.errors import SettingError
 from ppo_jax.run import provenance
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.compare import compare, metric_differences
@@ -17,6 +17,7 @@ from ppo_jax.run.files import check_free, read_lines
 from ppo_jax.run.logging import SKIPPED, finite
 from ppo_jax.run.resume import read_config
 from ppo_jax.run.serialize import from_json
+from ppo_jax.run.stored import newest_good
 from ppo_jax.run.trainer import Trainer
 
 
@@ -89,16 +90,8 @@ class Replay:
 
     def _command(self) -> Train:
         """Return the options of the run, with the `out` of this command."""
-        stored = read_config(self.run_folder)["settings"].get("command")
-        if stored is None:
-            raise ValueError(f"{self.run_folder} was not made by ppo-jax train.")
         check_free(self.out)
-        try:
-            command = replace(from_json(Train, stored), out=self.out, resume="no")
-        except SettingError as error:
-            raise ValueError(
-                f"The settings in {self.run_folder / 'config.json'} are not those of a run: {error}"
-            ) from error
+        command = replace(stored_command(self.run_folder), out=self.out, resume="no")
         updates = command.loop.updates
         if not 0 <= self.update < updates:
             raise ValueError(
@@ -106,6 +99,23 @@ class Replay:
                 f"{self.run_folder}."
             )
         return command
+
+
+def stored_command(run_folder: Path) -> Train:
+    """Return the options of a run of `ppo-jax train`, from its `config.json`.
+
+    Raises:
+      ValueError: if the folder holds no such run, or its options are invalid.
+    """
+    stored = read_config(run_folder)["settings"].get("command")
+    if stored is None:
+        raise ValueError(f"{run_folder} was not made by ppo-jax train.")
+    try:
+        return from_json(Train, stored)
+    except SettingError as error:
+        raise ValueError(
+            f"The settings in {run_folder / 'config.json'} are not those of a run: {error}"
+        ) from error
 
 
 def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
@@ -136,14 +146,8 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
     samples = command.ppo.batch_size
     loop = replace(command.loop, samples=samples, tensorboard=False, wandb_project=None)
     trainer = command.build(command.out, loop)
-    for step in reversed(earlier):
-        try:
-            trainer.state, _ = checkpoints.restore(trainer.state, step)
-            break
-        except CheckpointError as error:
-            if step == earlier[0]:
-                raise
-            print(f"{error} Trying the checkpoint before it.", file=sys.stderr)
+    if earlier:
+        trainer.state = newest_good(checkpoints, trainer.state, earlier)
     checkpoints.close()
     while int(trainer.state.update) < update:
         trainer.step()

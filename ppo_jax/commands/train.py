@@ -145,27 +145,10 @@ class Train:
           SettingError: if the settings do not fit one another or the devices.
           ValueError: if the model, the prompts or the reward cannot be read.
         """
-        jax.config.update("jax_default_matmul_precision", self.matmul_precision)
-        pmap = self.mesh == "pmap"
-        mesh = None if pmap else meshes.make_mesh(meshes.parse_mesh(self.mesh))
-        mesh = None if mesh is None or mesh.size == 1 else mesh
-        devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
-        meshes.check_rows(self.ppo, devices)
         rows, held_out_rows = self._rows()
-        policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
+        learner = self.learner()
         reward = load_rewards(
             self.reward, self.reward_given, self.reward_label, self.reward_timeout
-        )
-        learner = assemble(
-            policy,
-            tokenizer,
-            self.ppo,
-            critic=self.critic,
-            lora=self.lora if self.lora.rank else None,
-            mesh=mesh,
-            pmap=pmap,
-            seed=self.loop.seed,
-            stop_tokens=self.stop_tokens,
         )
         prompts = self._encode(learner, rows, self.prompts)
         held_out = self._encode(
@@ -181,6 +164,32 @@ class Train:
             eval_prompts=held_out,
             settings=self,
             resume=self.resume,
+        )
+
+    def learner(self) -> Learner:
+        """Read the model and the critic, and assemble what is trained.
+
+        Raises:
+          SettingError: if the settings do not fit one another or the devices.
+          ValueError: if the model or the critic cannot be read, or do not fit each other.
+        """
+        jax.config.update("jax_default_matmul_precision", self.matmul_precision)
+        pmap = self.mesh == "pmap"
+        mesh = None if pmap else meshes.make_mesh(meshes.parse_mesh(self.mesh))
+        mesh = None if mesh is None or mesh.size == 1 else mesh
+        devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
+        meshes.check_rows(self.ppo, devices)
+        policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
+        return assemble(
+            policy,
+            tokenizer,
+            self.ppo,
+            critic=self.critic,
+            lora=self.lora if self.lora.rank else None,
+            mesh=mesh,
+            pmap=pmap,
+            seed=self.loop.seed,
+            stop_tokens=self.stop_tokens,
         )
 
     def _rows(self) -> tuple[list[data.Row], list[data.Row]]:

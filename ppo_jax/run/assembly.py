@@ -44,7 +44,7 @@ class Learner(NamedTuple):
       pmap: run a replica on each local device with `jax.pmap` instead of using a mesh.
       policy: the pretrained policy as it was read, from which a result is exported.
       lora: the adapters' settings, or None.
-      critic_positions: the longest sequence that a critic with its own trunk can read, or None.
+      critic: the trunk of a critic that has its own, as it was read, without parameters; or None.
 
     Example:
       >>> from ppo_jax import Agent, Learner, PPOConfig, TransformerConfig, init_params
@@ -67,7 +67,7 @@ class Learner(NamedTuple):
     pmap: bool = False
     policy: Pretrained | None = None
     lora: LoRA | None = None
-    critic_positions: int | None = None
+    critic: Pretrained | None = None
 
     @property
     def row_devices(self) -> int:
@@ -108,7 +108,10 @@ class Learner(NamedTuple):
             raise ValueError(
                 "Learner.encode needs a learner made by assemble; use encode_prompts otherwise."
             )
-        new_tokens, positions = self.agent.config.max_new_tokens, self.critic_positions
+        new_tokens, positions = (
+            self.agent.config.max_new_tokens,
+            self.critic and self.critic.config.positions,
+        )
         if positions is not None and long_prompts != "error":
             room = positions - new_tokens
             max_prompt_tokens = room if max_prompt_tokens is None else min(max_prompt_tokens, room)
@@ -121,9 +124,9 @@ class Learner(NamedTuple):
             max_prompt_tokens=max_prompt_tokens,
         )
         longest = prompts.tokens.shape[1] + new_tokens
-        if self.critic_positions is not None and self.critic_positions < longest:
+        if positions is not None and positions < longest:
             raise ValueError(
-                f"The critic has {self.critic_positions} positions; the longest prompt and "
+                f"The critic has {positions} positions; the longest prompt and "
                 f"max_new_tokens={new_tokens} need {longest}."
             )
         return prompts
@@ -185,7 +188,7 @@ def assemble(
     stops = stop_ids(tokenizer, policy, stop_tokens)
     if lora is not None:
         policy = policy._replace(config=replace(policy.config, lora_scale=lora.scale))
-    critic_fn, critic_params, critic_positions = make_critic(critic, policy, seed, mesh)
+    critic_fn, critic_params, trunk = make_critic(critic, policy, seed, mesh)
     padding = pad_id(tokenizer, policy.config.vocab_size)
     agent = Agent(language_model(policy.config), critic_fn, ppo, stops, padding)
     params, frozen = {"policy": policy.params, "critic": critic_params}, None
@@ -200,10 +203,15 @@ def assemble(
         pmap=pmap,
         policy=policy,
         lora=lora,
-        critic_positions=critic_positions,
+        critic=trunk,
     )
     meshes.check_rows(ppo, learner.row_devices)
     return learner
+
+
+def reference(params: Params, frozen: Params | None, ref_params: Params | None) -> Params:
+    """Return the reference policy's parameters; see `Learner.ref_params`."""
+    return ref_params or (frozen or {}).get("policy") or params["policy"]
 
 
 def load_model(

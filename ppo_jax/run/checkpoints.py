@@ -179,11 +179,29 @@ class Checkpoints:
         none = f"{self.folder} holds no checkpoint{but if damaged else ''}."
         raise CheckpointError(" ".join(reasons) or none)
 
-    def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
+    def notes(self, step: int) -> dict[str, Any]:
+        """Read the notes of the checkpoint of `step`, without its arrays.
+
+        Raises:
+          CheckpointError: if they cannot be read.
+        """
+        try:
+            return json.loads(self._read_run(step)["about"])
+        except Exception as error:  # Reading a damaged file may raise any kind of error.
+            raise CheckpointError(
+                f"Checkpoint {step} in {self.folder} cannot be used: {_first_line(error)}"
+            ) from error
+
+    def _read_run(self, step: int) -> dict[str, Any]:
+        """Read what a checkpoint holds besides the arrays, and check it."""
         run_args = ocp.args.Composite(run=ocp.args.JsonRestore())
         run = self._manager.restore(step, args=run_args)["run"]
         if text_hash(run["about"], sorted(run["structure"].items())) != run["run_digest"]:
             raise ValueError("it does not hold what was written.")
+        return run
+
+    def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
+        run = self._read_run(step)
         arrays = _arrays(like)
         for name, stored, expected in differences(run["structure"], _structure(arrays)):
             raise _MismatchError(f"it has {stored} for {name}, and the run now has {expected}.")

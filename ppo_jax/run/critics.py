@@ -34,8 +34,8 @@ def check_critic(critic: str | Path, ppo: PPOConfig) -> None:
 
 def make_critic(
     critic: str | Path, policy: Pretrained, seed: int, mesh: Mesh | None
-) -> tuple[CriticFn, Params, int | None]:
-    """The critic's function, its initial parameters and its number of positions if it has any."""
+) -> tuple[CriticFn, Params, Pretrained | None]:
+    """The critic's function, its initial parameters, and its trunk if it has one of its own."""
     config = policy.config
     if critic == "none":
         return no_critic, {}, None
@@ -43,7 +43,7 @@ def make_critic(
         return heads.shared_critic(), {"head": heads.zero_head(config.width)}, None
     if critic == "separate":
         params = heads.init_scorer(config, init_key(seed, _CRITIC), trunk=policy.params)
-        return heads.separate_critic(config), params, config.positions
+        return heads.separate_critic(config), params, policy._replace(params={})
     try:
         scorer = scorers.load_scorer(critic, dtype=config.dtype, remat=config.remat, mesh=mesh)
     except ValueError as error:
@@ -56,4 +56,5 @@ def make_critic(
             f"{config.vocab_size}; choose a critic that reads the policy's tokens."
         )
     scorer_config = replace(scorer.config, lora_scale=config.lora_scale)
-    return heads.separate_critic(scorer_config), scorer.params, scorer.config.positions
+    trunk = scorer._replace(config=scorer_config, params={})
+    return heads.separate_critic(scorer_config), scorer.params, trunk

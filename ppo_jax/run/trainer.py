@@ -17,7 +17,7 @@ from ppo_jax.errors import Fault, NonFiniteParametersError
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.run import faults
-from ppo_jax.run.assembly import Learner
+from ppo_jax.run.assembly import Learner, reference
 from ppo_jax.run.collection import Collection, Collector, evaluate
 from ppo_jax.run.files import read_lines
 from ppo_jax.run.logging import SKIPPED, show_progress
@@ -92,7 +92,7 @@ class Trainer:
             placement.place(tree, mesh)
             for tree in (learner.params, learner.frozen, learner.ref_params)
         )
-        ref_params = ref_params or (frozen or {}).get("policy") or params["policy"]
+        ref_params = reference(params, frozen, ref_params)
         state = compilation.start_state(
             agent, params, jax.random.key(loop.seed), updates=loop.updates, mesh=mesh
         )

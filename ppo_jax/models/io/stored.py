@@ -50,8 +50,8 @@ def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
     """Return the folder of a model, and download it from the Hugging Face Hub if it is not local.
 
     Args:
-      model: a folder or a Hugging Face id. The folder of a run stands for its exported model, which
-        is in a subfolder.
+      model: a folder or a Hugging Face id. The folder of a run stands for its final model, and that
+        of a converted run for its policy; both are in the subfolder `model`.
       files: patterns of the names of the files to download.
 
     Raises:
@@ -59,8 +59,7 @@ def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
     """
     folder = Path(model)
     if folder.is_dir():
-        of_run = all((path / "config.json").is_file() for path in (folder, folder / "model"))
-        return folder / "model" if of_run else folder
+        return folder / "model" if (folder / "model" / "config.json").is_file() else folder
     import huggingface_hub
 
     try:
@@ -189,7 +188,7 @@ def _config_in(folder: Path) -> HFConfig:
     if "model_type" not in hf and "hashes" in hf:
         raise ValueError(
             f"{folder} is the folder of a run that has not written its model yet; finish it with "
-            "--resume yes, or give the model that it started from."
+            f"--resume yes, or write its newest checkpoint with ppo-jax convert {folder} --out FOLDER."
         )
     family_of(hf.get("model_type"))
     for name in _QUANTISED:

@@ -1,0 +1,144 @@
+"""Checkpoints of a run become models, and new runs start from models, adapters and checkpoints."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from helpers import options, tiny_policy, word_tokenizer
+
+from ppo_jax import cli
+from ppo_jax.models import heads, lora
+from ppo_jax.models.io import pretrained, scorers
+from ppo_jax.ppo.state import overlay
+from ppo_jax.run.files import read_lines
+
+CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+TOKENS = np.array([[1, 2, 3, 4, 5]])
+
+
+def train(place, out, **more):
+    given = {
+        "model": place / "model",
+        "prompts": place / "prompts.txt",
+        "reward": f"{place / 'reward.py'}:score",
+        "out": place / out,
+        "loop.updates": 3,
+        "loop.save-every": 1,
+        "loop.keep": 9,
+        "ppo.batch-size": 8,
+        "ppo.max-new-tokens": 4,
+        "ppo.learning-rate": 0.01,
+    } | more
+    cli.main(["train", "--loop.no-progress", "--mesh", "data=1", *options(given)])
+    return place / out
+
+
+def refused(capsys, arguments):
+    with pytest.raises(SystemExit):
+        cli.main([str(x) for x in arguments])
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a model, prompts, a reward and two runs, of which one has adapters."""
+    place = tmp_path_factory.mktemp("place")
+    pretrained.save_policy(place / "model", tiny_policy(layers=1), word_tokenizer())
+    (place / "prompts.txt").write_text("a b\nc\nd e f\n")
+    (place / "reward.py").write_text(
+        "def score(prompts, responses):\n    return [r.count('b') for r in responses]\n"
+    )
+    train(place, "whole", critic="shared")
+    held_out = {"eval-prompts": place / "prompts.txt", "loop.eval-every": 1}
+    train(place, "adapted", **held_out, **{"lora.rank": 2, "lora.targets": "attn/(q|o)$"})
+    return place
+
+
+def convert(run, out, **given):
+    cli.main(["convert", str(run), *options({"out": out, **given})])
+    return out
+
+
+def same_values(folder, values):
+    """Check that `transformers` reads a critic whose value at the last token is that of `values`."""
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        scores = peer(torch.tensor(TOKENS)).logits[:, 0]
+    CLOSE(np.asarray(scores), values[:, -1])
+
+
+def values_of(folder):
+    scorer = scorers.load_scorer(folder)
+    critic = heads.separate_critic(scorer.config)
+    hidden = jnp.zeros((1, TOKENS.shape[1], 1))
+    return np.asarray(critic(scorer.params, hidden, jnp.asarray(TOKENS), TOKENS >= 0))
+
+
+def test_the_last_checkpoint_becomes_a_policy_a_critic_and_an_adapter(place, tmp_path, capsys):
+    for run, parts in {"whole": "critic, model", "adapted": "adapter, critic, model"}.items():
+        out = convert(place / run, tmp_path / run)
+        assert f"after 3 updates are in {out}, in the format that transformers loads: {parts}." in (
+            capsys.readouterr().out
+        )
+        want, got = pretrained.load_policy(place / run), pretrained.load_policy(out)
+        jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+        peer = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+        assert transformers.AutoTokenizer.from_pretrained(out / "model")("a").input_ids == [1]
+        values = values_of(out / "critic")
+        assert np.abs(values).max() > 1e-3
+        same_values(out / "critic", values)
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+    theirs = peft.PeftModel.from_pretrained(base, out / "adapter").eval()
+    with torch.no_grad():
+        CLOSE(theirs(torch.tensor(TOKENS)).logits, peer.eval()(torch.tensor(TOKENS)).logits)
+    # The trunk of a shared critic is the policy.
+    trunk = scorers.load_scorer(tmp_path / "whole/critic").params["trunk"]
+    jax.tree.map(
+        np.testing.assert_array_equal, trunk, pretrained.load_policy(place / "whole").params
+    )
+
+
+def test_the_best_checkpoint_or_a_numbered_one_is_converted(place, tmp_path, capsys):
+    rows = [row for row in read_lines(place / "adapted/metrics.jsonl") if "eval/scores" in row]
+    best = max(rows, key=lambda row: (row["eval/scores"], -row["update"]))["update"] + 1
+    outs = {}
+    for update in (1, 2, 3, "best"):
+        outs[update] = convert(place / "adapted", tmp_path / str(update), update=update)
+    assert f"The models after {best} updates" in capsys.readouterr().out.splitlines()[-1]
+    found = {update: (out / "model/model.safetensors").read_bytes() for update, out in outs.items()}
+    assert found["best"] == found[best] and len(set(found.values())) == 3
+
+
+def test_what_cannot_be_converted_is_refused_before_anything_is_written(place, tmp_path, capsys):
+    run, out = place / "whole", ["--out", tmp_path / "out"]
+    cases = {
+        "has no checkpoint after 7 updates; it has those after [1, 2, 3]": [run, "--update", 7],
+        "was not evaluated on held-out prompts": [run, "--update", "best"],
+        "either the folder of a run or --model": [run, "--model", place / "model"],
+        "a run has its own adapter": [run, "--adapter", place / "adapted/adapter"],
+        "is for the folder of a run, not": ["--model", place / "model", "--update", 2],
+        "cannot be read": [place / "model/nothing"],
+        "is not the configuration of a run": [place / "model"],
+    }
+    for message, arguments in cases.items():
+        assert message in refused(capsys, ["convert", *arguments, *out])
+        assert not (tmp_path / "out").exists()
+
+
+def test_another_base_model_of_adapters_is_warned_about(place, tmp_path, capsys):
+    other = tiny_policy(layers=1)
+    other = other._replace(params=jax.tree.map(lambda x: x + 1, other.params))
+    pretrained.save_policy(tmp_path / "other", other, word_tokenizer())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(place / "adapted/checkpoints")
+    config = json.loads((place / "adapted/config.json").read_text())
+    config["settings"]["command"]["model"] = str(tmp_path / "other")
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    convert(tmp_path / "run", tmp_path / "out")
+    assert "the adapters were trained over another model" in capsys.readouterr().err
