@@ -13,9 +13,8 @@ import transformers
 from helpers import options, tiny_policy, word_tokenizer
 
 from ppo_jax import cli
-from ppo_jax.models import heads, lora
+from ppo_jax.models import heads
 from ppo_jax.models.io import pretrained, scorers
-from ppo_jax.ppo.state import overlay
 from ppo_jax.run.files import read_lines
 
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -66,7 +65,7 @@ def convert(run, out, **given):
 
 
 def same_values(folder, values):
-    """Check that `transformers` reads a critic whose value at the last token is that of `values`."""
+    """Check that `transformers` reads a critic with this value at the last token."""
     peer = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         scores = peer(torch.tensor(TOKENS)).logits[:, 0]
@@ -142,3 +141,102 @@ def test_another_base_model_of_adapters_is_warned_about(place, tmp_path, capsys)
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     convert(tmp_path / "run", tmp_path / "out")
     assert "the adapters were trained over another model" in capsys.readouterr().err
+
+
+def shown(run):
+    """Return the metrics of a run by update, without timings."""
+    rows = [row for row in read_lines(run / "metrics.jsonl") if "objective/kl" in row]
+    return [{k: x for k, x in row.items() if not k.startswith(("time", "perf"))} for row in rows]
+
+
+def test_a_fork_starts_from_a_checkpoint_and_says_so(place, tmp_path, capsys):
+    """Without another setting it repeats the run; with another one it differs from there on."""
+    source = {"resume": "fork", "fork-from": place / "whole", "fork-update": 2, "critic": "shared"}
+    same = train(place, tmp_path / "same", **source)
+    assert f"from {place / 'whole'} after 2 updates" in capsys.readouterr().out
+    assert shown(same) == shown(place / "whole")[2:]
+    config = json.loads((same / "config.json").read_text())
+    assert config["forked_from"] == {
+        "run": str(place / "whole"),
+        "update": 2,
+        "digest": config["forked_from"]["digest"],
+        "changes": {},
+    }
+    other = {**source, "ppo.kl-coef": 0.5, "loop.updates": 4, "loop.seed": 1}
+    half = train(place, tmp_path / "half", **other | {"loop.updates": 3})
+    (place / "whole").rename(place / "aside")  # A forked run needs the other one at its start only.
+    try:
+        del other["fork-from"], other["fork-update"]
+        train(place, half, **other | {"resume": "auto"})
+    finally:
+        (place / "aside").rename(place / "whole")
+    config = json.loads((half / "config.json").read_text())
+    changes = config["forked_from"]["changes"]
+    assert changes["ppo.kl_coef"] == [0.05, 0.5] and changes["loop.seed"] == [0, 1]
+    assert [p["first_update"] for p in config["processes"]] == [2, 3]
+    rows = shown(half)
+    assert [row["update"] for row in rows] == [2, 3] and rows[0]["objective/kl_coef"] == 0.5
+    assert rows[0] != shown(place / "whole")[2]
+    cli.main(["replay", str(half), "--update", "2", "--out", str(tmp_path / "again")])
+    assert "All its metrics are those of the run." in capsys.readouterr().out
+    assert "update=1 must lie in 2 .. 3" in refused(
+        capsys, ["replay", half, "--update", 1, "--out", tmp_path / "before"]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "resume=fork and fork_from go together"),
+        ({"fork-from": "nothing"}, "cannot be read"),
+        ({"fork-from": "whole", "loop.updates": 3}, "made after 3 updates, which count; updates=3"),
+        ({"fork-from": "whole", "fork-update": 9}, "has no checkpoint after 9 updates"),
+        ({"fork-from": "whole", "lora.rank": 2}, "and the run now has"),
+        ({"fork-from": "whole", "out": "adapted"}, "holds another run"),
+    ],
+)
+def test_a_fork_that_is_impossible_is_refused(place, tmp_path, capsys, changes, message):
+    given = {"critic": "shared", "resume": "fork", "loop.updates": 4, **changes}
+    if "fork-from" in given:
+        given["fork-from"] = place / given["fork-from"]
+    with pytest.raises(SystemExit):
+        train(place, given.pop("out", tmp_path / "out"), **given)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_run_starts_from_an_adapter_and_its_reference_is_the_adapted_model(place, tmp_path):
+    adapter, model = place / "adapted/adapter", tiny_policy(layers=1)
+    further = train(place, tmp_path / "further", adapter=adapter, **{"loop.updates": 2})
+    assert abs(shown(further)[0]["objective/kl"]) < 1e-6 < abs(shown(further)[1]["objective/kl"])
+    start = pretrained.load_policy(adapter)
+    end, whole = (pretrained.load_policy(further / name) for name in ("adapter", "model"))
+    jax.tree.map(CLOSE, end.params, whole.params)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), start.params, whole.params)
+    moved = {name: any(jax.tree.leaves(part)) for name, part in moved["layer_0"]["attn"].items()}
+    assert all(moved.values())  # GPT-2 stores q, k and v as one layer, which peft adapts as one.
+    mlp = start.params["layer_0"]["mlp"], whole.params["layer_0"]["mlp"]
+    jax.tree.map(np.testing.assert_array_equal, *mlp)
+    before = jax.tree.map(lambda a, b: np.abs(a - b).max(), model.params, start.params)
+    assert before["layer_0"]["attn"]["q"]["kernel"] > 1e-4
+
+
+def test_another_reference_may_have_another_architecture(place, tmp_path, capsys):
+    """The KL of the first update is that of the two models on the sampled texts."""
+    deeper = tiny_policy(layers=2, width=8)
+    pretrained.save_policy(tmp_path / "deeper", deeper, word_tokenizer())
+    run = train(place, tmp_path / "run", reference=tmp_path / "deeper", **{"loop.updates": 1})
+    assert abs(shown(run)[0]["objective/kl"]) > 1e-3
+    config = json.loads((run / "config.json").read_text())
+    assert config["hashes"]["reference_config"]
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["z"])
+    pretrained.save_policy(tmp_path / "larger", tiny_policy(vocab_size=22), tokenizer)
+    pretrained.save_policy(tmp_path / "shorter", tiny_policy(positions=6), word_tokenizer())
+    for name, message in {
+        "larger": "has another tokenizer than the policy: token 21 is 'z' in only one of them",
+        "shorter": "The reference has 6 positions; the longest prompt and max_new_tokens=4 need 7",
+    }.items():
+        with pytest.raises(SystemExit):
+            train(place, tmp_path / "refused", reference=tmp_path / name)
+        assert message in capsys.readouterr().err and not (tmp_path / "refused").exists()

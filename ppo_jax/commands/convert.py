@@ -11,9 +11,10 @@ from ppo_jax import hashing
 from ppo_jax.commands.runs import stored_command
 from ppo_jax.distributed import compilation, placement
 from ppo_jax.models.io import adapter_files, families, pretrained, stored
-from ppo_jax.run.assembly import Learner, load_model, reference
+from ppo_jax.run.assembly import Learner, load_model
 from ppo_jax.run.export import export_models
 from ppo_jax.run.files import check_links
+from ppo_jax.run.parts import initial_reference
 from ppo_jax.run.resume import read_config
 from ppo_jax.run.stored import Which, read_checkpoint
 
@@ -97,7 +98,7 @@ class Convert:
 def _check_base(run: Path, learner: Learner) -> None:
     """Warn if the model below the adapters may not be the one that they were trained over."""
     params, frozen = learner.params, learner.frozen
-    now = hashing.digest((params, frozen, reference(params, frozen, learner.ref_params)))
+    now = hashing.digest((params, frozen, initial_reference(params, frozen, learner.ref_params)))
     before = read_config(run)["hashes"].get("model")
     if now != before:
         print(

@@ -14,6 +14,7 @@ from ppo_jax.run import provenance
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.compare import compare, metric_differences
 from ppo_jax.run.files import check_free, read_lines
+from ppo_jax.run.forks import Fork
 from ppo_jax.run.logging import SKIPPED, finite
 from ppo_jax.run.resume import read_config
 from ppo_jax.run.serialize import from_json
@@ -92,10 +93,11 @@ class Replay:
         """Return the options of the run, with the `out` of this command."""
         check_free(self.out)
         command = replace(stored_command(self.run_folder), out=self.out, resume="no")
+        first = (read_config(self.run_folder).get("forked_from") or {}).get("update", 0)
         updates = command.loop.updates
-        if not 0 <= self.update < updates:
+        if not first <= self.update < updates:
             raise ValueError(
-                f"update={self.update} must lie in 0 .. {updates - 1}, the updates of "
+                f"update={self.update} must lie in {first} .. {updates - 1}, the updates of "
                 f"{self.run_folder}."
             )
         return command
@@ -122,7 +124,8 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
     """Make a trainer in the state that a run had before one of its updates.
 
     It starts from the newest good checkpoint at or before the update, or from the beginning if
-    there is none, and repeats the updates in between.
+    there is none, which is a checkpoint of another run if this one was forked, and repeats the
+    updates in between.
 
     Args:
       command: the options of the run. The trainer writes to its `out`.
@@ -145,7 +148,9 @@ def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
         )
     samples = command.ppo.batch_size
     loop = replace(command.loop, samples=samples, tensorboard=False, wandb_project=None)
-    trainer = command.build(command.out, loop)
+    origin = read_config(run_folder).get("forked_from")
+    fork = None if earlier or origin is None else Fork(Path(origin["run"]), origin["update"])
+    trainer = command.build(command.out, loop, fork)
     if earlier:
         trainer.state = newest_good(checkpoints, trainer.state, earlier)
     checkpoints.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +26,13 @@ from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner, assemble, load_model
 from ppo_jax.run.export import export_result, write_summary
 from ppo_jax.run.files import check_free, lock_folder
+from ppo_jax.run.forks import Fork
 from ppo_jax.run.opening import Resume
+from ppo_jax.run.parts import check_vocabulary, starting_adapters
+from ppo_jax.run.resume import read_config
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.stored import Which
 from ppo_jax.run.trainer import Trainer
 
 
@@ -36,11 +41,18 @@ class Train:
     """Fine-tune a language model by PPO on your prompts and reward."""
 
     model: str
-    """The policy: a folder or a Hugging Face id with safetensors, or a .gguf file."""
+    """The policy: a folder or a Hugging Face id with safetensors, or a .gguf file. The folder of a
+    run stands for its final model; ppo-jax convert writes its best one."""
     prompts: str
     """The prompts: a .txt file with one prompt per line; a .jsonl, .json, .csv, .tsv or .parquet
     file; a folder that the library datasets saved; or a data set of the Hugging Face hub, such as
     openai/gsm8k:main:train."""
+    adapter: Path | None = None
+    """Folder of an adapter in peft's format over the model. It is trained further, with its own
+    rank, scale and layers, and the reference is the model with the adapter as it is."""
+    reference: str | None = None
+    """Reference policy of the KL penalty, instead of the policy as it starts: a folder or a Hugging
+    Face id with safetensors, or a .gguf file, with the policy's tokenizer."""
     reward: Rewards
     """The reward: my_file.py:function, or the folder or Hugging Face id of a reward model. A reward
     model reads the end of a text that is longer than its positions. Several rewards are added up;
@@ -82,9 +94,15 @@ class Train:
     """Recompute activations in the backward pass to save memory."""
     preset: Literal["default", "oai2019", "nplus", "trl"] = "default"
     """Published settings to start from. Options that are given as well take precedence."""
-    resume: Resume = "no"
+    resume: Resume | Literal["fork"] = "no"
     """yes: resume from the newest good checkpoint in out, with the same settings. auto: the same if
-    there is one, otherwise start a new run. no: start a new run."""
+    there is one, otherwise start a new run. no: start a new run. fork: start a new run in out from
+    a checkpoint of the run in fork_from, with any settings that its arrays fit."""
+    fork_from: Path | None = None
+    """Folder of the run whose checkpoint a forked run starts from. Nothing in it changes."""
+    fork_update: Which = "last"
+    """Checkpoint to fork: best (by the evaluation on held-out prompts), last, or its number of
+    updates. The updates of the checkpoint count as updates of the new run."""
     deterministic: bool = False
     """Make XLA use GPU kernels that give the same bits every time. An iteration then takes about
     1.5 times as long."""
@@ -123,20 +141,34 @@ class Train:
         settings = flatten_dict(to_json(self), sep=".")
         own = ("out", "processes.")  # These options may differ between processes.
         processes.check_same({name: x for name, x in settings.items() if not name.startswith(own)})
-        check_free(self.out, resume=self.resume != "no")
-        trainer = self.build(self.out)
+        check_free(self.out, resume=self.resume in ("yes", "auto"))
+        fork = self._fork()
+        trainer = self.build(self.out, fork=fork)
         with contextlib.ExitStack() as stack:
             if processes.is_first():
                 # The trainer releases its own lock before the model is written.
                 stack.callback(lock_folder(self.out).release)
             self._train(trainer)
 
-    def build(self, out: Path, loop: LoopConfig | None = None) -> Trainer:
+    def _fork(self) -> Fork | None:
+        """Return the checkpoint to fork, once it is checked that there is such a run."""
+        if (self.resume == "fork") != (self.fork_from is not None):
+            raise SettingError(
+                f"resume=fork and fork_from go together, but resume={self.resume} and "
+                f"fork_from={self.fork_from}."
+            )
+        if self.fork_from is None:
+            return None
+        read_config(self.fork_from)
+        return Fork(self.fork_from, self.fork_update)
+
+    def build(self, out: Path, loop: LoopConfig | None = None, fork: Fork | None = None) -> Trainer:
         """Read model, prompts and reward, and make a trainer.
 
         Args:
           out: the folder that the trainer writes to.
           loop: settings that replace `self.loop`, or None.
+          fork: the checkpoint of another run that the run starts from, or None.
 
         Returns:
           The trainer.
@@ -163,7 +195,8 @@ class Train:
             loop=loop or self.loop,
             eval_prompts=held_out,
             settings=self,
-            resume=self.resume,
+            resume="no" if self.resume == "fork" else self.resume,
+            fork=fork,
         )
 
     def learner(self) -> Learner:
@@ -179,13 +212,26 @@ class Train:
         mesh = None if mesh is None or mesh.size == 1 else mesh
         devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
         meshes.check_rows(self.ppo, devices)
-        policy, tokenizer = load_model(self.model, dtype=self.dtype, remat=self.remat, mesh=mesh)
+        load = partial(load_model, dtype=self.dtype, remat=self.remat, mesh=mesh)
+        policy, tokenizer = load(self.model)
+        reference, adapters, lora = None, None, self.lora if self.lora.rank else None
+        if self.reference is not None:
+            reference, other = load(self.reference)
+            check_vocabulary(tokenizer, other, self.reference)
+        if self.adapter is not None:
+            if lora is not None:
+                raise SettingError(
+                    f"adapter={self.adapter} has its own rank; leave out lora.rank={lora.rank}."
+                )
+            adapters, lora = starting_adapters(self.adapter, policy)
         return assemble(
             policy,
             tokenizer,
             self.ppo,
             critic=self.critic,
-            lora=self.lora if self.lora.rank else None,
+            lora=lora,
+            adapters=adapters,
+            reference=reference,
             mesh=mesh,
             pmap=pmap,
             seed=self.loop.seed,
@@ -225,8 +271,11 @@ class Train:
 
     def _train(self, trainer: Trainer) -> None:
         done = int(trainer.state.update)
+        forked = self.resume == "fork"
         processes.print_once(
-            f"The run in {self.out} continues after {done} updates."
+            f"A run starts in {self.out} from {self.fork_from} after {done} updates."
+            if forked
+            else f"The run in {self.out} continues after {done} updates."
             if done
             else f"A run starts in {self.out}; the first update takes longer, as it is compiled."
         )

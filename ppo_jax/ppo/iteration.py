@@ -186,6 +186,7 @@ def score(
         micro_batch=c.rows_at_a_time,
         chunk=c.logit_chunk,
         bins=c.bins,
+        ref_model=agent.ref_model,
     )
 
 

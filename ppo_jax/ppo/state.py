@@ -92,6 +92,7 @@ class Agent(NamedTuple):
       config: the settings.
       stop_ids: ids of the tokens that end a response, such as EOS.
       pad_id: id that fills the positions after the end of a response.
+      ref_model: functions of the reference policy, if they are not those of the policy.
 
     Example:
       >>> from ppo_jax import *
@@ -107,6 +108,7 @@ class Agent(NamedTuple):
     config: PPOConfig
     stop_ids: tuple[int, ...]
     pad_id: int
+    ref_model: LanguageModel | None = None
 
 
 def init_key(seed: int, part: int) -> Array:

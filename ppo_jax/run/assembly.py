@@ -19,12 +19,12 @@ from ppo_jax.models.lora import LoRA, adapt
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.ppo.state import Agent, init_key
-from ppo_jax.run.critics import check_critic, make_critic
+from ppo_jax.ppo.state import Agent, init_key, overlay
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
+from ppo_jax.run.parts import check_critic, make_critic, reference_model
 from ppo_jax.types import Params
 
-_ADAPTERS = 1  # Each part of the new parameters has a key of its own; the critic's is 0.
+_CRITIC, _ADAPTERS = 0, 1  # each part of the new parameters has a key of its own
 
 
 class Learner(NamedTuple):
@@ -44,6 +44,7 @@ class Learner(NamedTuple):
       pmap: run a replica on each local device with `jax.pmap` instead of using a mesh.
       policy: the pretrained policy as it was read, from which a result is exported.
       lora: the adapters' settings, or None.
+      ref_positions: the longest sequence that another reference model can read, or None.
       critic: the trunk of a critic that has its own, as it was read, without parameters; or None.
 
     Example:
@@ -67,6 +68,7 @@ class Learner(NamedTuple):
     pmap: bool = False
     policy: Pretrained | None = None
     lora: LoRA | None = None
+    ref_positions: int | None = None
     critic: Pretrained | None = None
 
     @property
@@ -108,10 +110,8 @@ class Learner(NamedTuple):
             raise ValueError(
                 "Learner.encode needs a learner made by assemble; use encode_prompts otherwise."
             )
-        new_tokens, positions = (
-            self.agent.config.max_new_tokens,
-            self.critic and self.critic.config.positions,
-        )
+        new_tokens = self.agent.config.max_new_tokens
+        positions = None if self.critic is None else self.critic.config.positions
         if positions is not None and long_prompts != "error":
             room = positions - new_tokens
             max_prompt_tokens = room if max_prompt_tokens is None else min(max_prompt_tokens, room)
@@ -124,11 +124,12 @@ class Learner(NamedTuple):
             max_prompt_tokens=max_prompt_tokens,
         )
         longest = prompts.tokens.shape[1] + new_tokens
-        if positions is not None and positions < longest:
-            raise ValueError(
-                f"The critic has {positions} positions; the longest prompt and "
-                f"max_new_tokens={new_tokens} need {longest}."
-            )
+        for name, most in {"critic": positions, "reference": self.ref_positions}.items():
+            if most is not None and most < longest:
+                raise ValueError(
+                    f"The {name} has {most} positions; the longest prompt and "
+                    f"max_new_tokens={new_tokens} need {longest}."
+                )
         return prompts
 
 
@@ -139,6 +140,8 @@ def assemble(
     *,
     critic: str | Path = "separate",
     lora: LoRA | None = None,
+    adapters: Params | None = None,
+    reference: Pretrained | None = None,
     mesh: Mesh | None = None,
     pmap: bool = False,
     seed: int = 0,
@@ -156,6 +159,10 @@ def assemble(
         from.
       lora: low-rank adapters to train instead of the whole model; the model itself is then frozen
         and serves as the reference policy.
+      adapters: trained adapters of the policy to start from, of the settings `lora`. The reference
+        policy is then the model with these adapters.
+      reference: another reference policy, which may be of another architecture but must have the
+        policy's vocabulary.
       mesh: the devices, as `make_mesh` returns them; None for a single device.
       pmap: run a replica on each local device with `jax.pmap` instead.
       seed: seed of the new parameters, those of the value head and the adapters.
@@ -168,8 +175,8 @@ def assemble(
     Raises:
       SettingError: if a number of rows in `ppo` does not divide evenly over the devices, or the
         settings need a critic and there is none.
-      ValueError: if the critic cannot read the policy's tokens, if a stop token is not a single
-        token, or if `top_k` exceeds the vocabulary.
+      ValueError: if the critic or the reference cannot read the policy's tokens, if a stop token is
+        not a single token, or if `top_k` exceeds the vocabulary.
 
     Example:
       >>> from ppo_jax import TransformerConfig, init_params
@@ -185,33 +192,35 @@ def assemble(
     """
     check_top_k(ppo.top_k, policy.config)
     check_critic(critic, ppo)
+    ref_model, ref_positions = reference_model(reference, policy.config)
     stops = stop_ids(tokenizer, policy, stop_tokens)
     if lora is not None:
         policy = policy._replace(config=replace(policy.config, lora_scale=lora.scale))
-    critic_fn, critic_params, trunk = make_critic(critic, policy, seed, mesh)
+    critic_fn, critic_params, trunk = make_critic(critic, policy, init_key(seed, _CRITIC), mesh)
     padding = pad_id(tokenizer, policy.config.vocab_size)
-    agent = Agent(language_model(policy.config), critic_fn, ppo, stops, padding)
+    agent = Agent(language_model(policy.config), critic_fn, ppo, stops, padding, ref_model)
     params, frozen = {"policy": policy.params, "critic": critic_params}, None
+    ref_params = None if reference is None else reference.params
     if lora is not None:
         params, frozen = adapt(params, init_key(seed, _ADAPTERS), lora)
+        if adapters is not None:
+            params["policy"] = adapters
+            ref_params = ref_params or overlay(policy.params, adapters)
     learner = Learner(
         agent,
         params,
         tokenizer,
         frozen,
+        ref_params,
         mesh=mesh,
         pmap=pmap,
         policy=policy,
         lora=lora,
+        ref_positions=ref_positions,
         critic=trunk,
     )
     meshes.check_rows(ppo, learner.row_devices)
     return learner
-
-
-def reference(params: Params, frozen: Params | None, ref_params: Params | None) -> Params:
-    """Return the reference policy's parameters; see `Learner.ref_params`."""
-    return ref_params or (frozen or {}).get("policy") or params["policy"]
 
 
 def load_model(

@@ -11,6 +11,7 @@ from ppo_jax.errors import SettingError
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.files import check_free, create_run_folder, cut_back, lock_folder
+from ppo_jax.run.forks import Fork, start_from
 from ppo_jax.run.logging import NoLog, RunLog
 from ppo_jax.run.resume import RunConfig, check_unchanged
 from ppo_jax.run.settings import LoopConfig
@@ -100,7 +101,12 @@ def claim_folder(folder: Path, resume: Resume) -> FolderClaim:
 
 
 def open_run(
-    folder: Path, state: PPOState, config: RunConfig, loop: LoopConfig, resume: Resume
+    folder: Path,
+    state: PPOState,
+    config: RunConfig,
+    loop: LoopConfig,
+    resume: Resume,
+    fork: Fork | None = None,
 ) -> OpenRun:
     """Open a claimed folder for a new run, or for one that is resumed.
 
@@ -111,6 +117,7 @@ def open_run(
       loop: the settings of the train loop.
       resume: "yes" restores the newest good checkpoint, "auto" does so if there is one, and "no"
         starts a new run.
+      fork: the checkpoint of another run that a new run starts from, or None.
 
     Returns:
       The opened run.
@@ -123,6 +130,7 @@ def open_run(
     processes.check_same({f"The hash of the {name}": x for name, x in config.hashes.items()})
     checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep)
     notes: dict[str, Any] = {}
+    origin = None
     if resume == "yes" and not checkpoints.were_any():
         raise ValueError(
             f"{folder} holds no checkpoint to resume from; use --resume auto or no to start a run."
@@ -130,6 +138,10 @@ def open_run(
     if resume != "no" and checkpoints.were_any():
         check_unchanged(folder, config)
         state, notes = checkpoints.restore(state)
+    if fork is not None:
+        state, origin = start_from(fork, state, config, updates=loop.updates)
+        # Saved before anything else, so that the run can be resumed from its very beginning.
+        checkpoints.save(state)
     update = int(state.update)
     if update > loop.updates:
         raise SettingError(
@@ -138,7 +150,7 @@ def open_run(
 
     def prepare_files() -> None:
         cut_back(folder, notes.get("sizes", {}))
-        config.write(folder, first_update=update)
+        config.write(folder, first_update=update, forked_from=origin)
 
     processes.on_first_process(prepare_files)
     log: RunLog | NoLog = NoLog()

@@ -37,6 +37,10 @@ _FREE: dict[str, set[str]] = {
         "preset",
         "updates",
         "model",
+        "adapter",
+        "reference",
+        "fork_from",
+        "fork_update",
         "prompts",
         "eval_prompts",
         "eval_fraction",
@@ -72,19 +76,30 @@ class RunConfig:
     settings: dict[str, Any]
     hashes: dict[str, Any]
 
-    def write(self, folder: Path, *, first_update: int) -> None:
+    def write(
+        self, folder: Path, *, first_update: int, forked_from: Mapping[str, Any] | None = None
+    ) -> None:
         """Write `config.json`, with the environment of this process and of the earlier ones.
 
         Args:
           folder: the run's folder.
           first_update: the number of updates that earlier processes have made.
+          forked_from: if the run starts from a checkpoint of another one, which one that is.
         """
-        earlier = read_config(folder)["processes"] if first_update else []
+        earlier: dict[str, Any] = {}
+        if forked_from is not None:
+            earlier = {"forked_from": dict(forked_from)}
+        elif first_update:
+            earlier = read_config(folder)
         here = {"first_update": first_update, **provenance.environment()}
-        write_json(
-            folder / "config.json",
-            {"settings": self.settings, "hashes": self.hashes, "processes": [*earlier, here]},
-        )
+        content = {
+            "settings": self.settings,
+            "hashes": self.hashes,
+            "processes": [*earlier.get("processes", []), here],
+        }
+        if "forked_from" in earlier:  # The runs that it was forked from stay on record.
+            content["forked_from"] = earlier["forked_from"]
+        write_json(folder / "config.json", content)
 
 
 def start_config(
@@ -131,6 +146,8 @@ def start_config(
         "prompts": _prompts_hash(prompts),
         "reward": provenance.code_hash(reward),
     }
+    if agent.ref_model is not None:
+        hashes["reference_config"] = text_hash(agent.ref_model.about)
     for name, function in (functions or {}).items():
         if function is not None:
             hashes[name] = provenance.code_hash(function)

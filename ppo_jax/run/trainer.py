@@ -17,11 +17,13 @@ from ppo_jax.errors import Fault, NonFiniteParametersError
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.run import faults
-from ppo_jax.run.assembly import Learner, reference
+from ppo_jax.run.assembly import Learner
 from ppo_jax.run.collection import Collection, Collector, evaluate
 from ppo_jax.run.files import read_lines
+from ppo_jax.run.forks import Fork
 from ppo_jax.run.logging import SKIPPED, show_progress
 from ppo_jax.run.opening import Resume, claim_folder, open_run
+from ppo_jax.run.parts import initial_reference
 from ppo_jax.run.resume import start_config
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.types import AdvantageFn, LossFn
@@ -58,6 +60,7 @@ class Trainer:
         eval_prompts: data.Prompts | None = None,
         settings: Any = None,
         resume: Resume = "no",
+        fork: Fork | None = None,
         advantage_fn: AdvantageFn | None = None,
         loss_fn: LossFn | None = None,
     ):
@@ -73,6 +76,7 @@ class Trainer:
           settings: a dataclass that is written to `config.json`; a resumed run must have the same.
           resume: "yes" resumes from the newest good checkpoint in `out`, "auto" does so if there is
             one, and "no" starts a new run in an empty folder.
+          fork: the checkpoint of another run that a new run starts from; `resume` is then "no".
           advantage_fn: replaces the estimator that `ppo.advantage` names.
           loss_fn: replaces the loss that `ppo.loss` names.
 
@@ -92,7 +96,7 @@ class Trainer:
             placement.place(tree, mesh)
             for tree in (learner.params, learner.frozen, learner.ref_params)
         )
-        ref_params = reference(params, frozen, ref_params)
+        ref_params = initial_reference(params, frozen, ref_params)
         state = compilation.start_state(
             agent, params, jax.random.key(loop.seed), updates=loop.updates, mesh=mesh
         )
@@ -106,7 +110,8 @@ class Trainer:
             command=settings,
             functions={"advantage": advantage_fn, "loss": loss_fn},
         )
-        self.state, self.checkpoints, self.log, notes = open_run(out, state, config, loop, resume)
+        opened = open_run(out, state, config, loop, resume, fork)
+        self.state, self.checkpoints, self.log, notes = opened
         self._claim.take_over()
         self._unevaluated: bool = notes.get("unevaluated", False)
         self._best: tuple[float, int] | None = notes.get("best") and tuple(notes["best"])

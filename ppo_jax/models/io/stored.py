@@ -188,7 +188,7 @@ def _config_in(folder: Path) -> HFConfig:
     if "model_type" not in hf and "hashes" in hf:
         raise ValueError(
             f"{folder} is the folder of a run that has not written its model yet; finish it with "
-            f"--resume yes, or write its newest checkpoint with ppo-jax convert {folder} --out FOLDER."
+            f"--resume yes, or write a checkpoint with ppo-jax convert {folder} --out FOLDER."
         )
     family_of(hf.get("model_type"))
     for name in _QUANTISED:

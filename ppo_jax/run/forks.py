@@ -1,0 +1,76 @@
+"""Start a new run from a checkpoint of another run, with other settings."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ppo_jax.errors import SettingError
+from ppo_jax.hashing import digest
+from ppo_jax.ppo.state import PPOState
+from ppo_jax.run import provenance
+from ppo_jax.run.resume import RunConfig, read_config, setting_differences
+from ppo_jax.run.stored import Which, read_checkpoint
+
+_CONTROLLER = ("kl_coef", "kl_target", "kl_horizon")  # settings of the KL penalty's controller
+
+
+class Fork(NamedTuple):
+    """The checkpoint of another run that a new run starts from.
+
+    Attributes:
+      run: the folder of the other run, in which nothing changes.
+      which: the number of updates of the checkpoint, "best" or "last".
+
+    Example:
+      >>> Fork(Path("runs/a"), 40).which
+      40
+    """
+
+    run: Path
+    which: Which = "last"
+
+
+def start_from(
+    fork: Fork, state: PPOState, config: RunConfig, *, updates: int
+) -> tuple[PPOState, dict[str, Any]]:
+    """Read the state that a forked run starts from.
+
+    Parameters, the optimizer's state, the moments of the scores and the number of updates are those
+    of the checkpoint. The random key is the new run's. The controller of the KL penalty goes on
+    unless one of its settings has changed.
+
+    Args:
+      fork: the checkpoint.
+      state: the initial state of the new run; the result has its structure and sharding.
+      config: the settings and hashes of the new run.
+      updates: the number of updates of the new run, which includes those of the checkpoint.
+
+    Returns:
+      The state, and what `config.json` records: the run, the number of its updates, the digest of
+      the parameters, and each setting and hash that differs, with both values.
+
+    Raises:
+      ValueError: if there is no such checkpoint, or if its arrays do not fit `state`.
+      SettingError: if `updates` is not larger than the number of updates of the checkpoint.
+    """
+    before = read_config(fork.run)
+    stored = read_checkpoint(fork.run, state, fork.which)
+    update = int(stored.update)
+    if update >= updates:
+        raise SettingError(
+            f"The checkpoint of {fork.run} was made after {update} updates, which count; updates="
+            f"{updates} must be larger."
+        )
+    old, new = before["settings"]["ppo"], config.settings["ppo"]
+    if any(old[name] != new[name] for name in _CONTROLLER):
+        stored = stored.replace(kl=state.kl)
+    changes = [
+        *setting_differences(before["settings"], config.settings),
+        *provenance.differences(before["hashes"], config.hashes, "hash of"),
+    ]
+    origin = {
+        "run": str(fork.run.resolve()),
+        "update": update,
+        "digest": digest(stored.train.params),
+        "changes": {name: [a, b] for name, a, b in changes},
+    }
+    return stored.replace(key=state.key), origin
