@@ -13,7 +13,7 @@ from jax import Array
 from ppo_jax.ops.kl import KLState
 from ppo_jax.ops.rewards import ScaleState, running_scale
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.types import CriticFn, LanguageModel, Params
+from ppo_jax.types import CriticFn, LanguageModel, Params, Rollout
 
 SAMPLE, SHUFFLE, SHUFFLE_CRITIC = 0, 1, 2  # the purposes of `PPOState.key_for`
 _INIT = 2**32 - 1  # larger than the number of any update
@@ -52,6 +52,8 @@ class PPOState(flax.struct.PyTreeNode):
         used for sampling.
       update: `[]` int32, number of updates done.
       critic: parameters `{"critic": ...}` and the state of the critic's own optimizer, or None.
+      pending: rollouts that the next updates learn from, the oldest first. Only a run with a
+        staleness has any; `sample`, `score` and `learn` neither read nor return them.
 
     Example:
       >>> train = TrainState(0, None, {"policy": {}, "critic": {}}, None, None)
@@ -67,6 +69,7 @@ class PPOState(flax.struct.PyTreeNode):
     key: Array
     update: Array
     critic: TrainState | None = None
+    pending: tuple[Rollout, ...] = ()
 
     @property
     def params(self) -> Params:

@@ -99,17 +99,20 @@ class Checkpoints:
         self._best.step = best
         # The names are those in checkpoints that were written earlier, so they must not change.
         about = json.dumps(notes or {}, sort_keys=True)
-        structure = _structure(arrays)
+        structure = _structure({**arrays, "pending": state.pending})
         run = {
             "digest": digest(arrays),
             "about": about,
             "structure": structure,
             "run_digest": text_hash(about, sorted(structure.items())),
         }
-        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
+        items = {"state": ocp.args.StandardSave(arrays), "run": ocp.args.JsonSave(run)}
+        if state.pending:  # Apart from the other arrays, which can then be read without them.
+            run["pending"] = digest(state.pending)
+            items["pending"] = ocp.args.StandardSave(state.pending)
         try:
-            processes.on_first_process(lambda: self._check_room(arrays))
-            if not self._manager.save(step, args=items):
+            processes.on_first_process(lambda: self._check_room((arrays, state.pending)))
+            if not self._manager.save(step, args=ocp.args.Composite(**items)):
                 raise OSError(f"Orbax refuses to write it beside {self.steps()}.")
         except (
             Exception
@@ -142,7 +145,8 @@ class Checkpoints:
         read instead.
 
         Args:
-          like: a state with the structure and sharding of the result.
+          like: a state with the structure and sharding of the result. If it has no pending
+            rollouts, those of the checkpoint are not read.
           step: the number of updates of the checkpoint to read; None for the newest good one.
 
         Returns:
@@ -202,20 +206,26 @@ class Checkpoints:
 
     def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
         run = self._read_run(step)
-        arrays = _arrays(like)
-        for name, stored, expected in differences(run["structure"], _structure(arrays)):
-            raise _MismatchError(f"it has {stored} for {name}, and the run now has {expected}.")
-        state_args = ocp.args.Composite(state=ocp.args.StandardRestore(arrays))
-        state = self._manager.restore(step, args=state_args)["state"]
-        if digest(state) != run["digest"]:
+        items: dict[str, Any] = {"state": _arrays(like)}
+        digests = {"state": run["digest"], "pending": run.get("pending")}
+        if like.pending:
+            items["pending"] = like.pending
+        expected = _structure({**items["state"], "pending": like.pending})
+        for name, stored, now in differences(run["structure"], expected):
+            if like.pending or not name.startswith("pending/"):
+                raise _MismatchError(f"it has {stored} for {name}, and the run now has {now}.")
+        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        if any(digest(found[name]) != digests[name] for name in items):
             raise ValueError("it does not hold what was written.")
+        state = found["state"]
         if int(state["update"]) != step:
             raise ValueError(f"it holds update {int(state['update'])} under another name.")
         state["key"] = jax.random.wrap_key_data(state["key"])
         state["train"] = like.train.replace(**state["train"])
         if like.critic is not None:
             state["critic"] = like.critic.replace(**state["critic"])
-        return like.replace(**state), json.loads(run["about"])
+        return like.replace(**state, pending=found.get("pending", ())), json.loads(run["about"])
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint."""

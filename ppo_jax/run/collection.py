@@ -30,7 +30,7 @@ class Collection(NamedTuple):
       scores: their log-probs, KL and values on the devices, which may still be being computed.
       host_rollout: the responses on the host.
       texts: the responses as texts, each cut after its first end token.
-      rollout_s: seconds that sampling took.
+      sampled_at: when the responses were on the host, as `time.perf_counter()` gives it.
     """
 
     prompts: data.Prompts
@@ -38,7 +38,7 @@ class Collection(NamedTuple):
     scores: Scores
     host_rollout: Rollout
     texts: list[str]
-    rollout_s: float
+    sampled_at: float
 
     def rows(self, count: int | None = None) -> list[dict[str, Any]]:
         """Prompt, response and response tokens of the first `count` responses, as in the files."""
@@ -47,6 +47,14 @@ class Collection(NamedTuple):
         return [
             {"prompt": prompt, "response": text, "tokens": tokens[real].tolist()}
             for prompt, text, tokens, real in zip(*(x[:count] for x in columns), strict=True)
+        ]
+
+    def scored_rows(self, scores: TaskScores, count: int) -> list[dict[str, Any]]:
+        """Add the score to each of the first `count` rows; None for a response without a score."""
+        totals = scores.total(self.host_rollout.response_mask)[:count]
+        return [
+            {**row, "score": None if np.isnan(x) else float(x)}
+            for row, x in zip(self.rows(count), totals, strict=True)
         ]
 
 
@@ -69,16 +77,30 @@ class Collector(NamedTuple):
     reward: RewardFn
     limits: Faults
 
-    def collect(self, state: PPOState, prompts: data.Prompts) -> Collection:
-        """Sample a response to each prompt, and start to compute log-probs and values."""
-        start = time.perf_counter()
+    def sample(self, state: PPOState, prompts: data.Prompts) -> Rollout:
+        """Start to sample a response to each prompt on the devices."""
         arrays = placement.to_mesh((prompts.tokens, prompts.mask), self.learner.mesh)
-        rollout = self.steps.sample(state, *arrays, frozen=self.frozen)
+        return self.steps.sample(state, *arrays, frozen=self.frozen)
+
+    def collect(
+        self, state: PPOState, prompts: data.Prompts, rollout: Rollout | None = None
+    ) -> Collection:
+        """Wait for the responses to some prompts, and start to compute log-probs and values.
+
+        Args:
+          state: its policy and critic score the responses.
+          prompts: `B` prompts.
+          rollout: the responses. By default, the policy of `state` samples them.
+
+        Returns:
+          The batch of `B` responses.
+        """
+        rollout = self.sample(state, prompts) if rollout is None else rollout
         host_rollout = placement.to_host(rollout)
-        rollout_s = time.perf_counter() - start
+        sampled_at = time.perf_counter()
         scores = self.steps.score(state, self.ref_params, rollout, frozen=self.frozen)
         texts = response_texts(self.learner.agent, self.learner.tokenizer, host_rollout)
-        return Collection(prompts, rollout, scores, host_rollout, texts, rollout_s)
+        return Collection(prompts, rollout, scores, host_rollout, texts, sampled_at)
 
     def task_scores(self, batch: Collection, scale: ScaleState | None = None) -> TaskScores:
         """Ask the reward for the scores of a batch, and check all numbers.
@@ -169,7 +191,7 @@ def evaluate(
     Raises:
       Fault: if the reward fails or a number is not finite.
     """
-    state = state.replace(key=jax.random.key(seed + 1))
+    state = state.replace(key=jax.random.key(seed + 1), pending=())
     config = collector.learner.agent.config
     size = config.batch_size
     found: dict[str, list[Any]] = {"scores": [], "length_mean": [], "kl": []}

@@ -174,7 +174,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     ):
         raise ValueError(f"{folder / 'config.json'} is not the configuration of a run.")
     # The run may be older than a setting, which then has its default.
-    config["settings"]["ppo"] = to_json(PPOConfig()) | (config["settings"].get("ppo") or {})
+    for part, defaults in (("ppo", PPOConfig()), ("loop", LoopConfig())):
+        config["settings"][part] = to_json(defaults) | (config["settings"].get(part) or {})
     return config
 
 

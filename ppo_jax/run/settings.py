@@ -50,8 +50,8 @@ class Faults:
 class LoopConfig:
     """How long a run trains and what it writes.
 
-    Of these settings, the result depends on `seed` only, and on `updates` if the learning rate
-    decays.
+    Of these settings, the result depends on `seed` and `staleness` only, and on `updates` if the
+    learning rate decays.
 
     Example:
       >>> LoopConfig(updates=50).save_every
@@ -62,6 +62,9 @@ class LoopConfig:
     """Number of PPO updates."""
     seed: int = 0
     """Seed of sampling, shuffling and new parameters."""
+    staleness: int = 0
+    """Number of updates by which the policy that samples is behind: update u learns from responses
+    of the policy after max(u - staleness, 0) updates."""
     eval_every: int = 0
     """Number of updates between evaluations on held-out prompts; 0 evaluates at the end only."""
     save_every: int = 50
@@ -84,6 +87,6 @@ class LoopConfig:
         for name in ("updates", "keep"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("eval_every", "save_every", "samples"):
+        for name in ("staleness", "eval_every", "save_every", "samples"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name} must not be negative, but is {getattr(self, name)}.")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from ppo_jax import data
@@ -24,9 +23,10 @@ from ppo_jax.run.forks import Fork
 from ppo_jax.run.logging import SKIPPED, show_progress
 from ppo_jax.run.opening import Resume, claim_folder, open_run
 from ppo_jax.run.parts import initial_reference
+from ppo_jax.run.pending import Schedule, with_pending
 from ppo_jax.run.resume import start_config
 from ppo_jax.run.settings import LoopConfig
-from ppo_jax.types import AdvantageFn, LossFn
+from ppo_jax.types import AdvantageFn, LossFn, Rollout
 
 
 class Trainer:
@@ -110,16 +110,17 @@ class Trainer:
             command=settings,
             functions={"advantage": advantage_fn, "loss": loss_fn},
         )
-        opened = open_run(out, state, config, loop, resume, fork)
+        start = with_pending(state, learner, prompts, frozen, loop.staleness)
+        opened = open_run(out, start, config, loop, resume, fork)
         self.state, self.checkpoints, self.log, notes = opened
         self._claim.take_over()
         self._unevaluated: bool = notes.get("unevaluated", False)
         self._best: tuple[float, int] | None = notes.get("best") and tuple(notes["best"])
-        compiled = replicas.pmap_steps
-        if not learner.pmap:
-            compiled = partial(compilation.jit_steps, mesh=mesh, state=self.state)
+        jitted = partial(compilation.jit_steps, mesh=mesh, state=state)
+        compiled = replicas.pmap_steps if learner.pmap else jitted
         steps = compiled(agent, advantage_fn=advantage_fn, loss_fn=loss_fn)
         self.collector = Collector(learner, steps, ref_params, frozen, reward, loop.faults)
+        self.schedule = Schedule(self.collector, prompts, loop.seed, loop.staleness)
 
     def step(self) -> dict[str, float] | None:
         """Run one PPO iteration, which deletes the arrays of the `state` before it.
@@ -133,36 +134,35 @@ class Trainer:
         """
         self._claim.check()
         start, config = time.perf_counter(), self.learner.agent.config
-        update = int(self.state.update)
-        rows = data.batch_rows(len(self.prompts), config.batch_size, update, seed=self.loop.seed)
-        batch = self.collector.collect(self.state, self.prompts.take(rows))
+        state, update = self.state.replace(pending=()), int(self.state.update)
+        rollouts = self.schedule.sample(self.state)
+        batch = self.collector.collect(state, self.schedule.prompts_of(update), rollouts[0])
         try:
-            scale = self.state.scale if config.scale_scores else None
+            scale = state.scale if config.scale_scores else None
             task_scores = self.collector.task_scores(batch, scale)
         except Fault as fault:
-            self._skip(fault)
+            self._skip(fault, rollouts[1:])
             return None
         scored = time.perf_counter()
-        self.state, metrics = self.collector.steps.learn(
-            self.state,
+        state, metrics = self.collector.steps.learn(
+            state,
             batch.rollout,
             batch.scores,
             *placement.to_mesh(task_scores[:2], self.learner.mesh),
             frozen=self.collector.frozen,
         )
-        mask = batch.host_rollout.response_mask
-        pairs = zip(batch.rows(self.loop.samples), task_scores.total(mask), strict=False)
-        samples = [{**row, "score": None if np.isnan(x) else float(x)} for row, x in pairs]
+        self.state = state.replace(pending=rollouts[1:])
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        end = time.perf_counter()
+        end, tokens = time.perf_counter(), float(batch.host_rollout.response_mask.sum())
         numbers |= task_scores.part_means() | {
-            "time/rollout_s": batch.rollout_s,
-            "time/reward_s": scored - start - batch.rollout_s,
+            **self.schedule.age(update),
+            "time/rollout_s": batch.sampled_at - start,
+            "time/reward_s": scored - batch.sampled_at,
             "time/update_s": end - scored,
-            "perf/response_tokens_per_s": float(mask.sum()) / (end - start),
+            "perf/response_tokens_per_s": tokens / (end - start),
         }
         self.log.metrics(update, numbers)
-        self.log.samples(update, samples)
+        self.log.samples(update, batch.scored_rows(task_scores, self.loop.samples))
         self._check_learned(update, numbers, batch)
         return numbers
 
@@ -263,7 +263,7 @@ class Trainer:
             self._best = metrics["eval/scores"], update + 1
         return is_best
 
-    def _skip(self, fault: Fault) -> None:
+    def _skip(self, fault: Fault, pending: tuple[Rollout, ...]) -> None:
         """Write the offending rows, then stop the run or count the update as skipped."""
         update = int(self.state.update)
         stop = getattr(self.loop.faults, fault.kind) == "stop"
@@ -274,7 +274,7 @@ class Trainer:
             raise fault
         self._warn(update, fault)
         self.log.metrics(update, SKIPPED)
-        self.state = self.state.replace(update=self.state.update + 1)
+        self.state = self.state.replace(update=self.state.update + 1, pending=pending)
 
     def _check_learned(self, update: int, metrics: dict[str, float], batch: Collection) -> None:
         """Write a fault if a loss, gradient or parameter is not finite, and may stop the run."""
