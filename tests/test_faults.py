@@ -80,14 +80,16 @@ def test_a_failing_reward_is_retried(tmp_path, how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how, message, rows",
-    [(with_nan, "nan for response 3", 1), (raises, "KeyError in test_faults.py, line", 16)],
+    "how, message, rows, staleness",
+    [(with_nan, "nan for response 3", 1, 0), (raises, "KeyError in test_faults.py, line", 16, 2)],
 )
-def test_a_reward_that_keeps_failing_stops_the_run_after_a_checkpoint(tmp_path, how, message, rows):
+def test_a_reward_that_keeps_failing_stops_the_run_after_a_checkpoint(
+    tmp_path, how, message, rows, staleness
+):
+    options = {"updates": 5, "save_every": 0, "staleness": staleness}
     run = full_trainer(
         tmp_path / "run",
-        updates=5,
-        save_every=0,
+        **options,
         reward=failing(2, 9, how),
         faults=Faults(reward_retries=1),
     )
@@ -101,11 +103,11 @@ def test_a_reward_that_keeps_failing_stops_the_run_after_a_checkpoint(tmp_path, 
         and message[:8] in dumped[0]["message"]
     )
     resumed = full_trainer(
-        tmp_path / "run", updates=5, save_every=0, resume="auto", reward=failing(99, 0, raises)
+        tmp_path / "run", resume="auto", reward=failing(99, 0, raises), **options
     )
     assert int(resumed.state.update) == 2
     again = digest(resumed.run().train.params)
-    assert again == digest(full_trainer(tmp_path / "calm", updates=5).run().train.params)
+    assert again == digest(full_trainer(tmp_path / "calm", **options).run().train.params)
     assert not (tmp_path / "run/faults.jsonl").exists()  # its update was repeated
 
 
@@ -327,12 +329,23 @@ def test_the_command_prints_a_digest_and_resumes_to_it(folder, capsys):
     assert "ppo.lam was 0.95" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("update", [0, 3, 4])
-def test_replay_gives_the_same_bits(folder, tmp_path, update, capsys):
-    cli.main(replay_command(folder / "run", update, tmp_path / "again"))
+@pytest.fixture(scope="module")
+def behind(folder):
+    """Run `ppo-jax train` with a policy that samples ahead, and return its folder."""
+    cli.main(train_command(folder, "behind", **{"loop.staleness": 2}))
+    return folder / "behind"
+
+
+@pytest.mark.parametrize(
+    "run, update", [("folder", 0), ("folder", 3), ("folder", 4), ("behind", 0), ("behind", 5)]
+)
+def test_replay_gives_the_same_bits(run, tmp_path, update, capsys, request):
+    run = request.getfixturevalue(run)
+    run = run / "run" if (run / "run").exists() else run
+    cli.main(replay_command(run, update, tmp_path / "again"))
     out = capsys.readouterr().out
     assert "All its metrics are those of the run." in out
-    original = [row for row in read_lines(folder / "run/samples.jsonl") if row["update"] == update]
+    original = [row for row in read_lines(run / "samples.jsonl") if row["update"] == update]
     replayed = [
         row for row in read_lines(tmp_path / "again/samples.jsonl") if row["update"] == update
     ]

@@ -103,6 +103,60 @@ def test_resume_from_every_checkpoint(uninterrupted, tmp_path, step):
     assert same_files(uninterrupted.folder, folder)
 
 
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory):
+    """Return the folder of a run whose policy samples two updates ahead, and its digest."""
+    folder = tmp_path_factory.mktemp("behind") / "run"
+    run = full_trainer(folder, updates=5, keep=9, staleness=2)
+    return FinishedRun(folder, run_to_digest(run))
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_resume_with_pending_rollouts_from_every_checkpoint(behind, tmp_path, step):
+    folder = killed_after(behind.folder, tmp_path / "run", step)
+    run = full_trainer(folder, updates=5, resume="yes", keep=9, staleness=2)
+    assert int(run.state.update) == step
+    assert run_to_digest(run) == behind.digest
+    assert same_files(behind.folder, folder) and compare(behind.folder, folder) == []
+
+
+def test_a_finished_run_with_pending_rollouts_can_be_extended(behind, tmp_path):
+    full_trainer(tmp_path / "run", updates=2, keep=9, staleness=2).run()
+    run = full_trainer(tmp_path / "run", updates=5, resume="auto", keep=9, staleness=2)
+    assert run_to_digest(run) == behind.digest
+
+
+def test_pending_rollouts_are_checked_and_may_be_left_out(behind, tmp_path, caplog):
+    folder = killed_after(behind.folder, tmp_path / "run", 3)
+    for staleness in (0, 1):
+        with pytest.raises(ValueError, match=rf"loop\.staleness was 2 .* and is {staleness} now"):
+            full_trainer(folder, updates=5, resume="yes", staleness=staleness)
+    plain, one = (full_trainer(tmp_path / str(k), staleness=k).state for k in (0, 1))
+    checkpoints = Checkpoints(folder / "checkpoints")
+    assert int(checkpoints.restore(plain)[0].update) == 3
+    with pytest.raises(CheckpointError, match=r"it has int32\[.*\] for pending/1/tokens, and the"):
+        checkpoints.restore(one)
+    checkpoints.close()
+    files = (p for p in (folder / "checkpoints/3/pending").rglob("*") if p.is_file())
+    file = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    run = full_trainer(folder, updates=5, resume="auto", keep=9, staleness=2)
+    assert int(run.state.update) == 2 and "Checkpoint 3 in" in caplog.text
+    assert run_to_digest(run) == behind.digest
+
+
+def test_a_run_older_than_a_setting_of_the_loop_can_be_resumed(uninterrupted, tmp_path):
+    folder = killed_after(uninterrupted.folder, tmp_path / "run", 6)
+    config = read_json(folder / "config.json")
+    del config["settings"]["loop"]["staleness"]
+    write_json(folder / "config.json", config)
+    assert int(full_trainer(folder, updates=7, resume="yes").state.update) == 6
+    with pytest.raises(ValueError, match=r"loop\.staleness was 0 in the run"):
+        full_trainer(folder, updates=7, resume="yes", staleness=1)
+
+
 def test_a_finished_run_can_be_extended(uninterrupted, tmp_path):
     first = full_trainer(tmp_path / "run", updates=5)
     first.run()
