@@ -299,7 +299,8 @@ from .run.serialize import from_json as from_json, to_json as to_json
 
 # Devices.
 from .distributed.compilation import Steps as Steps, jit_steps as jit_steps
-from .distributed.meshes import make_mesh as make_mesh, parse_mesh as parse_mesh
+from .distributed.meshes import make_mesh as make_mesh, make_meshes as make_meshes
+from .distributed.meshes import parse_mesh as parse_mesh
 from .distributed.replicas import pmap_steps as pmap_steps
 
 # What an iteration costs, before it runs.

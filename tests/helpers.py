@@ -172,6 +172,7 @@ def full_trainer(
     resume="no",
     adapters=True,
     mesh=None,
+    sampling=None,
     held_out=None,
     **loop,
 ) -> Trainer:
@@ -194,7 +195,7 @@ def full_trainer(
     agent = Agent(language_model(config), heads.separate_critic(config), ppo, (0,), 0)
     defaults = {"updates": 4, "progress": False, "tensorboard": False}
     return Trainer(
-        Learner(agent, params, tokenizer, frozen, mesh=mesh),
+        Learner(agent, params, tokenizer, frozen, mesh=mesh, sampling=sampling),
         prompts,
         TextReward(reward),
         out=Path(out),

@@ -24,6 +24,7 @@ from ppo_jax.models.transformer import language_model
 from ppo_jax.plan.topology import make_topology
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.run.compare import compare
 
 PPO = PPOConfig(
     batch_size=32,
@@ -364,6 +365,41 @@ def test_every_family_has_a_rule_for_every_parameter():
 def test_an_invalid_mesh_is_refused(text, message):
     with pytest.raises(SettingError, match=message):
         meshes.make_mesh(meshes.parse_mesh(text))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rollout=8", "rollout=8 leaves no device to learn on; there are 8 devices"),
+        ("data=7,rollout=2", "The mesh data=7 needs 7 devices; there are 6"),
+        ("rollout=0", "each once at most, but is 'rollout=0'"),
+    ],
+)
+def test_invalid_groups_of_devices_are_refused(text, message):
+    with pytest.raises(SettingError, match=message):
+        meshes.make_meshes(meshes.parse_mesh(text, meshes.GROUPS))
+
+
+def test_devices_that_only_sample_change_no_bit(tmp_path):
+    learning, sampling = meshes.make_meshes({"data": 2, "rollout": 2})
+    assert not set(learning.devices.flat) & set(sampling.devices.flat)
+    options = {"updates": 2, "staleness": 1, "mesh": learning}
+    plain = full_trainer(tmp_path / "plain", **options)
+    plain.run()
+    for updates in (1, 2):  # The second is resumed, with a pending rollout.
+        apart = full_trainer(
+            tmp_path / "apart", sampling=sampling, resume="auto", **{**options, "updates": updates}
+        )
+        apart.run()
+    assert digest(apart.state.train) == digest(plain.state.train)
+    assert digest(apart.state.pending) == digest(plain.state.pending)
+    assert compare(tmp_path / "plain", tmp_path / "apart") == []
+    on = lambda tree: {device for x in jax.tree.leaves(tree) for device in x.devices()}
+    assert on(apart.state.pending) == set(sampling.devices.flat)
+    assert on(apart.state.train.params) == set(learning.devices.flat)
+    three = meshes.make_mesh({"data": 3}, jax.devices()[5:])
+    with pytest.raises(SettingError, match="batch_size=16 rows do not divide evenly over the 3"):
+        full_trainer(tmp_path / "three", sampling=three, **options)
 
 
 def gpus(hosts, each):

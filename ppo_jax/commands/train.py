@@ -109,7 +109,8 @@ class Train:
     mesh: str = ""
     """How devices share the work, such as data=2,fsdp=4. The axes data and fsdp shard the rows of a
     batch; fsdp and tensor shard the parameters. An axis that is left out is 1, except that data
-    takes the remaining devices. pmap runs a replica on each device of one process."""
+    takes the remaining devices. With rollout=2, two other devices sample, with loop.staleness at
+    the same time as the others learn. pmap runs a replica on each device of one process."""
     processes: Processes = field(default_factory=Processes)
     data_options: tyro.conf.OmitArgPrefixes[PromptOptions] = field(default_factory=PromptOptions)
     lora: LoRA = NO_LORA
@@ -208,10 +209,13 @@ class Train:
         """
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         pmap = self.mesh == "pmap"
-        mesh = None if pmap else meshes.make_mesh(meshes.parse_mesh(self.mesh))
+        sizes = {} if pmap else meshes.parse_mesh(self.mesh, meshes.GROUPS)
+        mesh, sampling = (None, None) if pmap else meshes.make_meshes(sizes)
         mesh = None if mesh is None or mesh.size == 1 else mesh
         devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
         meshes.check_rows(self.ppo, devices)
+        if sampling is not None:
+            meshes.check_sampled_rows(self.ppo, sampling)
         load = partial(load_model, dtype=self.dtype, remat=self.remat, mesh=mesh)
         policy, tokenizer = load(self.model)
         reference, adapters, lora = None, None, self.lora if self.lora.rank else None
@@ -236,7 +240,7 @@ class Train:
             pmap=pmap,
             seed=self.loop.seed,
             stop_tokens=self.stop_tokens,
-        )
+        )._replace(sampling=sampling)
 
     def _rows(self) -> tuple[list[data.Row], list[data.Row]]:
         """Read the prompts to learn from and those that are held out."""

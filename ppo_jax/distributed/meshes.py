@@ -12,13 +12,16 @@ from ppo_jax.errors import SettingError
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.sharding import AXES
 
+GROUPS = (*AXES, "rollout")
+"""Names of the mesh axes, and of the group of devices that only sample."""
 
-def parse_mesh(text: str) -> dict[str, int]:
+
+def parse_mesh(text: str, names: Sequence[str] = AXES) -> dict[str, int]:
     """Read the sizes of a mesh's axes from a text.
 
     Args:
-      text: axes and sizes such as `data=2,fsdp=4`. The axes are `data`, `fsdp` and `tensor`, and
-        each may be left out.
+      text: axes and sizes such as `data=2,fsdp=4`. Each axis may be left out.
+      names: the names of the axes.
 
     Returns:
       The sizes of the axes that the text names, as `make_mesh` takes them.
@@ -34,9 +37,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+        if name not in names or name in sizes or not size.isdecimal() or int(size) < 1:
             raise SettingError(
-                f"mesh must be like data=2,fsdp=4, with the axes {', '.join(AXES)} each once at "
+                f"mesh must be like data=2,fsdp=4, with the axes {', '.join(names)} each once at "
                 f"most, but is {text!r}."
             )
         sizes[name] = int(size)
@@ -84,6 +87,39 @@ def make_mesh(
             f"The mesh {text} cannot be laid over {needed} of {len(devices)} devices: {reason:.300}"
         ) from error
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def make_meshes(sizes: Mapping[str, int]) -> tuple[Mesh, Mesh | None]:
+    """Build the mesh of the devices that learn, and that of the devices that only sample.
+
+    Args:
+      sizes: the size of each axis, as in `make_mesh`. The size `rollout`, if there is one, is the
+        number of devices that only sample; each has all parameters of the policy.
+
+    Returns:
+      The mesh that learns, and the mesh that samples, or None if the first one samples as well.
+
+    Raises:
+      SettingError: if the sizes do not fit the devices, or there are several processes.
+
+    Example:
+      >>> make_meshes({"data": 1})[1] is None
+      True
+    """
+    others, count = {name: x for name, x in sizes.items() if name != "rollout"}, len(jax.devices())
+    rollout = sizes.get("rollout", 0)
+    if not rollout:
+        return make_mesh(others), None
+    if jax.process_count() > 1:
+        raise SettingError(
+            f"mesh with rollout={rollout} runs in one process; there are {jax.process_count()}."
+        )
+    if rollout >= count:
+        raise SettingError(
+            f"mesh with rollout={rollout} leaves no device to learn on; there are {count} devices."
+        )
+    learning, sampling = jax.devices()[:-rollout], jax.devices()[-rollout:]
+    return make_mesh(others, learning), make_mesh({"data": rollout}, sampling)
 
 
 def arrange_devices(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -143,6 +179,25 @@ def check_rows(config: PPOConfig, shards: int) -> None:
             raise SettingError(
                 f"{name}={count} rows do not divide evenly over {shards} devices; "
                 "change this setting or the mesh."
+            )
+
+
+def check_sampled_rows(config: PPOConfig, mesh: Mesh) -> None:
+    """Check that the rows that are sampled at a time divide over the devices of a mesh.
+
+    Args:
+      config: the settings, which give the numbers of rows.
+      mesh: the mesh of the devices that sample.
+
+    Raises:
+      SettingError: naming the setting whose number of rows does not divide.
+    """
+    for name in ("batch_size", "rollout_rows", "rollout_slots"):
+        count, shards = getattr(config, name), batch_shards(mesh)
+        if count is not None and count % shards:
+            raise SettingError(
+                f"{name}={count} rows do not divide evenly over the {shards} devices that sample; "
+                "change this setting or rollout in the mesh."
             )
 
 

@@ -42,6 +42,7 @@ class Learner(NamedTuple):
         (the model below the adapters), and the initial policy otherwise.
       mesh: the devices, or None for a single device.
       pmap: run a replica on each local device with `jax.pmap` instead of using a mesh.
+      sampling: the devices that sample, as `make_meshes` returns them; None for those of `mesh`.
       policy: the pretrained policy as it was read, from which a result is exported.
       lora: the adapters' settings, or None.
       ref_positions: the longest sequence that another reference model can read, or None.
@@ -70,6 +71,7 @@ class Learner(NamedTuple):
     lora: LoRA | None = None
     ref_positions: int | None = None
     critic: Pretrained | None = None
+    sampling: Mesh | None = None
 
     @property
     def row_devices(self) -> int:
@@ -80,6 +82,8 @@ class Learner(NamedTuple):
         """Raise SettingError if the settings do not fit the devices, or packing the prompts."""
         agent, longest = self.agent, prompts.tokens.shape[1] + self.agent.config.max_new_tokens
         meshes.check_rows(agent.config, self.row_devices)
+        if self.sampling is not None:
+            meshes.check_sampled_rows(agent.config, self.sampling)
         check_packing(agent.model, agent.critic, agent.config.bins, longest)
 
     def encode(

@@ -1,6 +1,7 @@
 """Collect a batch on the devices and on the host: responses, log-probs, texts and task scores."""
 
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 
 from ppo_jax import data
 from ppo_jax.data.text import without_stops
-from ppo_jax.distributed import placement, processes
+from ppo_jax.distributed import compilation, placement, processes, replicas, separate
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.errors import Fault
 from ppo_jax.ops.rewards import ScaleState, apply_missing_eos
@@ -18,7 +19,7 @@ from ppo_jax.reward_functions import RewardFn, TaskScores, require_scores
 from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.settings import Faults
-from ppo_jax.types import Params, Rollout, Scores
+from ppo_jax.types import AdvantageFn, LossFn, Params, Rollout, Scores
 
 
 class Collection(NamedTuple):
@@ -79,7 +80,8 @@ class Collector(NamedTuple):
 
     def sample(self, state: PPOState, prompts: data.Prompts) -> Rollout:
         """Start to sample a response to each prompt on the devices."""
-        arrays = placement.to_mesh((prompts.tokens, prompts.mask), self.learner.mesh)
+        mesh = self.learner.sampling or self.learner.mesh
+        arrays = placement.to_mesh((prompts.tokens, prompts.mask), mesh)
         return self.steps.sample(state, *arrays, frozen=self.frozen)
 
     def collect(
@@ -98,6 +100,8 @@ class Collector(NamedTuple):
         rollout = self.sample(state, prompts) if rollout is None else rollout
         host_rollout = placement.to_host(rollout)
         sampled_at = time.perf_counter()
+        if self.learner.sampling is not None:  # Other devices have sampled them.
+            rollout = placement.to_mesh(host_rollout, self.learner.mesh)
         scores = self.steps.score(state, self.ref_params, rollout, frozen=self.frozen)
         texts = response_texts(self.learner.agent, self.learner.tokenizer, host_rollout)
         return Collection(prompts, rollout, scores, host_rollout, texts, sampled_at)
@@ -146,6 +150,34 @@ class Collector(NamedTuple):
             fault = error.with_rows([int(own[i]) for i in error.rows])
         processes.raise_everywhere(fault)
         return placement.gather_rows(scores, mesh, total)
+
+
+def compiled_steps(
+    learner: Learner,
+    state: PPOState,
+    frozen: Params | None,
+    *,
+    advantage_fn: AdvantageFn | None = None,
+    loss_fn: LossFn | None = None,
+) -> Steps:
+    """Compile the steps of a PPO iteration for the devices of a learner.
+
+    Args:
+      learner: the agent and the devices.
+      state: a state of the run, of which only the structure and the shapes are used.
+      frozen: the parameters that are not trained, or None.
+      advantage_fn: replaces the estimator that the settings name.
+      loss_fn: replaces the loss that the settings name.
+
+    Returns:
+      The steps.
+    """
+    jitted = partial(compilation.jit_steps, mesh=learner.mesh, state=state)
+    compiled = replicas.pmap_steps if learner.pmap else jitted
+    steps = compiled(learner.agent, advantage_fn=advantage_fn, loss_fn=loss_fn)
+    if learner.sampling is None:
+        return steps
+    return separate.sample_on(learner.sampling, learner.agent, steps, frozen)
 
 
 def response_texts(agent: Agent, tokenizer: Any, rollout: Rollout) -> list[str]:

@@ -91,6 +91,7 @@ def with_pending(
     batch = prompts.take(np.arange(learner.agent.config.batch_size) % len(prompts))
     sample = partial(iteration.sample, learner.agent)
     shapes = jax.eval_shape(sample, state, batch.tokens, batch.mask, frozen=frozen)
-    sharding = None if learner.mesh is None else rows_sharding(learner.mesh)
+    mesh = learner.sampling or learner.mesh
+    sharding = None if mesh is None else rows_sharding(mesh)
     empty = lambda x: put(np.zeros(x.shape, x.dtype), sharding)
     return state.replace(pending=tuple(jax.tree.map(empty, shapes) for _ in range(count)))

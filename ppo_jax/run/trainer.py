@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import jax
 from tqdm import tqdm
 
 from ppo_jax import data
-from ppo_jax.distributed import compilation, placement, processes, replicas
+from ppo_jax.distributed import compilation, placement, processes
 from ppo_jax.errors import Fault, NonFiniteParametersError
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
-from ppo_jax.run.collection import Collection, Collector, evaluate
+from ppo_jax.run.collection import Collection, Collector, compiled_steps, evaluate
 from ppo_jax.run.files import read_lines
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.logging import SKIPPED, show_progress
@@ -116,9 +115,7 @@ class Trainer:
         self._claim.take_over()
         self._unevaluated: bool = notes.get("unevaluated", False)
         self._best: tuple[float, int] | None = notes.get("best") and tuple(notes["best"])
-        jitted = partial(compilation.jit_steps, mesh=mesh, state=state)
-        compiled = replicas.pmap_steps if learner.pmap else jitted
-        steps = compiled(agent, advantage_fn=advantage_fn, loss_fn=loss_fn)
+        steps = compiled_steps(learner, state, frozen, advantage_fn=advantage_fn, loss_fn=loss_fn)
         self.collector = Collector(learner, steps, ref_params, frozen, reward, loop.faults)
         self.schedule = Schedule(self.collector, prompts, loop.seed, loop.staleness)
 
