@@ -145,13 +145,13 @@ def main(settings: Settings) -> dict[str, float]:
     prompts, test = (learner.encode(read_rows(texts)) for texts in (openings, test_openings))
     loop = LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0)
     trainer = Trainer(learner, prompts, reward, out=out / "ppo", loop=loop, settings=settings)
-    before = trainer.evaluate(test)
+    before = trainer.evaluate(test)[:2]
     state = trainer.run(
         on_update=lambda m: print(
             f"  score {m['objective/scores']:.3f}, KL {m['objective/kl']:.2f}", flush=True
         )
     )
-    after = trainer.evaluate(test)
+    after = trainer.evaluate(test)[:2]
     kind = policy.hf_config["model_type"]
     save_adapter(out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file))
     summary = table(before, after) | {

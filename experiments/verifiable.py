@@ -110,14 +110,14 @@ def main(settings: Settings) -> dict[str, float]:
     loop = LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0)
     reward = TextReward(correct)
     trainer = Trainer(learner, prompts, reward, out=out / "ppo", loop=loop, settings=settings)
-    before, first = trainer.evaluate(test)
+    before, first = trainer.evaluate(test)[:2]
     print(f"accuracy on held-out questions before: {before['eval/scores']:.3f}", flush=True)
     state = trainer.run(
         on_update=lambda m: print(
             f"  accuracy {m['objective/scores']:.3f}, KL {m['objective/kl']:.2f}", flush=True
         )
     )
-    after, last = trainer.evaluate(test)
+    after, last = trainer.evaluate(test)[:2]
     kind = policy.hf_config["model_type"]
     save_adapter(out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file))
     summary = {

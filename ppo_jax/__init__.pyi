@@ -286,6 +286,7 @@ from .run.settings import (
 )
 from .run.assembly import Learner as Learner, assemble as assemble
 from .run.opening import Resume as Resume
+from .run.evaluation import Evaluation as Evaluation
 from .run.trainer import Trainer as Trainer
 from .hashing import digest as digest
 

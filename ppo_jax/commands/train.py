@@ -24,7 +24,7 @@ from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import load_rewards
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner, assemble, load_model
-from ppo_jax.run.export import export_result, write_summary
+from ppo_jax.run.export import export_result
 from ppo_jax.run.files import check_free, lock_folder
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.opening import Resume
@@ -33,6 +33,7 @@ from ppo_jax.run.resume import read_config
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.stored import Which
+from ppo_jax.run.summary import print_before_and_after, write_summary
 from ppo_jax.run.trainer import Trainer
 
 
@@ -286,7 +287,10 @@ class Train:
         state = trainer.run()
         digest = hashing.digest(state.params)
         export_result(self.out, trainer, state, base_name=self.model)
-        processes.on_first_process(lambda: write_summary(self.out, int(state.update), digest))
+        updates = int(state.update)
+        processes.on_first_process(
+            lambda: print_before_and_after(write_summary(self.out, updates, digest))
+        )
         processes.print_once(
             f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
             f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}"

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import data
@@ -13,7 +12,7 @@ from ppo_jax.data.text import without_stops
 from ppo_jax.distributed import compilation, placement, processes, replicas, separate
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.errors import Fault
-from ppo_jax.ops.rewards import ScaleState, apply_missing_eos
+from ppo_jax.ops.rewards import ScaleState
 from ppo_jax.ppo.iteration import Agent, PPOState
 from ppo_jax.reward_functions import RewardFn, TaskScores, require_scores
 from ppo_jax.run import faults
@@ -199,51 +198,3 @@ def response_texts(agent: Agent, tokenizer: Any, rollout: Rollout) -> list[str]:
     before_end = without_stops(tokenizer, tokens, before_end, agent.stop_ids)
     kept = np.concatenate([np.asarray(rollout.mask)[:, :prompt_length], before_end], axis=1)
     return data.decode(tokenizer, np.asarray(rollout.tokens), kept, start=prompt_length)
-
-
-def evaluate(
-    collector: Collector, state: PPOState, prompts: data.Prompts, *, seed: int
-) -> tuple[dict[str, float], list[str]]:
-    """Sample one response to each held-out prompt, with the same keys at every evaluation.
-
-    The last batch is filled up with the first prompts, so that only one shape is compiled; their
-    second responses are dropped.
-
-    Args:
-      collector: samples and scores a batch.
-      state: its policy is evaluated.
-      prompts: `n` held-out prompts.
-      seed: seed of the run.
-
-    Returns:
-      Means over the prompts of `eval/scores` (changed by `missing_eos` as in training; responses
-      without a score are left out), `eval/length_mean` (tokens) and `eval/kl` (nats per response),
-      and the `n` responses as texts.
-
-    Raises:
-      Fault: if the reward fails or a number is not finite.
-    """
-    state = state.replace(key=jax.random.key(seed + 1), pending=())
-    config = collector.learner.agent.config
-    size = config.batch_size
-    found: dict[str, list[Any]] = {"scores": [], "length_mean": [], "kl": []}
-    responses: list[str] = []
-    for first in range(0, len(prompts), size):
-        state = state.replace(update=jnp.int32(first // size))
-        state = placement.place(state, collector.learner.mesh)
-        rows = np.arange(first, first + size) % len(prompts)
-        batch = collector.collect(state, prompts.take(rows))
-        keep = min(size, len(prompts) - first)
-        mask, scores = batch.host_rollout.response_mask, placement.to_host(batch.scores)
-        final = apply_missing_eos(
-            jnp.asarray(collector.task_scores(batch).total(mask)),
-            jnp.asarray(batch.host_rollout.ended),
-            rule=config.missing_eos,
-            penalty=config.missing_eos_penalty,
-        )
-        found["scores"].extend(np.asarray(final)[:keep])
-        found["length_mean"].extend(mask.sum(axis=1)[:keep])
-        found["kl"].extend((scores.logprobs - scores.ref_logprobs).sum(axis=1)[:keep])
-        responses.extend(batch.texts[:keep])
-    means = {f"eval/{name}": float(np.nanmean(x, dtype=np.float64)) for name, x in found.items()}
-    return means, responses

@@ -10,7 +10,6 @@ from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora import merge
 from ppo_jax.ppo.state import PPOState, overlay
 from ppo_jax.run.assembly import Learner
-from ppo_jax.run.files import read_lines, write_json
 from ppo_jax.run.trainer import Trainer
 from ppo_jax.types import Params
 
@@ -98,18 +97,3 @@ def _critic(learner: Learner, policy: Params, critic: Params) -> Pretrained:
     trunk = learner.critic or learner.policy
     assert trunk is not None, "export_models has checked that there is a policy"
     return trunk._replace(params={"trunk": policy, **critic})
-
-
-def write_summary(out: Path, updates: int, digest: str) -> None:
-    """Write `summary.json`.
-
-    Args:
-      out: the run's folder, whose last metrics are copied to the summary.
-      updates: the number of updates of the run.
-      digest: the digest of the final parameters.
-    """
-    lines = read_lines(out / "metrics.jsonl")
-    # The last update may have two lines, because an evaluation has its own.
-    last = [row for row in lines if row["update"] == lines[-1]["update"]]
-    metrics = {name: x for row in last for name, x in row.items() if name != "update"}
-    write_json(out / "summary.json", {"updates": updates, "digest": digest, **metrics})

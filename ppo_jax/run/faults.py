@@ -3,15 +3,18 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
 
+from ppo_jax.distributed import processes
 from ppo_jax.errors import (
     Fault,
     GradientError,
@@ -21,6 +24,7 @@ from ppo_jax.errors import (
 )
 from ppo_jax.ops.rewards import ScaleState
 from ppo_jax.ppo.state import PPOState
+from ppo_jax.run.files import read_lines
 from ppo_jax.types import Rollout, Scores
 
 # Exit status after a signal, with a checkpoint written: EX_TEMPFAIL of sysexits.h, "try again".
@@ -146,6 +150,20 @@ def check_end(state: PPOState) -> None:
         raise GradientError(
             "No optimizer step of the run was taken, because all were skipped for faults; the "
             "parameters are unchanged."
+        )
+
+
+def report(out: Path, updates: int) -> None:
+    """Say on stderr how many updates of a run had faults, in the first process.
+
+    Args:
+      out: the run's folder.
+      updates: the number of updates of the run.
+    """
+    path = out / "faults.jsonl"
+    if processes.is_first() and (faulty := {row["update"] for row in read_lines(path)}):
+        print(
+            f"ppo-jax: {len(faulty)} of {updates} updates had faults; see {path}.", file=sys.stderr
         )
 
 

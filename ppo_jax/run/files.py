@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-LINES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
+LINES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "faults.jsonl")
 _LOG = logging.getLogger(__name__)
 # A folder with any of these files holds a run.
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")

@@ -13,6 +13,8 @@ from ppo_jax.run.files import LINES, append_lines, synced_size
 
 # The metrics of an update that a fault made the run skip.
 SKIPPED = {"faults/skipped": 1.0}
+# Number of responses to the same prompts before and after training that a person is shown.
+PAIRS = 3
 # Metrics on the progress bar, by the names that it shows.
 _SHOWN = {
     "score": "objective/scores",
@@ -43,6 +45,9 @@ class NoLog:
         """Write nothing."""
 
     def samples(self, update: int, rows: Rows) -> None:
+        """Write nothing."""
+
+    def evaluation(self, update: int, rows: Rows) -> None:
         """Write nothing."""
 
     def fault(self, update: int, kind: str, message: str, rows: Rows) -> None:
@@ -78,7 +83,7 @@ class RunLog:
           tensorboard: write TensorBoard events.
           wandb_project: the Weights & Biases project, or None.
           first_update: the update that the run starts with or is resumed from.
-          settings: the run's settings, which Weights & Biases shows.
+          settings: the run's settings, which TensorBoard and Weights & Biases show.
 
         Raises:
           ValueError: if Weights & Biases is not installed or does not start.
@@ -88,25 +93,39 @@ class RunLog:
         if tensorboard:
             from ppo_jax.run.tensorboard import EventWriter  # imports PyTorch where it finds it
 
-            self._board = EventWriter(folder / "tensorboard", first_update)
+            # The evaluation before the first update has the number -1.
+            start = first_update if first_update else -1
+            self._board = EventWriter(folder / "tensorboard", start)
+            self._board.settings(start, settings or {})
         self._wandb = None
         if wandb_project is not None:
             self._wandb = _start_wandb(folder, wandb_project, first_update, settings or {})
 
     def metrics(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of an update."""
+        """Write the metrics of an update, or of the evaluation before the first one (-1)."""
         append_lines(self._folder / "metrics.jsonl", [{"update": update, **finite(metrics)}])
         if self._board is not None:
             self._board.scalars(update, metrics)
-        if self._wandb is not None:
+        if self._wandb is not None and update < 0:  # Weights & Biases has no step before 0.
+            self._wandb.summary.update({f"before/{name}": x for name, x in metrics.items()})
+        elif self._wandb is not None:
             self._wandb.log(dict(metrics), step=update)
 
     def samples(self, update: int, rows: Rows) -> None:
         """Write sampled texts of an update."""
-        rows = list(rows)
-        append_lines(self._folder / "samples.jsonl", [{"update": update, **row} for row in rows])
+        self._texts("samples", update, list(rows))
+
+    def evaluation(self, update: int, rows: Rows) -> None:
+        """Write responses to held-out prompts, after an update or before the first one (-1)."""
+        self._texts("evaluations", update, list(rows))
+
+    def _texts(self, name: str, update: int, rows: list[Mapping[str, Any]]) -> None:
+        lines = [{"update": update, **row} for row in rows]
+        append_lines(self._folder / f"{name}.jsonl", lines)
+        if self._board is not None and rows:
+            self._board.texts(update, name, rows)
         if self._wandb is not None and rows:
-            self._wandb.log({"samples": _wandb_table(rows)}, step=update)
+            self._wandb.log({name: _wandb_table(rows)}, step=max(update, 0))
 
     def fault(self, update: int, kind: str, message: str, rows: Rows) -> None:
         """Write the rows that a fault concerns, with its kind and message."""

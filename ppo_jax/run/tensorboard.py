@@ -4,13 +4,15 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import hparams, text
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +40,28 @@ class EventWriter:
         """Write one scalar for each metric of an update."""
         values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
         self._write(step=update, summary=Summary(value=values))
+
+    def texts(self, update: int, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write sampled texts, each as a block that Markdown shows as it is, with its score."""
+        blocks = []
+        for row in rows:
+            block = f"{row['prompt']}|{row['response']}".replace("\n", "\n    ")
+            blocks.append(f"Score {row['score']}:\n\n    {block}\n")
+        self._write(step=update, summary=text(name, "\n".join(blocks)))
+
+    def settings(self, update: int, settings: Mapping[str, Any]) -> None:
+        """Write the settings as hyper-parameters, with the scores as their result."""
+        flat = flatten_dict({name: x or {} for name, x in settings.items()}, sep=".")
+        known = {
+            name: x if isinstance(x, str | bool | int | float) else str(x)
+            for name, x in flat.items()
+            if x is not None and x != {}
+        }
+        if known:
+            results = dict.fromkeys(("objective/scores", "objective/kl", "eval/scores"), 0.0)
+            experiment, start, _ = hparams(known, results)
+            self._write(step=update, summary=experiment)
+            self._write(step=update, summary=start)
 
     def _write(self, **event: Any) -> None:
         if self._file is None:

@@ -16,10 +16,10 @@ from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
-from ppo_jax.run.collection import Collection, Collector, compiled_steps, evaluate
-from ppo_jax.run.files import read_lines
+from ppo_jax.run.collection import Collection, Collector, compiled_steps
+from ppo_jax.run.evaluation import Evaluation, evaluate
 from ppo_jax.run.forks import Fork
-from ppo_jax.run.logging import SKIPPED, show_progress
+from ppo_jax.run.logging import PAIRS, SKIPPED, show_progress
 from ppo_jax.run.opening import Resume, claim_folder, open_run
 from ppo_jax.run.parts import initial_reference
 from ppo_jax.run.pending import Schedule, with_pending
@@ -187,7 +187,9 @@ class Trainer:
         )
         try:
             with faults.StopSignals() as signals, bar:
-                self._evaluate(done - 1)  # in case a fault ended the run during this evaluation
+                # Before the first update, and again if a fault ended the run while evaluating.
+                self._unevaluated |= done == 0
+                self._evaluate(done - 1)
                 for update in bar:
                     metrics = self.step()
                     if metrics is not None:
@@ -199,7 +201,8 @@ class Trainer:
             self.checkpoints.close()
             self.log.close()
             self._claim.release()
-        self._check_end()
+        faults.report(self.out, loop.updates)
+        faults.check_end(self.state)
         return self.state
 
     def save(self) -> None:
@@ -210,14 +213,14 @@ class Trainer:
         notes = {"sizes": self.log.sizes(), "unevaluated": self._unevaluated, "best": self._best}
         self.checkpoints.save(self.state, notes, best=self._best and self._best[1])
 
-    def evaluate(self, prompts: data.Prompts) -> tuple[dict[str, float], list[str]]:
+    def evaluate(self, prompts: data.Prompts) -> Evaluation:
         """Evaluate the current policy on held-out prompts.
 
         Args:
           prompts: `n` prompts.
 
         Returns:
-          The metrics `eval/*`, and the `n` responses as texts.
+          The metrics `eval/*`, and the `n` responses with their scores.
 
         Raises:
           Fault: if the reward fails or a number is not finite.
@@ -247,17 +250,20 @@ class Trainer:
         if not self._unevaluated or self.eval_prompts is None:
             return False
         try:
-            metrics = self.evaluate(self.eval_prompts)[0]
+            evaluation = self.evaluate(self.eval_prompts)
         except Fault as fault:  # It ends the run after a checkpoint.
             self.save()
-            message = f"In the evaluation after update {update}: {fault}"
+            when = f"after update {update}" if update >= 0 else "before the first update"
+            message = f"In the evaluation {when}: {fault}"
             self.log.fault(update, fault.kind, message, fault.dump)
             raise fault.with_rows(fault.rows, message) from fault
         self._unevaluated = False
-        self.log.metrics(update, metrics)
-        is_best = self._best is None or metrics["eval/scores"] > self._best[0]
+        self.log.metrics(update, evaluation.metrics)
+        self.log.evaluation(update, evaluation.rows(max(PAIRS, self.loop.samples)))
+        score = evaluation.metrics["eval/scores"]
+        is_best = update >= 0 and (self._best is None or score > self._best[0])
         if is_best:
-            self._best = metrics["eval/scores"], update + 1
+            self._best = score, update + 1
         return is_best
 
     def _skip(self, fault: Fault, pending: tuple[Rollout, ...]) -> None:
@@ -290,13 +296,3 @@ class Trainer:
     def _warn(self, update: int, fault: Fault) -> None:
         if processes.is_first():
             tqdm.write(f"ppo-jax: Update {update}: {fault}", file=sys.stderr)
-
-    def _check_end(self) -> None:
-        """Say how many updates had faults, and raise a fault if nothing was learned."""
-        path = self.out / "faults.jsonl"
-        if processes.is_first() and (faulty := {row["update"] for row in read_lines(path)}):
-            print(
-                f"ppo-jax: {len(faulty)} of {self.loop.updates} updates had faults; see {path}.",
-                file=sys.stderr,
-            )
-        faults.check_end(self.state)

@@ -1,0 +1,147 @@
+"""Evaluate a policy on held-out prompts: scores, KL, length, diversity and the texts."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax import data
+from ppo_jax.distributed import placement
+from ppo_jax.ops.rewards import apply_missing_eos
+from ppo_jax.ppo.iteration import PPOState
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.run.collection import Collector
+
+
+class Evaluation(NamedTuple):
+    """The responses of a policy to `n` held-out prompts.
+
+    Attributes:
+      metrics: means over the responses, by the names `eval/*`.
+      responses: the `n` responses as texts.
+      scores: `[n]` float32, their scores; NaN for a response that the reward could not score.
+      prompts: the `n` prompts as texts.
+
+    Example:
+      >>> Evaluation({"eval/scores": 0.5}, [" b"], np.array([0.5]), ["a"]).rows()
+      [{'prompt': 'a', 'response': ' b', 'score': 0.5}]
+    """
+
+    metrics: dict[str, float]
+    responses: list[str]
+    scores: np.ndarray
+    prompts: list[str]
+
+    def rows(self, count: int | None = None) -> list[dict[str, Any]]:
+        """Prompt, response and score of the first `count` responses, as in the files."""
+        columns = (self.prompts, self.responses, self.scores)
+        return [
+            {"prompt": prompt, "response": text, "score": None if np.isnan(x) else float(x)}
+            for prompt, text, x in zip(*(column[:count] for column in columns), strict=True)
+        ]
+
+
+def optimized_scores(config: PPOConfig, scores: np.ndarray, ended: np.ndarray) -> np.ndarray:
+    """Apply the rule of the settings for responses without an end token, as training does.
+
+    Args:
+      config: the settings.
+      scores: `[n]` float32, the scores of the task.
+      ended: `[n]` bool, whether a response has an end token.
+
+    Returns:
+      `[n]` float32.
+    """
+    rule, penalty = config.missing_eos, config.missing_eos_penalty
+    final = apply_missing_eos(jnp.asarray(scores), jnp.asarray(ended), rule=rule, penalty=penalty)
+    return np.asarray(final)
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """Return the share of pairs of neighbouring words that are distinct, over all texts.
+
+    Repetition within and between texts lowers it. It is 0 if no text has two words.
+
+    Source:
+      Li et al. 2016 (https://arxiv.org/abs/1510.03055).
+
+    Example:
+      >>> distinct_2(["a b a b", "b a"])
+      0.5
+    """
+    pairs = [pair for text in texts for pair in pairwise(text.split())]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def evaluation_metrics(
+    scores: np.ndarray, lengths: np.ndarray, responses: Sequence[str], kl: np.ndarray | None
+) -> dict[str, float]:
+    """Compute the metrics `eval/*` of responses.
+
+    Args:
+      scores: `[n]` float32; responses whose score is NaN are left out of the mean.
+      lengths: `[n]` int, in tokens.
+      responses: the `n` texts.
+      kl: `[n]` float32, log-ratios to the reference in nats, or None without a reference.
+
+    Returns:
+      `eval/scores` and its standard error `eval/scores_error`, `eval/kl` if there is a reference,
+      `eval/length_mean` and `eval/distinct_2`.
+    """
+    known = scores[~np.isnan(scores)].astype(np.float64)
+    mean = lambda x: float(np.mean(x, dtype=np.float64)) if len(x) else float("nan")
+    spread = float(known.std(ddof=1)) if len(known) > 1 else float("nan")
+    return {
+        "eval/scores": mean(known),
+        "eval/scores_error": spread / max(len(known), 1) ** 0.5,
+        "eval/length_mean": mean(lengths),
+        **({} if kl is None else {"eval/kl": mean(kl)}),
+        "eval/distinct_2": distinct_2(responses),
+    }
+
+
+def evaluate(
+    collector: Collector, state: PPOState, prompts: data.Prompts, *, seed: int
+) -> Evaluation:
+    """Sample one response to each held-out prompt, with the same keys at every evaluation.
+
+    The last batch is filled up with the first prompts, so that only one shape is compiled; their
+    second responses are dropped. The keys are not those of training, which an evaluation therefore
+    does not change.
+
+    Args:
+      collector: samples and scores a batch.
+      state: its policy is evaluated.
+      prompts: `n` held-out prompts.
+      seed: seed of the run.
+
+    Returns:
+      The responses with the metrics of `evaluation_metrics`. Scores are changed by `missing_eos` as
+      in training.
+
+    Raises:
+      Fault: if the reward fails or a number is not finite.
+    """
+    state = state.replace(key=jax.random.key(seed + 1), pending=())
+    config = collector.learner.agent.config
+    size = config.batch_size
+    scores, lengths, kl = (np.empty(len(prompts), np.float32) for _ in range(3))
+    responses: list[str] = []
+    for first in range(0, len(prompts), size):
+        state = state.replace(update=jnp.int32(first // size))
+        state = placement.place(state, collector.learner.mesh)
+        rows = np.arange(first, first + size) % len(prompts)
+        batch = collector.collect(state, prompts.take(rows))
+        keep = min(size, len(prompts) - first)
+        at = slice(first, first + keep)
+        mask, computed = batch.host_rollout.response_mask, placement.to_host(batch.scores)
+        task = collector.task_scores(batch).total(mask)
+        scores[at] = optimized_scores(config, task, np.asarray(batch.host_rollout.ended))[:keep]
+        lengths[at] = mask.sum(axis=1)[:keep]
+        kl[at] = (computed.logprobs - computed.ref_logprobs).sum(axis=1)[:keep]
+        responses.extend(batch.texts[:keep])
+    metrics = evaluation_metrics(scores, lengths, responses, kl)
+    return Evaluation(metrics, responses, scores, prompts.texts)
