@@ -20,6 +20,7 @@ from ppo_jax.commands.convert import Convert
 from ppo_jax.commands.inference import Evaluate, Generate
 from ppo_jax.commands.models import Info
 from ppo_jax.commands.plan import Plan
+from ppo_jax.commands.report import Report
 from ppo_jax.commands.runs import Compare, Replay
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.commands.train import Train
@@ -127,7 +128,7 @@ def _commands(ppo: PPOConfig) -> Any:
         Info: {"default": Info(model=missing)},
         Plan: {"default": Plan(model=missing)},
     }
-    kinds = (Train, SFT, Reward, Evaluate, Generate, Replay, Compare, Convert, Info, Plan)
+    kinds = (Train, SFT, Reward, Evaluate, Generate, Replay, Compare, Report, Convert, Info, Plan)
     subcommands = (
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **defaults.get(kind, {}))]
         for kind in kinds

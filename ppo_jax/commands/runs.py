@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
@@ -15,8 +16,10 @@ from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.compare import compare, metric_differences
 from ppo_jax.run.files import check_free, read_lines
 from ppo_jax.run.forks import Fork
+from ppo_jax.run.history import by_settings, read_history
 from ppo_jax.run.logging import SKIPPED, finite
 from ppo_jax.run.resume import read_config
+from ppo_jax.run.score_tables import print_scores
 from ppo_jax.run.serialize import from_json
 from ppo_jax.run.stored import newest_good
 from ppo_jax.run.trainer import Trainer
@@ -24,20 +27,31 @@ from ppo_jax.run.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare two runs bit by bit: settings, metrics, tokens and final parameters.
+    """Compare the scores of runs, with 95% intervals over prompts and over seeds.
 
-    The exit status is 1 if they differ.
+    Runs that differ only in their seed form a group. The score is that of the last evaluation on
+    held-out prompts, if all runs have one, and otherwise that of the last tenth of the updates.
     """
 
-    run_a: tyro.conf.Positional[Path]
-    """Folder of a run of `ppo-jax train`."""
-    run_b: tyro.conf.Positional[Path]
-    """Folder of another run."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of two or more runs of ppo-jax train."""
+    exact: bool = False
+    """Compare two runs bit by bit instead: settings, metrics, tokens and final parameters. The exit
+    status is 1 if they differ."""
 
     def run(self) -> None:
-        """Print the differences."""
-        found = compare(self.run_a, self.run_b)
-        ended = all((run / "summary.json").exists() for run in (self.run_a, self.run_b))
+        """Print the scores, or the differences."""
+        if len(self.runs) < 2 or (self.exact and len(self.runs) > 2):
+            number = "exactly two runs" if self.exact else "two runs or more"
+            raise ValueError(f"compare needs {number}, but got {len(self.runs)}.")
+        if self.exact:
+            self._compare_exactly(*self.runs)
+        groups = by_settings([read_history(folder) for folder in self.runs])
+        print_scores(groups)
+
+    def _compare_exactly(self, run_a: Path, run_b: Path) -> NoReturn:
+        found = compare(run_a, run_b)
+        ended = all((run / "summary.json").exists() for run in (run_a, run_b))
         parameters = (
             ", final parameters."
             if ended

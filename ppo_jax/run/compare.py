@@ -36,6 +36,7 @@ def compare(a: Path, b: Path) -> list[str]:
     kinds = (
         ("metrics.jsonl", metric_differences),
         ("samples.jsonl", _sample_differences),
+        ("evaluations.jsonl", _sample_differences),
         ("faults.jsonl", _sample_differences),
     )
     for name, parts in kinds:

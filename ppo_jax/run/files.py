@@ -234,8 +234,12 @@ def write_json(path: Path, content: Any) -> None:
       ...     read_json(Path(folder) / "summary.json")
       {'score': 0.5}
     """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 completely or not at all; raise ValueError if that fails."""
     temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)

@@ -1,0 +1,31 @@
+"""The command `ppo-jax report`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from ppo_jax.run.files import write_text
+from ppo_jax.run.report import make_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one HTML page about runs: warnings, before and after, curves, samples and settings.
+
+    Runs that differ only in their seed share a curve, with a band over the seeds. The page loads
+    nothing from outside, so that it can be sent as one file.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs of ppo-jax train."""
+    out: Path
+    """The page to write, such as report.html. An earlier file of that name is replaced."""
+
+    def run(self) -> None:
+        """Write the page."""
+        if not self.runs:
+            raise ValueError("report needs the folder of a run, or of several.")
+        page = make_report(self.runs)
+        write_text(self.out, page)
+        print(f"The report is in {self.out} ({len(page.encode()) / 1e6:.2f} MB).")
