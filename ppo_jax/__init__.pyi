@@ -55,7 +55,6 @@ from .types import (
     LossMetrics as LossMetrics,
     Metrics as Metrics,
     Params as Params,
-    ResponseLossFn as ResponseLossFn,
     Rollout as Rollout,
     Scores as Scores,
     Segments as Segments,
@@ -122,6 +121,7 @@ from .ops.entropy_control import (
 )
 from .ops.losses import (
     PolicyLossFn as PolicyLossFn,
+    ResponseLossFn as ResponseLossFn,
     actor_critic_loss as actor_critic_loss,
     clipped_policy_loss as clipped_policy_loss,
     ppo_loss as ppo_loss,
@@ -133,6 +133,7 @@ from .ops.importance import (
     bounded_weights as bounded_weights,
     importance_mask as importance_mask,
     importance_weights as importance_weights,
+    sequence_masked_weights as sequence_masked_weights,
     truncated_weights as truncated_weights,
 )
 
@@ -151,6 +152,9 @@ from .ppo.reward_model import (
 )
 from .ppo.methods import (
     Advantage as Advantage,
+    Importance as Importance,
+    KLLoss as KLLoss,
+    OldLogprobs as OldLogprobs,
     KLEstimator as KLEstimator,
     Loss as Loss,
     clipped_ppo as clipped_ppo,

@@ -138,6 +138,8 @@ class Rollout(PyTreeNode):
       logprobs: `[B, R]` float32, in nats, under the distribution that the sampler drew from; 0
         outside the response mask.
       ended: `[B]` bool, true if the response holds a stop token.
+      groups: `[B]` int32, the number of the prompt in the batch, or None if `sample` did not make
+        the rollout. Responses to the same prompt have the same number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -152,6 +154,7 @@ class Rollout(PyTreeNode):
     response_mask: Array
     logprobs: Array
     ended: Array
+    groups: Array | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -194,10 +197,14 @@ class Experience(PyTreeNode):
       tokens, mask: `[B, T]` int32 and `[B, T]` bool, as in `Rollout`.
       response_mask: `[B, R]` bool, the tokens in the policy loss.
       value_mask: `[B, R]` bool, the steps in the value loss: those tokens and the score's step.
-      logprobs: `[B, R]` float32, in nats, of the policy that sampled the responses.
+      logprobs: `[B, R]` float32, in nats, of the policy that probability ratios divide by.
       values: `[B, R]` float32, in units of reward, of the critic before the update.
       advantages: `[B, R]` float32, the weight of each token in the policy loss.
       returns: `[B, R]` float32, in units of reward, the targets of the value loss.
+      ref_logprobs: `[B, R]` float32, in nats, of the reference policy, or None.
+      sampler_logprobs: `[B, R]` float32, in nats, as the sampler computed them, or None.
+      groups: `[B]` int32, the number of the prompt in the batch, or None.
+      scores: `[B]` float32, the task's score of the response or NaN, or None.
 
     Example:
       >>> import jax
@@ -215,6 +222,10 @@ class Experience(PyTreeNode):
     values: Array
     advantages: Array
     returns: Array
+    ref_logprobs: Array | None = None
+    sampler_logprobs: Array | None = None
+    groups: Array | None = None
+    scores: Array | None = None
 
 
 class LossMetrics(NamedTuple):
@@ -240,6 +251,7 @@ class Counts(NamedTuple):
       tokens: `[]` float32, the number of tokens in the response mask.
       policy: `[]` float32, the denominator of the policy loss.
       value: `[]` float32, the denominator of the value loss.
+      good: `[]` float32, the number of tokens of responses with a score above 0, or None.
 
     Example:
       >>> Counts(tokens=30.0, policy=4.0, value=4.0).policy  # The loss averages over 4 responses.
@@ -249,6 +261,7 @@ class Counts(NamedTuple):
     tokens: Array
     policy: Array
     value: Array
+    good: Array | None = None
 
 
 class LossFn(Protocol):
@@ -265,33 +278,12 @@ class LossFn(Protocol):
         """Return the loss and the metrics."""
 
 
-class ResponseLossFn(Protocol):
-    """Computes a loss, `[]` float32, and its terms from `[B, R]` arrays; `ppo_loss` is one."""
-
-    def __call__(
-        self,
-        logprobs: Array,
-        values: Array,
-        entropies: Array,
-        *,
-        old_logprobs: Array,
-        old_values: Array,
-        advantages: Array,
-        returns: Array,
-        mask: Array,
-        value_mask: Array,
-        aggregate: Aggregate,
-        value_aggregate: Aggregate,
-    ) -> tuple[Array, Metrics]:
-        """Return the loss and its terms by name."""
-
-
 class AdvantageFn(Protocol):
     """Computes the advantages and the returns of the steps, `[B, R]` float32 each.
 
     `rewards` and `values` are `[B, R]` float32, in units of reward. `mask [B, R]` bool is true for
     the steps that count. `rollout` and `scores` are for estimators that group responses by prompt
-    or read log-probs. Under pmap it sees the rows of one device, on a mesh those of all devices.
+    or read log-probs. Under pmap it sees whole groups of rows on one device, on a mesh all rows.
     """
 
     def __call__(

@@ -124,6 +124,30 @@ def test_links_lead_somewhere(page):
             assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
 
 
+def test_table_of_presets_with_groups():
+    rows = {row[0]: row[1:] for row in table_rows(ROOT / "docs/presets_and_metrics.md")}
+    presets = [PRESETS[name] for name in rows["preset"]]
+    described = {
+        "prompts x responses": lambda c: f"{c.batch_size // c.group_size}x{c.group_size}",
+        "epochs x minibatches per update": lambda c: f"{c.epochs}x{c.minibatches}",
+        "longest response": lambda c: str(c.max_new_tokens),
+        "advantage": lambda c: c.advantage.value,
+        "weighting of tokens": lambda c: c.weighting.value,
+        "clip low, high, dual": lambda c: f"{c.clip_low}, {c.clip_high}, {c.dual_clip or 'none'}",
+        "KL in reward, in loss": lambda c: (
+            f"{c.kl_coef:g}, {c.kl_loss_coef:g}" + f" by {c.kl_loss.value}" * bool(c.kl_loss_coef)
+        ),
+        "sampler's weights": lambda c: c.importance.value,
+        "overlong buffer": lambda c: str(c.overlong_buffer or "none"),
+        "uninformative groups are left out": lambda c: "yes" if c.filter_groups else "no",
+        "rate, weight decay": lambda c: f"{c.learning_rate:g}, {c.weight_decay:g}",
+    }
+    for name, describe in described.items():
+        assert rows[name] == [describe(c) for c in presets], name
+    assert len(presets) == len(PRESETS) - 4
+    assert not any(c.max_grad_norm != 1 or c.gamma != 1 or c.vf_coef for c in presets[:-1])
+
+
 def test_contributing_names_files_that_exist():
     rows = table_rows(ROOT / "CONTRIBUTING.md")[2:]
     assert len(rows) == 6

@@ -36,7 +36,8 @@ def rollout_and_scores():
     mask = jnp.arange(5)[None, :] < jnp.array([[5], [3], [1], [4]])
     tokens = jax.random.randint(keys[0], (4, 7), 1, 97)
     seen = jnp.concatenate([jnp.ones((4, 2), bool), mask], axis=1)
-    rollout = Rollout(tokens, seen, mask, jnp.zeros((4, 5)), mask[:, 0])
+    groups = jnp.array([0, 0, 1, 1])
+    rollout = Rollout(tokens, seen, mask, jnp.zeros((4, 5)), mask[:, 0], groups)
     return rollout, Scores(*(jax.random.normal(k, (4, 5)) for k in keys[1:]))
 
 

@@ -14,7 +14,19 @@ import pytest
 from helpers import ROOT, code_blocks, documented_metrics, run_python_blocks, save_tiny_gpt2
 
 README = ROOT / "README.md"
-OPTIONAL_METRICS = {"faults/skipped", "eval/scores", "eval/length_mean", "eval/kl"}
+OPTIONAL_METRICS = {
+    "faults/skipped",
+    "eval/scores",
+    "eval/length_mean",
+    "eval/kl",
+    "objective/entropy_coef",
+    "loss/kl",
+    "loss/positive_nll",
+    "importance/mean",
+    "importance/max",
+    "importance/effective_sample_size",
+    "groups/uninformative",
+}
 
 
 def test_is_one_page():

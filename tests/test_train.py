@@ -243,6 +243,40 @@ def test_the_commands_take_token_rewards(folder, capsys):
     assert "2 responses" in capsys.readouterr().out
 
 
+OWN_METHODS = """
+import jax.numpy as jnp
+from ppo_jax import clipped_policy_loss, discounted_returns
+
+def advantage(rewards, values, mask, *, rollout, scores):
+    returns = discounted_returns(rewards, mask, gamma=1.0)
+    return returns, returns
+
+def loss(*arrays, aggregate):
+    return clipped_policy_loss(*arrays, clip_low=0.2, clip_high=0.2, aggregate=aggregate)
+"""
+
+
+def test_the_command_takes_methods_of_your_own(folder, capsys):
+    """They do what the settings do, and a run goes on with the same ones only."""
+    file = folder / "own.py"
+    file.write_text(OWN_METHODS)
+    own = {"advantage": f"{file}:advantage", "loss": f"{file}:loss"}
+    cli.main(train_command(folder, **own))
+    cli.main(train_command(folder, out=folder / "named", **{"ppo.advantage": "monte_carlo"}))
+    summaries = [json.loads((folder / x / "summary.json").read_text()) for x in ("out", "named")]
+    assert summaries[0]["digest"] == summaries[1]["digest"]
+    changed = OWN_METHODS + "\n"
+    for text, given in ((OWN_METHODS, {"advantage": own["advantage"]}), (changed, own)):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            cli.main(train_command(folder, resume="yes", **given))
+        name = "loss" if text == OWN_METHODS else "advantage"
+        assert f"The {name} of the run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(train_command(folder, loss="nothing", out=folder / "new"))
+    assert "The loss must be like my_file.py:function" in capsys.readouterr().err
+
+
 def test_an_existing_run_is_found_before_the_model_is_loaded(folder, capsys):
     (folder / "out").mkdir()
     (folder / "out/config.json").write_text("{}")

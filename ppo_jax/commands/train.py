@@ -1,6 +1,7 @@
 """The command `ppo-jax train`."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,9 @@ from ppo_jax.distributed import meshes, processes
 from ppo_jax.distributed.processes import Processes
 from ppo_jax.errors import SettingError
 from ppo_jax.models.lora import NO_LORA, LoRA
+from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.reward_functions import load_rewards
+from ppo_jax.reward_functions import load_function, load_rewards
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner, assemble, load_model
 from ppo_jax.run.export import export_result
@@ -79,6 +81,14 @@ class Train:
     that starts from the policy. none: no critic, for an advantage estimator that reads no values.
     Otherwise the folder or Hugging Face id of a reward model with one label that a separate critic
     starts from."""
+    advantage: str | None = None
+    """An advantage estimator of your own, my_file.py:function, instead of the one that
+    ppo.advantage names; it is called as advantage(rewards, values, mask, rollout=..., scores=...)
+    with arrays of shape [responses, tokens], and returns advantages and returns."""
+    loss: str | None = None
+    """A loss of the policy of your own, my_file.py:function, instead of the one that ppo.loss
+    names; it is called as loss(logprobs, old_logprobs, advantages, mask, aggregate=...) with arrays
+    of shape [responses, tokens], and returns aggregate(terms, mask)."""
     chat: bool = False
     """Treat each prompt as a user's message and apply the tokenizer's chat template. Prompts that
     are lists of messages always go through it."""
@@ -93,7 +103,18 @@ class Train:
     float32."""
     remat: bool = False
     """Recompute activations in the backward pass to save memory."""
-    preset: Literal["default", "oai2019", "nplus", "trl"] = "default"
+    preset: Literal[
+        "default",
+        "oai2019",
+        "nplus",
+        "trl",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "rloo",
+        "reinforce_pp",
+        "vapo",
+    ] = "default"
     """Published settings to start from. Options that are given as well take precedence."""
     resume: Resume | Literal["fork"] = "no"
     """yes: resume from the newest good checkpoint in out, with the same settings. auto: the same if
@@ -184,6 +205,7 @@ class Train:
         reward = load_rewards(
             self.reward, self.reward_given, self.reward_label, self.reward_timeout
         )
+        policy_loss = self._function("loss", self.loss)
         prompts = self._encode(learner, rows, self.prompts)
         held_out = self._encode(
             learner, held_out_rows, self.eval_prompts or f"the held-out part of {self.prompts}"
@@ -199,6 +221,8 @@ class Train:
             settings=self,
             resume="no" if self.resume == "fork" else self.resume,
             fork=fork,
+            advantage_fn=self._function("advantage", self.advantage),
+            loss_fn=agent_loss_fn(learner.agent, policy_loss=policy_loss) if policy_loss else None,
         )
 
     def learner(self) -> Learner:
@@ -242,6 +266,15 @@ class Train:
             seed=self.loop.seed,
             stop_tokens=self.stop_tokens,
         )._replace(sampling=sampling)
+
+    def _function(self, purpose: str, spec: str | None) -> Callable[..., Any] | None:
+        """Return the user's own function for a purpose, or None if no option names one."""
+        if spec is not None and purpose == "loss" and self.ppo.entropy_target is not None:
+            raise SettingError(
+                f"loss={spec} does not read the weight that entropy_target adapts; leave out one "
+                "of the two."
+            )
+        return None if spec is None else load_function(spec, purpose)
 
     def _rows(self) -> tuple[list[data.Row], list[data.Row]]:
         """Read the prompts to learn from and those that are held out."""

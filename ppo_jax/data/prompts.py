@@ -171,7 +171,9 @@ def _encode_prompt(
     return row, ids, in_chat
 
 
-def batch_rows(n: int, batch_size: int, update: int, *, seed: int) -> np.ndarray:
+def batch_rows(
+    n: int, batch_size: int, update: int, *, seed: int, group_size: int = 1
+) -> np.ndarray:
     """Return the row numbers of the batch of one update, `[batch_size]`.
 
     The batches are cut from an endless stream of permutations of `n` rows, a new permutation for
@@ -182,6 +184,7 @@ def batch_rows(n: int, batch_size: int, update: int, *, seed: int) -> np.ndarray
       batch_size: rows of a batch.
       update: number of the update, from 0.
       seed: seed of the permutations.
+      group_size: how often each row is repeated in the batch; it must divide `batch_size`.
 
     Returns:
       `[batch_size]` int64 row numbers.
@@ -190,7 +193,8 @@ def batch_rows(n: int, batch_size: int, update: int, *, seed: int) -> np.ndarray
       >>> sorted(np.concatenate([batch_rows(4, 2, u, seed=0) for u in (0, 1)]).tolist())
       [0, 1, 2, 3]
     """
-    first = update * batch_size
-    passes = range(first // n, (first + batch_size - 1) // n + 1)
+    count = batch_size // group_size
+    first = update * count
+    passes = range(first // n, (first + count - 1) // n + 1)
     stream = np.concatenate([np.random.default_rng((seed, p)).permutation(n) for p in passes])
-    return stream[first % n :][:batch_size]
+    return np.repeat(stream[first % n :][:count], group_size)

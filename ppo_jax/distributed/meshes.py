@@ -9,6 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from ppo_jax.errors import SettingError
+from ppo_jax.ppo.groups import check_groups
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.sharding import AXES
 
@@ -164,7 +165,8 @@ def check_rows(config: PPOConfig, shards: int) -> None:
       shards: number of devices that share the rows of a batch.
 
     Raises:
-      SettingError: naming the setting whose number of rows does not divide.
+      SettingError: naming the setting whose number of rows does not divide, or if a device would
+        get a part of the responses to a prompt.
     """
     rows = {
         "batch_size": config.batch_size,
@@ -180,6 +182,7 @@ def check_rows(config: PPOConfig, shards: int) -> None:
                 f"{name}={count} rows do not divide evenly over {shards} devices; "
                 "change this setting or the mesh."
             )
+    check_groups(config, config.batch_size // shards)
 
 
 def check_sampled_rows(config: PPOConfig, mesh: Mesh) -> None:

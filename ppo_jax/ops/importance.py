@@ -200,3 +200,37 @@ def bounded_weights(
     """
     weights = importance_weights(logprobs, sampler_logprobs, mask, level=level)
     return jnp.where((low <= weights) & (weights <= high), weights, 0)
+
+
+def sequence_masked_weights(
+    logprobs: Array, sampler_logprobs: Array, mask: Array, *, low: float, high: float
+) -> Array:
+    """Keep the weights of tokens, but only in responses whose mean weight lies in a range.
+
+        w_t if low ≤ (Π_t w_t)^(1/|y|) ≤ high, else 0
+
+    Args:
+      logprobs: `[B, R]` float32, of the trainer before the update, in nats.
+      sampler_logprobs: `[B, R]` float32, of the sampler, in nats.
+      mask: `[B, R]` bool, true for real tokens.
+      low: the smallest geometric mean of a response that is kept.
+      high: the largest geometric mean of a response that is kept.
+
+    Returns:
+      `[B, R]` float32; 0 outside the mask.
+
+    Raises:
+      AssertionError: if the shapes differ, or a mask is not bool.
+
+    Source:
+      The correction `seq-mask-tis` of OpenRLHF.
+
+    Example:
+      >>> logprobs, mask = jnp.log(jnp.array([[0.5, 0.9]])), jnp.ones((1, 2), bool)
+      >>> sampler_logprobs = jnp.log(jnp.array([[0.25, 0.3]]))
+      >>> sequence_masked_weights(logprobs, sampler_logprobs, mask, low=0.5, high=2.5).round(4)
+      Array([[2., 3.]], dtype=float32)
+    """
+    weights = importance_weights(logprobs, sampler_logprobs, mask)
+    kept = importance_mask(logprobs, sampler_logprobs, mask, low=low, high=high)
+    return jnp.where(kept, weights, 0)

@@ -97,6 +97,27 @@ class PolicyLossFn(Protocol):
         """Return the loss."""
 
 
+class ResponseLossFn(Protocol):
+    """Computes a loss, `[]` float32, and its terms from `[B, R]` arrays; `ppo_loss` is one."""
+
+    def __call__(
+        self,
+        logprobs: Array,
+        values: Array,
+        entropies: Array,
+        *,
+        old_logprobs: Array,
+        old_values: Array,
+        advantages: Array,
+        returns: Array,
+        mask: Array,
+        value_mask: Array,
+        aggregate: Aggregate,
+        value_aggregate: Aggregate,
+    ) -> tuple[Array, Metrics]:
+        """Return the loss and its terms by name."""
+
+
 def actor_critic_loss(
     logprobs: Array,
     values: Array,
@@ -119,7 +140,7 @@ def actor_critic_loss(
 
         L = L_policy + vf_coef · L_value - entropy_coef · H
 
-    With its coefficients bound by `functools.partial`, it is a `types.ResponseLossFn`.
+    With its coefficients bound by `functools.partial`, it is a `ResponseLossFn`.
 
     Args:
       logprobs: `[B, R]` float32, see `ppo_loss`.
@@ -199,7 +220,7 @@ def ppo_loss(
 
         L = L_policy + vf_coef · L_value - entropy_coef · H
 
-    With its coefficients bound by `functools.partial`, it is a `types.ResponseLossFn`.
+    With its coefficients bound by `functools.partial`, it is a `ResponseLossFn`.
 
     Args:
       logprobs: `[B, R]` float32, of the policy that trains, in nats.

@@ -11,7 +11,7 @@ from jax import Array
 
 from ppo_jax.ops.kl import kl_k1
 from ppo_jax.ops.masked import masked_count, masked_mean, masked_sum, masked_var, widen
-from ppo_jax.ops.ratios import log_ratio, policy_ratio
+from ppo_jax.ops.ratios import hide_masked, log_ratio, policy_ratio
 from ppo_jax.types import Experience, LossMetrics, Metrics, Rollout, Scores
 
 
@@ -35,6 +35,7 @@ def policy_metrics(
     *,
     clip_low: float,
     clip_high: float,
+    advantages: Array | None = None,
     count: Array | None = None,
 ) -> LossMetrics:
     """Measure how far the policy has moved from the one that sampled the tokens.
@@ -51,12 +52,15 @@ def policy_metrics(
       mask: `[B, R]` bool, true for the tokens in the policy loss.
       clip_low: a token whose ratio is below `1 - clip_low` counts as clipped.
       clip_high: a token whose ratio is above `1 + clip_high` counts as clipped.
+      advantages: `[B, R]` float32, for the shares of tokens that the clip takes the gradient from.
       count: `[]` float32, the number of tokens in the whole minibatch if this is a micro-batch.
 
     Returns:
       The means `policy/clipfrac`, `policy/clipfrac_low`, `policy/clipfrac_high`,
       `policy/approx_kl` (k3), `policy/approx_kl_k1` and `policy/ratio`, and the maxima
-      `policy/ratio_max` and `policy/ratio_error_max` (of `|ρ - 1|`), `[]` float32 each.
+      `policy/ratio_max` and `policy/ratio_error_max` (of `|ρ - 1|`), `[]` float32 each. With
+      `advantages` also the means `policy/clipfrac_positive` (ratio above the range, advantage above
+      0) and `policy/clipfrac_negative` (ratio below the range, advantage below 0).
 
     Raises:
       AssertionError: if the shapes differ.
@@ -81,6 +85,10 @@ def policy_metrics(
         "policy/approx_kl_k1": -moved,
         "policy/ratio": ratio,
     }
+    if advantages is not None:
+        (advantages,) = hide_masked(mask, advantages)
+        means["policy/clipfrac_positive"] = jnp.where(advantages > 0, high, 0)
+        means["policy/clipfrac_negative"] = jnp.where(advantages < 0, low, 0)
     return LossMetrics(
         {name: masked_mean(x, mask, count=count) for name, x in means.items()},
         {
@@ -88,6 +96,38 @@ def policy_metrics(
             "policy/ratio_error_max": jnp.max(jnp.abs(ratio - 1)),
         },
     )
+
+
+def importance_metrics(weights: Array, mask: Array, *, axis_name: str | None = None) -> Metrics:
+    """Describe the weights of tokens that another policy has sampled.
+
+        effective sample size = (Σ w)² / (n Σ w²)
+
+    Args:
+      weights: `[B, R]` float32, as they multiply the advantages.
+      mask: `[B, R]` bool, true for the tokens that count; `n` is their number.
+      axis_name: the mapped axis over which means and maxima are taken as well.
+
+    Returns:
+      The metrics `importance/mean`, `importance/max` and `importance/effective_sample_size` (a
+      share of the tokens; 0 if all weights are 0), `[]` float32 each.
+
+    Raises:
+      AssertionError: if the shapes differ, or `mask` is not bool.
+
+    Example:
+      >>> metrics = importance_metrics(jnp.array([[2.0, 0.0]]), jnp.ones((1, 2), bool))
+      >>> metrics["importance/effective_sample_size"]
+      Array(0.5, dtype=float32)
+    """
+    mean = masked_mean(weights, mask, axis_name=axis_name)
+    square = masked_mean(weights**2, mask, axis_name=axis_name)
+    largest = jnp.max(jnp.where(mask, weights, 0))
+    return {
+        "importance/mean": mean,
+        "importance/max": largest if axis_name is None else jax.lax.pmax(largest, axis_name),
+        "importance/effective_sample_size": mean**2 / jnp.where(square > 0, square, 1),
+    }
 
 
 def explained_variance(

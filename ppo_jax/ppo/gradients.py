@@ -56,10 +56,12 @@ def minibatch_gradient(
       >>> minibatch_gradient(squared_error, jnp.float32(1.0), batch, micro_batches=2)[0]
       Array(-4., dtype=float32)
     """
+    good = None if batch.scores is None else batch.response_mask & (batch.scores > 0)[:, None]
     counts = Counts(
         tokens=BY_TOKEN.count(batch.response_mask, axis_name=axis_name),
         policy=aggregation.count(batch.response_mask, axis_name=axis_name),
         value=aggregation.count(batch.value_mask, axis_name=axis_name),
+        good=None if good is None else BY_TOKEN.count(good, axis_name=axis_name),
     )
 
     # Each device differentiates with respect to its own copy and reduces the gradients itself.

@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ppo_jax.errors import SettingError
-from ppo_jax.ops.metrics import experience_metrics
 from ppo_jax.ppo.batching import map_rows
+from ppo_jax.ppo.entropy import next_entropy
+from ppo_jax.ppo.experience import prepare
 from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.phases import take_steps
 from ppo_jax.ppo.rollout import generate
-from ppo_jax.ppo.scoring import make_experience, score_rollout
+from ppo_jax.ppo.scoring import score_rollout
 from ppo_jax.ppo.state import SAMPLE, Agent, PPOState, overlay
 from ppo_jax.ppo.state import init_state as init_state
-from ppo_jax.ppo.task_scores import final_scores
 from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
 
 
@@ -83,7 +82,8 @@ def sample(
     Args:
       agent: model, critic and settings.
       state: the state before the update; its policy samples.
-      prompts: `[B, P]` int32, padded on the left.
+      prompts: `[B, P]` int32, padded on the left. Each prompt is repeated in `group_size`
+        neighbouring rows.
       prompt_mask: `[B, P]` bool, real tokens; the last position of every row must be one.
       row_ids: `[B]` int32, numbers of the rows in the global batch; `0 .. B-1` by default.
       frozen: parameters `{"policy": ...}` that are not trained, such as the weights under LoRA
@@ -134,7 +134,8 @@ def sample(
         )
 
     row_ids = jnp.arange(len(prompts)) if row_ids is None else row_ids
-    return map_rows(sample_rows, (prompts, prompt_mask, row_ids), c.rollout_rows)
+    rollout = map_rows(sample_rows, (prompts, prompt_mask, row_ids), c.rollout_rows)
+    return rollout.replace(groups=(row_ids // c.group_size).astype(jnp.int32))
 
 
 def score(
@@ -222,7 +223,8 @@ def learn(
       The new state and the metrics.
 
     Raises:
-      SettingError: if there are `token_scores` and the settings scale or clip scores.
+      SettingError: if there are `token_scores` and the settings scale or clip scores, if a group of
+        responses is not intact, or if `loss_fn` cannot read an adaptive weight of the entropy.
       ValueError: if the minibatches and micro-batches do not divide the number of rows.
       AssertionError: if shapes disagree, those that `advantage_fn` returns included.
 
@@ -242,36 +244,24 @@ def learn(
       >>> metrics["optimizer/steps"]
       Array(16., dtype=float32)
     """
-    c, total_scores, scored = agent.config, task_scores, ~jnp.isnan(task_scores)
-    rollout = rollout.replace(response_mask=rollout.response_mask & scored[:, None])
-    scale, final = final_scores(c, state.scale, rollout, task_scores, axis_name=axis_name)
-    if token_scores is not None:
-        if c.scale_scores or c.score_clip is not None:
-            raise SettingError(
-                "scale_scores and score_clip are for scores of whole responses; leave them off "
-                "where tokens are scored."
-            )
-        total_scores = task_scores + jnp.where(rollout.response_mask, token_scores, 0).sum(axis=1)
-    experience, rewards = make_experience(
+    c = agent.config
+    scale, rollout, experience, before = prepare(
+        c,
+        state,
         rollout,
         scores,
-        final,
-        kl_coef=state.kl.coef,
-        advantage_fn=advantage_fn or c.advantage.function(c),
-        score_at=c.score_at,
-        token_scores=token_scores,
-        whiten_rewards=c.whiten_rewards,
-        whiten_advantages=c.whiten_advantages,
-        unbiased=c.unbiased_whitening,
+        task_scores,
+        token_scores,
+        advantage_fn=advantage_fn or c.advantage.function(c, axis_name),
         axis_name=axis_name,
     )
     trained, learned = take_steps(
         agent, state, rollout, experience, loss_fn=loss_fn, frozen=frozen, axis_name=axis_name
     )
-    before = experience_metrics(
-        rollout, scores, experience, rewards, total_scores, axis_name=axis_name
-    )
     episodes = len(task_scores) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     kl_state = c.controller().update(state.kl, before["objective/kl"], episodes)
     metrics = {**before, **learned, "objective/kl_coef": state.kl.coef}
-    return trained.replace(kl=kl_state, scale=scale, update=state.update + 1), metrics
+    entropy, more = next_entropy(c, state.entropy, before["objective/entropy"])
+    update = state.update + 1
+    state = trained.replace(kl=kl_state, scale=scale, update=update, entropy=entropy)
+    return state, metrics | more

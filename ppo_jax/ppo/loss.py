@@ -1,13 +1,16 @@
 """The loss of a language model and its critic as a function of their parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import chex
 from jax import Array
 
+from ppo_jax.ops.losses import PolicyLossFn, ResponseLossFn
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
 from ppo_jax.ppo.forward import forward_fn
+from ppo_jax.ppo.loss_terms import LossTerm, loss_terms
+from ppo_jax.ppo.methods import with_policy_loss
 from ppo_jax.ppo.packing import Bins
 from ppo_jax.ppo.state import Agent
 from ppo_jax.types import (
@@ -17,8 +20,8 @@ from ppo_jax.types import (
     LanguageModel,
     LossFn,
     LossMetrics,
+    Metrics,
     Params,
-    ResponseLossFn,
 )
 
 
@@ -32,6 +35,7 @@ def ppo_loss_fn(
     aggregation: Aggregation = BY_TOKEN,
     chunk: int | None = None,
     bins: Bins | None = None,
+    terms: Sequence[LossTerm] = (),
 ) -> LossFn:
     """Turn a loss of log-probs, values and entropies into a loss of parameters.
 
@@ -42,13 +46,14 @@ def ppo_loss_fn(
         `functools.partial(losses.ppo_loss, clip_low=0.2, clip_high=0.2, value_clip=0.2,
         vf_coef=0.1)`.
       metrics: metrics of how far the policy has moved, called with the log-probs `[B, R]` of the
-        policy now and at the rollout, their mask and `count`; such as
-        `functools.partial(policy_metrics, clip_low=0.2, clip_high=0.2)`.
+        policy now and at the rollout, their mask, and the keywords `advantages` and `count`; such
+        as `functools.partial(policy_metrics, clip_low=0.2, clip_high=0.2)`.
       temperature: sampling temperature; positive.
       aggregation: mean over tokens that the loss uses, `BY_TOKEN` or `BY_SEQUENCE`.
       chunk: number of response positions whose logits are in memory at a time; `None` for all.
       bins: the shape of the bins that rows are packed into, the same as in `ppo_update`; `None` for
         no packing.
+      terms: further terms, which are added to the loss.
 
     Returns:
       A `LossFn`, for `ppo_update` or `learn`. It raises AssertionError if the loss is not a scalar.
@@ -79,7 +84,7 @@ def ppo_loss_fn(
             temperature=temperature,
             chunk=chunk,
         )
-        total, terms = loss(
+        total, named = loss(
             out.logprobs,
             out.values,
             out.entropies,
@@ -92,22 +97,53 @@ def ppo_loss_fn(
             aggregate=partial(aggregation.mean, count=counts.policy),
             value_aggregate=partial(aggregation.mean, count=counts.value),
         )
+        for term in terms:
+            value, found = term(out.logprobs, batch, counts)
+            total, named = total + value, named | found
         chex.assert_shape(total, ())
-        moved = metrics(out.logprobs, batch.logprobs, batch.response_mask, count=counts.tokens)
-        return total, LossMetrics({"loss/total": total, **terms, **moved.mean}, moved.max)
+        moved = metrics(
+            out.logprobs,
+            batch.logprobs,
+            batch.response_mask,
+            advantages=batch.advantages,
+            count=counts.tokens,
+        )
+        return total, LossMetrics({"loss/total": total, **named, **moved.mean}, moved.max)
 
     return loss_fn
 
 
-def agent_loss_fn(agent: Agent) -> LossFn:
-    """Make the loss that the settings of an agent name."""
+def agent_loss_fn(
+    agent: Agent,
+    *,
+    policy_loss: PolicyLossFn | None = None,
+    entropy_coef: Array | None = None,
+) -> LossFn:
+    """Make the loss that the settings of an agent name.
+
+    Args:
+      agent: model, critic and settings.
+      policy_loss: loss of the policy to use instead of the one that the settings name.
+      entropy_coef: `[]` float32, weight of the entropy to use instead of that of the settings.
+
+    Returns:
+      The loss of the policy with the value loss, the entropy and the terms of the settings.
+    """
     config = agent.config
+    own, metrics = (
+        config.loss.function(config)
+        if policy_loss is None
+        else with_policy_loss(config, policy_loss)
+    )
+    loss: Callable[..., tuple[Array, Metrics]] = own
     return ppo_loss_fn(
         agent.model,
         agent.critic,
-        *config.loss.function(config),
+        loss if entropy_coef is None else partial(loss, entropy_coef=entropy_coef),
+        metrics,
         temperature=config.temperature,
         aggregation=config.weighting.function,
         chunk=config.logit_chunk,
         bins=config.bins,
+        terms=loss_terms(config),
     )

@@ -14,122 +14,44 @@ from typing import TYPE_CHECKING, Any, Self
 from jax import Array
 
 from ppo_jax.ops import kl, losses
-from ppo_jax.ops.advantages import (
-    decoupled_gae,
-    discounted_returns,
-    generalized_advantage_estimation,
-    length_adaptive_lambda,
-)
 from ppo_jax.ops.aggregation import SEQUENCE_SUM, TOKEN_SUM, constant_length
 from ppo_jax.ops.dppo import binary_kl, dppo_loss
+from ppo_jax.ops.group_advantages import (
+    dr_grpo_advantages,
+    grpo_advantages,
+    maxrl_advantages,
+    rloo_advantages,
+)
+from ppo_jax.ops.importance import (
+    Level,
+    bounded_weights,
+    sequence_masked_weights,
+    truncated_weights,
+)
+from ppo_jax.ops.kl_loss import kl_loss
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, Aggregation
 from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ops.policy_losses import cispo_loss, dis_loss, sapo_loss
+from ppo_jax.ops.ratios import hide_masked
 from ppo_jax.ops.sequence_losses import gmpo_loss, gspo_loss, vespo_loss
-from ppo_jax.types import (
-    AdvantageFn,
-    KLEstimatorFn,
-    LossMetrics,
-    ResponseLossFn,
-    Rollout,
-    Scores,
+from ppo_jax.ppo.estimators import (
+    batch_mean,
+    evpo,
+    gae,
+    monte_carlo,
+    of_groups,
+    reinforce_pp,
+    vapo_gae,
 )
+from ppo_jax.types import AdvantageFn, Aggregate, KLEstimatorFn, LossMetrics
 
 if TYPE_CHECKING:
     from ppo_jax.ppo.settings import PPOConfig
 
 
-def gae(*, gamma: float, lam: float) -> AdvantageFn:
-    """Make an `AdvantageFn` of generalized advantage estimation.
-
-    Args:
-      gamma: discount per token.
-      lam: λ, which trades bias (0) for variance (1).
-
-    Returns:
-      The estimator; it needs neither the rollout nor the scores.
-
-    Source:
-      Schulman et al. 2015 (https://arxiv.org/abs/1506.02438), equations 11-16.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> rewards, mask = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
-      >>> advantage_fn = gae(gamma=1.0, lam=0.5)
-      >>> advantages, returns = advantage_fn(
-      ...     rewards, 0 * rewards, mask, rollout=None, scores=None)
-      >>> advantages
-      Array([[0.5, 1. ]], dtype=float32)
-    """
-    estimate = partial(generalized_advantage_estimation, gamma=gamma, lam=lam)
-    return lambda rewards, values, mask, *, rollout, scores: estimate(rewards, values, mask)
-
-
-def vapo_gae(*, gamma: float, alpha: float = 0.05) -> AdvantageFn:
-    """Make an `AdvantageFn` whose λ grows with the response, and whose returns have λ = 1.
-
-    Args:
-      gamma: discount per token.
-      alpha: see `length_adaptive_lambda`. The default is that of VAPO.
-
-    Returns:
-      The estimator; it needs neither the rollout nor the scores.
-
-    Source:
-      Yue et al. 2025, VAPO (https://arxiv.org/abs/2504.05118).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> rewards, mask = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
-      >>> advantage_fn = vapo_gae(gamma=1.0, alpha=1.0)
-      >>> advantages, returns = advantage_fn(
-      ...     rewards, 0 * rewards, mask, rollout=None, scores=None)
-      >>> advantages, returns
-      (Array([[0.5, 1. ]], dtype=float32), Array([[1., 1.]], dtype=float32))
-    """
-
-    def estimate(
-        rewards: Array, values: Array, mask: Array, *, rollout: Rollout, scores: Scores
-    ) -> tuple[Array, Array]:
-        lam = length_adaptive_lambda(mask, alpha=alpha)
-        return decoupled_gae(rewards, values, mask, gamma=gamma, lam_policy=lam)
-
-    return estimate
-
-
-def monte_carlo(*, gamma: float) -> AdvantageFn:
-    """Make an `AdvantageFn` that uses the sum of later rewards, without a critic.
-
-    Whitened over the batch, as `whiten_advantages` does, these are the advantages of REINFORCE++.
-
-    Args:
-      gamma: discount per token.
-
-    Returns:
-      The estimator; it needs neither the values, the rollout nor the scores.
-
-    Source:
-      Hu et al. 2025 (https://arxiv.org/abs/2501.03262).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> rewards, mask = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
-      >>> monte_carlo(gamma=0.5)(rewards, rewards, mask, rollout=None, scores=None)[0]
-      Array([[0.5, 1. ]], dtype=float32)
-    """
-
-    def estimate(
-        rewards: Array, values: Array, mask: Array, *, rollout: Rollout, scores: Scores
-    ) -> tuple[Array, Array]:
-        returns = discounted_returns(rewards, mask, gamma=gamma)
-        return returns, returns
-
-    return estimate
-
-
 def with_policy_loss(
     config: "PPOConfig", policy_loss: losses.PolicyLossFn
-) -> tuple[ResponseLossFn, Callable[..., LossMetrics]]:
+) -> tuple[losses.ResponseLossFn, Callable[..., LossMetrics]]:
     """Combine a loss of the policy with the value loss, entropy and metrics of the settings.
 
     Args:
@@ -163,7 +85,7 @@ def _clipped(policy_loss: Callable[..., Array], **options: Any) -> Callable:
     )
 
 
-def clipped_ppo(config: "PPOConfig") -> tuple[ResponseLossFn, Callable[..., LossMetrics]]:
+def clipped_ppo(config: "PPOConfig") -> tuple[losses.ResponseLossFn, Callable[..., LossMetrics]]:
     """Make the clipped PPO loss and its metrics with the hyper-parameters of the settings.
 
     Args:
@@ -195,12 +117,13 @@ class _Method(enum.Enum):
     """An enumeration of methods; the value of a member is its name in JSON files and options."""
 
     function: Any
+    reads: tuple[str, ...]
 
-    def __new__(cls, value: str, function: Any) -> Self:
-        """Make the member of one line, `NAME = value, function`."""
+    def __new__(cls, value: str, function: Any, *reads: str) -> Self:
+        """Make the member of one line, `NAME = value, function, *reads`."""
         member = object.__new__(cls)
         member._value_ = value
-        member.function = function
+        member.function, member.reads = function, reads
         return member
 
 
@@ -215,25 +138,61 @@ class KLEstimator(_Method):
     FULL = "full", kl.kl_full
 
 
-class Advantage(_Method):
-    """The advantage estimator; `function` makes it from the settings."""
+def _plain_k3(
+    logprobs: Array, ref_logprobs: Array, mask: Array, *, old_logprobs: Array, aggregate: Aggregate
+) -> Array:
+    """The estimate k3 itself as a loss, whose gradient is biased."""
+    return aggregate(kl.kl_k3(*hide_masked(mask, logprobs, ref_logprobs)), mask)
 
-    function: Callable[["PPOConfig"], AdvantageFn]
+
+class KLLoss(_Method):
+    """The KL in the loss; `function` computes it from log-probs and a mask.
+
+    With a plus, the value is that of the estimator and the gradient that of the KL.
+    """
+
+    function: Callable[..., Array]
+    K2 = "k2", kl_loss
+    K1_PLUS = "k1+", partial(kl_loss, estimator=kl.kl_k1)
+    K3_PLUS = "k3+", partial(kl_loss, estimator=kl.kl_k3)
+    K3 = "k3", _plain_k3
+
+
+class Advantage(_Method):
+    """The advantage estimator; `function` makes it from the settings and a mapped axis.
+
+    Behind the function stands what the estimator reads besides the rewards: the `values` of a
+    critic, or the `groups` of responses to the same prompt.
+    """
+
+    function: Callable[..., AdvantageFn]
+    GAE = "gae", lambda config, axis_name=None: gae(gamma=config.gamma, lam=config.lam), "values"
+    VAPO = "vapo", lambda config, axis_name=None: vapo_gae(gamma=config.gamma), "values"
+    EVPO = "evpo", evpo, "values"
+    MONTE_CARLO = "monte_carlo", lambda config, axis_name=None: monte_carlo(gamma=config.gamma)
+    GRPO = "grpo", of_groups(grpo_advantages), "groups"
+    DR_GRPO = "dr_grpo", of_groups(dr_grpo_advantages), "groups"
+    RLOO = "rloo", of_groups(rloo_advantages), "groups"
+    MAXRL = "maxrl", of_groups(maxrl_advantages), "groups"
+    REINFORCE_PP = "reinforce_pp", reinforce_pp(baseline=False)
+    REINFORCE_PP_BASELINE = "reinforce_pp_baseline", reinforce_pp(baseline=True), "groups"
+    BATCH_MEAN = "batch_mean", batch_mean
 
     @property
     def reads_values(self) -> bool:
         """Whether the estimator needs a critic."""
-        return self not in (Advantage.MONTE_CARLO,)
+        return "values" in self.reads
 
-    GAE = "gae", lambda config: gae(gamma=config.gamma, lam=config.lam)
-    VAPO = "vapo", lambda config: vapo_gae(gamma=config.gamma)
-    MONTE_CARLO = "monte_carlo", lambda config: monte_carlo(gamma=config.gamma)
+    @property
+    def reads_groups(self) -> bool:
+        """Whether the estimator compares several responses to each prompt."""
+        return "groups" in self.reads
 
 
 class Loss(_Method):
     """The loss of a minibatch and its metrics; `function` makes both from the settings."""
 
-    function: Callable[["PPOConfig"], tuple[ResponseLossFn, Callable[..., LossMetrics]]]
+    function: Callable[["PPOConfig"], tuple[losses.ResponseLossFn, Callable[..., LossMetrics]]]
     PPO = "ppo", clipped_ppo
     CISPO = "cispo", _clipped(cispo_loss)
     DIS = "dis", _clipped(dis_loss)
@@ -254,3 +213,42 @@ class Weighting(_Method):
     SEQUENCE_SUM = "sequence_sum", SEQUENCE_SUM
     CONSTANT_LENGTH = "constant_length", constant_length()
     TOKEN_SUM = "token_sum", TOKEN_SUM
+
+
+class Importance(_Method):
+    """The weights of tokens that a sampler drew whose log-probs differ from the trainer's.
+
+    `function` computes them from the log-probs of both and a mask; its keywords `low` and `high`
+    have the values of released code by default.
+    """
+
+    function: Callable[..., Array] | None
+    NONE = "none", None
+    TIS = "tis", partial(truncated_weights, low=0.0, high=2.0)
+    SEQUENCE_TIS = (
+        "sequence_tis",
+        partial(truncated_weights, low=0.0, high=2.0, level=Level.SEQUENCE),
+    )
+    ICEPOP = "icepop", partial(bounded_weights, low=0.5, high=5.0)
+    SEQUENCE_MASK = (
+        "sequence_mask",
+        partial(bounded_weights, low=0.0, high=3.0, level=Level.SEQUENCE),
+    )
+    GEOMETRIC_MASK = "geometric_mask", partial(sequence_masked_weights, low=0.5, high=5.0)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the tokens of a response may have different weights."""
+        return self in (Importance.TIS, Importance.ICEPOP, Importance.GEOMETRIC_MASK)
+
+
+class OldLogprobs(enum.Enum):
+    """Which log-probs the probability ratio divides by.
+
+    Attributes:
+      SCORED: those that the trainer computes before the update.
+      SAMPLER: those that the sampler computed.
+    """
+
+    SCORED = "scored"
+    SAMPLER = "sampler"

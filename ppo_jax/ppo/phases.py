@@ -10,6 +10,7 @@ from jax import Array
 
 from ppo_jax.ops.metrics import explained_variance
 from ppo_jax.ppo.critic import no_critic, value_loss_fn
+from ppo_jax.ppo.entropy import entropy_weight
 from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.scoring import score_rollout
 from ppo_jax.ppo.state import SHUFFLE, SHUFFLE_CRITIC, Agent, PPOState, overlay
@@ -54,12 +55,13 @@ def take_steps(
         epochs=c.epochs,
         target_kl=c.target_kl,
     )
+    loss_of = partial(agent_loss_fn, entropy_coef=entropy_weight(c, state.entropy, loss_fn))
     if state.critic is None:
-        train, metrics = policy(state.train, loss_fn=loss_fn or agent_loss_fn(agent), frozen=frozen)
+        train, metrics = policy(state.train, loss_fn=loss_fn or loss_of(agent), frozen=frozen)
         return state.replace(train=train), metrics
     critic, of_critic = _train_critic(agent, state, rollout, update, experience, frozen, axis_name)
     alone = agent._replace(critic=no_critic, config=replace(c, vf_coef=0.0))
-    loss_fn, frozen = loss_fn or agent_loss_fn(alone), overlay(frozen, critic.params)
+    loss_fn, frozen = loss_fn or loss_of(alone), overlay(frozen, critic.params)
     learn = partial(policy, loss_fn=loss_fn, frozen=frozen)
     train, metrics = _after_warmup(c.critic.warmup_updates, state, learn)
     return state.replace(train=train, critic=critic), _merge(metrics, of_critic)

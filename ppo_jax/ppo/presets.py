@@ -4,6 +4,7 @@ docs/presets_and_metrics.md lists in what each preset differs from its work.
 """
 
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt
+from ppo_jax.ppo.methods import Advantage, Importance, KLLoss, Weighting
 from ppo_jax.ppo.settings import PPOConfig
 
 # Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (arXiv:1909.08593):
@@ -63,5 +64,129 @@ TRL = PPOConfig(
     max_grad_norm=None,
 )
 
-PRESETS = {"default": PPOConfig(), "oai2019": OAI2019, "nplus": NPLUS, "trl": TRL}
+# GRPO (Shao et al. 2024, arXiv:2402.03300): https://github.com/verl-project/verl,
+# examples/grpo_trainer/run_qwen3_8b_fsdp.sh.
+GRPO = PPOConfig(
+    batch_size=1024 * 5,
+    group_size=5,
+    epochs=1,
+    minibatches=4,
+    max_new_tokens=2048,
+    advantage=Advantage.GRPO,
+    dual_clip=3.0,
+    vf_coef=0.0,
+    whiten_advantages=False,
+    kl_coef=0.0,
+    kl_loss_coef=0.001,
+    kl_loss=KLLoss.K3,
+    learning_rate=1e-6,
+    weight_decay=0.01,
+)
+
+# Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): https://github.com/NovaSky-AI/SkyRL,
+# examples/train/algorithms/drgrpo/run_drgrpo_gsm8k.sh.
+DR_GRPO = PPOConfig(
+    batch_size=1024 * 5,
+    group_size=5,
+    epochs=1,
+    minibatches=4,
+    max_new_tokens=1024,
+    advantage=Advantage.DR_GRPO,
+    vf_coef=0.0,
+    weighting=Weighting.CONSTANT_LENGTH,
+    whiten_advantages=False,
+    kl_coef=0.0,
+    learning_rate=1e-6,
+    weight_decay=0.01,
+)
+
+# DAPO (Yu et al. 2025, arXiv:2503.14476): https://github.com/NovaSky-AI/SkyRL,
+# examples/train/algorithms/dapo/run_dapo_qwen2.5_32b_aime.sh.
+DAPO = PPOConfig(
+    batch_size=512 * 16,
+    group_size=16,
+    filter_groups=True,
+    epochs=1,
+    minibatches=16,
+    max_new_tokens=20 * 1024,
+    advantage=Advantage.GRPO,
+    clip_high=0.28,
+    dual_clip=10.0,
+    vf_coef=0.0,
+    whiten_advantages=False,
+    kl_coef=0.0,
+    overlong_buffer=4 * 1024,
+    learning_rate=1e-6,
+    warmup_steps=160,
+    weight_decay=0.1,
+)
+
+# RLOO (Ahmadian et al. 2024, arXiv:2402.14740): https://github.com/huggingface/trl, RLOOConfig,
+# with its batch size on one device.
+RLOO = PPOConfig(
+    batch_size=8,
+    group_size=2,
+    epochs=1,
+    minibatches=1,
+    max_new_tokens=512,
+    advantage=Advantage.RLOO,
+    vf_coef=0.0,
+    weighting=Weighting.SEQUENCE_SUM,
+    whiten_advantages=False,
+    kl_coef=0.05,
+    learning_rate=1e-6,
+    decay_learning_rate=True,
+)
+
+# REINFORCE++ with the mean of the group as baseline (Hu et al. 2025, arXiv:2501.03262):
+# https://github.com/OpenRLHF/OpenRLHF, examples/scripts/train_reinforce_baseline_hybrid_engine.sh.
+REINFORCE_PP = PPOConfig(
+    batch_size=128 * 8,
+    group_size=8,
+    filter_groups=True,
+    epochs=1,
+    minibatches=1,
+    max_new_tokens=64000,
+    advantage=Advantage.REINFORCE_PP_BASELINE,
+    importance=Importance.ICEPOP,
+    vf_coef=0.0,
+    whiten_advantages=False,
+    kl_coef=0.0,
+    kl_loss_coef=1e-5,
+    kl_loss=KLLoss.K2,
+    learning_rate=5e-7,
+    adam_b2=0.95,
+)
+
+# VAPO (Yue et al. 2025, arXiv:2504.05118): https://github.com/NVIDIA-NeMo/RL,
+# examples/configs/ppo_math_1B.yaml with the values that its comments give for VAPO.
+VAPO = PPOConfig(
+    batch_size=32 * 16,
+    group_size=16,
+    epochs=4,
+    minibatches=1,
+    max_new_tokens=14336,
+    advantage=Advantage.VAPO,
+    clip_high=0.28,
+    dual_clip=10.0,
+    vf_coef=0.4,
+    positive_nll_coef=0.1,
+    kl_coef=0.0,
+    overlong_buffer=2048,
+    learning_rate=1e-6,
+    weight_decay=0.01,
+)
+
+PRESETS = {
+    "default": PPOConfig(),
+    "oai2019": OAI2019,
+    "nplus": NPLUS,
+    "trl": TRL,
+    "grpo": GRPO,
+    "dr_grpo": DR_GRPO,
+    "dapo": DAPO,
+    "rloo": RLOO,
+    "reinforce_pp": REINFORCE_PP,
+    "vapo": VAPO,
+}
 """Settings by the name that the command's option `--preset` takes."""

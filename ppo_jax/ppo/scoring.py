@@ -159,6 +159,7 @@ def make_experience(
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
     unbiased: bool = False,
+    weights: Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[Experience, Array]:
     """Compute rewards, advantages and return of a scored rollout.
@@ -177,6 +178,8 @@ def make_experience(
       whiten_advantages: scale and shift the advantages, but not the returns, to variance 1 and mean
         0.
       unbiased: divide by `n - 1` instead of `n` in the variances.
+      weights: `[B, R]` float32, importance weights (see `ppo_jax.ops.importance`) that multiply the
+        advantages at last; `None` for none.
       axis_name: mapped axis over which the rows are split; the moments of whitening are then
         global.
 
@@ -208,6 +211,8 @@ def make_experience(
     chex.assert_equal_shape([advantages, returns, mask])
     if whiten_advantages:
         advantages = masked_whiten(advantages, mask, unbiased=unbiased, axis_name=axis_name)
+    if weights is not None:
+        advantages = advantages * weights
     experience = Experience(
         tokens=rollout.tokens,
         mask=rollout.mask,
@@ -217,5 +222,9 @@ def make_experience(
         values=values,
         advantages=jnp.where(mask, advantages, 0),
         returns=jnp.where(steps, returns, 0),
+        ref_logprobs=scores.ref_logprobs,
+        sampler_logprobs=rollout.logprobs,
+        groups=rollout.groups,
+        scores=task_scores,
     )
     return experience, rewards

@@ -4,46 +4,27 @@ Only `ppo.iteration` and the code around it read the settings. The numeric funct
 `ppo_jax.ops` take keyword arguments instead.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import optax
 
-from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.ops import kl
+from ppo_jax.ops.entropy_control import EntropyController, adaptive_entropy
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt
 from ppo_jax.ppo.critic import CriticConfig
-from ppo_jax.ppo.methods import Advantage, KLEstimator, Loss, Weighting
-from ppo_jax.ppo.optimizers import adamw
-from ppo_jax.ppo.packing import Bins, check_length
-
-# The ranges of the settings. Each entry has the range in words for the error message, a function
-# that tests whether a value lies in it, and the names of the settings that it applies to. A setting
-# that is None is not tested.
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "be positive",
-        lambda x: x > 0,
-        "batch_size epochs minibatches max_new_tokens temperature kl_horizon learning_rate",
-    ),
-    (
-        "be positive, or none",
-        lambda x: x > 0,
-        "micro_batch rollout_rows rollout_slots pack logit_chunk top_k value_clip "
-        "kl_target score_clip target_kl max_grad_norm",
-    ),
-    (
-        "not be negative",
-        lambda x: x >= 0,
-        "truncate_after clip_high vf_coef entropy_coef kl_coef missing_eos_penalty warmup_steps "
-        "adam_eps weight_decay",
-    ),
-    ("lie in 0 .. 1", lambda x: 0 <= x <= 1, "clip_low gamma lam"),
-    ("lie in 0 .. 1 and be above 0", lambda x: 0 < x <= 1, "top_p"),
-    ("lie in 0 .. 1 and be below 1", lambda x: 0 <= x < 1, "adam_b1 adam_b2"),
-    ("be over 1, or none", lambda x: x > 1, "dual_clip"),
+from ppo_jax.ppo.methods import (
+    Advantage,
+    Importance,
+    KLEstimator,
+    KLLoss,
+    Loss,
+    OldLogprobs,
+    Weighting,
 )
+from ppo_jax.ppo.optimizers import adamw
+from ppo_jax.ppo.packing import Bins
+from ppo_jax.ppo.setting_checks import check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +44,13 @@ class PPOConfig:
     # of several lines are wrapped at 70 columns to fit a terminal of 80.
     batch_size: int = 64
     """Each update samples this many responses."""
+    group_size: int = 1
+    """Each prompt gets this many responses, so an update has batch_size /
+    group_size prompts. The advantages grpo, dr_grpo, rloo, maxrl and
+    reinforce_pp_baseline compare the responses to one prompt."""
+    filter_groups: bool = False
+    """Leave responses out of the policy loss if all responses to their prompt
+    have the same score (DAPO, arXiv:2503.14476)."""
     epochs: int = 4
     """Each update makes this many passes over its responses."""
     minibatches: int = 4
@@ -111,9 +99,14 @@ class PPOConfig:
     advantage: Advantage = Advantage.GAE
     """Advantage estimator: gae is generalized advantage estimation; vapo is
     the same with a lambda that grows with the length of the response and
-    returns without bootstrapping (arXiv:2504.05118); monte_carlo is the sum
-    of the later rewards without a critic, which is REINFORCE++ if advantages
-    are whitened (arXiv:2501.03262)."""
+    returns without bootstrapping (arXiv:2504.05118); evpo uses the critic
+    only while it explains variance (arXiv:2604.19485). The others need no
+    critic. monte_carlo is the sum of the later rewards, reinforce_pp whitens
+    it (arXiv:2501.03262), and batch_mean subtracts the mean score of the
+    batch. grpo (arXiv:2402.03300), dr_grpo (arXiv:2503.20783), rloo
+    (arXiv:2402.14740), maxrl (arXiv:2602.02710) and reinforce_pp_baseline
+    compare the responses to one prompt, and need a group_size over 1 and, to
+    be as published, no whiten_advantages."""
     loss: Loss = Loss.PPO
     """Loss of the policy, to which value loss and entropy bonus are added: ppo
     is the clipped surrogate objective. All but sapo and vespo read clip_low
@@ -121,6 +114,20 @@ class PPOConfig:
     (dppo_tv, dppo_kl), of the mean ratio of a response (gspo, for example
     0.0003 and 0.0004) or of a log-ratio (gmpo, for example 0.4 and 0.4). gspo
     and gmpo go with weighting=sequence."""
+    old_logprobs: OldLogprobs = OldLogprobs.SCORED
+    """Log-probabilities that the probability ratio divides by: those that the
+    policy gives to the responses before the update (scored), or those of the
+    sampler, which may be of an older policy."""
+    importance: Importance = Importance.NONE
+    """Weight each token by scored over sampled probability, for a sampler that
+    differs from the policy: truncate the weight (tis) or set it to 0 outside
+    a range (icepop), do so with that of the whole response (sequence_tis,
+    sequence_mask), or drop responses whose mean weight lies outside a range
+    (geometric_mask)."""
+    importance_range: tuple[float, float] | None = None
+    """Lower and upper bound of these weights. None: those of released code,
+    which are 0 2 for tis and sequence_tis, 0 3 for sequence_mask, and
+    0.5 5 for icepop and geometric_mask."""
     clip_low: float = 0.2
     """Lower clip: the probability ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
@@ -135,6 +142,13 @@ class PPOConfig:
     """Weight of the value loss."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, which is subtracted from the loss."""
+    entropy_target: float | None = None
+    """Adapt the weight of the entropy bonus, from entropy_coef on and up to
+    0.005, so that objective/entropy does not fall below this, in nats per
+    token (arXiv:2505.22312). None: the weight is constant."""
+    positive_nll_coef: float = 0.0
+    """Weight of the negative log-likelihood of responses with a score above 0,
+    which is added to the loss (VAPO, arXiv:2504.05118)."""
     weighting: Weighting = Weighting.TOKEN
     """The loss is a mean in which each token has the same weight (token) or
     each response (sequence). sequence_sum is the mean over responses of the
@@ -166,6 +180,13 @@ class PPOConfig:
     """Estimate of each token's KL in the penalty: k1, k2 and k3
     (joschu.net/blog/kl-approx.html), abs (absolute value of k1), or full
     (exact, from the logits of the policy and the reference)."""
+    kl_loss_coef: float = 0.0
+    """Weight of the KL in the loss. It is not scaled by advantages, unlike the
+    KL penalty, which is a part of the rewards."""
+    kl_loss: KLLoss = KLLoss.K2
+    """Estimate of the KL in the loss. The gradients of k2, k1+ and k3+ are that
+    of the KL, and their values those of the estimators. k3 is as in the
+    released code of GRPO, where the gradient is biased (arXiv:2510.01555)."""
     score_at: ScoreAt = ScoreAt.LAST_TOKEN
     """The step whose reward includes the score: the last token of the
     response, the index after it, or the last index, max_new_tokens - 1."""
@@ -175,6 +196,12 @@ class PPOConfig:
     -missing_eos_penalty instead (replace)."""
     missing_eos_penalty: float = 1.0
     """Penalty for a response without an end token, if missing_eos is penalize or replace."""
+    overlong_buffer: int | None = None
+    """Subtract from the score of a response up to overlong_penalty, in
+    proportion to how many of this many last tokens before max_new_tokens it
+    uses (DAPO, arXiv:2503.14476). None: never."""
+    overlong_penalty: float = 1.0
+    """Largest penalty for the length of a response, if overlong_buffer is set."""
     score_clip: float | None = None
     """Scores are clipped to at most this absolute value, after any scaling. None: no clip."""
     scale_scores: bool = False
@@ -208,42 +235,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        check_numbers(self)
-        for rule, holds, names in _RANGES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise SettingError(f"{name} must {rule}, but is {value}.")
-        for name, of, rows in (
-            ("minibatches", "batch_size", self.batch_size),
-            ("micro_batch", "batch_size / minibatches", self.minibatch_size),
-            ("rollout_rows", "batch_size", self.batch_size),
-        ):
-            value = getattr(self, name)
-            if value is not None and rows % value:
-                raise SettingError(f"{name}={value} must divide {of}={rows}.")
-        rows = self.rollout_rows or self.batch_size
-        if self.rollout_slots is not None and self.rollout_slots > rows:
-            raise SettingError(
-                f"rollout_slots={self.rollout_slots} must be at most {rows}, the number of "
-                "responses that are sampled at a time."
-            )
-        check_length(self.pack, self.score_at)
-        if self.kl_target is not None and not self.kl_coef:
-            raise SettingError(
-                f"kl_coef must be positive with kl_target={self.kl_target}, because a weight of 0 "
-                "cannot adapt."
-            )
-        if self.dual_clip is not None and self.loss is not Loss.PPO:
-            raise SettingError(
-                f"dual_clip={self.dual_clip} needs loss=ppo, because loss={self.loss.value} has no "
-                "dual clip."
-            )
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise SettingError(
-                f"min_new_tokens={self.min_new_tokens} must lie in 0 .. "
-                f"max_new_tokens={self.max_new_tokens}."
-            )
+        check_settings(self)
 
     @property
     def minibatch_size(self) -> int:
@@ -275,6 +267,12 @@ class PPOConfig:
         if self.kl_target is None:
             return kl.fixed_kl(self.kl_coef)
         return kl.adaptive_kl(self.kl_coef, target=self.kl_target, horizon=self.kl_horizon)
+
+    def entropy_controller(self) -> EntropyController | None:
+        """Return the controller of the entropy's weight, or None if the weight is constant."""
+        if self.entropy_target is None:
+            return None
+        return adaptive_entropy(self.entropy_coef, target=self.entropy_target)
 
     def optimizer(self, updates: int) -> optax.GradientTransformation:
         """Return the policy's optimizer for a run of so many updates, always the same object."""

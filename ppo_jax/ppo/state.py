@@ -10,6 +10,7 @@ import optax
 from flax.training.train_state import TrainState
 from jax import Array
 
+from ppo_jax.ops.entropy_control import EntropyState
 from ppo_jax.ops.kl import KLState
 from ppo_jax.ops.rewards import ScaleState, running_scale
 from ppo_jax.ppo.settings import PPOConfig
@@ -54,6 +55,7 @@ class PPOState(flax.struct.PyTreeNode):
       critic: parameters `{"critic": ...}` and the state of the critic's own optimizer, or None.
       pending: rollouts that the next updates learn from, the oldest first. Only a run with a
         staleness has any; `sample`, `score` and `learn` neither read nor return them.
+      entropy: state of the controller of the entropy's weight, or None if the weight is constant.
 
     Example:
       >>> train = TrainState(0, None, {"policy": {}, "critic": {}}, None, None)
@@ -70,6 +72,7 @@ class PPOState(flax.struct.PyTreeNode):
     update: Array
     critic: TrainState | None = None
     pending: tuple[Rollout, ...] = ()
+    entropy: EntropyState | None = None
 
     @property
     def params(self) -> Params:
@@ -160,7 +163,7 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
         state = TrainState.create(apply_fn=agent.model.hidden, params=params, tx=tx)
         return state.replace(step=jnp.int32(0))
 
-    critic = None
+    critic, entropy = None, config.entropy_controller()
     if config.critic.learning_rate is not None:
         critic = start({"critic": params["critic"]}, config.critic_optimizer(updates))
         params = {"policy": params["policy"]}
@@ -171,4 +174,5 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
         key,
         jnp.int32(0),
         critic,
+        entropy and entropy.init(),
     )

@@ -17,7 +17,7 @@ head of a reward model, and `models.io.scorers` reads and writes the files of re
 
 from ppo_jax.errors import RewardError
 from ppo_jax.reward_functions.likeness import LikenessReward
-from ppo_jax.reward_functions.loading import load_reward, load_rewards
+from ppo_jax.reward_functions.loading import load_function, load_reward, load_rewards
 from ppo_jax.reward_functions.model import ModelReward
 from ppo_jax.reward_functions.protocol import RewardFn, TaskScores, check_scores, require_scores
 from ppo_jax.reward_functions.text import TextReward
@@ -36,6 +36,7 @@ __all__ = (
     "TokenReward",
     "WeightedReward",
     "check_scores",
+    "load_function",
     "load_reward",
     "load_rewards",
     "require_scores",

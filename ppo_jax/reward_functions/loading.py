@@ -155,10 +155,31 @@ def _split_weight(spec: str) -> tuple[str, float]:
     return reward, weight
 
 
-def _load_function(file: Path, name: str) -> tuple[Callable[..., Any], str]:
+def load_function(spec: str, purpose: str) -> Callable[..., Any]:
+    """Return the function that `my_file.py:function` names.
+
+    Args:
+      spec: a Python file and the name of a function in it, joined by a colon.
+      purpose: what the function is for, such as "loss", for messages.
+
+    Returns:
+      The function.
+
+    Raises:
+      ValueError: if `spec` has another form, or its file or function does not exist.
+    """
+    file, colon, name = spec.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise ValueError(f"The {purpose} must be like my_file.py:function, but is {spec!r}.")
+    return _load_function(Path(file), name, purpose)[0]
+
+
+def _load_function(
+    file: Path, name: str, purpose: str = "reward"
+) -> tuple[Callable[..., Any], str]:
     """Run a Python file as a module; return its function `name` and the name of the module."""
     if not file.is_file():
-        raise ValueError(f"The reward file {file} does not exist.")
+        raise ValueError(f"The {purpose} file {file} does not exist.")
     # Worker processes that are spawned get this path, and can then import the file by its name. A
     # module beside it can be imported too. Last, so that no file beside it hides another module.
     folder = str(file.resolve().parent)
@@ -169,11 +190,11 @@ def _load_function(file: Path, name: str) -> tuple[Callable[..., Any], str]:
         module = run_file(file, module_name)
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"The reward file {file} does not run: {type(error).__name__}: {error}"
+            f"The {purpose} file {file} does not run: {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"The reward file {file} has no function {name!r}.")
+        raise ValueError(f"The {purpose} file {file} has no function {name!r}.")
     return function, module_name
 
 

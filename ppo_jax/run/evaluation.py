@@ -135,6 +135,9 @@ def evaluate(
         state = placement.place(state, collector.learner.mesh)
         rows = np.arange(first, first + size) % len(prompts)
         batch = collector.collect(state, prompts.take(rows))
+        # Neighbouring rows answer different prompts here.
+        groups = rows.astype(np.int32)
+        batch = batch._replace(host_rollout=batch.host_rollout.replace(groups=groups))
         keep = min(size, len(prompts) - first)
         at = slice(first, first + keep)
         mask, computed = batch.host_rollout.response_mask, placement.to_host(batch.scores)

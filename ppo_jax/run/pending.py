@@ -40,8 +40,10 @@ class Schedule(NamedTuple):
 
     def prompts_of(self, update: int) -> data.Prompts:
         """Return the prompts of an update."""
-        size = self.collector.learner.agent.config.batch_size
-        return self.prompts.take(data.batch_rows(len(self.prompts), size, update, seed=self.seed))
+        config = self.collector.learner.agent.config
+        options = {"seed": self.seed, "group_size": config.group_size}
+        rows = data.batch_rows(len(self.prompts), config.batch_size, update, **options)
+        return self.prompts.take(rows)
 
     def sample(self, state: PPOState) -> tuple[Rollout, ...]:
         """Start to sample what is missing for this update and for the `staleness` next ones.

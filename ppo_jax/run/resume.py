@@ -47,6 +47,8 @@ _FREE: dict[str, set[str]] = {
         "data_options",
         "reward",
         "reward_timeout",
+        "advantage",
+        "loss",
         "loop",
         "ppo",
         "mesh",

@@ -42,9 +42,8 @@ class Trainer:
     Example::
 
         learner = assemble(*load_model("gpt2"), PPOConfig(), critic="shared")
-        prompts = learner.encode(read_rows("prompts.txt"))
-        reward, out = TextReward(function), Path("runs/a")
-        trainer = Trainer(learner, prompts, reward, out=out, loop=LoopConfig(updates=50))
+        prompts, reward = learner.encode(read_rows("prompts.txt")), TextReward(function)
+        trainer = Trainer(learner, prompts, reward, out=Path("a"), loop=LoopConfig(updates=50))
         state = trainer.run()
     """
 
