@@ -37,6 +37,7 @@ from .ppo.critic import (
     no_critic as no_critic,
     value_loss_fn as value_loss_fn,
 )
+from .ppo.loss_terms import LossTerm as LossTerm, loss_terms as loss_terms
 
 # Data that flows between the parts, and the functions that you can supply.
 from .types import (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -168,10 +169,12 @@ def test_the_likelihood_of_good_responses_does_not_depend_on_micro_batches():
 
 
 def test_the_clipped_share_by_sign_of_the_advantage():
-    found = policy_metrics(NEW, OLD, MASK, clip_low=0.2, clip_high=0.3, advantages=X).mean
+    clips = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 2.0}
+    found = policy_metrics(NEW, OLD, MASK, **clips, advantages=X).mean
     ratio = np.exp(NEW - OLD)[MASK]
     close(found["policy/clipfrac_positive"], ((ratio > 1.3) & (X[MASK] > 0)).mean(), rtol=1e-5)
     close(found["policy/clipfrac_negative"], ((ratio < 0.8) & (X[MASK] < 0)).mean(), rtol=1e-5)
+    close(found["policy/clipfrac_dual"], ((ratio > 2) & (X[MASK] < 0)).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -220,12 +223,12 @@ def test_a_run_with_everything_resumes_to_the_same_bits(tmp_path):
         overlong_buffer=2,
         learning_rate=1e-2,
     )
-    whole = simple_trainer(tmp_path / "whole", ppo=ppo, updates=3, eval_every=9).run()
-    half = simple_trainer(tmp_path / "half", ppo=ppo, updates=2, eval_every=9).run()
-    assert half.entropy.weight > 0
-    again = simple_trainer(tmp_path / "half", ppo=ppo, updates=3, eval_every=9, resume="yes").run()
-    jax.tree.map(np.testing.assert_array_equal, again, whole.replace(train=again.train))
-    jax.tree.map(np.testing.assert_array_equal, again.train.params, whole.train.params)
+    run = partial(simple_trainer, ppo=ppo, shared=True)
+    whole = run(tmp_path / "whole", updates=3).run()
+    run(tmp_path / "half", updates=2).run()
+    again = run(tmp_path / "half", updates=3, resume="yes").run()
+    for x, y in ((again.train.params, whole.train.params), (again.entropy, whole.entropy)):
+        jax.tree.map(np.testing.assert_array_equal, x, y)
     lines = (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines if "policy/ratio" in line]
     assert set(rows[0]) - {"update"} < documented_metrics()
@@ -234,4 +237,4 @@ def test_a_run_with_everything_resumes_to_the_same_bits(tmp_path):
     weights = [row["objective/entropy_coef"] for row in rows]
     close(weights, [0, 1e-4, 2e-4], rtol=1e-5)  # the step of adaptive_entropy
     with pytest.raises(SettingError, match=r"entropy_target=10.0 adapts a weight"):
-        simple_trainer(tmp_path / "own", ppo=ppo, loss_fn=lambda *args: None).step()
+        run(tmp_path / "own", loss_fn=lambda *args: None).step()

@@ -20,6 +20,7 @@ OPTIONAL_METRICS = {
     "eval/length_mean",
     "eval/kl",
     "objective/entropy_coef",
+    "policy/clipfrac_dual",
     "loss/kl",
     "loss/positive_nll",
     "importance/mean",

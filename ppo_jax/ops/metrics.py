@@ -35,6 +35,7 @@ def policy_metrics(
     *,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
     advantages: Array | None = None,
     count: Array | None = None,
 ) -> LossMetrics:
@@ -52,6 +53,8 @@ def policy_metrics(
       mask: `[B, R]` bool, true for the tokens in the policy loss.
       clip_low: a token whose ratio is below `1 - clip_low` counts as clipped.
       clip_high: a token whose ratio is above `1 + clip_high` counts as clipped.
+      dual_clip: with `advantages`, a token whose ratio is above this and whose advantage is below 0
+        counts as clipped by the dual clip. `None` for no dual clip.
       advantages: `[B, R]` float32, for the shares of tokens that the clip takes the gradient from.
       count: `[]` float32, the number of tokens in the whole minibatch if this is a micro-batch.
 
@@ -60,7 +63,8 @@ def policy_metrics(
       `policy/approx_kl` (k3), `policy/approx_kl_k1` and `policy/ratio`, and the maxima
       `policy/ratio_max` and `policy/ratio_error_max` (of `|ρ - 1|`), `[]` float32 each. With
       `advantages` also the means `policy/clipfrac_positive` (ratio above the range, advantage above
-      0) and `policy/clipfrac_negative` (ratio below the range, advantage below 0).
+      0) and `policy/clipfrac_negative` (ratio below the range, advantage below 0), and with
+      `dual_clip` the mean `policy/clipfrac_dual`.
 
     Raises:
       AssertionError: if the shapes differ.
@@ -89,6 +93,9 @@ def policy_metrics(
         (advantages,) = hide_masked(mask, advantages)
         means["policy/clipfrac_positive"] = jnp.where(advantages > 0, high, 0)
         means["policy/clipfrac_negative"] = jnp.where(advantages < 0, low, 0)
+        if dual_clip is not None:
+            dual = (advantages < 0) & (ratio > dual_clip)
+            means["policy/clipfrac_dual"] = dual.astype(jnp.float32)
     return LossMetrics(
         {name: masked_mean(x, mask, count=count) for name, x in means.items()},
         {

@@ -110,7 +110,10 @@ def clipped_ppo(config: "PPOConfig") -> tuple[losses.ResponseLossFn, Callable[..
         entropy_coef=config.entropy_coef,
         dual_clip=config.dual_clip,
     )
-    return loss, partial(policy_metrics, clip_low=low, clip_high=high)
+    metrics = partial(policy_metrics, clip_low=low, clip_high=high)
+    return loss, metrics if config.dual_clip is None else partial(
+        metrics, dual_clip=config.dual_clip
+    )
 
 
 class _Method(enum.Enum):
