@@ -4,6 +4,7 @@ docs/presets_and_metrics.md lists in what each preset differs from its work.
 """
 
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt
+from ppo_jax.ppo.critic import CriticConfig
 from ppo_jax.ppo.methods import Advantage, Importance, KLLoss, Weighting
 from ppo_jax.ppo.settings import PPOConfig
 
@@ -175,6 +176,7 @@ VAPO = PPOConfig(
     overlong_buffer=2048,
     learning_rate=1e-6,
     weight_decay=0.01,
+    critic=CriticConfig(learning_rate=1e-5, weight_decay=0.01),
 )
 
 PRESETS = {

@@ -279,6 +279,7 @@ def _arrays(state: PPOState) -> dict[str, Any]:
             for name, x in trained.items()
             if x is not None
         },
+        **({} if state.entropy is None else {"entropy": state.entropy}),
         "kl": state.kl,
         "scale": state.scale,
         "key": jax.random.key_data(state.key),
