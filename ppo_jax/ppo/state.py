@@ -173,6 +173,6 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
         running_scale().init(),
         key,
         jnp.int32(0),
-        critic,
-        entropy and entropy.init(),
+        critic=critic,
+        entropy=entropy and entropy.init(),
     )
