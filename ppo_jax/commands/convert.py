@@ -85,7 +85,7 @@ class Convert:
             mesh=None,
         )
         state = read_checkpoint(run, state, self.update)
-        params = placement.to_host(state.train.params)
+        params = placement.to_host(state.params)
         refused = export_models(self.out, learner, params, base_name=command.model)
         for part, reason in refused.items():
             print(f"The {part} is not written: {reason}", file=sys.stderr)

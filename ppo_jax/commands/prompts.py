@@ -3,10 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ppo_jax import data
 from ppo_jax.data.columns import PromptColumns
+from ppo_jax.data.examples import split
 from ppo_jax.data.prompts import LongPrompts
+from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.run.assembly import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +54,44 @@ class PromptOptions(PromptColumns):
         total = len(prompts) + count if dropped else len(prompts)
         what = "left out" if dropped else "cut at their beginning"
         return f"{count} of {total} prompts of {source} are too long and are {what}."
+
+    def encode(self, learner: Learner, rows: list[data.Row], source: str) -> data.Prompts | None:
+        """Tokenize prompts for a learner, and print how many of them are too long.
+
+        Args:
+          learner: what is trained.
+          rows: the rows of the prompts.
+          source: where they come from.
+
+        Returns:
+          The prompts; None if there are no rows.
+        """
+        if not rows:
+            return None
+        prompts = learner.encode(rows, **self.limits())
+        if (note := self.report(prompts, source)) is not None:
+            processes.print_once(note)
+        return prompts
+
+
+def hold_out(
+    rows: list[data.Row], source: str, *, fraction: float, seed: int
+) -> tuple[list[data.Row], list[data.Row]]:
+    """Split rows at random into those to learn from and those that are held out.
+
+    Args:
+      rows: at least two rows.
+      source: where they come from.
+      fraction: the share of the rows that are held out.
+      seed: seed of the choice.
+
+    Returns:
+      Both parts, in the order of the rows.
+    """
+    if len(rows) < 2:
+        raise ValueError(
+            f"{source} holds one prompt, so that eval_fraction={fraction} can hold out none; pass "
+            "--eval-prompts."
+        )
+    kept, held_out = split((np.arange(len(rows)),), seed=seed, fraction=fraction)
+    return [rows[i] for i in np.sort(kept[0])], [rows[i] for i in np.sort(held_out[0])]

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import tyro
 from flax.traverse_util import flatten_dict
 
 from ppo_jax import data, hashing
-from ppo_jax.commands.prompts import PromptOptions
+from ppo_jax.commands.prompts import PromptOptions, hold_out
 from ppo_jax.commands.rewards import Rewards, check_rewards
 from ppo_jax.data.chat import as_user_messages
-from ppo_jax.data.examples import split
 from ppo_jax.distributed import meshes, processes
 from ppo_jax.distributed.processes import Processes
 from ppo_jax.errors import SettingError
@@ -206,8 +204,8 @@ class Train:
             self.reward, self.reward_given, self.reward_label, self.reward_timeout
         )
         policy_loss = self._function("loss", self.loss)
-        prompts = self._encode(learner, rows, self.prompts)
-        held_out = self._encode(
+        prompts = self.data_options.encode(learner, rows, self.prompts)
+        held_out = self.data_options.encode(
             learner, held_out_rows, self.eval_prompts or f"the held-out part of {self.prompts}"
         )
         assert prompts is not None  # There are rows to learn from.
@@ -288,24 +286,7 @@ class Train:
             return rows, read(self.eval_prompts)
         if not self.eval_fraction:
             return rows, []
-        if len(rows) < 2:
-            raise ValueError(
-                f"{self.prompts} holds one prompt, so that eval_fraction={self.eval_fraction} can "
-                "hold out none; pass --eval-prompts."
-            )
-        kept, held_out = split(
-            (np.arange(len(rows)),), seed=self.loop.seed, fraction=self.eval_fraction
-        )
-        return [rows[i] for i in np.sort(kept[0])], [rows[i] for i in np.sort(held_out[0])]
-
-    def _encode(self, learner: Learner, rows: list[data.Row], source: str) -> data.Prompts | None:
-        """Tokenize prompts, and print how many of them are too long."""
-        if not rows:
-            return None
-        prompts = learner.encode(rows, **self.data_options.limits())
-        if (note := self.data_options.report(prompts, source)) is not None:
-            processes.print_once(note)
-        return prompts
+        return hold_out(rows, self.prompts, fraction=self.eval_fraction, seed=self.loop.seed)
 
     def _train(self, trainer: Trainer) -> None:
         done = int(trainer.state.update)

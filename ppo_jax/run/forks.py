@@ -70,7 +70,7 @@ def start_from(
     origin = {
         "run": str(fork.run.resolve()),
         "update": update,
-        "digest": digest(stored.train.params),
+        "digest": digest(stored.params),
         "changes": {name: [a, b] for name, a, b in changes},
     }
     return stored.replace(key=state.key), origin
