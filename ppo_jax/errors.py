@@ -21,6 +21,7 @@ This module imports only the standard library, so that it is cheap to import.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -130,3 +131,18 @@ class NonFiniteParametersError(GradientError):
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read. The message says which one, and why."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message as a sentence of at most about 400 characters.
+
+    Example:
+      >>> first_line(OSError("the disk is full"))
+      'the disk is full.'
+    """
+    text = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip()
+    line = (text or type(error).__name__).splitlines()[0]
+    line = re.sub(r" \[[a-z_]+(\[\d+\])?='.*", "", line)  # TensorStore appends details.
+    if len(line) > 400:  # The cause of the error is at the end of the line.
+        line = f"{line[:150]} ... {line[-250:]}"
+    return line if line.endswith(".") else line + "."

@@ -174,6 +174,7 @@ def full_trainer(
     mesh=None,
     sampling=None,
     held_out=None,
+    mirror=None,
     **loop,
 ) -> Trainer:
     """Return a run whose checkpoint must hold all that a checkpoint can hold.
@@ -201,6 +202,7 @@ def full_trainer(
         out=Path(out),
         loop=LoopConfig(**{**defaults, "save_every": 1, "eval_every": 3, **loop}),
         resume=resume,
+        mirror=mirror,
         eval_prompts=prompts if held_out is None else encode_rows(held_out, tokenizer, ppo),
     )
 

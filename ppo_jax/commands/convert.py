@@ -15,6 +15,7 @@ from ppo_jax.run.assembly import Learner, load_model
 from ppo_jax.run.export import export_models
 from ppo_jax.run.files import check_links
 from ppo_jax.run.parts import initial_reference
+from ppo_jax.run.remote import local_copy
 from ppo_jax.run.resume import read_config
 from ppo_jax.run.stored import Which, read_checkpoint
 
@@ -56,7 +57,7 @@ class Convert:
         if self.run_folder is None:
             self._convert_model(str(self.model))
         else:
-            self._convert_run(self.run_folder)
+            self._convert_run(local_copy(self.run_folder))
 
     def _convert_model(self, model: str) -> None:
         if self.update != "last":

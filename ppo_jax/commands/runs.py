@@ -14,10 +14,11 @@ from ppo_jax.errors import SettingError
 from ppo_jax.run import provenance
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.compare import compare, metric_differences
-from ppo_jax.run.files import check_free, read_lines
+from ppo_jax.run.files import check_free, read_lines, store_url
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.history import by_settings, read_history
 from ppo_jax.run.logging import SKIPPED, finite
+from ppo_jax.run.remote import local_copy
 from ppo_jax.run.resume import read_config
 from ppo_jax.run.score_tables import print_scores
 from ppo_jax.run.serialize import from_json
@@ -46,12 +47,13 @@ class Compare:
             raise ValueError(f"compare needs {number}, but got {len(self.runs)}.")
         if self.exact:
             self._compare_exactly(*self.runs)
-        groups = by_settings([read_history(folder) for folder in self.runs])
+        groups = by_settings([read_history(local_copy(folder)) for folder in self.runs])
         print_scores(groups)
 
     def _compare_exactly(self, run_a: Path, run_b: Path) -> NoReturn:
-        found = compare(run_a, run_b)
-        ended = all((run / "summary.json").exists() for run in (run_a, run_b))
+        runs = local_copy(run_a), local_copy(run_b)
+        found = compare(*runs)
+        ended = all((run / "summary.json").exists() for run in runs)
         parameters = (
             ", final parameters."
             if ended
@@ -79,6 +81,10 @@ class Replay:
 
     def run(self) -> None:
         """Repeat the update and print whether its metrics are those of the run."""
+        check_free(self.out)
+        if store_url(self.run_folder):
+            replace(self, run_folder=local_copy(self.run_folder)).run()
+            return
         command = self._command()
         if command.deterministic:
             provenance.make_deterministic()
@@ -105,7 +111,6 @@ class Replay:
 
     def _command(self) -> Train:
         """Return the options of the run, with the `out` of this command."""
-        check_free(self.out)
         command = replace(stored_command(self.run_folder), out=self.out, resume="no")
         first = (read_config(self.run_folder).get("forked_from") or {}).get("update", 0)
         updates = command.loop.updates

@@ -25,10 +25,11 @@ from ppo_jax.reward_functions import load_function, load_rewards
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner, assemble, load_model
 from ppo_jax.run.export import export_result
-from ppo_jax.run.files import check_free, lock_folder
+from ppo_jax.run.files import check_free, lock_folder, store_url
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.opening import Resume
 from ppo_jax.run.parts import check_vocabulary, starting_adapters
+from ppo_jax.run.remote import Mirror
 from ppo_jax.run.resume import read_config
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
@@ -69,7 +70,8 @@ class Train:
     """Time limit in seconds of a reward function for one response, with which it is called for each
     response alone. A response that takes longer has no score."""
     out: Path
-    """Folder for the metrics, samples, checkpoints and final model."""
+    """Folder for the metrics, samples, checkpoints and final model. It may be in an object store,
+    as gs://BUCKET/PATH or s3://BUCKET/PATH, for a run of one process."""
     eval_prompts: str | None = None
     """Held-out prompts for evaluation, in the same formats."""
     eval_fraction: float = 0.0
@@ -162,14 +164,20 @@ class Train:
         settings = flatten_dict(to_json(self), sep=".")
         own = ("out", "processes.")  # These options may differ between processes.
         processes.check_same({name: x for name, x in settings.items() if not name.startswith(own)})
-        check_free(self.out, resume=self.resume in ("yes", "auto"))
+        mirror = None if (url := store_url(self.out)) is None else Mirror(url)
+        out = self.out if mirror is None else mirror.folder
+        check_free(out, resume=self.resume in ("yes", "auto"))
         fork = self._fork()
-        trainer = self.build(self.out, fork=fork)
+        trainer = self.build(out, fork=fork, mirror=mirror)
         with contextlib.ExitStack() as stack:
+            if mirror is not None:
+                stack.callback(mirror.close)
             if processes.is_first():
                 # The trainer releases its own lock before the model is written.
-                stack.callback(lock_folder(self.out).release)
+                stack.callback(lock_folder(out).release)
             self._train(trainer)
+            if mirror is not None:
+                mirror.push()
 
     def _fork(self) -> Fork | None:
         """Return the checkpoint to fork, once it is checked that there is such a run."""
@@ -180,16 +188,24 @@ class Train:
             )
         if self.fork_from is None:
             return None
-        read_config(self.fork_from)
+        if store_url(self.fork_from) is None:
+            read_config(self.fork_from)
         return Fork(self.fork_from, self.fork_update)
 
-    def build(self, out: Path, loop: LoopConfig | None = None, fork: Fork | None = None) -> Trainer:
+    def build(
+        self,
+        out: Path,
+        loop: LoopConfig | None = None,
+        fork: Fork | None = None,
+        mirror: Mirror | None = None,
+    ) -> Trainer:
         """Read model, prompts and reward, and make a trainer.
 
         Args:
           out: the folder that the trainer writes to.
           loop: settings that replace `self.loop`, or None.
           fork: the checkpoint of another run that the run starts from, or None.
+          mirror: what keeps `out` in an object store, or None.
 
         Returns:
           The trainer.
@@ -221,6 +237,7 @@ class Train:
             fork=fork,
             advantage_fn=self._function("advantage", self.advantage),
             loss_fn=agent_loss_fn(learner.agent, policy_loss=policy_loss) if policy_loss else None,
+            mirror=mirror,
         )
 
     def learner(self) -> Learner:
@@ -288,24 +305,28 @@ class Train:
             return rows, []
         return hold_out(rows, self.prompts, fraction=self.eval_fraction, seed=self.loop.seed)
 
+    @property
+    def _place(self) -> str:
+        return store_url(self.out) or str(self.out)
+
     def _train(self, trainer: Trainer) -> None:
         done = int(trainer.state.update)
         forked = self.resume == "fork"
         processes.print_once(
-            f"A run starts in {self.out} from {self.fork_from} after {done} updates."
+            f"A run starts in {self._place} from {self.fork_from} after {done} updates."
             if forked
-            else f"The run in {self.out} continues after {done} updates."
+            else f"The run in {self._place} continues after {done} updates."
             if done
-            else f"A run starts in {self.out}; the first update takes longer, as it is compiled."
+            else f"A run starts in {self._place}; the first update takes longer, as it is compiled."
         )
         state = trainer.run()
         digest = hashing.digest(state.params)
-        export_result(self.out, trainer, state, base_name=self.model)
+        export_result(trainer.out, trainer, state, base_name=self.model)
         updates = int(state.update)
         processes.on_first_process(
-            lambda: print_before_and_after(write_summary(self.out, updates, digest))
+            lambda: print_before_and_after(write_summary(trainer.out, updates, digest))
         )
         processes.print_once(
-            f"The fine-tuned model is in {self.out / 'model'}; every update's metrics are in "
-            f"{self.out / 'metrics.jsonl'}.\nDigest of the final parameters: {digest}"
+            f"The fine-tuned model is in {self._place}/model; every update's metrics are in "
+            f"{self._place}/metrics.jsonl.\nDigest of the final parameters: {digest}"
         )

@@ -2,9 +2,8 @@
 
 import json
 import logging
-import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from ppo_jax.distributed import processes
-from ppo_jax.errors import CheckpointError
+from ppo_jax.errors import CheckpointError, first_line
 from ppo_jax.hashing import digest, text_hash
 from ppo_jax.ppo.iteration import PPOState
+from ppo_jax.run.background import Background, host_copy
 from ppo_jax.run.provenance import differences
 
 _LOG = logging.getLogger(__name__)
@@ -57,13 +57,21 @@ class Checkpoints:
       folder: the absolute path of the folder.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+        after_save: Callable[[], None] | None = None,
+    ):
         """Open a folder of checkpoints.
 
         Args:
           folder: the folder, which is created unless `read_only` is true.
           keep: the number of newest checkpoints to keep, besides the one with the best evaluation.
           read_only: whether to change nothing in the folder.
+          after_save: called once a checkpoint is complete, in the thread that has written it.
         """
         self._best = _KeepOne()
         latest = checkpoint_managers.LatestN(keep)
@@ -78,9 +86,15 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_is_cause)
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._background, self._after_save = Background(), after_save
 
     def save(
-        self, state: PPOState, notes: dict[str, Any] | None = None, *, best: int | None = None
+        self,
+        state: PPOState,
+        notes: dict[str, Any] | None = None,
+        *,
+        best: int | None = None,
+        wait: bool = True,
     ) -> None:
         """Write a checkpoint whose name is the number of updates, unless there is one already.
 
@@ -88,15 +102,17 @@ class Checkpoints:
           state: the state of the run.
           notes: what a resumed run needs besides the state, in the types of JSON.
           best: the number of updates of the checkpoint with the best evaluation, which is kept.
+          wait: whether to return only when the checkpoint is complete. Otherwise a single process
+            with enough memory writes a copy of the state in the background. An error is then raised
+            by the next call that waits, such as the next `save`.
 
         Raises:
           CheckpointError: if it cannot be written, for example because the disk is full. Earlier
             checkpoints remain as they are.
         """
         step, arrays = int(state.update), _arrays(state)
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
-        self._best.step = best
         # The names are those in checkpoints that were written earlier, so they must not change.
         about = json.dumps(notes or {}, sort_keys=True)
         structure = _structure({**arrays, "pending": state.pending})
@@ -106,21 +122,36 @@ class Checkpoints:
             "structure": structure,
             "run_digest": text_hash(about, sorted(structure.items())),
         }
-        items = {"state": ocp.args.StandardSave(arrays), "run": ocp.args.JsonSave(run)}
         if state.pending:  # Apart from the other arrays, which can then be read without them.
             run["pending"] = digest(state.pending)
-            items["pending"] = ocp.args.StandardSave(state.pending)
+        both = arrays, state.pending
+        copied = None if wait or jax.process_count() > 1 else host_copy(both)
+        if copied is None:
+            self._write(step, both, run, best)
+        else:
+            self._background.start(partial(self._write, step, copied, run, best))
+
+    def _write(
+        self, step: int, both: tuple[Any, Any], run: dict[str, Any], best: int | None
+    ) -> None:
+        self._best.step = best
+        arrays, pending = both
+        items = {"state": ocp.args.StandardSave(arrays), "run": ocp.args.JsonSave(run)}
+        if pending:
+            items["pending"] = ocp.args.StandardSave(pending)
         try:
-            processes.on_first_process(lambda: self._check_room((arrays, state.pending)))
+            processes.on_first_process(lambda: self._check_room(both))
             if not self._manager.save(step, args=ocp.args.Composite(**items)):
-                raise OSError(f"Orbax refuses to write it beside {self.steps()}.")
+                raise OSError(f"Orbax refuses to write it beside {self._manager.all_steps()}.")
         except (
             Exception
         ) as error:  # Orbax and TensorStore raise many kinds of error for a full disk
             raise CheckpointError(
-                f"Checkpoint {step} cannot be written to {self.folder}: {_first_line(error)} "
+                f"Checkpoint {step} cannot be written to {self.folder}: {first_line(error)} "
                 "The earlier ones are untouched."
             ) from error
+        if self._after_save is not None:
+            self._after_save()
 
     def _check_room(self, arrays: Any) -> None:
         needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SPARE_BYTES
@@ -130,8 +161,13 @@ class Checkpoints:
                 f"it may take {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB left"
             )
 
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written in the background, and raise its error."""
+        self._background.wait()
+
     def steps(self) -> list[int]:
-        """Return the numbers of updates of all checkpoints, in increasing order."""
+        """Return the numbers of updates of all complete checkpoints, in increasing order."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def were_any(self) -> bool:
@@ -162,9 +198,7 @@ class Checkpoints:
             try:
                 found = self._read(number, like)
             except Exception as error:  # Reading a damaged file may raise any kind of error.
-                reason = (
-                    f"Checkpoint {number} in {self.folder} cannot be used: {_first_line(error)}"
-                )
+                reason = f"Checkpoint {number} in {self.folder} cannot be used: {first_line(error)}"
                 mismatch = "" if _is_damage(error) else reason
             mismatch, reason = (
                 next(filter(None, processes.gather_text(text)), "") for text in (mismatch, reason)
@@ -193,7 +227,7 @@ class Checkpoints:
             return json.loads(self._read_run(step)["about"])
         except Exception as error:  # Reading a damaged file may raise any kind of error.
             raise CheckpointError(
-                f"Checkpoint {step} in {self.folder} cannot be used: {_first_line(error)}"
+                f"Checkpoint {step} in {self.folder} cannot be used: {first_line(error)}"
             ) from error
 
     def _read_run(self, step: int) -> dict[str, Any]:
@@ -240,24 +274,22 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Close the files and threads of Orbax."""
-        self._manager.close()
+        """Wait for the checkpoint that is being written, and close files and threads.
+
+        Raises:
+          CheckpointError: if that checkpoint cannot be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._background.close()
+            self._manager.close()
 
 
 def _is_damage(error: Exception) -> bool:
     """Return whether an error means that files are damaged, and not only unusable here."""
     other = (_MismatchError, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
     return not isinstance(error, other) and "PERMISSION_DENIED" not in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message as a sentence of at most about 400 characters."""
-    text = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip()
-    line = (text or type(error).__name__).splitlines()[0]
-    line = re.sub(r" \[[a-z_]+(\[\d+\])?='.*", "", line)  # TensorStore appends details.
-    if len(line) > 400:  # The cause of the error is at the end of the line.
-        line = f"{line[:150]} ... {line[-250:]}"
-    return line if line.endswith(".") else line + "."
 
 
 def _structure(arrays: Any) -> dict[str, str]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,27 @@ def check_free(folder: Path, *, resume: bool | None = None) -> None:
         raise ValueError(f"{folder} holds another run; {advice}")
 
 
+def store_url(path: str | Path) -> str | None:
+    """Return the address of a folder in an object store, or None for any other path.
+
+    Example:
+      >>> store_url(Path("s3://bucket/runs/a")), store_url("runs/a")
+      ('s3://bucket/runs/a', None)
+    """
+    match = re.match(r"(gs|s3):/+(.*)", str(path))  # A Path has only one of the slashes.
+    return f"{match[1]}://{match[2].rstrip('/')}" if match else None
+
+
 def check_links(path: Path) -> None:
-    """Raise ValueError if a path is, or is below, a link to something that does not exist."""
+    """Raise ValueError if a path is, or is below, a link to something that does not exist.
+
+    A path in an object store is refused as well.
+    """
+    if url := store_url(path):
+        raise ValueError(
+            f"{url} is in an object store, where only the folder of ppo-jax train can be; choose a "
+            "local folder."
+        )
     for place in (path, path / "checkpoints", *path.parents):
         if place.is_symlink() and not place.exists():
             raise ValueError(

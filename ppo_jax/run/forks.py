@@ -7,6 +7,8 @@ from ppo_jax.errors import SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.ppo.state import PPOState
 from ppo_jax.run import provenance
+from ppo_jax.run.files import store_url
+from ppo_jax.run.remote import local_copy
 from ppo_jax.run.resume import RunConfig, read_config, setting_differences
 from ppo_jax.run.stored import Which, read_checkpoint
 
@@ -52,8 +54,9 @@ def start_from(
       ValueError: if there is no such checkpoint, or if its arrays do not fit `state`.
       SettingError: if `updates` is not larger than the number of updates of the checkpoint.
     """
-    before = read_config(fork.run)
-    stored = read_checkpoint(fork.run, state, fork.which)
+    run = local_copy(fork.run)
+    before = read_config(run)
+    stored = read_checkpoint(run, state, fork.which)
     update = int(stored.update)
     if update >= updates:
         raise SettingError(
@@ -68,7 +71,7 @@ def start_from(
         *provenance.differences(before["hashes"], config.hashes, "hash of"),
     ]
     origin = {
-        "run": str(fork.run.resolve()),
+        "run": store_url(fork.run) or str(fork.run.resolve()),
         "update": update,
         "digest": digest(stored.params),
         "changes": {name: [a, b] for name, a, b in changes},

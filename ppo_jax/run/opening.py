@@ -1,5 +1,6 @@
 """Open a run's folder: lock it, restore the newest checkpoint, and start the logs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -107,6 +108,7 @@ def open_run(
     loop: LoopConfig,
     resume: Resume,
     fork: Fork | None = None,
+    after_save: Callable[[], None] | None = None,
 ) -> OpenRun:
     """Open a claimed folder for a new run, or for one that is resumed.
 
@@ -118,6 +120,7 @@ def open_run(
       resume: "yes" restores the newest good checkpoint, "auto" does so if there is one, and "no"
         starts a new run.
       fork: the checkpoint of another run that a new run starts from, or None.
+      after_save: as in `Checkpoints`.
 
     Returns:
       The opened run.
@@ -128,7 +131,7 @@ def open_run(
       SettingError: if the run has made more updates than `loop.updates`.
     """
     processes.check_same({f"The hash of the {name}": x for name, x in config.hashes.items()})
-    checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep, after_save=after_save)
     notes: dict[str, Any] = {}
     origin = None
     if resume == "yes" and not checkpoints.were_any():

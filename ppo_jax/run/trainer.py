@@ -1,5 +1,6 @@
 """The stateful train loop, which carries a `PPOState` and writes the files of a run."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from ppo_jax.run.logging import PAIRS, SKIPPED, show_progress
 from ppo_jax.run.opening import Resume, claim_folder, open_run
 from ppo_jax.run.parts import initial_reference
 from ppo_jax.run.pending import Schedule, with_pending
+from ppo_jax.run.remote import Mirror
 from ppo_jax.run.resume import start_config
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.types import AdvantageFn, LossFn, Rollout
@@ -59,6 +61,7 @@ class Trainer:
         settings: Any = None,
         resume: Resume = "no",
         fork: Fork | None = None,
+        mirror: Mirror | None = None,
         advantage_fn: AdvantageFn | None = None,
         loss_fn: LossFn | None = None,
     ):
@@ -75,6 +78,7 @@ class Trainer:
           resume: "yes" resumes from the newest good checkpoint in `out`, "auto" does so if there is
             one, and "no" starts a new run in an empty folder.
           fork: the checkpoint of another run that a new run starts from; `resume` is then "no".
+          mirror: keeps the folder in an object store; `out` is then `mirror.folder`.
           advantage_fn: replaces the estimator that `ppo.advantage` names.
           loss_fn: replaces the loss that `ppo.loss` names.
 
@@ -109,7 +113,8 @@ class Trainer:
             functions={"advantage": advantage_fn, "loss": loss_fn},
         )
         start = with_pending(state, learner, prompts, frozen, loop.staleness)
-        opened = open_run(out, start, config, loop, resume, fork)
+        self._publish = (lambda: None) if mirror is None else mirror.push
+        opened = open_run(out, start, config, loop, resume, fork, self._publish)
         self.state, self.checkpoints, self.log, notes = opened
         self._claim.take_over()
         self._unevaluated: bool = notes.get("unevaluated", False)
@@ -184,33 +189,32 @@ class Trainer:
         bar = tqdm(
             range(done, loop.updates), initial=done, total=loop.updates, disable=hidden, desc="PPO"
         )
-        try:
-            with faults.StopSignals() as signals, bar:
-                # Before the first update, and again if a fault ended the run while evaluating.
-                self._unevaluated |= done == 0
-                self._evaluate(done - 1)
-                for update in bar:
-                    metrics = self.step()
-                    if metrics is not None:
-                        if on_update is not None:
-                            on_update(metrics)
-                        show_progress(bar, update, metrics, visible=visible)
-                    self._finish_update(update, signals)
-        finally:
-            self.checkpoints.close()
-            self.log.close()
-            self._claim.release()
+        ends = (self._publish, self._claim.release, self.log.close, self.checkpoints.close)
+        with contextlib.ExitStack() as stack, faults.StopSignals() as signals, bar:
+            for end in ends:  # The last one is called first.
+                stack.callback(end)
+            # Before the first update, and again if a fault ended the run while evaluating.
+            self._unevaluated |= done == 0
+            self._evaluate(done - 1)
+            for update in bar:
+                metrics = self.step()
+                if metrics is not None:
+                    if on_update is not None:
+                        on_update(metrics)
+                    show_progress(bar, update, metrics, visible=visible)
+                self._finish_update(update, signals)
         faults.report(self.out, loop.updates)
         faults.check_end(self.state)
         return self.state
 
-    def save(self) -> None:
-        """Write a checkpoint of the run, unless no update has been made."""
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint, unless no update has been made; `wait` as in `Checkpoints.save`."""
         self._claim.check()
         if int(self.state.update) == 0:
             return
         notes = {"sizes": self.log.sizes(), "unevaluated": self._unevaluated, "best": self._best}
-        self.checkpoints.save(self.state, notes, best=self._best and self._best[1])
+        best = self._best and self._best[1]
+        self.checkpoints.save(self.state, notes, best=best, wait=wait)
 
     def evaluate(self, prompts: data.Prompts) -> Evaluation:
         """Evaluate the current policy on held-out prompts.
@@ -233,7 +237,7 @@ class Trainer:
         is_best = self._evaluate(update)
         stop = processes.any_process(signals.received is not None)
         if self._is_due(loop.save_every, update) or is_best or stop:
-            self.save()
+            self.save(wait=stop)
         if stop and update + 1 < loop.updates:
             processes.print_once(
                 f"Stopped by a signal after {update + 1} updates; --resume auto continues the run."

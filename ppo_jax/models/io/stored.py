@@ -60,6 +60,11 @@ def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    if re.match(r"(gs|s3):/", str(model)):
+        raise ValueError(
+            f"{model} is in an object store, but models are read from local folders; copy it to a "
+            "local folder first."
+        )
     import huggingface_hub
 
     try:

@@ -1,0 +1,149 @@
+"""Run folders in an object store, kept by moto's server of S3 on this machine."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tensorstore
+from helpers import full_trainer
+
+from ppo_jax import cli
+from ppo_jax.hashing import digest
+from ppo_jax.run import remote
+from ppo_jax.run.compare import compare
+from ppo_jax.run.remote import Mirror, local_copy
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Start a server with an empty bucket, and yield the environment in which it is found."""
+    log = tmp_path_factory.mktemp("store") / "log.txt"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file)
+    while " * Running on " not in log.read_text():
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.1)
+    endpoint = log.read_text().partition(" * Running on ")[2].split()[0]
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
+    yield {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def here(store, monkeypatch, tmp_path):
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def start(url, store, cache):
+    """Start a process that runs `full_trainer` in the store and prints the final digest."""
+    program = (
+        "import sys\nfrom helpers import full_trainer\nfrom ppo_jax.hashing import digest\n"
+        "from ppo_jax.run.remote import Mirror\nmirror = Mirror(sys.argv[1])\n"
+        "run = full_trainer(mirror.folder, updates=24, resume='auto', mirror=mirror)\n"
+        "print(digest(run.run().train.params), flush=True)"
+    )
+    path = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "XDG_CACHE_HOME": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, url],
+        env=os.environ | store | path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def names(url):
+    store = tensorstore.KvStore.open(remote._spec(url)).result()
+    return {key.decode() for key in store.list().result()}
+
+
+def complete(url):
+    return {name for name in names(url) if name.endswith(".complete")}
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(here, store, tmp_path):
+    """Each process starts with an empty cache, as on another machine."""
+    whole = full_trainer(tmp_path / "whole", updates=24)
+    expected = digest(whole.run().train.params)
+    chance, url = random.Random(0), "s3://bucket/runs/killed"
+    for number in range(6):
+        before, end = complete(url), time.monotonic() + 120
+        process = start(url, store, tmp_path / f"cache-{number}")
+        while process.poll() is None and complete(url) <= before and time.monotonic() < end:
+            time.sleep(0.05)  # until a checkpoint is in the store, so that each process gets on
+        time.sleep(chance.uniform(0, 0.3))
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate()
+    last = start(url, store, tmp_path / "cache")
+    out, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert out.strip() == expected
+    assert compare(tmp_path / "whole", local_copy(Path(url))) == []
+
+
+def test_a_run_is_resumed_from_what_is_complete(here, tmp_path):
+    url = "s3://bucket/runs/a"
+    expected = digest(full_trainer(tmp_path / "whole", updates=6).run().train.params)
+    mirror = Mirror(url)
+    with pytest.raises(StopIteration):  # in the fifth update; each of the others has a checkpoint
+        steps = iter(range(4))
+        full_trainer(mirror.folder, updates=6, mirror=mirror).run(lambda _: next(steps))
+    mirror.close()
+    assert {"config.json", "metrics.jsonl", "checkpoints/4.complete"} <= names(url)
+    assert not any(name.startswith("checkpoints/1") for name in names(url))  # two are kept
+    mirror._store.write("checkpoints/4.complete", None).result()  # as if killed before it
+    again = Mirror(url)
+    assert not any(name.startswith("checkpoints/4") for name in names(url))
+    run = full_trainer(again.folder, updates=6, resume="yes", mirror=again)
+    assert int(run.state.update) == 3 and digest(run.run().train.params) == expected
+    assert compare(tmp_path / "whole", local_copy(Path(url))) == []
+    again.close()
+
+
+def test_a_later_process_takes_over_a_folder(here, tmp_path, monkeypatch):
+    url = "s3://bucket/runs/b"
+    first = Mirror(url)
+    run = full_trainer(first.folder, updates=2, mirror=first)
+    run.step()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    Mirror(url).close()
+    with pytest.raises(ValueError, match="s3://bucket/runs/b cannot be used: another process has"):
+        run.save()
+
+
+def test_what_cannot_be_in_a_store_is_refused_in_one_sentence(here, tmp_path, capsys, monkeypatch):
+    data, text = tmp_path / "rows.jsonl", tmp_path / "prompts.txt"
+    train = ["train", "--model", "none", "--prompts", text, "--reward", "none"]
+    cases = {
+        "s3://nothing/runs/a cannot be used": [*train, "--out", "s3://nothing/runs/a"],
+        "it must be s3://BUCKET/PATH": [*train, "--out", "s3://bucket"],
+        "where only the folder of ppo-jax train can be": [
+            *("sft", "--model", "none", "--data", data, "--out", "s3://bucket/model"),
+        ],
+        "models are read from local folders": ["info", "s3://bucket/model"],
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(SystemExit):
+            cli.main([str(x) for x in arguments])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(ValueError, match="to which one process writes; 2 processes need a folder"):
+        Mirror("s3://bucket/runs/c")
