@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from helpers import (
 
 from ppo_jax.errors import CheckpointError, SettingError
 from ppo_jax.hashing import digest
-from ppo_jax.run import faults
+from ppo_jax.run import background, faults
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.compare import compare
 from ppo_jax.run.files import read_json, read_lines, write_json
@@ -412,6 +413,39 @@ def test_a_full_disk_does_not_harm_earlier_checkpoints(tmp_path):
         signal.signal(signal.SIGXFSZ, before)
     run.checkpoints.close()
     assert int(full_trainer(tmp_path / "run", updates=2, resume="yes").state.update) == 1
+
+
+def test_a_checkpoint_in_the_background_is_not_changed_by_later_updates(uninterrupted, tmp_path):
+    """The writing starts only after two more updates, which have donated the saved arrays."""
+    run = full_trainer(tmp_path / "run", updates=UPDATES)
+    run.step()
+    later = threading.Event()
+    run.checkpoints._background._thread.submit(later.wait)
+    run.save(wait=False)
+    run.step()
+    run.step()
+    assert not (tmp_path / "run/checkpoints/1").exists()
+    later.set()
+    assert run.checkpoints.steps() == [1]
+    like = full_trainer(tmp_path / "like", updates=UPDATES).state
+    saved = Checkpoints(uninterrupted.folder / "checkpoints", read_only=True)
+    want, got = (c.restore(like, 1)[0] for c in (saved, run.checkpoints))
+    assert digest(got.train.params) == digest(want.train.params) != digest(run.state.train.params)
+    assert digest(got.train.opt_state) == digest(want.train.opt_state)
+
+
+def test_an_error_in_the_background_is_raised_later_and_memory_decides(tmp_path, monkeypatch):
+    run = full_trainer(tmp_path / "run", updates=3)
+    run.step()
+    full = shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
+    run.save(wait=False)
+    with pytest.raises(CheckpointError, match="Checkpoint 1 cannot be written to"):
+        run.checkpoints.close()
+    x = np.zeros(2)
+    assert background.host_copy({"x": x})["x"] is not x
+    monkeypatch.setattr(background, "free_memory", lambda: 2 * x.nbytes - 1)
+    assert background.host_copy({"x": x}) is None
 
 
 # --- signals and kills, in separate processes ---

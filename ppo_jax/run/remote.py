@@ -193,11 +193,8 @@ def _spec(url: str) -> dict[str, Any]:
     bucket, _, path = rest.partition("/")
     if not bucket or not path:
         raise ValueError(f"it must be {scheme}://BUCKET/PATH.")
-    spec: dict[str, Any] = {
-        "driver": {"gs": "gcs"}.get(scheme, scheme),
-        "bucket": bucket,
-        "path": f"{path}/",
-    }
+    driver = {"gs": "gcs"}.get(scheme, scheme)
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if scheme == "s3" and os.environ.get("AWS_ACCESS_KEY_ID"):
