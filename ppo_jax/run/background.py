@@ -42,17 +42,18 @@ class Background:
         self._thread.shutdown()
 
 
-def host_copy(arrays: Any) -> Any | None:
+def host_copy(arrays: Any, *, free: int) -> Any | None:
     """Copy arrays to the host, so that they stay as they are when the originals are donated.
 
     Args:
       arrays: a pytree of arrays of a single process.
+      free: bytes of free memory, as from `free_memory`.
 
     Returns:
       The tree with numpy arrays, or None if a copy would take more than half of the free memory.
     """
     size = sum(x.nbytes for x in jax.tree.leaves(arrays))
-    if size > _SHARE * free_memory():
+    if size > _SHARE * free:
         return None
 
     def copy(x: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ from ppo_jax.distributed import processes
 from ppo_jax.errors import CheckpointError, first_line
 from ppo_jax.hashing import digest, text_hash
 from ppo_jax.ppo.iteration import PPOState
-from ppo_jax.run.background import Background, host_copy
+from ppo_jax.run.background import Background, free_memory, host_copy
 from ppo_jax.run.provenance import differences
 
 _LOG = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Checkpoints:
         if state.pending:  # Apart from the other arrays, which can then be read without them.
             run["pending"] = digest(state.pending)
         both = arrays, state.pending
-        copied = None if wait or jax.process_count() > 1 else host_copy(both)
+        copied = None if wait or jax.process_count() > 1 else host_copy(both, free=free_memory())
         if copied is None:
             self._write(step, both, run, best)
         else:
