@@ -353,7 +353,7 @@ def test_a_file_is_read_as_what_its_name_says(tmp_path, name, text, rows):
         (
             "a.csv",
             "x\nb\n",
-            "column 'prompt' or .* but its columns are: 'x'. Name the right.*--prompt",
+            "column 'prompt', .* or 'text', but its columns are: 'x'. Name the right.*--prompt",
         ),
         ("a.csv", "prompt,x\nb,c\nb, c, d\n", "must have 2 cells in every row.* line 3 has more"),
         ("a.csv", 'prompt\nb\n"b\n', "is not a table of the kind CSV: line 2"),

@@ -150,7 +150,8 @@ def choose_columns(
         if name is not None:
             chosen[column] = name
         elif column in columns or (len(candidates) == 1 and candidates[0] != column):
-            called = " or ".join(map(repr, candidates)) or f"for its {column}s"
+            called = " or ".join(", ".join(map(repr, candidates)).rsplit(", ", 1))
+            called = called or f"for its {column}s"
             raise ValueError(
                 f"{data} needs a column {called}, but its columns are: {has}. {_advice(column)}"
             )

@@ -124,9 +124,10 @@ def encode_prompts(
             if limit == room
             else f"max_prompt_tokens={max_prompt_tokens} allows fewer"
         )
+        keep = "pass --long-prompts drop or --long-prompts truncate"
         raise ValueError(
             f"Prompt {too_long[0]} has {first} tokens; {reason}. {len(too_long)} of {len(rows)} "
-            "prompts are too long; pass --long-prompts drop or --long-prompts truncate."
+            f"prompts are too long; {keep if limit > 0 else 'choose a smaller max_new_tokens'}."
         )
     if long_prompts == "drop":
         if len(too_long) == len(rows):
