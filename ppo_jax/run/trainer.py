@@ -38,6 +38,7 @@ class Trainer:
       learner: what is trained.
       prompts: the prompts to train on.
       collector: collects batches; it holds the reference's and the frozen parameters.
+      schedule: samples the responses of each update with the policy that `loop.staleness` says.
       checkpoints: the run's checkpoints.
       log: the run's files of metrics, samples and faults.
 
