@@ -17,7 +17,8 @@ import jax
 import tyro
 
 from ppo_jax.commands.convert import Convert
-from ppo_jax.commands.inference import Evaluate, Generate
+from ppo_jax.commands.evaluation import Evaluate
+from ppo_jax.commands.inference import Generate
 from ppo_jax.commands.models import Info
 from ppo_jax.commands.plan import Plan
 from ppo_jax.commands.report import Report

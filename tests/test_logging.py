@@ -8,6 +8,7 @@ import struct
 import pytest
 from helpers import tiny_policy
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from ppo_jax.models.io import pretrained
 from ppo_jax.run.files import LINES, lock_folder, read_lines
@@ -86,6 +87,22 @@ def test_tensorboard_receives_every_number(tmp_path):
     assert [event.step for event in starts] == [
         3
     ]  # TensorBoard discards older events from update 3 on
+
+
+def test_tensorboard_receives_texts_and_settings(tmp_path):
+    log = RunLog(tmp_path, settings={"ppo": {"lam": 0.5, "top_k": None}, "command": None})
+    log.evaluation(-1, [{"prompt": "a", "response": " b\n# c", "score": 0.25}])
+    log.samples(0, [{"prompt": "d", "response": " e", "score": None}])
+    log.close()
+    found = list(events(tmp_path / "tensorboard"))
+    values = {value.tag: (event.step, value) for event in found for value in event.summary.value}
+    step, before = values["evaluations/text_summary"]
+    # Markdown shows indented lines as they are.
+    assert step == -1 and before.tensor.string_val == [b"Score 0.25:\n\n    a| b\n    # c\n"]
+    assert values["samples/text_summary"][0] == 0
+    start = values["_hparams_/session_start_info"][1].metadata.plugin_data
+    settings = HParamsPluginData.FromString(start.content).session_start_info.hparams
+    assert {name: x.number_value for name, x in settings.items()} == {"ppo.lam": 0.5}
 
 
 def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):

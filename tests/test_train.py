@@ -425,6 +425,9 @@ def test_weights_and_biases_receives_settings_metrics_and_samples(tmp_path, monk
     tables = [(step, data["samples"]) for step, data in logged if "samples" in data]
     assert [step for step, _ in tables] == [0, 1, 0]
     assert tables[0][1].columns == ["prompt", "response", "score"] and len(tables[0][1].data) == 4
+    evaluations = [(step, data["evaluations"]) for step, data in logged if "evaluations" in data]
+    assert [step for step, _ in evaluations] == [0, 0, 1, 0, 0] and len(evaluations[0][1].data) == 4
+    assert "before/eval/scores" in dict(runs[0].summary)
     assert list((out / "wandb").glob("offline-run-*/run-*.wandb"))
 
 

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import jax
 import numpy as np
@@ -12,7 +11,6 @@ import tyro
 
 from ppo_jax import data
 from ppo_jax.commands.prompts import PromptOptions
-from ppo_jax.commands.rewards import Rewards, check_rewards
 from ppo_jax.data.chat import as_user_messages
 from ppo_jax.data.files import names_a_file
 from ppo_jax.data.rows import Row
@@ -20,7 +18,6 @@ from ppo_jax.data.text import pad_id, without_stops
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import rollout
-from ppo_jax.reward_functions import TaskScores, load_rewards, require_scores
 from ppo_jax.run.assembly import load_model
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.types import Rollout
@@ -137,47 +134,3 @@ class Generate:
         for _, batch, responses in sampled:
             for prompt, response in zip(batch.texts, responses, strict=True):
                 print(f"{prompt}|{response}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Print the mean reward of a model's responses to held-out prompts."""
-
-    model: str
-    """A folder or a Hugging Face id in safetensors, or a .gguf file."""
-    prompts: str
-    """Prompts, in the formats of ppo-jax train."""
-    reward: Rewards
-    """The reward, as in ppo-jax train. Several rewards are added up."""
-    reward_given: Literal["text", "tokens"] = "text"
-    """Whether the function is called with texts or with arrays of tokens, as in ppo-jax train."""
-    reward_label: str | None = None
-    """Label whose logit is the score, for a reward model with several labels: name or number."""
-    reward_timeout: float | None = None
-    """Time limit in seconds of a reward function for one response, as in ppo-jax train."""
-    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
-    data_options: tyro.conf.OmitArgPrefixes[PromptOptions] = PROMPT_OPTIONS
-
-    def __post_init__(self) -> None:
-        check_rewards(self.reward, self.reward_timeout)
-
-    def run(self) -> None:
-        """Sample the responses, and print the mean and the standard error of their scores."""
-        rows = data.read_rows(self.prompts, names=self.data_options.names())
-        reward = load_rewards(
-            self.reward, self.reward_given, self.reward_label, self.reward_timeout
-        )
-        scores = np.concatenate(
-            [
-                reward(out, batch, responses).total(out.response_mask)
-                for out, batch, responses in sample_responses(
-                    self.model, rows, self.sampling, self.data_options
-                )
-            ]
-        )
-        require_scores(TaskScores(scores))
-        scores = scores[~np.isnan(scores)]  # The reward could not score the others.
-        print(
-            f"mean score {scores.mean():.4f}, standard error "
-            f"{scores.std() / len(scores) ** 0.5:.4f}, {len(scores)} responses"
-        )

@@ -111,6 +111,7 @@ class Replay:
 
     def _command(self) -> Train:
         """Return the options of the run, with the `out` of this command."""
+        check_free(self.out)
         command = replace(stored_command(self.run_folder), out=self.out, resume="no")
         first = (read_config(self.run_folder).get("forked_from") or {}).get("update", 0)
         updates = command.loop.updates

@@ -214,7 +214,7 @@ class Train:
           SettingError: if the settings do not fit one another or the devices.
           ValueError: if the model, the prompts or the reward cannot be read.
         """
-        rows, held_out_rows = self._rows()
+        rows, held_out_rows = self.read_prompts()
         learner = self.learner()
         reward = load_rewards(
             self.reward, self.reward_given, self.reward_label, self.reward_timeout
@@ -291,7 +291,7 @@ class Train:
             )
         return None if spec is None else load_function(spec, purpose)
 
-    def _rows(self) -> tuple[list[data.Row], list[data.Row]]:
+    def read_prompts(self) -> tuple[list[data.Row], list[data.Row]]:
         """Read the prompts to learn from and those that are held out."""
 
         def read(source: str) -> list[data.Row]:

@@ -142,7 +142,8 @@ def evaluate(
         at = slice(first, first + keep)
         mask, computed = batch.host_rollout.response_mask, placement.to_host(batch.scores)
         task = collector.task_scores(batch).total(mask)
-        scores[at] = optimized_scores(config, task, np.asarray(batch.host_rollout.ended))[:keep]
+        ended = np.asarray(batch.host_rollout.ended)
+        scores[at] = optimized_scores(config, task, ended)[:keep]
         lengths[at] = mask.sum(axis=1)[:keep]
         kl[at] = (computed.logprobs - computed.ref_logprobs).sum(axis=1)[:keep]
         responses.extend(batch.texts[:keep])
