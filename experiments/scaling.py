@@ -20,15 +20,13 @@ from ppo_jax import (
     CHIPS,
     SIZES,
     PPOConfig,
-    Programs,
-    TooLarge,
     advice,
     compile_iteration,
     extrapolate,
     make_mesh,
     make_topology,
     parse_mesh,
-    to_json,
+    plan_figures,
 )
 
 PROMPT, RESPONSE = 512, 128
@@ -55,9 +53,10 @@ COLUMNS = (
     "rows a device",
     "fits",
     "GiB a chip",
-    "rollout s",
-    "scoring s",
-    "update s",
+    "decode step ms, of collectives, bound",
+    "rollout s, of collectives",
+    "scoring s, of collectives",
+    "update s, of collectives, share of peak",
     "GiB sent in an update",
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
@@ -129,15 +128,7 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
         "fits": fits,
         "memory": chip.memory,
         "advice": advice(programs, chip),
-        **_figures(programs),
-    }
-
-
-def _figures(programs: Programs) -> dict:
-    """Return the cost of each program, or why there is none, in the types of JSON."""
-    return {
-        name: {"too_large": x.reason} if isinstance(x, TooLarge) else to_json(x._asdict())
-        for name, x in programs.items()
+        **plan_figures(programs, chip),
     }
 
 
@@ -145,15 +136,28 @@ def _line(row: dict) -> str:
     """Return the row of a study in the Markdown table."""
     phases = [row[name] for name in ("rollout", "scoring", "update")]
     peak = max((p["needed"] / 2**30 for p in phases if "needed" in p), default=float("nan"))
-    seconds = " | ".join(f"{p['seconds']:.2f}" if "seconds" in p else "-" for p in phases)
+    seconds = [
+        f"{p['seconds']:.2f}, {p['collective_s']:.2f}" if "seconds" in p else "-" for p in phases
+    ]
+    if "share_of_peak" in phases[2]:
+        seconds[2] += f", {phases[2]['share_of_peak']:.0%}"
     sent = ", ".join(
         f"{kind} {c['bytes'] / 2**30:.0f}"
         for kind, c in sorted(phases[2].get("collectives", {}).items())
         if c["bytes"] >= 2**29
     )
     cells = [row[name] for name in ("model", "topology", "mesh", "rows_a_device")]
-    cells += ["yes" if row["fits"] else "no", f"{peak:.1f} of {row['memory']}", seconds, sent]
+    cells += ["yes" if row["fits"] else "no", f"{peak:.1f} of {row['memory']}"]
+    cells += [_step(phases[0]), *seconds, sent]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _step(rollout: dict) -> str:
+    """Return the figures of a decode step in milliseconds."""
+    if "decode_step_s" not in rollout:
+        return "-"
+    names = ("decode_step_s", "decode_collective_s", "decode_bound_s")
+    return ", ".join(f"{rollout[name] * 1e3:.2f}" for name in names)
 
 
 if __name__ == "__main__":

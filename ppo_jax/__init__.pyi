@@ -312,7 +312,7 @@ from .distributed.replicas import pmap_steps as pmap_steps
 # What an iteration costs, before it runs.
 from .models.sizes import SIZES as SIZES
 from .plan.topology import CHIPS as CHIPS, Chip as Chip, make_topology as make_topology
-from .plan.hlo import Collective as Collective
+from .plan.account import Collective as Collective
 from .plan.compile import (
     Program as Program,
     Programs as Programs,
@@ -322,7 +322,7 @@ from .plan.compile import (
 from .plan.extrapolation import extrapolate as extrapolate
 from .plan.flops import matmul_flops as matmul_flops
 from .plan.memory import estimate_memory as estimate_memory
-from .plan.report import advice as advice
+from .plan.report import advice as advice, plan_figures as plan_figures
 
 # Errors.
 from .errors import (

@@ -6,19 +6,25 @@ Each command runs in its own process, because the compiler reads the environment
 import functools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from helpers import run_command_strictly, start_process
+from jax.sharding import AbstractMesh, AxisType
 
 from ppo_jax.models.transformer import init_params
-from ppo_jax.plan import hlo, report
+from ppo_jax.plan import report
+from ppo_jax.plan.account import Collective, account
 from ppo_jax.plan.compile import Program, TooLarge
+from ppo_jax.plan.decoding import bound_seconds
 from ppo_jax.plan.flops import matmul_flops
 from ppo_jax.plan.memory import load_config
 from ppo_jax.plan.topology import CHIPS
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.sharding import AXES
 
 HF_LLAMA = {
     "model_type": "llama",
@@ -85,8 +91,13 @@ def test_all_programs_compile_for_a_mesh_with_every_axis(tmp_path, model):
         "4",
     )
     assert found["fits"] and printed.endswith("It fits.\n")
+    rollout = found["rollout"]
+    assert 0 < rollout["decode_bound_s"] < rollout["decode_step_s"] < rollout["seconds"]
+    assert rollout["loop_collective_bytes"] > 0 and "a decode step" in printed
     for name in ("rollout", "scoring", "update"):
         program = found[name]
+        assert 0 < program["loop_collective_s"] <= program["collective_s"] < program["seconds"]
+        assert 0 < program["share_of_peak"] < 1
         assert 0 < program["arguments"] < program["peak"] <= program["needed"] < 2**30
         assert program["flops"] > 0 and program["moved"] > 0 and 0 < program["seconds"] < 1
         assert program["collectives"]["all-gather"]["count"] > 0  # parameters, over fsdp
@@ -175,7 +186,7 @@ def test_advice_for_programs_that_do_not_fit():
     chip = CHIPS["v5e"]
     gib = 2**30
     program = lambda peak, needed: Program(
-        "update", 2 * gib, 0, peak * gib, needed * gib, 1.0, 1, 1.0, {}, 1.0
+        "update", 2 * gib, 0, peak * gib, needed * gib, 1.0, 1, 1.0, 0.0, 0.0, {}, 1.0
     )
     assert report.advice({"update": program(3, 8)}, chip) == []
     assert "micro-batch" in report.advice({"update": program(20, 21)}, chip)[0]
@@ -226,10 +237,12 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %g = f32[8]{0} fusion(%p1), kind=kCustom, calls=%fused_b
 }
 """
-    assert hlo.account(text).collectives == {
-        "all-reduce": hlo.Collective(2, 44),
-        "all-gather": hlo.Collective(2, 64 + 32),
+    total = account(text, CHIPS["v5e"]).total
+    assert total.collectives == {
+        "all-reduce": Collective(2, 44),
+        "all-gather": Collective(2, 64 + 32),
     }
+    assert total.collective_s == pytest.approx((2 * 44 + 64 + 32) / 200e9)
 
 
 def test_flops_of_a_mapped_function_count_on_every_device():
@@ -280,8 +293,104 @@ ENTRY %main (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   ROOT %w = (s32[], f32[8,4]{1,0}) while(%p0), condition=%cond, body=%body
 }
 """.replace("CYCLES", 'backend_config={"estimated_cycles":"10"}')
-    found = hlo.account(text)
-    assert found.collectives == {"all-reduce": hlo.Collective(7, 7 * 128)} and found.cycles == 70
-    assert found.bytes == 7 * (2 * 128) + 7 * (1 + 4 + 4)  # the all-reduces and the comparisons
+    v5e = CHIPS["v5e"]
+    found = account(text, v5e)
+    assert found.total.collectives == {"all-reduce": Collective(7, 7 * 128)}
+    assert found.total.cycles == 70 and found.step_count == 0
+    # The tiles of an array of f32[8,4] take 4,096 bytes. The comparison reads and writes scalars.
+    assert found.total.bytes == 7 * (2 * 4096) + 7 * (1 + 4 + 4)
+    assert found.loops == found.total
+    assert found.total.collective_s == pytest.approx(7 * 2 * 128 / 200e9)
+    assert found.total.compute_s == pytest.approx(70 / 1.5e9 + 7 * 9 / 819e9)
     named = text.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/trips=3/while"}')
-    assert hlo.account(named).cycles == 30
+    found = account(named, v5e)
+    assert found.total.cycles == 30 and found.step_count == 3 and found.steps == found.total
+
+
+def test_a_counter_need_not_start_at_0_and_advance_by_1():
+    text = """HloModule m
+%cond (p: (u32[], f32[])) -> pred[] {
+  %p = (u32[], f32[]) parameter(0)
+  %n = u32[]{:T(128)} constant(9)
+  %i = u32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+%body (p: (u32[], f32[])) -> (u32[], f32[]) {
+  %q = (u32[], f32[]) parameter(0)
+  %j = u32[] get-tuple-element(%q), index=0
+  %two = u32[] constant(2)
+  %k = u32[] add(%j, %two)
+  %x = f32[] get-tuple-element(%q), index=1
+  %y = f32[] multiply(%x, %x), backend_config={"estimated_cycles":"10"}
+  ROOT %t = (u32[], f32[]) tuple(%k, %y)
+}
+ENTRY %main (x: f32[]) -> (u32[], f32[]) {
+  %x0 = f32[] parameter(0)
+  %one = u32[] constant(1)
+  %t0 = (u32[], f32[]) tuple(%one, %x0)
+  ROOT %w = (u32[], f32[]) while(%t0), condition=%cond, body=%body
+}
+"""
+    assert account(text, CHIPS["v5e"]).total.cycles == 4 * 10  # 1, 3, 5, 7
+
+
+def test_what_is_read_and_written_in_place_is_counted_with_its_tiles():
+    """A step writes one position of a cache, reads one row of a table, and passes arrays on."""
+    text = """HloModule m
+%put (a: bf16[64,12,575,64], u: bf16[64,12,1,64]) -> bf16[64,12,575,64] {
+  %a = bf16[64,12,575,64]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %u = bf16[64,12,1,64]{3,2,1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = bf16[64,12,575,64]{3,2,1,0:T(8,128)(2,1)} dynamic-update-slice(%a, %u, %z, %z, %z, %z)
+}
+%look (t: f32[50257,768], i: s32[64]) -> f32[64,768] {
+  %t = f32[50257,768]{1,0:T(8,128)} parameter(0)
+  %i = s32[64]{0} parameter(1)
+  %b = f32[50257,768]{1,0:T(8,128)} bitcast(%t)
+  ROOT %g = f32[64,768]{1,0:T(8,128)S(1)} gather(%b, %i), slice_sizes={1,768}
+}
+%pass (t: f32[50257,768], x: f32[8]) -> (f32[50257,768], f32[8]) {
+  %s = f32[50257,768]{1,0:T(8,128)} parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %y = f32[8]{0} negate(%x)
+  ROOT %o = (f32[50257,768]{1,0:T(8,128)}, f32[8]{0}) tuple(%s, %y)
+}
+ENTRY %main (c: bf16[64,12,575,64]) -> f32[8] {
+  %c = bf16[64,12,575,64]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %n = bf16[64,12,1,64]{3,2,1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %t1 = f32[50257,768]{1,0:T(8,128)} parameter(2)
+  %ids = s32[64]{0} parameter(3)
+  %x1 = f32[8]{0} parameter(4)
+  CASE
+}
+"""
+    tile = 64 * 12 * 8 * 128 * 2  # of one position of all rows and heads, whose 64 features pad
+    cases = {
+        "%f = bf16[64,12,575,64]{3,2,1,0:T(8,128)(2,1)} fusion(%c, %n), calls=%put": 2 * tile,
+        "%f = f32[64,768]{1,0:T(8,128)S(1)} fusion(%t1, %ids), calls=%look": 64 * 768 * 4 + 64 * 4,
+        "%f = (f32[50257,768]{1,0:T(8,128)}, f32[8]{0}) fusion(%t1, %x1), calls=%pass": 64,
+        "%f = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x1)": 32,
+        "%f = ((f32[50257,768]{1,0:T(8,128)}), f32[16,768]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
+        "slice-start(%t1), slice={[0:16], [0:768]}": 16 * 768 * 4,
+        "%f = f32[64,768]{1,0:T(8,128)} slice(%t1), slice={[0:64], [0:768]}": 2 * 64 * 768 * 4,
+        "%f = f32[8]{0:T(1024)} negate(%x1)": 32 + 4096,
+    }
+    for case, size in cases.items():
+        assert account(text.replace("CASE", case), CHIPS["v5e"]).total.bytes == size, case
+
+
+def test_the_bound_of_a_decode_step_reads_parameters_and_the_filled_cache_once():
+    config = load_config("llama3-8b", "bfloat16", False)[1]
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    mesh = AbstractMesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    ppo = PPOConfig(batch_size=64, max_new_tokens=11)
+    bound = lambda config: bound_seconds(config, params, ppo, mesh, CHIPS["v5p"], prompt_tokens=100)
+    vectors = 4 * (2 * config.layers + 1) * config.width  # scales of norms, whole in float32
+    matrices = 2 * (sum(x.size for x in jax.tree.leaves(params)) - vectors // 4)
+    looked_up = 2 * config.vocab_size * config.width
+    position = 2 * config.layers * 8 // 2 * 128 * 2
+    read = (matrices - looked_up) / 8 + vectors + 16 * position * (100 + 9 / 2)
+    assert bound(config) == pytest.approx(read / 2765e9)
+    short = replace(config, windows=(50, *(None,) * (config.layers - 1)))
+    saved = 16 * position / config.layers * (100 + 9 / 2 - 50)
+    assert bound(short) == pytest.approx((read - saved) / 2765e9)

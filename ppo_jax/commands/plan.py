@@ -85,4 +85,4 @@ class Plan:
         print(report.summary(programs, config, mesh, chip))
         if self.out is not None:
             fits = not report.advice(programs, chip)
-            write_json(self.out, {"fits": fits, **report.as_json(programs)})
+            write_json(self.out, {"fits": fits, **report.plan_figures(programs, chip)})

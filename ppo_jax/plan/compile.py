@@ -4,6 +4,7 @@ The programs do not run and no parameter is allocated, because the compiler need
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ from ppo_jax.distributed import compilation, meshes
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import language_model
-from ppo_jax.plan import hlo
+from ppo_jax.plan.account import Collective, account
+from ppo_jax.plan.decoding import DecodeStep, bound_seconds, decode_step
 from ppo_jax.plan.flops import jaxpr_flops
 from ppo_jax.plan.memory import size_of, start_params
 from ppo_jax.plan.topology import Chip
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import overlay
 from ppo_jax.sharding import placed, rows_sharding
 
 
@@ -38,10 +41,15 @@ class Program(NamedTuple):
         this program does not use them.
       flops: floating-point operations of matrix products, if every response has its greatest
         length and the chips share the work evenly (but see `report.indivisible_sizes`).
-      moved: bytes read from and written to main memory, an upper bound.
-      seconds: the compiler's estimate of the time, without waiting for other chips.
+      moved: bytes read from and written to main memory.
+      seconds: estimate of the time with collectives, if nothing happens at the same time. An
+        operation takes the compiler's estimate of its cycles or the time to move its bytes,
+        whichever is longer, and a collective takes its time at the published rate of the links.
+      collective_s: the part of it that is spent in collectives.
+      loop_collective_s: the part of that in loops.
       collectives: number and bytes of the collective operations, by kind.
       compile_s: seconds that the compilation took.
+      decode_step: for the rollout, the mean decode step.
 
     Example::
 
@@ -56,8 +64,15 @@ class Program(NamedTuple):
     flops: float
     moved: int
     seconds: float
-    collectives: dict[str, hlo.Collective]
+    collective_s: float
+    loop_collective_s: float
+    collectives: dict[str, Collective]
     compile_s: float
+    decode_step: DecodeStep | None = None
+
+    def share_of_peak(self, chip: Chip) -> float:
+        """Return the chip's share of its peak rate of arithmetic; 0 if the time is unknown."""
+        return self.flops / (self.seconds * chip.peak * 1e12) if self.seconds else 0.0
 
 
 class TooLarge(NamedTuple):
@@ -89,6 +104,8 @@ def compile_iteration(
     critic: str = "separate",
     adapters: lora.LoRA | None = None,
     stop_ids: tuple[int, ...] = (0,),
+    phases: Sequence[str] = ("rollout", "scoring", "update"),
+    inspect: Callable[[str, str], None] | None = None,
 ) -> Programs:
     """Compile rollout, scoring and update for the chips of a mesh.
 
@@ -102,9 +119,11 @@ def compile_iteration(
       adapters: low-rank adapters to train instead of all parameters.
       stop_ids: tokens that end a response. The figures assume that every response has its greatest
         length.
+      phases: which of `rollout`, `scoring` and `update` to compile.
+      inspect: called with the name and the HLO text of each program, if given.
 
     Returns:
-      For each of `rollout`, `scoring` and `update`, the program or the reason why there is none.
+      For each of the phases, the program or the reason why there is none.
 
     Raises:
       SettingError: if the batch does not divide over the mesh.
@@ -123,30 +142,51 @@ def compile_iteration(
         config = replace(config, lora_scale=adapters.scale)
     critic_fn = heads.shared_critic() if critic == "shared" else heads.separate_critic(config)
     agent = iteration.Agent(language_model(config), critic_fn, ppo, stop_ids, 0)
-    state, frozen, reference = _state_shapes(agent, config, critic, adapters, mesh)
+    shapes = _state_shapes(agent, config, critic, adapters, mesh)
+    state, frozen, reference = shapes
+    # With adapters, policy and critic share a frozen trunk, which a program takes as two arguments.
+    shared = 0 if frozen is None or critic == "shared" else size_of(frozen["critic"]["trunk"])
+    resident = size_of((state, frozen, reference if frozen is None else None)) - shared
+    measure = partial(_measure, mesh=mesh, chip=chip, resident=resident, inspect=inspect)
+    with jax.set_mesh(mesh):
+        traced = _trace(agent, mesh, shapes, prompt_tokens, phases)
+        found = {
+            name: measure(name, traced[name], shared=0 if name == "rollout" else shared)
+            for name in phases
+        }
+    if isinstance(rollout := found.get("rollout"), Program) and rollout.decode_step:
+        policy = overlay(frozen, state.train.params)["policy"]
+        bound_s = bound_seconds(config, policy, ppo, mesh, chip, prompt_tokens=prompt_tokens)
+        step = rollout.decode_step._replace(bound_s=bound_s)
+        found["rollout"] = rollout._replace(decode_step=step)
+    return found
+
+
+def _trace(
+    agent: iteration.Agent,
+    mesh: Mesh,
+    shapes: tuple[Any, Any, Any],
+    prompt_tokens: int,
+    phases: Sequence[str],
+) -> dict[str, Traced]:
+    """Trace the phases, and those before them; `shapes` are those of `_state_shapes`."""
+    state, frozen, reference = shapes
     sample, score, learn = compilation.lowerable_steps(agent, mesh, state)
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         sharding = rows_sharding(mesh)
-        return jax.ShapeDtypeStruct((ppo.batch_size, *shape), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((agent.config.batch_size, *shape), dtype, sharding=sharding)
 
-    # With adapters, policy and critic share a frozen trunk, which a program takes as two arguments.
-    shared = 0 if frozen is None or critic == "shared" else size_of(frozen["critic"]["trunk"])
-    resident = size_of((state, frozen, reference if frozen is None else None)) - shared
-    prompts = (rows(jnp.int32, prompt_tokens), rows(bool, prompt_tokens))
     by_rows = partial(jax.tree.map, lambda x: rows(x.dtype, *x.shape[1:]))
-    measure = partial(_measure, mesh=mesh, chip=chip, resident=resident)
-    with jax.set_mesh(mesh):
-        sampled = sample.trace(state, *prompts, frozen=frozen)
-        rollout = by_rows(sampled.out_info)
-        scored = score.trace(state, reference, rollout, frozen=frozen)
-        scores = by_rows(scored.out_info)
-        learned = learn.trace(state, rollout, scores, rows(jnp.float32), frozen=frozen)
-        return {
-            "rollout": measure("rollout", sampled),
-            "scoring": measure("scoring", scored, shared=shared),
-            "update": measure("update", learned, shared=shared),
-        }
+    prompts = rows(jnp.int32, prompt_tokens), rows(bool, prompt_tokens)
+    traced = {"rollout": sample.trace(state, *prompts, frozen=frozen)}
+    if {"scoring", "update"} & set(phases):
+        rollout = by_rows(traced["rollout"].out_info)
+        traced["scoring"] = score.trace(state, reference, rollout, frozen=frozen)
+    if "update" in phases:
+        scores, task_scores = by_rows(traced["scoring"].out_info), rows(jnp.float32)
+        traced["update"] = learn.trace(state, rollout, scores, task_scores, frozen=frozen)
+    return traced
 
 
 def _state_shapes(
@@ -174,6 +214,7 @@ def _measure(
     chip: Chip,
     resident: int,
     shared: int = 0,
+    inspect: Callable[[str, str], None] | None = None,
 ) -> Program | TooLarge:
     """Compile one phase and measure its cost.
 
@@ -189,7 +230,10 @@ def _measure(
         return TooLarge(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "), resident)
     compile_s = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()  # Only other backends may return None.
-    account = hlo.account(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    if inspect is not None:
+        inspect(name, text)
+    costs = account(text, chip)
     arguments = memory.argument_size_in_bytes - shared
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = max(
@@ -203,8 +247,11 @@ def _measure(
         peak,
         needed=max(peak, resident + peak - arguments),
         flops=flops / mesh.size,
-        moved=account.bytes,
-        seconds=account.cycles / (chip.clock * 1e9),
-        collectives=account.collectives,
+        moved=costs.total.bytes,
+        seconds=costs.total.seconds,
+        collective_s=costs.total.collective_s,
+        loop_collective_s=costs.loops.collective_s,
+        collectives=costs.total.collectives,
         compile_s=compile_s,
+        decode_step=decode_step(costs) if name == "rollout" else None,
     )

@@ -8,8 +8,8 @@ import jax
 
 from ppo_jax.errors import SettingError
 from ppo_jax.models.config import TransformerConfig
+from ppo_jax.plan.account import Collective
 from ppo_jax.plan.compile import Program, Programs, TooLarge
-from ppo_jax.plan.hlo import Collective
 
 
 def extrapolate(

@@ -29,29 +29,60 @@ def _lines(name: str, program: Program | TooLarge, chip: Chip) -> list[str]:
     if isinstance(program, TooLarge):
         return [f"{name}: does not compile: {program.reason}"]
     gib = lambda size: f"{size / 2**30:.3f} GiB"
-    share = program.flops / (program.seconds * chip.peak * 1e12) if program.seconds else 0
-    return [
+    inside = program.loop_collective_s
+    lines = [
         f"{name} (compiled in {program.compile_s:.0f} s)",
         f"  arguments {gib(program.arguments)}, temporary {gib(program.temporary)}, "
         f"peak {gib(program.peak)}; with all else on the chip {gib(program.needed)}",
-        f"  {program.flops / 1e12:.3f} TFLOP, at most {gib(program.moved)} moved; the compiler's "
-        f"estimate {program.seconds:.3f} s ({share:.0%} of the chip's bfloat16 peak)",
-        *(
-            f"  {kind}: {c.count} of {gib(c.bytes)} together"
-            for kind, c in sorted(program.collectives.items())
-        ),
+        f"  {program.flops / 1e12:.3f} TFLOP, {gib(program.moved)} moved; {program.seconds:.3f} s "
+        f"({program.share_of_peak(chip):.0%} of the chip's bfloat16 peak), of which "
+        f"{program.collective_s:.3f} s of collectives ({inside:.3f} s inside loops and "
+        f"{program.collective_s - inside:.3f} s outside) at {chip.link:g} GB/s",
+    ]
+    if step := program.decode_step:
+        lines.append(
+            f"  a decode step {step.seconds * 1e3:.3f} ms, with {step.collective_s * 1e3:.3f} ms "
+            f"of collectives of {step.collective_bytes / 1e6:.3f} MB; its reads alone take "
+            f"{step.bound_s * 1e3:.3f} ms at {chip.bandwidth:g} GB/s, "
+            f"{step.bound_s / step.seconds:.0%} of that"
+        )
+    return lines + [
+        f"  {kind}: {c.count} of {gib(c.bytes)} together"
+        for kind, c in sorted(program.collectives.items())
     ]
 
 
-def as_json(programs: Programs) -> dict[str, Any]:
-    """Return the cost of each program in the types of JSON, by the name of the program."""
-    return {
-        name: {"too_large": program.reason}
-        if isinstance(program, TooLarge)
-        else program._asdict()
-        | {"collectives": {kind: vars(c) for kind, c in program.collectives.items()}}
-        for name, program in programs.items()
-    }
+def plan_figures(programs: Programs, chip: Chip) -> dict[str, Any]:
+    """Return the cost of each program in the types of JSON.
+
+    Args:
+      programs: the programs, as `compile_iteration` or `extrapolate` returns them.
+      chip: what each device offers.
+
+    Returns:
+      For each program a dictionary of its figures, or `{"too_large": reason}`.
+
+    Example:
+      >>> from ppo_jax import CHIPS, TooLarge
+      >>> plan_figures({"update": TooLarge("It needs 20 GiB.")}, CHIPS["v5e"])
+      {'update': {'too_large': 'It needs 20 GiB.'}}
+    """
+    return {name: _figures(program, chip) for name, program in programs.items()}
+
+
+def _figures(program: Program | TooLarge, chip: Chip) -> dict[str, Any]:
+    if isinstance(program, TooLarge):
+        return {"too_large": program.reason}
+    found = program._asdict()
+    step = found.pop("decode_step")
+    found["collectives"] = {kind: vars(c) for kind, c in program.collectives.items()}
+    found["share_of_peak"] = program.share_of_peak(chip)
+    if step is not None:
+        found["decode_step_s"] = step.seconds
+        found["decode_collective_s"] = step.collective_s
+        found["decode_bound_s"] = step.bound_s
+        found["loop_collective_bytes"] = step.collective_bytes
+    return found
 
 
 def indivisible_sizes(config: TransformerConfig, mesh: Mesh) -> list[str]:

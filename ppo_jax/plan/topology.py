@@ -22,6 +22,8 @@ class Chip(NamedTuple):
       memory: memory that programs may use, in GiB, as the compiler reports it.
       peak: published peak rate of bfloat16 arithmetic, in TFLOP/s.
       clock: clock rate in GHz: the peak rate divided by the operations of one cycle.
+      bandwidth: published bandwidth of the main memory, in GB/s.
+      link: published bandwidth of all interchip links together, in GB/s in each direction.
 
     Example:
       >>> CHIPS["v5e"].memory
@@ -31,13 +33,18 @@ class Chip(NamedTuple):
     memory: float
     peak: float
     clock: float
+    bandwidth: float
+    link: float
 
 
+# Bandwidths are those of https://docs.cloud.google.com/tpu/docs/v5e and the pages beside it, where
+# the interchip bandwidth of both directions is given. For v4 it is from an earlier version of
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, which gives 2,400 Gb/s.
 CHIPS = {
-    "v4": Chip(15.25, 137.5, 1.05),
-    "v5e": Chip(15.75, 197, 1.5),
-    "v5p": Chip(95.74, 459, 1.75),
-    "v6e": Chip(31.25, 918, 1.75),
+    "v4": Chip(15.25, 137.5, 1.05, 600, 150),
+    "v5e": Chip(15.75, 197, 1.5, 819, 200),
+    "v5p": Chip(95.74, 459, 1.75, 2765, 600),
+    "v6e": Chip(31.25, 918, 1.75, 1638, 400),
 }
 
 # Without these environment variables, libtpu looks for TPUs that are attached to this machine.
