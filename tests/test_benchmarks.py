@@ -5,8 +5,9 @@ import json
 import pytest
 
 from experiments import precision
-from experiments.benchmarks import long, peer_ours, phases
+from experiments.benchmarks import long, peer_ours, phases, tpu
 from experiments.benchmarks import work as work_
+from ppo_jax.plan.topology import CHIPS
 
 pytestmark = pytest.mark.slow
 
@@ -56,3 +57,16 @@ def test_higher_precision_is_closer_to_float32(tmp_path):
     assert 1e-4 < found["default"]["mean"] < 0.1
     assert found["highest"]["mean"] < found["high"]["mean"] < 0.01 * found["default"]["mean"]
     assert found["highest"]["max"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_time_of_logits_is_that_of_their_scopes_without_the_product():
+    text = """HloModule m
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} negate(%p), metadata={op_name="f/vmap(jvp(Decoder.logits))/nd,vd->nv/dot"}, CYCLES
+  %b = f32[8]{0} negate(%a), metadata={op_name="f/jvp(logprobs)/exp"}, CYCLES
+  %c = f32[8]{0} negate(%b), metadata={op_name="f/transpose(jvp(Decoder.logits))/nd,nv->vd"}, CYCLES
+  ROOT %d = f32[8]{0} negate(%c), metadata={op_name="f/mlp"}, CYCLES
+}
+""".replace("CYCLES", 'backend_config={"estimated_cycles":"1500"}')
+    assert tpu.logits_seconds(text, CHIPS["v5e"]) == pytest.approx(2e-6)

@@ -139,7 +139,7 @@ def logits_seconds(text: str, chip: Chip) -> float:
     seconds = 0.0
     for name in module.computations.keys() - fused:
         for x in module.computations[name]:
-            forward = re.search(r"jvp\(Decoder\.logits\)\)/nd,vd->nv", x.scope)
+            forward = re.search(r"jvp\(Decoder\.logits\)+/nd,vd->nv", x.scope)
             if re.search(r"Decoder\.logits|logprobs", x.scope) and not forward:
                 moved = traffic.traffic(module, x)
                 seconds += runs[name].total * operation_seconds(x, moved, chip)
