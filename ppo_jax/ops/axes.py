@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 Tree = TypeVar("Tree")
 
@@ -36,6 +37,12 @@ def separate(tree: Tree, axis_name: str | None) -> Tree:
     """
     if axis_name is None:
         return tree
+    mesh = jax.sharding.get_abstract_mesh()
+    if (
+        dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis_name)
+        is not AxisType.Manual
+    ):
+        return tree  # Under `vmap`, a copy would cost a TPU another layout of embedding tables.
     # Choosing by the index of the shard changes no value, but JAX then takes the result to differ
     # from shard to shard.
     here = jax.lax.axis_index(axis_name) >= 0
