@@ -25,6 +25,7 @@ from ppo_jax.commands.report import Report
 from ppo_jax.commands.runs import Compare, Replay
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.commands.train import Train
+from ppo_jax.commands.value import Value
 from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError
 from ppo_jax.ppo.presets import PRESETS
@@ -122,14 +123,27 @@ def _preset(args: list[str]) -> PPOConfig:
 def _commands(ppo: PPOConfig) -> Any:
     """Return the union type of all subcommands for tyro, with their default options."""
     missing = tyro.MISSING
+    train = Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
     defaults: dict[type, dict[str, Any]] = {
-        Train: {
-            "default": Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
-        },
+        Train: {"default": train},
+        Value: {"default": Value(train=train)},
         Info: {"default": Info(model=missing)},
         Plan: {"default": Plan(model=missing)},
     }
-    kinds = (Train, SFT, Reward, Evaluate, Generate, Replay, Compare, Report, Convert, Info, Plan)
+    kinds = (
+        Train,
+        Value,
+        SFT,
+        Reward,
+        Evaluate,
+        Generate,
+        Replay,
+        Compare,
+        Report,
+        Convert,
+        Info,
+        Plan,
+    )
     subcommands = (
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **defaults.get(kind, {}))]
         for kind in kinds

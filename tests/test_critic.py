@@ -2,18 +2,30 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FULL_PPO, full_trainer, has_zero_gradient, tiny_config, tiny_policy
+import transformers
+from helpers import (
+    FULL_PPO,
+    command_line,
+    full_trainer,
+    has_zero_gradient,
+    save_tiny_gpt2,
+    tiny_config,
+    tiny_policy,
+)
 from helpers import word_tokenizer as tokenizer
 
+from ppo_jax import cli
 from ppo_jax.distributed import meshes, placement
 from ppo_jax.errors import SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.models.heads import init_scorer, separate_critic, shared_critic, zero_head
+from ppo_jax.models.io.pretrained import load_policy
 from ppo_jax.models.transformer import init_params, language_model
 from ppo_jax.ops.value_losses import value_clipfrac
 from ppo_jax.ppo import iteration
@@ -22,6 +34,7 @@ from ppo_jax.ppo.methods import Advantage
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state
 from ppo_jax.run.assembly import assemble
+from ppo_jax.run.files import read_lines
 from ppo_jax.run.resume import setting_differences
 
 compiled = partial(jax.jit, static_argnames="agent")
@@ -162,6 +175,42 @@ def test_a_run_whose_critic_decays_is_not_made_longer():
 def test_settings_that_cannot_be_meant_are_refused(settings, message):
     with pytest.raises(SettingError, match=message):
         CriticConfig(**settings)
+
+
+@pytest.mark.slow
+def test_a_critic_is_trained_before_ppo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_gpt2(tmp_path)
+    Path("prompts.txt").write_text("a b\nc\nd e\nb b\n")
+    Path("likes_b.py").write_text(
+        "def score(prompts, responses):\n    return [float(x.count('b')) for x in responses]\n"
+    )
+    given = {
+        "model": "gpt2",
+        "prompts": "prompts.txt",
+        "reward": "likes_b.py:score",
+        "ppo.batch-size": 8,
+        "ppo.minibatches": 1,
+        "ppo.max-new-tokens": 4,
+        "ppo.learning-rate": 0.01,
+    }
+    cli.main(command_line("value", out="value", **{"loop.updates": 3}, **given))
+    before, after = (load_policy(folder).params for folder in ("gpt2", "value/model"))
+    assert digest(after) == digest(before)
+    rows = read_lines(Path("value/metrics.jsonl"))
+    assert all(row["optimizer/steps"] == 0 and row["critic/steps"] == 4 for row in rows)
+    assert rows[2]["loss/value"] < rows[0]["loss/value"]
+    cli.main(
+        command_line("train", out="ppo", critic="value/critic", **{"loop.updates": 1}, **given)
+    )
+    first = read_lines(Path("ppo/metrics.jsonl"))[0]
+    assert first["value/explained_variance"] > rows[0]["value/explained_variance"]
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained("ppo/critic")
+    assert peer.config.num_labels == 1
+    for critic in ("shared", "none"):
+        with pytest.raises(SystemExit):
+            cli.main(command_line("value", out="other", critic=critic, **given))
+    assert not Path("other").exists()
 
 
 def test_a_method_without_a_critic_has_none():

@@ -20,6 +20,10 @@ class Collective(PyTreeNode):
       count: how many of them run.
       bytes: sum of their sizes. The size of one is that of its result or of its operands, whichever
         is larger.
+
+    Example:
+      >>> Collective(count=2, bytes=44).bytes
+      44
     """
 
     count: int

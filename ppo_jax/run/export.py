@@ -15,10 +15,11 @@ from ppo_jax.types import Params
 
 
 def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: str) -> None:
-    """Write the fine-tuned model, and its adapter if one was trained.
+    """Write the fine-tuned model, its adapter if one was trained, and a critic with its own trunk.
 
     Args:
-      out: the run's folder. The model is written to `model/` in it and the adapter to `adapter/`.
+      out: the run's folder. The model is written to `model/` in it, the adapter to `adapter/` and
+        the critic to `critic/`.
       trainer: the trainer of the run, whose learner was made by `assemble`.
       state: the final state.
       base_name: the model that the run started from, which the adapter names as its base.
@@ -26,9 +27,15 @@ def export_result(out: Path, trainer: Trainer, state: PPOState, *, base_name: st
     Raises:
       ValueError: if a file cannot be written.
     """
-    policy = {"policy": placement.to_host(state.policy, everywhere=False)}
+    own_trunk = trainer.learner.critic is not None
+    params = state.params if own_trunk else {"policy": state.policy}
     try:
-        export_models(out, trainer.learner, policy, base_name=base_name)
+        export_models(
+            out,
+            trainer.learner,
+            placement.to_host(params, everywhere=False),
+            base_name=base_name,
+        )
     except ValueError as error:
         raise ValueError(
             f"{error} The last checkpoint holds the result; free some space, then use "
