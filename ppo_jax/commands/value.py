@@ -1,6 +1,7 @@
 """The command `ppo-jax value`, which trains a critic before PPO begins."""
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import tyro
 
@@ -19,7 +20,7 @@ class Value:
     (arXiv:2503.01491).
     """
 
-    train: tyro.conf.OmitArgPrefixes[Train]
+    train: Annotated[Train, tyro.conf.arg(name="")]
 
     def run(self) -> None:
         """Train the critic, and write it to `critic/` in the run's folder."""
