@@ -238,7 +238,7 @@ class Trainer:
         is_best = self._evaluate(update)
         stop = processes.any_process(signals.received is not None)
         if self._is_due(loop.save_every, update) or is_best or stop:
-            self.save(wait=stop)
+            self.save(wait=stop or update + 1 == loop.updates)
         if stop and update + 1 < loop.updates:
             processes.print_once(
                 f"Stopped by a signal after {update + 1} updates; --resume auto continues the run."
