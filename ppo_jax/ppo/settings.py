@@ -184,9 +184,9 @@ class PPOConfig:
     """Weight of the KL in the loss. It is not scaled by advantages, unlike the
     KL penalty, which is a part of the rewards."""
     kl_loss: KLLoss = KLLoss.K2
-    """Estimate of the KL in the loss. The gradients of k2, k1+ and k3+ are that
-    of the KL, and their values those of the estimators. k3 is as in the
-    released code of GRPO, where the gradient is biased (arXiv:2510.01555)."""
+    """Estimate of the KL in the loss. k2, k1+ and k3+ have the gradient of the
+    KL, and the values of the estimators. k3 is as in the released code of
+    GRPO, where the gradient is biased (arXiv:2510.01555)."""
     score_at: ScoreAt = ScoreAt.LAST_TOKEN
     """The step whose reward includes the score: the last token of the
     response, the index after it, or the last index, max_new_tokens - 1."""
