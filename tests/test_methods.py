@@ -108,6 +108,7 @@ def test_a_kl_estimator_of_a_wrong_shape_is_refused():
         scored(lambda logprobs, ref_logprobs: (logprobs - ref_logprobs).sum(axis=1))
 
 
+@pytest.mark.slow
 def test_a_run_from_before_a_setting_goes_on(tmp_path):
     whole = full_trainer(tmp_path / "whole", updates=2, eval_every=0).run()
     full_trainer(tmp_path / "half", updates=1, eval_every=0).run()
