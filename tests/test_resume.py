@@ -83,7 +83,7 @@ def test_the_run_uses_everything_that_a_checkpoint_holds(uninterrupted):
     assert any(row["optimizer/stopped"] for row in rows) and any(
         not row["optimizer/stopped"] for row in rows
     )
-    assert sum("eval/scores" in row for row in lines(uninterrupted.folder, "metrics.jsonl")) == 4
+    assert sum("eval/scores" in row for row in lines(uninterrupted.folder, "metrics.jsonl")) == 5
 
 
 def test_a_second_run_is_the_same(uninterrupted, tmp_path):
