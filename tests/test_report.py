@@ -255,6 +255,7 @@ HEALTHY = {
     "objective__entropy": np.linspace(3, 2, 20).tolist(),
     "response__ended": [0.9] * 20,
     "value__explained_variance": [0.5] * 20,
+    "value__mean": np.linspace(0, 1, 20).tolist(),
 }
 
 
@@ -267,6 +268,7 @@ HEALTHY = {
         ({"response__ended": np.linspace(1, 0.2, 20).tolist()}, "Responses hit the limit"),
         ({"response__ended": [0.0] * 20}, "Nothing ever ends"),
         ({"value__explained_variance": [0.01] * 20}, "The critic explains nothing"),
+        ({"value__explained_variance": [0.0] * 20, "value__mean": [0.0] * 20}, None),  # no critic
         ({"objective__scores": [0.5] * 20}, "The score does not rise"),
         ({"faults__skipped": [1.0] * 20}, "Updates were skipped"),
         ({"eval__distinct_2": [0.9] * 19 + [0.3]}, None),  # not evaluated before the first update

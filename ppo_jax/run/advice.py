@@ -97,7 +97,8 @@ def _never_ends(run: History) -> str | None:
 
 def _critic_explains_nothing(run: History) -> str | None:
     _, explained = _ends(run, "value/explained_variance")
-    if explained < 0.05:
+    # Without a critic, all values are 0.
+    if explained < 0.05 and run.series("value/mean")[1].any():
         return f"At the end the critic explains {explained:.0%} of the variance of the returns."
     return None
 
@@ -157,7 +158,7 @@ CHECKS = (
         "The critic explains nothing",
         _critic_explains_nothing,
         "The advantages are then little better than without a critic. Start the critic from the "
-        "reward model (critic), raise ppo.vf_coef or ppo.learning_rate, or make more updates. If "
+        "reward model (critic), raise ppo.critic.learning_rate or ppo.vf_coef, or make more updates. If "
         "all scores of a batch are equal, there is nothing to explain: check the reward.",
     ),
     Check(
