@@ -158,8 +158,9 @@ CHECKS = (
         "The critic explains nothing",
         _critic_explains_nothing,
         "The advantages are then little better than without a critic. Start the critic from the "
-        "reward model (critic), raise ppo.critic.learning_rate or ppo.vf_coef, or make more updates. If "
-        "all scores of a batch are equal, there is nothing to explain: check the reward.",
+        "reward model (critic), raise ppo.critic.learning_rate or ppo.vf_coef, or make more "
+        "updates. If all scores of a batch are equal, there is nothing to explain: check the "
+        "reward.",
     ),
     Check(
         "The texts repeat",
