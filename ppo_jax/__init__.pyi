@@ -293,6 +293,9 @@ from .run.assembly import Learner as Learner, assemble as assemble
 from .run.opening import Resume as Resume
 from .run.evaluation import Evaluation as Evaluation
 from .run.trainer import Trainer as Trainer
+from .run.forks import Fork as Fork
+from .run.stored import Which as Which
+from .run.remote import Mirror as Mirror
 from .hashing import digest as digest
 
 # The files of a run.
@@ -313,6 +316,7 @@ from .distributed.replicas import pmap_steps as pmap_steps
 from .models.sizes import SIZES as SIZES
 from .plan.topology import CHIPS as CHIPS, Chip as Chip, make_topology as make_topology
 from .plan.account import Collective as Collective
+from .plan.decoding import DecodeStep as DecodeStep
 from .plan.compile import (
     Program as Program,
     Programs as Programs,

@@ -14,6 +14,8 @@ from helpers import (
     command_line,
     full_trainer,
     has_zero_gradient,
+    init_params,
+    init_scorer,
     save_tiny_gpt2,
     tiny_config,
     tiny_policy,
@@ -24,9 +26,9 @@ from ppo_jax import cli
 from ppo_jax.distributed import meshes, placement
 from ppo_jax.errors import SettingError
 from ppo_jax.hashing import digest
-from ppo_jax.models.heads import init_scorer, separate_critic, shared_critic, zero_head
+from ppo_jax.models.heads import separate_critic, shared_critic, zero_head
 from ppo_jax.models.io.pretrained import load_policy
-from ppo_jax.models.transformer import init_params, language_model
+from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.value_losses import value_clipfrac
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.critic import CriticConfig

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +11,11 @@ import tyro
 from flax.traverse_util import flatten_dict
 
 from ppo_jax import data, hashing
+from ppo_jax.commands.learner import read_learner
 from ppo_jax.commands.prompts import PromptOptions, hold_out
 from ppo_jax.commands.rewards import Rewards, check_rewards
 from ppo_jax.data.chat import as_user_messages
-from ppo_jax.distributed import meshes, processes
+from ppo_jax.distributed import processes
 from ppo_jax.distributed.processes import Processes
 from ppo_jax.errors import SettingError
 from ppo_jax.models.lora import NO_LORA, LoRA
@@ -23,12 +23,11 @@ from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import load_function, load_rewards
 from ppo_jax.run import provenance
-from ppo_jax.run.assembly import Learner, assemble, load_model
+from ppo_jax.run.assembly import Learner
 from ppo_jax.run.export import export_result
 from ppo_jax.run.files import check_free, lock_folder, store_url
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.opening import Resume
-from ppo_jax.run.parts import check_vocabulary, starting_adapters
 from ppo_jax.run.remote import Mirror
 from ppo_jax.run.resume import read_config
 from ppo_jax.run.serialize import to_json
@@ -241,46 +240,8 @@ class Train:
         )
 
     def learner(self) -> Learner:
-        """Read the model and the critic, and assemble what is trained.
-
-        Raises:
-          SettingError: if the settings do not fit one another or the devices.
-          ValueError: if the model or the critic cannot be read, or do not fit each other.
-        """
-        jax.config.update("jax_default_matmul_precision", self.matmul_precision)
-        pmap = self.mesh == "pmap"
-        sizes = {} if pmap else meshes.parse_mesh(self.mesh, meshes.GROUPS)
-        mesh, sampling = (None, None) if pmap else meshes.make_meshes(sizes)
-        mesh = None if mesh is None or mesh.size == 1 else mesh
-        devices = jax.local_device_count() if pmap else meshes.batch_shards(mesh)
-        meshes.check_rows(self.ppo, devices)
-        if sampling is not None:
-            meshes.check_sampled_rows(self.ppo, sampling)
-        load = partial(load_model, dtype=self.dtype, remat=self.remat, mesh=mesh)
-        policy, tokenizer = load(self.model)
-        reference, adapters, lora = None, None, self.lora if self.lora.rank else None
-        if self.reference is not None:
-            reference, other = load(self.reference)
-            check_vocabulary(tokenizer, other, self.reference)
-        if self.adapter is not None:
-            if lora is not None:
-                raise SettingError(
-                    f"adapter={self.adapter} has its own rank; leave out lora.rank={lora.rank}."
-                )
-            adapters, lora = starting_adapters(self.adapter, policy)
-        return assemble(
-            policy,
-            tokenizer,
-            self.ppo,
-            critic=self.critic,
-            lora=lora,
-            adapters=adapters,
-            reference=reference,
-            mesh=mesh,
-            pmap=pmap,
-            seed=self.loop.seed,
-            stop_tokens=self.stop_tokens,
-        )._replace(sampling=sampling)
+        """Read the model and the critic, and assemble what is trained; see `read_learner`."""
+        return read_learner(self)
 
     def _function(self, purpose: str, spec: str | None) -> Callable[..., Any] | None:
         """Return the user's own function for a purpose, or None if no option names one."""

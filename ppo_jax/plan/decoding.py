@@ -29,6 +29,11 @@ class DecodeStep(NamedTuple):
         links.
       collective_bytes: sum of the sizes of the collectives of one step.
       bound_s: the least time, from `bound_seconds`.
+
+    Example:
+      >>> step = DecodeStep(seconds=2e-3, collective_s=0.0, collective_bytes=0, bound_s=1e-3)
+      >>> step.bound_s / step.seconds
+      0.5
     """
 
     seconds: float

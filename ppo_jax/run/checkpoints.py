@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -20,6 +19,7 @@ from ppo_jax.hashing import digest, text_hash
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.run.background import Background, free_memory, host_copy
 from ppo_jax.run.provenance import differences
+from ppo_jax.run.state_arrays import arrays_of, structure_of, with_arrays
 
 _LOG = logging.getLogger(__name__)
 _SPARE_BYTES = 2**20  # room for the files that Orbax writes besides the arrays
@@ -110,12 +110,12 @@ class Checkpoints:
           CheckpointError: if it cannot be written, for example because the disk is full. Earlier
             checkpoints remain as they are.
         """
-        step, arrays = int(state.update), _arrays(state)
+        step, arrays = int(state.update), arrays_of(state)
         if step in self.steps():
             return
         # The names are those in checkpoints that were written earlier, so they must not change.
         about = json.dumps(notes or {}, sort_keys=True)
-        structure = _structure({**arrays, "pending": state.pending})
+        structure = structure_of({**arrays, "pending": state.pending})
         run = {
             "digest": digest(arrays),
             "about": about,
@@ -240,11 +240,11 @@ class Checkpoints:
 
     def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
         run = self._read_run(step)
-        items: dict[str, Any] = {"state": _arrays(like)}
+        items: dict[str, Any] = {"state": arrays_of(like)}
         digests = {"state": run["digest"], "pending": run.get("pending")}
         if like.pending:
             items["pending"] = like.pending
-        expected = _structure({**items["state"], "pending": like.pending})
+        expected = structure_of({**items["state"], "pending": like.pending})
         for name, stored, now in differences(run["structure"], expected):
             if like.pending or not name.startswith("pending/"):
                 raise _MismatchError(f"it has {stored} for {name}, and the run now has {now}.")
@@ -255,11 +255,8 @@ class Checkpoints:
         state = found["state"]
         if int(state["update"]) != step:
             raise ValueError(f"it holds update {int(state['update'])} under another name.")
-        state["key"] = jax.random.wrap_key_data(state["key"])
-        state["train"] = like.train.replace(**state["train"])
-        if like.critic is not None:
-            state["critic"] = like.critic.replace(**state["critic"])
-        return like.replace(**state, pending=found.get("pending", ())), json.loads(run["about"])
+        restored = with_arrays(like, state).replace(pending=found.get("pending", ()))
+        return restored, json.loads(run["about"])
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint."""
@@ -290,30 +287,3 @@ def _is_damage(error: Exception) -> bool:
     """Return whether an error means that files are damaged, and not only unusable here."""
     other = (_MismatchError, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
     return not isinstance(error, other) and "PERMISSION_DENIED" not in str(error)
-
-
-def _structure(arrays: Any) -> dict[str, str]:
-    """Return the dtype and shape of each array as a text, by the path of the array."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{jnp.result_type(x)}{list(jnp.shape(x))}"
-        )
-        for path, x in jax.tree_util.tree_leaves_with_path(arrays)
-    }
-
-
-def _arrays(state: PPOState) -> dict[str, Any]:
-    """Return the arrays of a state, with the typed key as its data and without functions."""
-    trained = {"train": state.train, "critic": state.critic}
-    return {
-        **{
-            name: {"step": x.step, "params": x.params, "opt_state": x.opt_state}
-            for name, x in trained.items()
-            if x is not None
-        },
-        **({} if state.entropy is None else {"entropy": state.entropy}),
-        "kl": state.kl,
-        "scale": state.scale,
-        "key": jax.random.key_data(state.key),
-        "update": state.update,
-    }

@@ -39,8 +39,7 @@ class Trainer:
       prompts: the prompts to train on.
       collector: collects batches; it holds the reference's and the frozen parameters.
       schedule: samples the responses of each update with the policy that `loop.staleness` says.
-      checkpoints: the run's checkpoints.
-      log: the run's files of metrics, samples and faults.
+      checkpoints, log: the run's checkpoints, and its files of metrics, samples and faults.
 
     Example::
 
@@ -266,8 +265,7 @@ class Trainer:
         self.log.evaluation(update, evaluation.rows(max(PAIRS, self.loop.samples)))
         score = evaluation.metrics["eval/scores"]
         is_best = update >= 0 and (self._best is None or score > self._best[0])
-        if is_best:
-            self._best = score, update + 1
+        self._best = (score, update + 1) if is_best else self._best
         return is_best
 
     def _skip(self, fault: Fault, pending: tuple[Rollout, ...]) -> None:
