@@ -218,6 +218,7 @@ def test_the_report_opens_in_chromium(page, runs):
             args=["--no-sandbox", "--disable-background-networking"],
         )
         tab = browser.new_page()
+        tab.set_default_timeout(300_000)
         tab.on("console", lambda message: problems.append(message.text))
         tab.on("pageerror", lambda error: problems.append(str(error)))
         tab.on("dialog", lambda dialog: problems.append(dialog.message))
