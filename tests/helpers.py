@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import re
+import runpy
 import warnings
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
@@ -241,6 +242,11 @@ def _call(function, args, log, folder, environment) -> None:
 def run_command(args: list[str]) -> None:
     """Run `ppo-jax`."""
     cli.main(args)
+
+
+def run_script(path: Path) -> None:
+    """Run a Python file as the main program."""
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def run_command_strictly(args: list[str]) -> None:

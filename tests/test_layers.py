@@ -63,7 +63,7 @@ def test_gradient_equals_that_of_float32_up_to_rounding():
     for a, b in zip(rounded, exact, strict=True):
         assert a.dtype == jnp.float32
         # an absolute tolerance, because the gradient of the biases of keys is rounding noise
-        np.testing.assert_allclose(a, b, atol=0.03 * max(float(jnp.abs(b).max()), 0.02))
+        np.testing.assert_allclose(a, b, atol=0.04 * max(float(jnp.abs(b).max()), 0.02))
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,14 @@ def test_devices_that_only_sample_change_no_bit(tmp_path):
     plain = full_trainer(tmp_path / "plain", **options)
     plain.run()
     first = full_trainer(tmp_path / "apart", sampling=sampling, **options)
-    first.step(), first.save()
+    updates = iter(range(2))
+
+    def stop_at_second(metrics):
+        if next(updates) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run(on_update=stop_at_second)
     apart = full_trainer(tmp_path / "apart", sampling=sampling, resume="yes", **options)
     apart.run()
     assert digest(apart.state.train) == digest(plain.state.train)

@@ -19,7 +19,7 @@ BROKEN = 2  # The update whose reward fails.
 
 def fails_once():
     """Return a reward that fails at its call for the update `BROKEN`."""
-    calls = iter(range(99))
+    calls = iter(range(-1, 99))  # The first call is for the evaluation before the first update.
     return lambda prompts, responses: None if next(calls) == BROKEN else likes_b(prompts, responses)
 
 

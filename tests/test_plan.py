@@ -207,9 +207,8 @@ def test_all_bytes_of_a_reduced_gradient_are_counted(tmp_path, model):
     gradient = 2 * sum(
         4 * x.size for x in jax.tree.leaves(shapes)
     )  # gradients of policy and critic
-    assert (
-        4 * gradient < found["update"]["collectives"]["all-reduce"]["bytes"] < 4.4 * gradient
-    )  # 2 epochs of 2 minibatches
+    # 2 epochs of 2 minibatches. The compiler leaves out rows of tables that have no gradient.
+    assert 3.8 * gradient < found["update"]["collectives"]["all-reduce"]["bytes"] < 4.4 * gradient
     assert (
         found["update"]["flops"] > 2 * found["scoring"]["flops"]
         and "does not divide" not in printed

@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -19,6 +17,7 @@ from helpers import (
     has_zero_gradient,
     options,
     run_command,
+    run_script,
     start_process,
     tiny_policy,
     word_tokenizer,
@@ -290,17 +289,17 @@ for values in ({"a": 1, "b": first}, {"a": 1} if first else {"a": 1, "b": 2}):
 def test_processes_exchange_messages_of_any_length_and_script_and_name_differences(folder):
     (folder / "exchange.py").write_text(EXCHANGE)
     several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    started = []
-    for index in range(2):
-        environment = os.environ | several | {"JAX_PROCESS_ID": str(index)}
-        with (folder / f"exchange.{index}.log").open("w") as log:
-            process = subprocess.Popen(
-                [sys.executable, folder / "exchange.py"],
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        started.append(process)
+    started = [
+        start_process(
+            run_script,
+            folder / "exchange.py",
+            log=folder / f"exchange.{index}.log",
+            folder=folder,
+            **several,
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
     finish(folder, "exchange", started)
 
 

@@ -16,7 +16,16 @@ from helpers import ROOT, code_blocks, documented_metrics, run_python_blocks, sa
 README = ROOT / "README.md"
 OPTIONAL_METRICS = {
     "faults/skipped",
+    "critic/grad_norm",
+    "critic/steps",
+    "eval/distinct_2",
     "eval/scores",
+    "eval/scores_error",
+    "reward/NAME",
+    "reward/timeouts",
+    "rollout/age",
+    "value/clipfrac",
+    "value/explained_variance_after",
     "eval/length_mean",
     "eval/kl",
     "objective/entropy_coef",

@@ -20,6 +20,7 @@ import pytest
 from filelock import FileLock, Timeout
 from helpers import (
     FULL_PPO,
+    command_line,
     full_trainer,
     likes_b,
     run_full_trainer,
@@ -613,12 +614,12 @@ def test_a_signal_during_loading_ends_the_program_at_once(tmp_path, number):
         f"gc.callbacks.append(lambda *_: os.kill(os.getpid(), {int(number)}))\n"
         "gc.collect()\nopen(__file__ + '.read', 'w')\ndef score(prompts, responses): ...\n"
     )
-    program = (
-        "from ppo_jax import cli, data\nfrom ppo_jax.reward_functions import load_reward\n"
-        f"data.read_rows = lambda _: load_reward({str(tmp_path / 'reward.py') + ':score'!r})\n"
-        "cli.main(['generate', '--model', 'm', '--prompts', 'p'])"
+    (tmp_path / "prompts.txt").write_text("a\n")
+    given = {"model": "m", "prompts": tmp_path / "prompts.txt"}
+    arguments = command_line("evaluate", reward=f"{tmp_path / 'reward.py'}:score", **given)
+    done = subprocess.run(
+        [sys.executable, "-m", "ppo_jax.cli", *arguments], capture_output=True, text=True
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == (130 if number == signal.SIGINT else -number), done.stderr
     assert not (tmp_path / "reward.py.read").exists() and "Traceback" not in done.stderr
 

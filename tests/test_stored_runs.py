@@ -104,7 +104,11 @@ def test_the_last_checkpoint_becomes_a_policy_a_critic_and_an_adapter(place, tmp
 
 
 def test_the_best_checkpoint_or_a_numbered_one_is_converted(place, tmp_path, capsys):
-    rows = [row for row in read_lines(place / "adapted/metrics.jsonl") if "eval/scores" in row]
+    rows = [
+        row
+        for row in read_lines(place / "adapted/metrics.jsonl")
+        if "eval/scores" in row and row["update"] >= 0
+    ]
     best = max(rows, key=lambda row: (row["eval/scores"], -row["update"]))["update"] + 1
     outs = {}
     for update in (1, 2, 3, "best"):
