@@ -1,0 +1,91 @@
+"""Study 3: learning from answers of an older policy, under five corrections.
+
+The policy of an update learns from the answers that the policy sampled 0, 1, 4 or 16 updates ago.
+`clip` is PPO with the ratio to the policy that sampled. `dis` and `dppo` use the same ratio, but
+drop tokens whose ratio or probability has moved too far. `tis` and `decoupled` clip the ratio to
+the policy before the update, and weigh each token by the ratio of that policy to the one that
+sampled; `tis` truncates these weights at 2.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+
+from experiments.ablations.task import Task
+from experiments.ablations.training import LossMaker, Variant
+from ppo_jax import (
+    AdvantageFn,
+    LossFn,
+    PPOConfig,
+    Rollout,
+    Scores,
+    dis_loss,
+    dppo_loss,
+    importance_weights,
+    ppo_loss_fn,
+    reinforce_plus_plus_advantages,
+    truncated_weights,
+    with_policy_loss,
+)
+from ppo_jax.ppo.critic import no_critic
+
+AGES = (0, 1, 4, 16)
+LEARNING_RATE = 3e-3
+
+
+def above_group(
+    weights_fn: Callable[..., jax.Array] | None = None,
+) -> AdvantageFn:
+    """Compare answers with those to the same rule, whiten, and weigh tokens if asked to."""
+
+    def estimate(
+        rewards: jax.Array,
+        values: jax.Array,
+        mask: jax.Array,
+        *,
+        rollout: Rollout,
+        scores: Scores,
+    ) -> tuple[jax.Array, jax.Array]:
+        advantages, returns = reinforce_plus_plus_advantages(rewards, mask, rollout.tokens[:, 0])
+        if weights_fn is not None:
+            advantages = advantages * weights_fn(scores.logprobs, rollout.logprobs, mask)
+        return advantages, returns
+
+    return estimate
+
+
+def with_loss(config: PPOConfig, policy_loss: Callable[..., jax.Array], maker: LossMaker) -> LossFn:
+    """Make the loss of the settings with another loss of the policy."""
+    return ppo_loss_fn(
+        maker.model,
+        no_critic,
+        *with_policy_loss(config, policy_loss),
+        temperature=config.temperature,
+    )
+
+
+def variants(task: Task, rows: int) -> dict[str, Variant]:
+    """Return the five corrections, each with all ages."""
+    config = PPOConfig(
+        batch_size=rows,
+        epochs=1,
+        minibatches=4,
+        max_new_tokens=task.longest,
+        vf_coef=0.0,
+        kl_coef=0.0,
+        whiten_advantages=False,
+        learning_rate=LEARNING_RATE,
+    )
+    make = partial(Variant, config, has_critic=False, ages=AGES)
+    sampled = partial(make, above_group(), from_sampler=True)
+    # The bounds are those of the examples in the released code of each method.
+    dis = partial(dis_loss, clip_low=0.5, clip_high=4.0)
+    dppo = partial(dppo_loss, clip_low=0.15, clip_high=0.15)
+    return {
+        "clip": sampled(),
+        "dis": sampled(loss_fn=partial(with_loss, config, dis)),
+        "dppo": sampled(loss_fn=partial(with_loss, config, dppo)),
+        "tis": make(above_group(partial(truncated_weights, high=2.0))),
+        "decoupled": make(above_group(importance_weights)),
+    }

@@ -1,0 +1,150 @@
+"""Study 1: what the critic recipe of VC-PPO and VAPO is worth where answers are long.
+
+Plain PPO has one lambda of 0.95 and one optimizer for policy and critic. The recipe pre-trains the
+critic on the returns of the frozen policy, gives it an optimizer of its own and returns with a
+lambda of 1 (decoupled GAE), lets the lambda of the policy grow with the length of the answer, clips
+the ratio at 1.28 instead of 1.2 from above, averages over tokens and adds the likelihood of good
+answers to the loss. Every other variant leaves one of these parts away.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from experiments.ablations.task import Task
+from experiments.ablations.training import LossMaker, Variant
+from ppo_jax import (
+    AdvantageFn,
+    LossFn,
+    Metrics,
+    PPOConfig,
+    Rollout,
+    Scores,
+    Weighting,
+    clipped_ppo,
+    decoupled_gae,
+    length_adaptive_lambda,
+    positive_nll_loss,
+    ppo_loss_fn,
+)
+from ppo_jax.ppo.critic import CriticConfig
+
+LAMBDA, ALPHA = 0.95, 1.5
+PRETRAINING = 5  # updates
+NLL_COEF, GOOD = 0.1, 0.75  # the weight of the likelihood of the answers above this quantile
+LEARNING_RATE = 3e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The parts of the recipe, each of which can be left away."""
+
+    pretraining: bool = True
+    decoupling: bool = True
+    adaptive_lambda: bool = True
+    clip_higher: bool = True
+    token_mean: bool = True
+    positive_nll: bool = True
+
+
+def advantages(recipe: Recipe) -> AdvantageFn:
+    """Make the advantage estimator of a recipe."""
+
+    def estimate(
+        rewards: jax.Array,
+        values: jax.Array,
+        mask: jax.Array,
+        *,
+        rollout: Rollout,
+        scores: Scores,
+    ) -> tuple[jax.Array, jax.Array]:
+        lam = length_adaptive_lambda(mask, alpha=ALPHA) if recipe.adaptive_lambda else LAMBDA
+        return decoupled_gae(
+            rewards,
+            values,
+            mask,
+            gamma=1.0,
+            lam_policy=lam,
+            lam_value=1.0 if recipe.decoupling else lam,
+        )
+
+    return estimate
+
+
+def with_positive_nll(config: PPOConfig, maker: LossMaker) -> LossFn:
+    """Make the loss of the settings plus the negative log-likelihood of the best answers."""
+    own, metrics = clipped_ppo(dataclasses.replace(config, vf_coef=0.0))
+    least = jnp.quantile(maker.task_scores, GOOD)
+
+    def loss(
+        logprobs: jax.Array,
+        *others: jax.Array,
+        returns: jax.Array,
+        mask: jax.Array,
+        aggregate: Callable[[jax.Array, jax.Array], jax.Array],
+        **arrays: jax.Array,
+    ) -> tuple[jax.Array, Metrics]:
+        total, terms = own(
+            logprobs, *others, returns=returns, mask=mask, aggregate=aggregate, **arrays
+        )
+        # The return of the last token is the score, whatever lambda is.
+        last = jnp.maximum(mask.sum(axis=1) - 1, 0)[:, None]
+        good = jnp.take_along_axis(returns, last, axis=1)[:, 0] >= least
+        nll = positive_nll_loss(logprobs, good, mask)
+        return total + NLL_COEF * nll, terms
+
+    return ppo_loss_fn(
+        maker.model,
+        maker.critic,
+        loss,
+        metrics,
+        temperature=config.temperature,
+        aggregation=config.weighting.function,
+    )
+
+
+def plain(task: Task, rows: int) -> Variant:
+    """Return PPO with one lambda and one optimizer."""
+    return Variant(
+        PPOConfig(
+            batch_size=rows,
+            epochs=1,
+            minibatches=4,
+            max_new_tokens=task.longest,
+            lam=LAMBDA,
+            vf_coef=0.5,
+            value_clip=None,
+            kl_coef=0.0,
+            learning_rate=LEARNING_RATE,
+        )
+    )
+
+
+def with_recipe(task: Task, rows: int, recipe: Recipe) -> Variant:
+    """Return PPO with the recipe or a part of it."""
+    critic = CriticConfig(
+        learning_rate=LEARNING_RATE, warmup_updates=PRETRAINING if recipe.pretraining else 0
+    )
+    config = dataclasses.replace(
+        plain(task, rows).config,
+        critic=critic,
+        clip_high=0.28 if recipe.clip_higher else 0.2,
+        weighting=Weighting.TOKEN if recipe.token_mean else Weighting.SEQUENCE,
+    )
+    return Variant(
+        config,
+        advantages(recipe),
+        partial(with_positive_nll, config) if recipe.positive_nll else None,
+    )
+
+
+def variants(task: Task, rows: int) -> dict[str, Variant]:
+    """Return plain PPO, the recipe, and the recipe without each of its parts."""
+    without = {
+        f"no_{field.name}": with_recipe(task, rows, Recipe(**{field.name: False}))
+        for field in dataclasses.fields(Recipe)
+    }
+    return {"ppo": plain(task, rows), "recipe": with_recipe(task, rows, Recipe()), **without}

@@ -1,0 +1,84 @@
+"""Intervals over seeds, the figure and the table of a study."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LAST = 0.1  # The final figures are means over this share of the updates, the last ones.
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and its 95 % confidence interval by Student's t."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return the mean and the interval."""
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean and 95 % confidence interval over the first axis, the seeds.
+
+    A single seed has no interval: both ends are then NaN.
+    """
+    n = len(values)
+    mean = values.mean(axis=0)
+    if n == 1:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    half = stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
+    return mean, mean - half, mean + half
+
+
+def final(curves: np.ndarray, until: int | None = None) -> Interval:
+    """Return the interval of the mean of the last updates.
+
+    Args:
+      curves: `[seeds, updates]`; NaN where an update has no such figure.
+      until: leave out the updates from this one on.
+    """
+    curves = curves[:, :until]
+    count = max(1, round(LAST * curves.shape[1]))
+    return Interval(*(float(x) for x in interval(np.nanmean(curves[:, -count:], axis=1))))
+
+
+def plot(curves: dict[str, dict[str, np.ndarray]], titles: dict[str, str], path: Path) -> None:
+    """Plot the mean over seeds and its confidence interval, one panel per figure.
+
+    Args:
+      curves: of each variant the history of each figure, `[seeds, updates]`.
+      titles: the titles of the panels by the name of the figure.
+      path: file to write.
+    """
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.6 * len(titles), 3.2), squeeze=False)
+    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
+        for i, (variant, history) in enumerate(curves.items()):
+            mean, low, high = interval(history[name])
+            style = ("-", "--", ":", "-.")[i // 10 % 4]
+            (line,) = axis.plot(mean, style, label=variant, linewidth=1.2)
+            axis.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.15)
+        axis.set(xlabel="update", title=title)
+        axis.grid(alpha=0.3)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small"
+    )
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def table(rows: dict[str, dict[str, Interval | float]]) -> str:
+    """Return a Markdown table with one line per variant and one column per figure."""
+    names = list(next(iter(rows.values())))
+    head = f"| variant | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
+    show = lambda x: str(x) if isinstance(x, Interval) else f"{x:.3g}"
+    lines = [f"| {name} | {' | '.join(map(show, row.values()))} |" for name, row in rows.items()]
+    return "\n".join([head, *lines]) + "\n"
