@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from experiments.ablations import age, critic, groups, kl
+from experiments.ablations.gradients import gradient_errors
 from experiments.ablations.report import final, plot, table
 from experiments.ablations.task import RULES, Task
 from experiments.ablations.training import LONG, Variant, run
@@ -151,7 +152,9 @@ def main(settings: Settings) -> dict[str, Any]:
             summary |= {f"{figure}/{name}/{part}".rstrip("/"): y for part, y in parts.items()}
         summary[f"time/{name}_s"] = seconds[name]
     if settings.study is Study.KL:
-        summary |= {f"gradient_error/{name}": x for name, x in kl.gradients(settings.seed).items()}
+        summary |= {
+            f"gradient_error/{name}": x for name, x in gradient_errors(settings.seed).items()
+        }
         summary |= {f"optimum/{name}": x for name, x in kl.best_probability(plan.task).items()}
     text = table(rows)
     (out / "table.md").write_text(text)

@@ -1,8 +1,8 @@
 """The task of the studies: answers that follow the rule of their prompt, scored at their end.
 
-A prompt is one token that names one of four rules. The rule of a prompt picks four of the sixteen
-tokens of the vocabulary, and the score of an answer is the share of its tokens that are among them.
-A new model scores 0.25, and the best possible score is 1. The environment ends each answer after a
+A prompt is one token that names one of two rules. The rule picks four of the eight tokens of the
+vocabulary, and the score of an answer is the share of its tokens that are among them. A new model
+scores about 0.5, and the best possible score is 1. The environment ends each answer after a
 number of tokens that the model does not know, as a tool or a user would. Nothing of the answer is
 rewarded before its end, so each token of a long answer has little influence on the score.
 """
