@@ -16,9 +16,11 @@ from experiments.ablations.gradients import gradient_errors
 from experiments.ablations.report import final, plot, table
 from experiments.ablations.task import RULES, Task
 from experiments.ablations.training import LONG, Variant, run
-from ppo_jax import SettingError, create_run_folder, lock_folder, to_json, write_json
+from ppo_jax import PPOConfig, SettingError, create_run_folder, lock_folder, to_json, write_json
 
+Curves = dict[str, dict[str, np.ndarray]]  # The figures of each variant, `[seeds, updates]`.
 TITLES = {"score": "score of the samples", "entropy": "entropy (nats per token)"}
+BASE = PPOConfig(epochs=1, minibatches=4, vf_coef=0.5, value_clip=None, kl_coef=0.0)
 KL_TITLE = {"kl": "KL from the reference (nats per answer)"}
 
 
@@ -26,11 +28,16 @@ KL_TITLE = {"kl": "KL from the reference (nats per answer)"}
 class Plan:
     """A study: its variants, and its size unless the command says otherwise."""
 
-    variants: Callable[[Task, int], dict[str, Variant]]
+    make: Callable[[PPOConfig], dict[str, Variant]]
     updates: int
     rows: int
     task: Task
     titles: dict[str, str]
+
+    def variants(self, learning_rate: float) -> dict[str, Variant]:
+        """Return the variants by name."""
+        sizes = {"batch_size": self.rows, "max_new_tokens": self.task.longest}
+        return self.make(dataclasses.replace(BASE, learning_rate=learning_rate, **sizes))
 
 
 class Study(enum.Enum):
@@ -43,7 +50,7 @@ class Study(enum.Enum):
 
 
 PLANS = {
-    Study.CRITIC: Plan(critic.variants, 60, 16, Task(100, 400), TITLES),
+    Study.CRITIC: Plan(critic.variants, 70, 16, Task(100, 320), TITLES),
     Study.KL: Plan(kl.variants, 200, 64, Task(24, 24), TITLES | KL_TITLE),
     Study.AGE: Plan(age.variants, 100, 32, Task(16, 32), TITLES),
     Study.GROUPS: Plan(groups.variants, 100, 32, Task(16, 32), TITLES),
@@ -64,6 +71,8 @@ class Settings:
     """Number of models that each variant trains at once."""
     variants: tuple[str, ...] = ()
     """Names of the variants to train. Without any: all of the study."""
+    learning_rate: float = 3e-3
+    """Learning rate of all variants, for the policy and the critic."""
     updates: int | None = None
     """Number of PPO updates. None: that of the study."""
     rows: int | None = None
@@ -74,14 +83,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for name in ("seeds", "updates", "longest"):
+        for name, least in (("seeds", 2), ("updates", 1), ("longest", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(f"{name} must be at least 1, not {value}.")
+            if value is not None and value < least:
+                raise SettingError(f"{name} must be at least {least}, not {value}.")
         if self.rows is not None and (self.rows < 1 or self.rows % (4 * RULES)):
             raise SettingError(f"rows={self.rows} must be a multiple of {4 * RULES}.")
         plan = self.plan()
-        known = plan.variants(plan.task, plan.rows)
+        known = plan.variants(self.learning_rate)
         for name in self.variants:
             if name not in known:
                 raise SettingError(f"variants={name} must be among {', '.join(known)}.")
@@ -98,12 +107,10 @@ class Settings:
         )
 
 
-def train_all(
-    settings: Settings, plan: Plan
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
+def train_all(settings: Settings, plan: Plan) -> tuple[Curves, dict[str, float]]:
     """Train every variant; return the histories, `[seeds, updates]` each, and the seconds."""
     keys, curves, seconds = jax.random.split(jax.random.key(settings.seed), settings.seeds), {}, {}
-    variants = plan.variants(plan.task, plan.rows)
+    variants = plan.variants(settings.learning_rate)
     for name in settings.variants or variants:
         variant = variants[name]
         history, taken = run(keys, task=plan.task, variant=variant, updates=plan.updates)
@@ -116,21 +123,28 @@ def train_all(
 
 
 def figures_of(
-    plan: Plan, curves: dict[str, dict[str, np.ndarray]], seconds: dict[str, float]
+    settings: Settings, plan: Plan, curves: Curves, seconds: dict[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Return the final figures of each variant by their names in the table."""
-    least = min(seconds.values())
+    """Return the figures of each variant by their names in the table.
+
+    `score` is that of the last updates, and `average` that of all updates.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for name, history in curves.items():
-        rows[name] = {"score": final(history["score"])}
-        if plan.task.longest >= LONG:
-            rows[name]["long"] = final(history["long"])
-        if plan.titles.keys() >= KL_TITLE.keys():
-            rows[name]["kl"] = final(history["kl"])
-        if plan.variants is groups.variants:
-            until = max(1, int(plan.updates * least / seconds[name]))
-            rows[name]["score_at_equal_time"] = final(history["score"], until)
-            rows[name]["updates_at_equal_time"] = float(until)
+        score = history["score"]
+        rows[name] = row = {"score": final(score), "average": final(score, share=1.0)}
+        if settings.study is Study.CRITIC:
+            if plan.task.longest >= LONG:
+                row["long"] = final(history["long"])
+            # The seeds are those of the recipe, so their differences have an interval of their own.
+            change = score - curves.get("recipe", history)["score"]
+            row["score_change"], row["average_change"] = final(change), final(change, share=1.0)
+        if settings.study is Study.KL:
+            row["kl"] = final(history["kl"])
+        if settings.study is Study.GROUPS:
+            until = max(1, int(plan.updates * min(seconds.values()) / seconds[name]))
+            row["score_at_equal_time"] = final(score[:, :until])
+            row["updates_at_equal_time"] = float(until)
     return rows
 
 
@@ -144,7 +158,7 @@ def main(settings: Settings) -> dict[str, Any]:
         raise SystemExit(f"out={settings.out} cannot be used: {error}") from error
     plan = settings.plan()
     curves, seconds = train_all(settings, plan)
-    rows = figures_of(plan, curves, seconds)
+    rows = figures_of(settings, plan, curves, seconds)
     summary: dict[str, Any] = {}
     for name, row in rows.items():
         for figure, x in row.items():
@@ -155,7 +169,9 @@ def main(settings: Settings) -> dict[str, Any]:
         summary |= {
             f"gradient_error/{name}": x for name, x in gradient_errors(settings.seed).items()
         }
-        summary |= {f"optimum/{name}": x for name, x in kl.best_probability(plan.task).items()}
+        summary |= {
+            f"optimum/{name}": x for name, x in kl.best_probability(plan.task.longest).items()
+        }
     text = table(rows)
     (out / "table.md").write_text(text)
     np.savez(

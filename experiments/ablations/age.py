@@ -7,12 +7,12 @@ the policy before the update, and weigh each token by the ratio of that policy t
 sampled; `tis` truncates these weights at 2.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
 import jax
 
-from experiments.ablations.task import Task
 from experiments.ablations.training import LossMaker, Variant
 from ppo_jax import (
     AdvantageFn,
@@ -31,7 +31,6 @@ from ppo_jax import (
 from ppo_jax.ppo.critic import no_critic
 
 AGES = (0, 1, 4, 16)
-LEARNING_RATE = 3e-3
 
 
 def above_group(
@@ -65,18 +64,9 @@ def with_loss(config: PPOConfig, policy_loss: Callable[..., jax.Array], maker: L
     )
 
 
-def variants(task: Task, rows: int) -> dict[str, Variant]:
+def variants(base: PPOConfig) -> dict[str, Variant]:
     """Return the five corrections, each with all ages."""
-    config = PPOConfig(
-        batch_size=rows,
-        epochs=1,
-        minibatches=4,
-        max_new_tokens=task.longest,
-        vf_coef=0.0,
-        kl_coef=0.0,
-        whiten_advantages=False,
-        learning_rate=LEARNING_RATE,
-    )
+    config = dataclasses.replace(base, vf_coef=0.0, whiten_advantages=False)
     make = partial(Variant, config, has_critic=False, ages=AGES)
     sampled = partial(make, above_group(), from_sampler=True)
     # The bounds are those of the examples in the released code of each method.

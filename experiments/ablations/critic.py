@@ -14,7 +14,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from experiments.ablations.task import Task
 from experiments.ablations.training import LossMaker, Variant
 from ppo_jax import (
     AdvantageFn,
@@ -35,7 +34,6 @@ from ppo_jax.ppo.critic import CriticConfig
 LAMBDA, ALPHA = 0.95, 1.5
 PRETRAINING = 5  # updates
 NLL_COEF, GOOD = 0.1, 0.75  # the weight of the likelihood of the answers above this quantile
-LEARNING_RATE = 3e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,45 +104,26 @@ def with_positive_nll(config: PPOConfig, maker: LossMaker) -> LossFn:
     )
 
 
-def plain(task: Task, rows: int) -> Variant:
-    """Return PPO with one lambda and one optimizer."""
-    return Variant(
-        PPOConfig(
-            batch_size=rows,
-            epochs=1,
-            minibatches=4,
-            max_new_tokens=task.longest,
-            lam=LAMBDA,
-            vf_coef=0.5,
-            value_clip=None,
-            kl_coef=0.0,
-            learning_rate=LEARNING_RATE,
-        )
-    )
-
-
-def with_recipe(task: Task, rows: int, recipe: Recipe) -> Variant:
+def with_recipe(base: PPOConfig, recipe: Recipe) -> Variant:
     """Return PPO with the recipe or a part of it."""
     critic = CriticConfig(
-        learning_rate=LEARNING_RATE, warmup_updates=PRETRAINING if recipe.pretraining else 0
+        learning_rate=base.learning_rate, warmup_updates=PRETRAINING if recipe.pretraining else 0
     )
     config = dataclasses.replace(
-        plain(task, rows).config,
+        base,
         critic=critic,
-        clip_high=0.28 if recipe.clip_higher else 0.2,
+        clip_high=0.28 if recipe.clip_higher else base.clip_high,
         weighting=Weighting.TOKEN if recipe.token_mean else Weighting.SEQUENCE,
     )
-    return Variant(
-        config,
-        advantages(recipe),
-        partial(with_positive_nll, config) if recipe.positive_nll else None,
-    )
+    loss_fn = partial(with_positive_nll, config) if recipe.positive_nll else None
+    return Variant(config, advantages(recipe), loss_fn)
 
 
-def variants(task: Task, rows: int) -> dict[str, Variant]:
+def variants(base: PPOConfig) -> dict[str, Variant]:
     """Return plain PPO, the recipe, and the recipe without each of its parts."""
     without = {
-        f"no_{field.name}": with_recipe(task, rows, Recipe(**{field.name: False}))
+        f"no_{field.name}": with_recipe(base, Recipe(**{field.name: False}))
         for field in dataclasses.fields(Recipe)
     }
-    return {"ppo": plain(task, rows), "recipe": with_recipe(task, rows, Recipe()), **without}
+    plain = Variant(dataclasses.replace(base, lam=LAMBDA))
+    return {"ppo": plain, "recipe": with_recipe(base, Recipe()), **without}

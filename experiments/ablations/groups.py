@@ -12,7 +12,6 @@ from functools import partial
 
 import jax
 
-from experiments.ablations.task import Task
 from experiments.ablations.training import Variant
 from ppo_jax import (
     AdvantageFn,
@@ -23,8 +22,6 @@ from ppo_jax import (
     reinforce_plus_plus_advantages,
     rloo_advantages,
 )
-
-LEARNING_RATE = 3e-3
 
 
 def of_rules(estimator: Callable[..., tuple[jax.Array, jax.Array]]) -> AdvantageFn:
@@ -50,27 +47,14 @@ def of_batch(
     return reinforce_plus_plus_advantages(rewards, mask)
 
 
-def variants(task: Task, rows: int) -> dict[str, Variant]:
-    """Return the four estimators."""
-    config = PPOConfig(
-        batch_size=rows,
-        epochs=1,
-        minibatches=4,
-        max_new_tokens=task.longest,
-        lam=1.0,
-        vf_coef=0.5,
-        value_clip=None,
-        kl_coef=0.0,
-        learning_rate=LEARNING_RATE,
-    )
-    alone = dataclasses.replace(config, vf_coef=0.0, whiten_advantages=False)
+def variants(base: PPOConfig) -> dict[str, Variant]:
+    """Return the four estimators, whose advantages all have a variance of about 1."""
+    alone = dataclasses.replace(base, vf_coef=0.0)
+    whitened = dataclasses.replace(alone, whiten_advantages=False)
     make = partial(Variant, has_critic=False)
-    # RLOO's advantages are in units of the score, which is a share; whitening gives all estimators
-    # the same size of steps.
-    whitened = dataclasses.replace(alone, whiten_advantages=True)
     return {
-        "ppo": Variant(config),
-        "grpo": make(alone, of_rules(grpo_advantages)),
-        "rloo": make(whitened, of_rules(rloo_advantages)),
-        "reinforce_pp": make(alone, of_batch),
+        "ppo": Variant(dataclasses.replace(base, lam=1.0)),
+        "grpo": make(whitened, of_rules(grpo_advantages)),
+        "rloo": make(alone, of_rules(rloo_advantages)),
+        "reinforce_pp": make(whitened, of_batch),
     }

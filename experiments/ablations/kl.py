@@ -20,7 +20,6 @@ from functools import partial
 
 import jax
 
-from experiments.ablations.task import Task
 from experiments.ablations.training import LossMaker, Variant
 from ppo_jax import (
     Counts,
@@ -41,7 +40,7 @@ from ppo_jax import (
 )
 from ppo_jax.ppo.critic import no_critic
 
-BETA, LEARNING_RATE = 0.02, 3e-3
+BETA = 0.02
 
 
 def above_group(
@@ -85,18 +84,9 @@ def with_kl(config: PPOConfig, term: Callable[..., jax.Array], maker: LossMaker)
     return loss_fn
 
 
-def variants(task: Task, rows: int) -> dict[str, Variant]:
-    """Return k1 in the reward, k2 in the loss and k3 in the loss."""
-    config = PPOConfig(
-        batch_size=rows,
-        epochs=1,
-        minibatches=1,
-        max_new_tokens=task.longest,
-        vf_coef=0.0,
-        kl_coef=0.0,
-        whiten_advantages=False,
-        learning_rate=LEARNING_RATE,
-    )
+def variants(base: PPOConfig) -> dict[str, Variant]:
+    """Return k1 in the reward, k2 in the loss and k3 in the loss, with one step per update."""
+    config = dataclasses.replace(base, minibatches=1, vf_coef=0.0, whiten_advantages=False)
     with_penalty = dataclasses.replace(config, kl_coef=BETA)
     make = partial(Variant, advantage_fn=above_group, has_critic=False)
     return {
@@ -106,9 +96,9 @@ def variants(task: Task, rows: int) -> dict[str, Variant]:
     }
 
 
-def best_probability(task: Task) -> dict[str, float]:
+def best_probability(length: int) -> dict[str, float]:
     """Return the probability of following the rule at which training ends, for each variant."""
-    strength = 1 / (task.longest * BETA)
+    strength = 1 / (length * BETA)
     # The root of (1 - p) p · 2 · strength = p - (1 - p) above 1/2.
     forward = (strength - 1 + math.hypot(1, strength)) / (2 * strength)
     reverse = 1 / (1 + math.exp(-strength))

@@ -26,27 +26,20 @@ class Interval(NamedTuple):
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean and 95 % confidence interval over the first axis, the seeds.
-
-    A single seed has no interval: both ends are then NaN.
-    """
-    n = len(values)
-    mean = values.mean(axis=0)
-    if n == 1:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    """Return mean and 95 % confidence interval over the first axis, the seeds."""
+    n, mean = len(values), values.mean(axis=0)
     half = stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
     return mean, mean - half, mean + half
 
 
-def final(curves: np.ndarray, until: int | None = None) -> Interval:
+def final(curves: np.ndarray, share: float = LAST) -> Interval:
     """Return the interval of the mean of the last updates.
 
     Args:
       curves: `[seeds, updates]`; NaN where an update has no such figure.
-      until: leave out the updates from this one on.
+      share: the share of the updates that counts.
     """
-    curves = curves[:, :until]
-    count = max(1, round(LAST * curves.shape[1]))
+    count = max(1, round(share * curves.shape[1]))
     return Interval(*(float(x) for x in interval(np.nanmean(curves[:, -count:], axis=1))))
 
 
