@@ -51,9 +51,9 @@ class Study(enum.Enum):
 
 PLANS = {
     Study.CRITIC: Plan(critic.variants, 70, 16, Task(100, 320), TITLES),
-    Study.KL: Plan(kl.variants, 200, 64, Task(24, 24), TITLES | KL_TITLE),
+    Study.KL: Plan(kl.variants, 80, 64, Task(24, 24), TITLES | KL_TITLE),
     Study.AGE: Plan(age.variants, 100, 32, Task(16, 32), TITLES),
-    Study.GROUPS: Plan(groups.variants, 100, 32, Task(16, 32), TITLES),
+    Study.GROUPS: Plan(groups.variants, 60, 32, Task(16, 32), TITLES),
 }
 
 

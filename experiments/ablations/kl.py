@@ -4,17 +4,10 @@ The penalty k1 can be a part of the reward, and k2 or k3 can be terms of the los
 first two have the gradient of the KL divergence from the reference, KL(π ‖ π_ref). The gradient of
 k3 in the loss is that of KL(π_ref ‖ π); `gradients.py` checks this. The learning curves show where
 training ends up.
-
-The reference is the new model, which follows the rule with a probability of about 1/2. Where it is
-exactly 1/2, the probability p at which training ends is known: the penalty of all R tokens of an
-answer is subtracted from its score with the weight β, so
-
-    k1, k2:  log(p / (1 - p)) = 1 / (R β)
-    k3:      1 / (1 - p) - 1 / p = 2 / (R β)
+The reference is the new model.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -94,12 +87,3 @@ def variants(base: PPOConfig) -> dict[str, Variant]:
         "k2_loss": make(config, loss_fn=partial(with_kl, config, k2_term)),
         "k3_loss": make(config, loss_fn=partial(with_kl, config, k3_term)),
     }
-
-
-def best_probability(length: int) -> dict[str, float]:
-    """Return the probability of following the rule at which training ends, for each variant."""
-    strength = 1 / (length * BETA)
-    # The root of (1 - p) p · 2 · strength = p - (1 - p) above 1/2.
-    forward = (strength - 1 + math.hypot(1, strength)) / (2 * strength)
-    reverse = 1 / (1 + math.exp(-strength))
-    return {"k1_reward": reverse, "k2_loss": reverse, "k3_loss": forward}
