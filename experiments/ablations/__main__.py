@@ -13,7 +13,7 @@ import tyro
 
 from experiments.ablations import age, critic, groups, kl
 from experiments.ablations.gradients import gradient_errors
-from experiments.ablations.report import final, plot, table
+from experiments.ablations.report import Interval, final, plot, table
 from experiments.ablations.task import RULES, Task
 from experiments.ablations.training import LONG, Variant, run
 from ppo_jax import PPOConfig, SettingError, create_run_folder, lock_folder, to_json, write_json
@@ -124,12 +124,12 @@ def train_all(settings: Settings, plan: Plan) -> tuple[Curves, dict[str, float]]
 
 def figures_of(
     settings: Settings, plan: Plan, curves: Curves, seconds: dict[str, float]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, Interval]]:
     """Return the figures of each variant by their names in the table.
 
     `score` is that of the last updates, and `average` that of all updates.
     """
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Interval]] = {}
     for name, history in curves.items():
         score = history["score"]
         rows[name] = row = {"score": final(score), "average": final(score, share=1.0)}
@@ -144,8 +144,16 @@ def figures_of(
         if settings.study is Study.GROUPS:
             until = max(1, int(plan.updates * min(seconds.values()) / seconds[name]))
             row["score_at_equal_time"] = final(score[:, :until])
-            row["updates_at_equal_time"] = float(until)
     return rows
+
+
+def flattened(rows: dict[str, dict[str, Interval]]) -> dict[str, float]:
+    """Return the figures by names such as `score/ppo/mean`."""
+    flat: dict[str, float] = {}
+    for name, row in rows.items():
+        for figure, x in row.items():
+            flat |= {f"{figure}/{name}/{part}": y for part, y in x._asdict().items()}
+    return flat
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -159,29 +167,18 @@ def main(settings: Settings) -> dict[str, Any]:
     plan = settings.plan()
     curves, seconds = train_all(settings, plan)
     rows = figures_of(settings, plan, curves, seconds)
-    summary: dict[str, Any] = {}
-    for name, row in rows.items():
-        for figure, x in row.items():
-            parts = x._asdict() if isinstance(x, tuple) else {"": x}
-            summary |= {f"{figure}/{name}/{part}".rstrip("/"): y for part, y in parts.items()}
-        summary[f"time/{name}_s"] = seconds[name]
+    summary: dict[str, Any] = flattened(rows)
     if settings.study is Study.KL:
-        summary |= {
-            f"gradient_error/{name}": x for name, x in gradient_errors(settings.seed).items()
-        }
-        summary |= {
-            f"optimum/{name}": x for name, x in kl.best_probability(plan.task.longest).items()
-        }
-    text = table(rows)
-    (out / "table.md").write_text(text)
-    np.savez(
-        out / "curves.npz",
-        **{f"{name}/{figure}": x for name, h in curves.items() for figure, x in h.items()},
-    )
+        errors = gradient_errors(settings.seed)
+        summary |= {f"gradient_error/{name}": error for name, error in errors.items()}
+    arrays = {f"{name}/{figure}": x for name, of in curves.items() for figure, x in of.items()}
+    np.savez(out / "curves.npz", **arrays)
     plot(curves, plan.titles, out / "curves.png")
+    (out / "table.md").write_text(table(rows))
+    summary |= {f"time/{name}_s": taken for name, taken in seconds.items()}
     summary |= {"time/total_s": time.perf_counter() - start, "settings": to_json(settings)}
     write_json(out / "summary.json", summary)
-    print(f"{text}{summary['time/total_s']:.0f} s")
+    print(f"{table(rows)}{summary['time/total_s']:.0f} s")
     return summary
 
 

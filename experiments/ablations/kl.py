@@ -3,8 +3,7 @@
 The penalty k1 can be a part of the reward, and k2 or k3 can be terms of the loss. On-policy, the
 first two have the gradient of the KL divergence from the reference, KL(π ‖ π_ref). The gradient of
 k3 in the loss is that of KL(π_ref ‖ π); `gradients.py` checks this. The learning curves show where
-training ends up.
-The reference is the new model.
+training ends up, with the new model as the reference.
 """
 
 import dataclasses

@@ -68,10 +68,9 @@ def plot(curves: dict[str, dict[str, np.ndarray]], titles: dict[str, str], path:
     plt.close(figure)
 
 
-def table(rows: dict[str, dict[str, Interval | float]]) -> str:
+def table(rows: dict[str, dict[str, Interval]]) -> str:
     """Return a Markdown table with one line per variant and one column per figure."""
     names = list(next(iter(rows.values())))
     head = f"| variant | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
-    show = lambda x: str(x) if isinstance(x, Interval) else f"{x:.3g}"
-    lines = [f"| {name} | {' | '.join(map(show, row.values()))} |" for name, row in rows.items()]
+    lines = [f"| {name} | {' | '.join(map(str, row.values()))} |" for name, row in rows.items()]
     return "\n".join([head, *lines]) + "\n"
