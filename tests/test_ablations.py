@@ -1,5 +1,6 @@
 """Test the ablations: the task, the age of answers, the exact gradients, and each command."""
 
+import itertools
 import json
 
 import jax
@@ -11,10 +12,10 @@ from scipy import stats
 from experiments.ablations import __main__ as command
 from experiments.ablations import age, report
 from experiments.ablations.gradients import gradient_errors
-from experiments.ablations.task import RULES, Task, end_answers, prompts, share_of_rule
+from experiments.ablations.task import Task, end_answers, prompts, share_of_rule
 from ppo_jax import Rollout, SettingError
 
-TASK = Task(2, 6)
+TASK = Task((2, 4, 6))
 
 
 def rollout(tokens: np.ndarray) -> Rollout:
@@ -25,13 +26,13 @@ def rollout(tokens: np.ndarray) -> Rollout:
 
 
 def test_scores_count_the_tokens_that_follow_the_rule():
-    tokens = np.random.default_rng(0).integers(0, 16, (64, 7))
+    tokens = np.random.default_rng(0).integers(0, 8, (64, 7))
     tokens[:, :1] = prompts(64)
     ended = jax.device_get(end_answers(jax.random.key(0), rollout(tokens), TASK))
     lengths = ended.response_mask.sum(axis=1)
-    assert set(lengths) == {2, 3, 4, 5, 6}
+    assert set(lengths) == {2, 4, 6}
     for row, length, found in zip(tokens, lengths, share_of_rule(ended), strict=True):
-        follows = [token % RULES == row[0] for token in row[1 : 1 + length]]
+        follows = [(a < 4) != (b < 4) for a, b in itertools.pairwise(row[: 1 + length])]
         assert found == pytest.approx(np.mean(follows))
     np.testing.assert_array_equal(ended.mask[:, 1:], ended.response_mask)
     np.testing.assert_array_equal(ended.logprobs, -1.0 * ended.response_mask)

@@ -14,7 +14,7 @@ import tyro
 from experiments.ablations import age, critic, groups, kl
 from experiments.ablations.gradients import gradient_errors
 from experiments.ablations.report import Interval, final, plot, table
-from experiments.ablations.task import RULES, Task
+from experiments.ablations.task import PROMPTS, Task
 from experiments.ablations.training import LONG, Variant, run
 from ppo_jax import PPOConfig, SettingError, create_run_folder, lock_folder, to_json, write_json
 
@@ -50,10 +50,10 @@ class Study(enum.Enum):
 
 
 PLANS = {
-    Study.CRITIC: Plan(critic.variants, 70, 16, Task(100, 320), TITLES),
-    Study.KL: Plan(kl.variants, 80, 64, Task(24, 24), TITLES | KL_TITLE),
-    Study.AGE: Plan(age.variants, 100, 32, Task(16, 32), TITLES),
-    Study.GROUPS: Plan(groups.variants, 60, 32, Task(16, 32), TITLES),
+    Study.CRITIC: Plan(critic.variants, 30, 16, Task((100, 200, 300)), TITLES),
+    Study.KL: Plan(kl.variants, 80, 64, Task((24,)), TITLES | KL_TITLE),
+    Study.AGE: Plan(age.variants, 60, 32, Task((16, 24, 32)), TITLES),
+    Study.GROUPS: Plan(groups.variants, 40, 32, Task((16, 24, 32)), TITLES),
 }
 
 
@@ -78,8 +78,8 @@ class Settings:
     rows: int | None = None
     """Answers sampled in each update. None: as many as in the study."""
     longest: int | None = None
-    """Tokens of the longest answers; the shortest have a quarter of them. None: those of the
-    study."""
+    """Tokens of the longest answers; others have a third and two thirds of them. None: the lengths
+    of the study."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -87,8 +87,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(f"{name} must be at least {least}, not {value}.")
-        if self.rows is not None and (self.rows < 1 or self.rows % (4 * RULES)):
-            raise SettingError(f"rows={self.rows} must be a multiple of {4 * RULES}.")
+        if self.rows is not None and (self.rows < 1 or self.rows % (4 * PROMPTS)):
+            raise SettingError(f"rows={self.rows} must be a multiple of {4 * PROMPTS}.")
         plan = self.plan()
         known = plan.variants(self.learning_rate)
         for name in self.variants:
@@ -100,8 +100,8 @@ class Settings:
     def plan(self) -> Plan:
         """Return the study at the size that the command asks for."""
         plan = PLANS[self.study]
-        longest = self.longest
-        task = plan.task if longest is None else Task(max(1, longest // 4), longest)
+        n = self.longest
+        task = plan.task if n is None else Task((-(-n // 3), -(-2 * n // 3), n))
         return dataclasses.replace(
             plan, updates=self.updates or plan.updates, rows=self.rows or plan.rows, task=task
         )
@@ -184,7 +184,7 @@ def main(settings: Settings) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        chosen = tyro.cli(Settings)
+        chosen = tyro.cli(Settings, config=(tyro.conf.EnumChoicesFromValues,))
     except SettingError as error:
         raise SystemExit(f"ablations: {error}") from error
     main(chosen)

@@ -1,10 +1,11 @@
-"""The task of the studies: answers that follow the rule of their prompt, scored at their end.
+"""The task of the studies: answers whose tokens follow a rule, scored at their end.
 
-A prompt is one token that names one of two rules. The rule picks four of the eight tokens of the
-vocabulary, and the score of an answer is the share of its tokens that are among them. A new model
-scores about 0.5, and the best possible score is 1. The environment ends each answer after a
-number of tokens that the model does not know, as a tool or a user would. Nothing of the answer is
-rewarded before its end, so each token of a long answer has little influence on the score.
+The vocabulary of eight tokens has two halves. A token follows the rule if it is not in the half of
+the token before it, and the score of an answer is the share of its tokens that follow the rule. A
+new model scores about 0.5, and the best possible score is 1. The prompt is the first token of
+either half. The environment ends each answer after a number of tokens that the model does not know,
+as a tool or a user would. Nothing is rewarded before the end, so each token of a long answer has
+little influence on the score.
 """
 
 import dataclasses
@@ -14,15 +15,19 @@ import jax.numpy as jnp
 
 from ppo_jax import Rollout, TransformerConfig
 
-RULES, VOCABULARY = 2, 8
+PROMPTS, VOCABULARY = 2, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Answers with a length drawn from `shortest .. longest`."""
+    """Answers with one of these lengths, in tokens, which are equally likely."""
 
-    shortest: int
-    longest: int
+    lengths: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest answers."""
+        return max(self.lengths)
 
     def model_config(self) -> TransformerConfig:
         """Return a transformer with one layer, for a prompt of one token and an answer."""
@@ -33,18 +38,24 @@ class Task:
             layers=1,
             heads=1,
             mlp_width=64,
+            tied=False,
             init_std=0.15,
         )
 
 
+def half(tokens: jax.Array) -> jax.Array:
+    """Return the half of the vocabulary that each token is in, 0 or 1."""
+    return tokens * PROMPTS // VOCABULARY
+
+
 def prompts(rows: int) -> jax.Array:
-    """Return `[rows, 1]` prompts, in which the rules take turns."""
-    return (jnp.arange(rows) % RULES)[:, None]
+    """Return `[rows, 1]` prompts, which are the first tokens of both halves in turn."""
+    return (jnp.arange(rows) % PROMPTS * (VOCABULARY // PROMPTS))[:, None]
 
 
 def end_answers(key: jax.Array, rollout: Rollout, task: Task) -> Rollout:
-    """End each answer after a number of tokens that is drawn uniformly."""
-    lengths = jax.random.randint(key, rollout.ended.shape, task.shortest, task.longest + 1)
+    """End each answer after a number of tokens that is drawn at random."""
+    lengths = jax.random.choice(key, jnp.array(task.lengths), rollout.ended.shape)
     kept = jnp.arange(task.longest)[None, :] < lengths[:, None]
     return rollout.replace(
         mask=jnp.concatenate([rollout.mask[:, : rollout.prompt_length], kept], axis=1),
@@ -55,6 +66,6 @@ def end_answers(key: jax.Array, rollout: Rollout, task: Task) -> Rollout:
 
 def share_of_rule(rollout: Rollout) -> jax.Array:
     """Return the share of the tokens of each answer that follow the rule, `[B]` float32."""
-    follows = rollout.responses % RULES == rollout.tokens[:, :1]
+    follows = half(rollout.tokens[:, 1:]) != half(rollout.tokens[:, :-1])
     kept = rollout.response_mask
     return jnp.where(kept, follows, False).sum(axis=1) / kept.sum(axis=1)
