@@ -54,13 +54,14 @@ def test_gradients_of_the_penalties():
     assert len(errors) == 4 and max(errors.values()) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("study", "variants"),
     [
         ("critic", ("no_token_mean",)),
         ("kl", ("k3_loss",)),
         ("age", ("tis",)),
-        ("groups", ("ppo", "rloo")),
+        ("groups", ("grpo",)),
     ],
 )
 def test_command(study, variants, tmp_path):
@@ -83,7 +84,7 @@ def test_command(study, variants, tmp_path):
         score, learned = (curves[f"{name}/{x}"] for x in ("score", "learned_score"))
         old = int(name.split("_")[1]) if study == "age" else 0
         # An update learns from the answers that were sampled so many updates ago.
-        np.testing.assert_array_equal(learned[:, old:], score[:, : max(0, 6 - old)])
+        np.testing.assert_allclose(learned[:, old:], score[:, : max(0, 6 - old)], rtol=1e-5)
     assert {"curves.png", "table.md"} <= {x.name for x in settings.out.iterdir()}
 
 
