@@ -38,7 +38,7 @@ MEASURED = ("objective/kl", "objective/entropy", "value/explained_variance", "po
 
 
 class LossMaker(NamedTuple):
-    """Whatever a loss of this package may be made from, besides the settings."""
+    """What a loss is made from, besides the settings."""
 
     model: LanguageModel
     critic: CriticFn
