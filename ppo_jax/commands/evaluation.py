@@ -23,9 +23,9 @@ from ppo_jax.data.text import pad_id
 from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.transformer import language_model
-from ppo_jax.ppo import rollout
 from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.forward import forward_responses
+from ppo_jax.ppo.iteration import sampler
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent
 from ppo_jax.reward_functions import RewardFn, load_rewards
@@ -231,20 +231,7 @@ def _command_of(model: str) -> Train | None:
 def _steps(agent: Agent, *, greedy: bool) -> tuple[Callable[..., Rollout], Callable[..., Array]]:
     """Compile sampling as in training, and the log-probs `[B, R]` of the sampled tokens."""
     c = agent.config
-    generate = partial(
-        rollout.generate,
-        agent.model,
-        max_new_tokens=c.max_new_tokens,
-        min_new_tokens=c.min_new_tokens,
-        stop_ids=agent.stop_ids,
-        pad_id=agent.pad_id,
-        temperature=c.temperature,
-        top_k=c.top_k,
-        top_p=c.top_p,
-        stop_at_end=c.stop_at_end,
-        truncate_after=c.truncate_after,
-        greedy=greedy,
-    )
+    generate = partial(sampler(agent), greedy=greedy)
 
     def logprobs(params: Params, out: Rollout) -> Array:
         forward = partial(forward_responses, temperature=c.temperature, chunk=c.logit_chunk)

@@ -114,28 +114,30 @@ def sample(
 
     def sample_rows(rows: tuple[Array, Array, Array]) -> Rollout:
         prompts, prompt_mask, row_ids = rows
-        return generate(
-            agent.model,
-            params,
-            key,
-            prompts,
-            prompt_mask,
-            max_new_tokens=c.max_new_tokens,
-            min_new_tokens=c.min_new_tokens,
-            stop_ids=agent.stop_ids,
-            pad_id=agent.pad_id,
-            temperature=c.temperature,
-            top_k=c.top_k,
-            top_p=c.top_p,
-            stop_at_end=c.stop_at_end,
-            truncate_after=c.truncate_after,
-            row_ids=row_ids,
-            slots=c.rollout_slots and min(c.rollout_slots, len(prompts)),
-        )
+        slots = c.rollout_slots and min(c.rollout_slots, len(prompts))
+        return sampler(agent)(params, key, prompts, prompt_mask, row_ids=row_ids, slots=slots)
 
     row_ids = jnp.arange(len(prompts)) if row_ids is None else row_ids
     rollout = map_rows(sample_rows, (prompts, prompt_mask, row_ids), c.rollout_rows)
     return rollout.replace(groups=(row_ids // c.group_size).astype(jnp.int32))
+
+
+def sampler(agent: Agent) -> Callable[..., Rollout]:
+    """Return `generate` with the model and the settings of an agent bound."""
+    c = agent.config
+    return partial(
+        generate,
+        agent.model,
+        max_new_tokens=c.max_new_tokens,
+        min_new_tokens=c.min_new_tokens,
+        stop_ids=agent.stop_ids,
+        pad_id=agent.pad_id,
+        temperature=c.temperature,
+        top_k=c.top_k,
+        top_p=c.top_p,
+        stop_at_end=c.stop_at_end,
+        truncate_after=c.truncate_after,
+    )
 
 
 def score(
