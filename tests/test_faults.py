@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 import tyro
 from helpers import FULL_PPO, full_trainer, likes_b, options, tiny_policy, word_tokenizer
 from tokenizers import normalizers
@@ -837,17 +838,18 @@ def test_a_summary_holds_the_metrics_of_the_last_update_only(folder, tmp_path):
 
 
 def test_the_folder_is_locked_until_the_model_is_written(folder, tmp_path, monkeypatch):
-    errors_seen = []
+    errors_seen, save = [], transformers.PreTrainedTokenizerFast.save_pretrained
 
-    def export(out, *_, **__):
+    def try_to_lock(tokenizer, *args, **kwargs):
         program = (
             "from pathlib import Path\nfrom ppo_jax.run.files import lock_folder\n"
-            f"lock_folder(Path({str(out)!r}))"
+            f"lock_folder(Path({str(tmp_path / 'run')!r}))"
         )
         command = [sys.executable, "-c", program]
         errors_seen.append(subprocess.run(command, capture_output=True, text=True).stderr)
+        return save(tokenizer, *args, **kwargs)
 
-    monkeypatch.setattr("ppo_jax.commands.train.export_result", export)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", try_to_lock)
     cli.main(train_command(folder, tmp_path / "run", **{"loop.updates": 1}))
     assert "Another process is writing to" in errors_seen[0]
     lock_folder(tmp_path / "run").release()

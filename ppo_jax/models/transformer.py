@@ -17,7 +17,7 @@ from jax import Array
 
 from ppo_jax.models.attention import in_reach, soft_cap
 from ppo_jax.models.config import NormAt, TransformerConfig
-from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions
+from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, parameter
 from ppo_jax.models.rounding import product, round_to
 from ppo_jax.sharding import BATCH, constrain, gather_rows, split_features
 from ppo_jax.types import KVCache, LanguageModel, Params
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         """Create the parameters and the layers."""
         c = self.config
         init = nn.initializers.normal(c.init_std)
-        table = lambda name, rows: self.param(name, init, (rows, c.width), jnp.float32)
+        table = lambda name, rows: parameter(self, name, init, (rows, c.width))
         block = nn.remat(Block) if c.remat else Block
         self.embedding = table("embedding", c.vocab_size)
         if c.learned_positions:
@@ -99,9 +99,7 @@ class Decoder(nn.Module):
             self.unembedding = table("unembedding", c.vocab_size)
         if c.lm_transform:
             self.lm_dense, self.lm_norm = Linear(c.width, c), Norm(c)
-            self.lm_bias = self.param(
-                "lm_bias", nn.initializers.zeros, (c.vocab_size,), jnp.float32
-            )
+            self.lm_bias = parameter(self, "lm_bias", nn.initializers.zeros, (c.vocab_size,))
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ _MODULES = (
     "llama",
     "phi3",
     "roberta",
+    "stablelm",
 )
 
 FAMILIES: tuple[Family, ...] = tuple(
