@@ -32,8 +32,8 @@ from .ppo.scoring import score_rollout as score_rollout, make_experience as make
 from .ppo.update import ppo_update as ppo_update
 from .ppo.gradients import minibatch_gradient as minibatch_gradient
 from .ppo.loss import ppo_loss_fn as ppo_loss_fn
+from .ppo.critic_settings import CriticConfig as CriticConfig
 from .ppo.critic import (
-    CriticConfig as CriticConfig,
     no_critic as no_critic,
     value_loss_fn as value_loss_fn,
 )
@@ -151,13 +151,15 @@ from .ppo.reward_model import (
     regression_loss as regression_loss,
     ordinal_loss as ordinal_loss,
 )
-from .ppo.methods import (
+from .ppo.choices import (
     Advantage as Advantage,
     Importance as Importance,
     KLLoss as KLLoss,
     OldLogprobs as OldLogprobs,
     KLEstimator as KLEstimator,
     Loss as Loss,
+)
+from .ppo.methods import (
     clipped_ppo as clipped_ppo,
     gae as gae,
     monte_carlo as monte_carlo,
@@ -179,11 +181,10 @@ from .ops.kl import (
 )
 
 # Scores and rewards of tokens, averages, log-probs, sampling and metrics.
+from .ops.score_rules import MissingEOS as MissingEOS, ScoreAt as ScoreAt
 from .ops.rewards import (
     RewardScaling as RewardScaling,
-    MissingEOS as MissingEOS,
     ScaleState as ScaleState,
-    ScoreAt as ScoreAt,
     apply_missing_eos as apply_missing_eos,
     running_scale as running_scale,
     token_rewards as token_rewards,
@@ -212,7 +213,7 @@ from .ops.aggregation import (
     TOKEN_SUM as TOKEN_SUM,
     constant_length as constant_length,
 )
-from .ppo.methods import Weighting as Weighting
+from .ppo.choices import Weighting as Weighting
 from .ops.logprobs import (
     chunked_logprobs_and_entropy as chunked_logprobs_and_entropy,
     entropy as entropy,
@@ -242,7 +243,8 @@ from .models.heads import (
     shared_critic as shared_critic,
     zero_head as zero_head,
 )
-from .models.lora import LoRA as LoRA, adapt as adapt, init_lora as init_lora, merge as merge
+from .models.lora_settings import LoRA as LoRA
+from .models.lora import adapt as adapt, init_lora as init_lora, merge as merge
 
 # Models as files.
 from .models.io.family import HFConfig as HFConfig

@@ -31,8 +31,8 @@ from ppo_jax.models.io.pretrained import load_policy
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.value_losses import value_clipfrac
 from ppo_jax.ppo import iteration
-from ppo_jax.ppo.critic import CriticConfig
-from ppo_jax.ppo.methods import Advantage
+from ppo_jax.ppo.choices import Advantage
+from ppo_jax.ppo.critic_settings import CriticConfig
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state
 from ppo_jax.run.assembly import assemble

@@ -12,8 +12,8 @@ from helpers import DEVICES, SIMPLE_PPO, on_devices, simple_trainer
 from ppo_jax import data
 from ppo_jax.distributed.meshes import check_rows
 from ppo_jax.errors import SettingError
+from ppo_jax.ppo.choices import Advantage
 from ppo_jax.ppo.groups import check_groups
-from ppo_jax.ppo.methods import Advantage
 from ppo_jax.ppo.scoring import make_experience
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.types import Rollout, Scores

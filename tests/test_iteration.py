@@ -11,7 +11,7 @@ from helpers import full_trainer, generate, init_params, init_scorer, tiny_confi
 from ppo_jax.errors import SettingError
 from ppo_jax.models.heads import separate_critic
 from ppo_jax.models.transformer import language_model
-from ppo_jax.ops.rewards import ScoreAt
+from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state

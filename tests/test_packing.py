@@ -20,7 +20,7 @@ from ppo_jax.ops import losses
 from ppo_jax.ops.kl import kl_full, kl_k1
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.metrics import policy_metrics
-from ppo_jax.ops.rewards import ScoreAt
+from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo.forward import forward_packed, forward_responses
 from ppo_jax.ppo.loss import ppo_loss_fn
 from ppo_jax.ppo.packing import BLOCK, Bins, check_packing, pack_rows, place_rows, sum_bins

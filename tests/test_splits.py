@@ -17,6 +17,7 @@ from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import iteration
+from ppo_jax.ppo.optimizers import policy_optimizer
 from ppo_jax.ppo.settings import PPOConfig
 
 CONFIG = TransformerConfig(
@@ -49,7 +50,7 @@ def three_updates(optimizer, *, devices=1, extra_padding=0, adapters=False, **ch
     if adapters:
         params, frozen = lora.adapt(params, jax.random.key(3), lora.LoRA(rank=2, alpha=8.0))
     state = iteration.init_state(agent, params, jax.random.key(2), updates=3)
-    tx = optax.sgd(0.05) if optimizer == "sgd" else ppo.optimizer(3)
+    tx = optax.sgd(0.05) if optimizer == "sgd" else policy_optimizer(ppo, 3)
     state = state.replace(
         train=TrainState.create(apply_fn=None, params=params, tx=tx).replace(step=jnp.int32(0))
     )

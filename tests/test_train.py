@@ -38,8 +38,8 @@ from ppo_jax.models.io import adapter_files, pretrained, scorers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.metrics import explained_variance
 from ppo_jax.ppo import iteration
+from ppo_jax.ppo.choices import Loss
 from ppo_jax.ppo.loss import ppo_loss_fn
-from ppo_jax.ppo.methods import Loss
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import overlay
 from ppo_jax.reward_functions import RewardError, TextReward, TokenReward, check_scores

@@ -29,7 +29,7 @@ from ppo_jax import (
     positive_nll_loss,
     ppo_loss_fn,
 )
-from ppo_jax.ppo.critic import CriticConfig
+from ppo_jax.ppo.critic_settings import CriticConfig
 
 LAMBDA, ALPHA = 0.95, 1.5
 PRETRAINING = 5  # updates

@@ -7,7 +7,7 @@ import jax
 import tyro
 
 from ppo_jax.models.io import pretrained
-from ppo_jax.models.lora import NO_LORA, LoRA
+from ppo_jax.models.lora_settings import NO_LORA, LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 
 from ppo_jax.distributed.meshes import make_mesh, parse_mesh
-from ppo_jax.models.lora import NO_LORA, LoRA
+from ppo_jax.models.lora_settings import NO_LORA, LoRA
 from ppo_jax.plan import report
 from ppo_jax.plan.compile import compile_iteration
 from ppo_jax.plan.extrapolation import extrapolate

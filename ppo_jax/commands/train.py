@@ -18,7 +18,7 @@ from ppo_jax.data.chat import as_user_messages
 from ppo_jax.distributed import processes
 from ppo_jax.distributed.processes import Processes
 from ppo_jax.errors import SettingError
-from ppo_jax.models.lora import NO_LORA, LoRA
+from ppo_jax.models.lora_settings import NO_LORA, LoRA
 from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import load_function, load_rewards

@@ -4,7 +4,8 @@
 * `placement`: move parameters and batches to the mesh, and results back to the host.
 * `compilation`: the steps of an iteration, compiled with `jax.jit` for one device or a mesh.
 * `replicas`: the same steps under `jax.pmap`.
-* `processes`: start several processes, let them exchange short texts, and stop them together.
+* `joining`: the options of several processes, and how each joins the others.
+* `processes`: let several processes exchange short texts, and stop them together.
 
 The sharding rules themselves are in `ppo_jax.sharding`, since models need them too.
 """

@@ -7,7 +7,7 @@ rest of the package uses. The other modules are:
 - `layers`: linear layers, norms, attention and the MLP of a block.
 - `rounding`: where activations are rounded, so that compiled programs agree bit for bit.
 - `heads`: critics and reward models.
-- `lora`: low-rank adapters.
+- `lora`: low-rank adapters, with their settings in `lora_settings`.
 - `sizes`: configurations of published model sizes.
 - `io`: reading and writing checkpoints of `transformers`, GGUF files and adapters of PEFT.
 

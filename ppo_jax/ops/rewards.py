@@ -4,7 +4,6 @@ The steps are, in order: the rule for responses without an end token, the scalin
 token that receives the score, and the KL penalty on every token.
 """
 
-import enum
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,42 +15,7 @@ from jax import Array
 
 from ppo_jax.ops.axes import share
 from ppo_jax.ops.masked import check_mask, masked_mean, masked_sum, widen
-
-
-class ScoreAt(enum.Enum):
-    """The step whose reward includes the score of the response.
-
-    Attributes:
-      LAST_TOKEN: the last real token.
-      AFTER_LAST_TOKEN: the step after the last real token, or step `R - 1` if that token is there.
-      LAST_INDEX: step `R - 1`, even if it is padding.
-
-    Example:
-      >>> ScoreAt("last_token")
-      <ScoreAt.LAST_TOKEN: 'last_token'>
-    """
-
-    LAST_TOKEN = "last_token"
-    AFTER_LAST_TOKEN = "after_last_token"
-    LAST_INDEX = "last_index"
-
-
-class MissingEOS(enum.Enum):
-    """The rule for the score of a response that was cut off before an end token.
-
-    Attributes:
-      KEEP: keep the score.
-      PENALIZE: subtract the penalty from the score.
-      REPLACE: replace the score by minus the penalty.
-
-    Example:
-      >>> MissingEOS("penalize")
-      <MissingEOS.PENALIZE: 'penalize'>
-    """
-
-    KEEP = "keep"
-    PENALIZE = "penalize"
-    REPLACE = "replace"
+from ppo_jax.ops.score_rules import MissingEOS, ScoreAt
 
 
 def score_index(mask: Array, score_at: ScoreAt) -> Array:

@@ -4,6 +4,7 @@ from jax import Array
 
 from ppo_jax.errors import SettingError
 from ppo_jax.ops.entropy_control import EntropyState
+from ppo_jax.ppo.controllers import entropy_controller
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.types import LossFn, Metrics
 
@@ -38,7 +39,7 @@ def next_entropy(
     Returns:
       The next state, and the metric `objective/entropy_coef` if the weight adapts.
     """
-    controller = config.entropy_controller()
+    controller = entropy_controller(config)
     if state is None or controller is None:
         return None, {}
     return controller.update(state, entropy), {"objective/entropy_coef": state.weight}

@@ -9,9 +9,9 @@ from ppo_jax.ops.masked import masked_mean
 from ppo_jax.ops.metrics import experience_metrics, importance_metrics
 from ppo_jax.ops.rewards import ScaleState
 from ppo_jax.ops.scores import informative
+from ppo_jax.ppo.choices import OldLogprobs
 from ppo_jax.ppo.estimators import groups_of
 from ppo_jax.ppo.groups import check_groups
-from ppo_jax.ppo.methods import OldLogprobs
 from ppo_jax.ppo.scoring import make_experience
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import PPOState

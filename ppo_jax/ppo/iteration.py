@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ppo.batching import map_rows
+from ppo_jax.ppo.controllers import kl_controller
 from ppo_jax.ppo.entropy import next_entropy
 from ppo_jax.ppo.experience import prepare
 from ppo_jax.ppo.packing import check_packing
@@ -261,7 +262,7 @@ def learn(
         agent, state, rollout, experience, loss_fn=loss_fn, frozen=frozen, axis_name=axis_name
     )
     episodes = len(task_scores) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-    kl_state = c.controller().update(state.kl, before["objective/kl"], episodes)
+    kl_state = kl_controller(c).update(state.kl, before["objective/kl"], episodes)
     metrics = {**before, **learned, "objective/kl_coef": state.kl.coef}
     entropy, more = next_entropy(c, state.entropy, before["objective/entropy"])
     update = state.update + 1

@@ -1,10 +1,40 @@
 """The optimizers of policy and critic: AdamW with warm-up, decay and gradient clipping."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import optax
 from jax import Array
+
+from ppo_jax.ppo.settings import PPOConfig
+
+
+def policy_optimizer(config: PPOConfig, updates: int) -> optax.GradientTransformation:
+    """Return the policy's optimizer for a run of so many updates, always the same object."""
+    updates_of_policy = max(1, updates - config.critic.warmup_updates)
+    return _of_settings(config, config, config.epochs, updates_of_policy)
+
+
+def critic_optimizer(config: PPOConfig, updates: int) -> optax.GradientTransformation:
+    """Return the critic's own optimizer, which needs `critic.learning_rate`."""
+    return _of_settings(config, config.critic, config.critic_epochs, updates)
+
+
+def _of_settings(
+    config: PPOConfig, own: Any, epochs: int, updates: int
+) -> optax.GradientTransformation:
+    return adamw(
+        own.learning_rate,
+        warmup_steps=own.warmup_steps,
+        decay_over=updates if own.decay_learning_rate else None,
+        steps_per_update=epochs * config.minibatches,
+        b1=config.adam_b1,
+        b2=config.adam_b2,
+        eps=config.adam_eps,
+        weight_decay=own.weight_decay,
+        max_grad_norm=own.max_grad_norm,
+    )
 
 
 # Cached, because a new optimizer object would force a recompilation: it is a static field of the

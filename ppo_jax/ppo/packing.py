@@ -17,7 +17,6 @@ from jax import Array
 
 from ppo_jax.errors import SettingError
 from ppo_jax.ops.axes import separate
-from ppo_jax.ops.rewards import ScoreAt
 from ppo_jax.types import CriticFn, LanguageModel
 
 Tree = TypeVar("Tree")
@@ -240,17 +239,6 @@ def sum_bins(
     shapes = jax.eval_shape(function, lengths > 0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.fori_loop(0, steps, step, separate(zeros, axis_name))
-
-
-def check_length(length: int | None, score_at: ScoreAt) -> None:
-    """Raise SettingError if bins of a length are not possible; None is for no bins."""
-    if length is not None and length % BLOCK:
-        raise SettingError(f"pack={length} must be a multiple of {BLOCK}.")
-    if length is not None and score_at is ScoreAt.LAST_INDEX:
-        raise SettingError(
-            f"pack={length} leaves padding out, but score_at=last_index learns the value of a step "
-            "of padding; choose another score_at or no pack."
-        )
 
 
 def check_packing(model: LanguageModel, critic: CriticFn, bins: Bins | None, tokens: int) -> None:

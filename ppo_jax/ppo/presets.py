@@ -3,9 +3,9 @@
 docs/presets_and_metrics.md lists in what each preset differs from its work.
 """
 
-from ppo_jax.ops.rewards import MissingEOS, ScoreAt
-from ppo_jax.ppo.critic import CriticConfig
-from ppo_jax.ppo.methods import Advantage, Importance, KLLoss, Weighting
+from ppo_jax.ops.score_rules import MissingEOS, ScoreAt
+from ppo_jax.ppo.choices import Advantage, Importance, KLLoss, Weighting
+from ppo_jax.ppo.critic_settings import CriticConfig
 from ppo_jax.ppo.settings import PPOConfig
 
 # Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (arXiv:1909.08593):

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ppo_jax.errors import SettingError, check_numbers
-from ppo_jax.ppo.methods import Importance, Loss, OldLogprobs
-from ppo_jax.ppo.packing import check_length
+from ppo_jax.ops.score_rules import ScoreAt
+from ppo_jax.ppo.choices import Importance, Loss, OldLogprobs
+
+_BLOCK = 64  # A sequence begins at a multiple of so many slots of a bin, as in `ppo.packing`.
 
 if TYPE_CHECKING:
     from ppo_jax.ppo.settings import PPOConfig
@@ -66,7 +68,7 @@ def check_settings(config: "PPOConfig") -> None:
             f"rollout_slots={config.rollout_slots} must be at most {rows}, the number of "
             "responses that are sampled at a time."
         )
-    check_length(config.pack, config.score_at)
+    _check_length(config.pack, config.score_at)
     _check_methods(config)
     _check_importance(config)
     if not 0 <= config.min_new_tokens <= config.max_new_tokens:
@@ -129,4 +131,15 @@ def _check_importance(config: "PPOConfig") -> None:
         raise SettingError(
             f"importance={importance.value} weighs tokens, but loss={config.loss.value} has one "
             "ratio for a response; use sequence_tis or sequence_mask."
+        )
+
+
+def _check_length(length: int | None, score_at: ScoreAt) -> None:
+    """Raise SettingError if bins of a length are not possible; None is for no bins."""
+    if length is not None and length % _BLOCK:
+        raise SettingError(f"pack={length} must be a multiple of {_BLOCK}.")
+    if length is not None and score_at is ScoreAt.LAST_INDEX:
+        raise SettingError(
+            f"pack={length} leaves padding out, but score_at=last_index learns the value of a step "
+            "of padding; choose another score_at or no pack."
         )

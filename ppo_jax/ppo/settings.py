@@ -1,19 +1,15 @@
-"""The settings of a PPO iteration, and the objects that are built from them.
+"""The settings of a PPO iteration.
 
 Only `ppo.iteration` and the code around it read the settings. The numeric functions in
-`ppo_jax.ops` take keyword arguments instead.
+`ppo_jax.ops` take keyword arguments instead. This module does not import JAX, so that the
+command line can list the settings quickly; `optimizers` and `controllers` build what they describe.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-import optax
-
-from ppo_jax.ops import kl
-from ppo_jax.ops.entropy_control import EntropyController, adaptive_entropy
-from ppo_jax.ops.rewards import MissingEOS, ScoreAt
-from ppo_jax.ppo.critic import CriticConfig
-from ppo_jax.ppo.methods import (
+from ppo_jax.ops.score_rules import MissingEOS, ScoreAt
+from ppo_jax.ppo.choices import (
     Advantage,
     Importance,
     KLEstimator,
@@ -22,9 +18,11 @@ from ppo_jax.ppo.methods import (
     OldLogprobs,
     Weighting,
 )
-from ppo_jax.ppo.optimizers import adamw
-from ppo_jax.ppo.packing import Bins
+from ppo_jax.ppo.critic_settings import CriticConfig
 from ppo_jax.ppo.setting_checks import check_settings
+
+if TYPE_CHECKING:
+    from ppo_jax.ppo.packing import Bins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,39 +256,8 @@ class PPOConfig:
         return self.critic.epochs or self.epochs
 
     @property
-    def bins(self) -> Bins | None:
+    def bins(self) -> "Bins | None":
         """The shape of the bins that rows are packed into, or None if they are not packed."""
+        from ppo_jax.ppo.packing import Bins
+
         return None if self.pack is None else Bins(self.pack, self.micro_batch or 1)
-
-    def controller(self) -> kl.KLController:
-        """Return the controller of the KL penalty's weight."""
-        if self.kl_target is None:
-            return kl.fixed_kl(self.kl_coef)
-        return kl.adaptive_kl(self.kl_coef, target=self.kl_target, horizon=self.kl_horizon)
-
-    def entropy_controller(self) -> EntropyController | None:
-        """Return the controller of the entropy's weight, or None if the weight is constant."""
-        if self.entropy_target is None:
-            return None
-        return adaptive_entropy(self.entropy_coef, target=self.entropy_target)
-
-    def optimizer(self, updates: int) -> optax.GradientTransformation:
-        """Return the policy's optimizer for a run of so many updates, always the same object."""
-        return self._adamw(self, self.epochs, max(1, updates - self.critic.warmup_updates))
-
-    def critic_optimizer(self, updates: int) -> optax.GradientTransformation:
-        """Return the critic's own optimizer, which needs `critic.learning_rate`."""
-        return self._adamw(self.critic, self.critic_epochs, updates)
-
-    def _adamw(self, own: Any, epochs: int, updates: int) -> optax.GradientTransformation:
-        return adamw(
-            own.learning_rate,
-            warmup_steps=own.warmup_steps,
-            decay_over=updates if own.decay_learning_rate else None,
-            steps_per_update=epochs * self.minibatches,
-            b1=self.adam_b1,
-            b2=self.adam_b2,
-            eps=self.adam_eps,
-            weight_decay=own.weight_decay,
-            max_grad_norm=own.max_grad_norm,
-        )

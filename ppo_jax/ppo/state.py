@@ -13,6 +13,8 @@ from jax import Array
 from ppo_jax.ops.entropy_control import EntropyState
 from ppo_jax.ops.kl import KLState
 from ppo_jax.ops.rewards import ScaleState, running_scale
+from ppo_jax.ppo.controllers import entropy_controller, kl_controller
+from ppo_jax.ppo.optimizers import critic_optimizer, policy_optimizer
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.types import CriticFn, LanguageModel, Params, Rollout
 
@@ -163,13 +165,13 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
         state = TrainState.create(apply_fn=agent.model.hidden, params=params, tx=tx)
         return state.replace(step=jnp.int32(0))
 
-    critic, entropy = None, config.entropy_controller()
+    critic, entropy = None, entropy_controller(config)
     if config.critic.learning_rate is not None:
-        critic = start({"critic": params["critic"]}, config.critic_optimizer(updates))
+        critic = start({"critic": params["critic"]}, critic_optimizer(config, updates))
         params = {"policy": params["policy"]}
     return PPOState(
-        start(params, config.optimizer(updates)),
-        config.controller().init(),
+        start(params, policy_optimizer(config, updates)),
+        kl_controller(config).init(),
         running_scale().init(),
         key,
         jnp.int32(0),

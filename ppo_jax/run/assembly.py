@@ -15,7 +15,8 @@ from ppo_jax.data.text import pad_id
 from ppo_jax.distributed import meshes
 from ppo_jax.models.io import pretrained
 from ppo_jax.models.io.pretrained import Pretrained
-from ppo_jax.models.lora import LoRA, adapt
+from ppo_jax.models.lora import adapt
+from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig

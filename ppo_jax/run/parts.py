@@ -16,7 +16,7 @@ from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import scorers
 from ppo_jax.models.io.adapter_files import load_adapter
 from ppo_jax.models.io.pretrained import Pretrained
-from ppo_jax.models.lora import LoRA
+from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.settings import PPOConfig

@@ -20,7 +20,8 @@ from ppo_jax.models.io.family import HFConfig, shapes_of
 from ppo_jax.models.io.safetensors_format import save_file, writing
 from ppo_jax.models.io.stored import read_json
 from ppo_jax.models.io.weights import Rule
-from ppo_jax.models.lora import LoRA, merge
+from ppo_jax.models.lora import merge
+from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.types import Params
 
 # Settings of peft with which an adapter is not plain LoRA, or has other parameters as well.
