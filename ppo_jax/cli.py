@@ -1,9 +1,6 @@
 """The command `ppo-jax`: PPO and the stages before and after it, on your own model and data."""
 
 import contextlib
-import functools
-import itertools
-import operator
 import os
 import signal
 import sys
@@ -11,25 +8,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
 
-import jax
-import tyro
-
-from ppo_jax.commands.convert import Convert
-from ppo_jax.commands.evaluation import Evaluate
-from ppo_jax.commands.inference import Generate
-from ppo_jax.commands.models import Info
-from ppo_jax.commands.plan import Plan
-from ppo_jax.commands.report import Report
-from ppo_jax.commands.runs import Compare, Replay
-from ppo_jax.commands.supervised import SFT, Reward
-from ppo_jax.commands.train import Train
-from ppo_jax.commands.value import Value
-from ppo_jax.distributed import processes
+from ppo_jax.commands.parsing import parse
 from ppo_jax.errors import SettingError
-from ppo_jax.ppo.presets import PRESETS
-from ppo_jax.ppo.settings import PPOConfig
 
 
 def main(args: list[str] | None = None) -> None:
@@ -54,21 +35,21 @@ def main(args: list[str] | None = None) -> None:
 
 def _run(args: list[str]) -> None:
     """Run the command, and print errors that the user can correct."""
-    keep_compiled_programs()
     # Otherwise transformers warns that PyTorch is missing, although it is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with _exit_on_interrupt(), _quiet_event_loops():
-            parse(args).run()
+            command = parse(args)
+            keep_compiled_programs()
+            command.run()
     except KeyboardInterrupt:  # A reward function may raise it.
         print("ppo-jax: Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise
     except AssertionError as error:
-        if not _lacks_platform():
+        if (platforms := _missing_platforms()) is None:
             raise
-        platforms = jax.config.values["jax_platforms"]
         print(
             f"ppo-jax: JAX finds no device for JAX_PLATFORMS={platforms}; install JAX with "
             "the plugin for it, such as jax[cuda13], or unset JAX_PLATFORMS.",
@@ -76,83 +57,41 @@ def _run(args: list[str]) -> None:
         )
         raise SystemExit(2) from error
     except (ValueError, RuntimeError, OSError, SettingError) as error:
-        several = jax.distributed.is_initialized()
-        lost = several and isinstance(error, jax.errors.JaxRuntimeError)
-        prefix = "Another process is probably gone: " if lost else ""
-        print(f"ppo-jax: {prefix}{error}", file=sys.stderr)
-        if several:
-            processes.exit_at_once(2)
+        _report(error)
         raise SystemExit(2) from error
 
 
-def parse(args: list[str]) -> Any:
-    """Return the subcommand, an instance of a class of `ppo_jax.commands`, of a command line.
+def _report(error: Exception) -> None:
+    """Print an error, and end one of several processes at once."""
+    several = lost = False
+    if "jax" in sys.modules:  # Arguments may be wrong before JAX is imported.
+        import jax
 
-    Raises:
-      SystemExit: if the command line asks for help, or is wrong, after this is printed.
-    """
-    return tyro.cli(
-        _commands(_preset(args)),
-        config=(tyro.conf.EnumChoicesFromValues,),
-        prog="ppo-jax",
-        description=__doc__,
-        args=args,
-    )
+        several = jax.distributed.is_initialized()
+        lost = several and isinstance(error, jax.errors.JaxRuntimeError)
+    prefix = "Another process is probably gone: " if lost else ""
+    print(f"ppo-jax: {prefix}{error}", file=sys.stderr)
+    if several:
+        from ppo_jax.distributed import processes
+
+        processes.exit_at_once(2)
 
 
-def _lacks_platform() -> bool:
-    """Whether JAX finds no device of the platforms that it was told to use."""
+def _missing_platforms() -> str | None:
+    """Return the platforms that JAX was told to use if it finds no device of them, or None."""
+    import jax
+
     try:
-        return not jax.devices()
+        found = bool(jax.devices())
     except (AssertionError, RuntimeError):  # JAX asserts that a platform has a plugin.
-        return True
-
-
-def _preset(args: list[str]) -> PPOConfig:
-    """Return the settings of the preset on the command line, or the default settings.
-
-    A preset that does not exist is reported later, when tyro parses the command line.
-    """
-    arguments = itertools.chain.from_iterable(
-        a.split("=", 1) if a.startswith("--preset=") else [a] for a in args
-    )
-    chosen = next((b for a, b in itertools.pairwise(arguments) if a == "--preset"), "default")
-    return PRESETS.get(chosen, PPOConfig())
-
-
-def _commands(ppo: PPOConfig) -> Any:
-    """Return the union type of all subcommands for tyro, with their default options."""
-    missing = tyro.MISSING
-    train = Train(model=missing, prompts=missing, reward=missing, out=missing, ppo=ppo)
-    defaults: dict[type, dict[str, Any]] = {
-        Train: {"default": train},
-        Value: {"default": Value(train=train)},
-        Info: {"default": Info(model=missing)},
-        Plan: {"default": Plan(model=missing)},
-    }
-    kinds = (
-        Train,
-        Value,
-        SFT,
-        Reward,
-        Evaluate,
-        Generate,
-        Replay,
-        Compare,
-        Report,
-        Convert,
-        Info,
-        Plan,
-    )
-    subcommands = (
-        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **defaults.get(kind, {}))]
-        for kind in kinds
-    )
-    return functools.reduce(operator.or_, subcommands)
+        found = False
+    return None if found else str(jax.config.values["jax_platforms"])
 
 
 def keep_compiled_programs() -> None:
     """Store compiled programs on disk for later runs, unless JAX's settings say otherwise."""
+    import jax  # Not at the top, so that help and errors about arguments appear quickly.
+
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "compiled"))

@@ -9,11 +9,10 @@ import transformers
 from helpers import noisy_adapters, tiny_config, tiny_policy, word_tokenizer
 
 from ppo_jax import cli
-from ppo_jax.commands import models
 from ppo_jax.models import heads, lora, sizes
 from ppo_jax.models.io import adapter_files, pretrained, scorers
 from ppo_jax.models.transformer import init_params
-from ppo_jax.plan.memory import choose_prompt_tokens
+from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import overlay
 
@@ -107,7 +106,7 @@ def test_the_default_prompt_fits_the_positions(tmp_path, capsys):
 
 def test_memory_estimates_fall_with_adapters_remat_and_micro_batches():
     config, ppo = sizes.gpt3("gpt3-125m"), PPOConfig(batch_size=64)
-    memory = lambda config=config, ppo=ppo, adapters=None: models.estimate_memory(
+    memory = lambda config=config, ppo=ppo, adapters=None: estimate_memory(
         config, ppo, prompt_tokens=64, critic="separate", adapters=adapters
     )
     estimate = memory()
@@ -125,7 +124,7 @@ def test_memory_estimates_fall_with_adapters_remat_and_micro_batches():
         == estimate[activations]
     )
     assert (
-        memory(config=models.load_config("gpt3-125m", "float32", True)[1])[activations]
+        memory(config=load_config("gpt3-125m", "float32", True)[1])[activations]
         < 0.3 * estimate[activations]
     )
 

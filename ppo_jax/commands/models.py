@@ -1,21 +1,19 @@
 """The command `ppo-jax info`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-import jax
 import tyro
 
-from ppo_jax.models.io import pretrained
 from ppo_jax.models.lora_settings import NO_LORA, LoRA
-from ppo_jax.models.transformer import init_params
-from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
     """Show a model's family and sizes, and estimate the memory of a PPO step with it."""
+
+    example: ClassVar[str] = """ppo-jax info gpt2 --batch-size 32 --max-new-tokens 48"""
 
     model: tyro.conf.Positional[str]
     """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl.
@@ -34,6 +32,12 @@ class Info:
 
     def run(self) -> None:
         """Print the model's sizes and the estimate of the memory."""
+        import jax
+
+        from ppo_jax.models.io import pretrained
+        from ppo_jax.models.transformer import init_params
+        from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
+
         family, config = load_config(self.model, self.dtype, self.remat)
         prompt_tokens = choose_prompt_tokens(self.prompt_tokens, self.ppo, config)
         trunk = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,21 +1,11 @@
 """The command `ppo-jax plan`."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-import jax
-
-from ppo_jax.distributed.meshes import make_mesh, parse_mesh
 from ppo_jax.models.lora_settings import NO_LORA, LoRA
-from ppo_jax.plan import report
-from ppo_jax.plan.compile import compile_iteration
-from ppo_jax.plan.extrapolation import extrapolate
-from ppo_jax.plan.memory import choose_prompt_tokens, load_config
-from ppo_jax.plan.topology import CHIPS, make_topology
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.run.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +15,8 @@ class Plan:
     The output says how much memory each chip would hold, what it would compute and send, and
     whether the programs fit.
     """
+
+    example: ClassVar[str] = """ppo-jax plan --model gpt2-xl --topology v5e:4x4 --mesh fsdp=16"""
 
     model: str
     """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl.
@@ -55,6 +47,18 @@ class Plan:
 
     def run(self) -> None:
         """Compile the programs, print their figures, and write them to `out`."""
+        from functools import partial
+
+        import jax
+
+        from ppo_jax.distributed.meshes import make_mesh, parse_mesh
+        from ppo_jax.plan import report
+        from ppo_jax.plan.compile import compile_iteration
+        from ppo_jax.plan.extrapolation import extrapolate
+        from ppo_jax.plan.memory import choose_prompt_tokens, load_config
+        from ppo_jax.plan.topology import CHIPS, make_topology
+        from ppo_jax.run.files import write_json
+
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         # The cache cannot store a program that was compiled for another machine.

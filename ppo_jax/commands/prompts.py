@@ -9,9 +9,7 @@ from ppo_jax import data
 from ppo_jax.data.columns import PromptColumns
 from ppo_jax.data.examples import split
 from ppo_jax.data.prompts import LongPrompts
-from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError, check_numbers
-from ppo_jax.run.assembly import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +52,6 @@ class PromptOptions(PromptColumns):
         total = len(prompts) + count if dropped else len(prompts)
         what = "left out" if dropped else "cut at their beginning"
         return f"{count} of {total} prompts of {source} are too long and are {what}."
-
-    def encode(self, learner: Learner, rows: list[data.Row], source: str) -> data.Prompts | None:
-        """Tokenize prompts for a learner, and print how many of them are too long.
-
-        Args:
-          learner: what is trained.
-          rows: the rows of the prompts.
-          source: where they come from.
-
-        Returns:
-          The prompts; None if there are no rows.
-        """
-        if not rows:
-            return None
-        prompts = learner.encode(rows, **self.limits())
-        if (note := self.report(prompts, source)) is not None:
-            processes.print_once(note)
-        return prompts
 
 
 def hold_out(

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import tyro
-
-from ppo_jax.run.files import write_text
-from ppo_jax.run.report import make_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +15,8 @@ class Report:
     nothing from outside, so that it can be sent as one file.
     """
 
+    example: ClassVar[str] = """ppo-jax report runs/a runs/b --out report.html"""
+
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs of ppo-jax train."""
     out: Path
@@ -24,6 +24,9 @@ class Report:
 
     def run(self) -> None:
         """Write the page."""
+        from ppo_jax.run.files import write_text
+        from ppo_jax.run.report import make_report
+
         if not self.runs:
             raise ValueError("report needs the folder of a run, or of several.")
         page = make_report(self.runs)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import jax
 import numpy as np
 import tyro
 
@@ -15,14 +15,11 @@ from ppo_jax.data.labels import label_order, number_labels
 from ppo_jax.data.rows import Row, read_rows
 from ppo_jax.data.text import check_ids
 from ppo_jax.errors import SettingError, check_numbers
-from ppo_jax.models import heads
-from ppo_jax.models.io import pretrained, scorers
-from ppo_jax.models.transformer import language_model
-from ppo_jax.ppo import reward_model, sft
-from ppo_jax.run.assembly import load_model
 from ppo_jax.run.files import check_free, create_run_folder, write_json
-from ppo_jax.run.serialize import to_json
-from ppo_jax.types import Params
+
+if TYPE_CHECKING:
+    from ppo_jax.ppo import sft
+    from ppo_jax.types import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +64,8 @@ class SFT:
     tokenizer's chat template, and a response then ends with the token that ends a turn.
     """
 
+    example: ClassVar[str] = "ppo-jax sft --model gpt2 --data texts.jsonl --out models/sft"
+
     model: str
     """Initial model: a folder or a Hugging Face id in safetensors, or a .gguf file."""
     data: str
@@ -79,6 +78,11 @@ class SFT:
 
     def run(self) -> None:
         """Train the model and write it to `out`."""
+        from ppo_jax.models.io import pretrained
+        from ppo_jax.models.transformer import language_model
+        from ppo_jax.ppo import sft
+        from ppo_jax.run.assembly import load_model
+
         check_free(self.out)
         rows = _read_rows(self, ("response",), self.columns.names())
         policy, tokenizer = load_model(self.model)
@@ -103,6 +107,8 @@ class Reward:
     messages are rendered by the tokenizer's chat template.
     """
 
+    example: ClassVar[str] = "ppo-jax reward --model gpt2 --data pairs.jsonl --out models/reward"
+
     model: str
     """Initial model: a folder or a Hugging Face id in safetensors, or a .gguf file."""
     data: str
@@ -124,6 +130,12 @@ class Reward:
 
     def run(self) -> None:
         """Train the reward model and write it to `out`."""
+        import jax
+
+        from ppo_jax.models import heads
+        from ppo_jax.models.io import pretrained, scorers
+        from ppo_jax.ppo import reward_model
+
         check_free(self.out)
         rows = self._read()
         tokenizer = pretrained.load_tokenizer(self.model)
@@ -192,9 +204,9 @@ def _read_rows(
 def _encode_rows(
     command: SFT | Reward,
     rows: tuple[list[Row], list[Row] | None],
-    encode: Callable[[list[Row]], sft.Arrays],
+    encode: "Callable[[list[Row]], sft.Arrays]",
     reason: str,
-) -> tuple[sft.Arrays, sft.Arrays]:
+) -> "tuple[sft.Arrays, sft.Arrays]":
     """Encode the rows to learn from and those that are held out.
 
     Args:
@@ -204,7 +216,7 @@ def _encode_rows(
       reason: why rows teach nothing.
     """
 
-    def encoded(rows: list[Row], source: str) -> sft.Arrays:
+    def encoded(rows: list[Row], source: str) -> "sft.Arrays":
         arrays = encode(rows)
         left_out = len(rows) - len(arrays[0])
         if left_out == len(rows):
@@ -227,20 +239,23 @@ def _encode_rows(
 
 def _fit(
     command: SFT | Reward,
-    loss_fn: sft.SupervisedLoss,
-    params: Params,
-    train: sft.Arrays,
-    held_out: sft.Arrays,
+    loss_fn: "sft.SupervisedLoss",
+    params: "Params",
+    train: "sft.Arrays",
+    held_out: "sft.Arrays",
     vocab_size: int,
     weight: Callable[..., float] | None = None,
-) -> Params:
+) -> "Params":
     """Train, print the held-out loss after every epoch, and write `summary.json` and `run.json`."""
+    from ppo_jax.ppo import sft
+    from ppo_jax.run.serialize import to_json
+
     for tokens in (x for x in (*train, *held_out) if x.ndim == 2 and x.dtype == np.int32):
         check_ids(tokens, vocab_size)
     options = command.training
     summary: dict[str, float] = {}
 
-    def report(epoch: int, loss: float, params: Params) -> None:
+    def report(epoch: int, loss: float, params: "Params") -> None:
         held_out_loss, accuracy = sft.evaluate_loss(
             loss_fn, params, held_out, batch_size=options.batch_size, weight=weight
         )

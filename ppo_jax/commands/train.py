@@ -1,45 +1,30 @@
 """The command `ppo-jax train`."""
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import jax
 import tyro
-from flax.traverse_util import flatten_dict
 
-from ppo_jax import data, hashing
-from ppo_jax.commands.learner import read_learner
-from ppo_jax.commands.prompts import PromptOptions, hold_out
+from ppo_jax.commands.prompts import PromptOptions
 from ppo_jax.commands.rewards import Rewards, check_rewards
-from ppo_jax.data.chat import as_user_messages
-from ppo_jax.distributed import processes
-from ppo_jax.distributed.processes import Processes
+from ppo_jax.distributed.joining import Processes
 from ppo_jax.errors import SettingError
 from ppo_jax.models.lora_settings import NO_LORA, LoRA
-from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.reward_functions import load_function, load_rewards
-from ppo_jax.run import provenance
-from ppo_jax.run.assembly import Learner
-from ppo_jax.run.export import export_result
-from ppo_jax.run.files import check_free, lock_folder, store_url
-from ppo_jax.run.forks import Fork
-from ppo_jax.run.opening import Resume
-from ppo_jax.run.remote import Mirror
-from ppo_jax.run.resume import read_config
-from ppo_jax.run.serialize import to_json
-from ppo_jax.run.settings import LoopConfig
-from ppo_jax.run.stored import Which
-from ppo_jax.run.summary import print_before_and_after, write_summary
-from ppo_jax.run.trainer import Trainer
+from ppo_jax.run.settings import LoopConfig, Resume, Which
+
+if TYPE_CHECKING:
+    from ppo_jax.run.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Fine-tune a language model by PPO on your prompts and reward."""
+
+    example: ClassVar[str] = """
+    ppo-jax train --model gpt2 --prompts prompts.txt \\
+        --reward my_reward.py:score --out runs/a --updates 50"""
 
     model: str
     """The policy: a folder or a Hugging Face id with safetensors, or a .gguf file. The folder of a
@@ -152,142 +137,12 @@ class Train:
 
     def run(self) -> None:
         """Train, and write the fine-tuned model and the summary."""
-        if self.deterministic:
-            provenance.make_deterministic()
-        self.processes.start()
-        if self.mesh == "pmap" and jax.process_count() > 1:
-            raise SettingError(
-                f"mesh=pmap runs in one process; for {jax.process_count()} processes use "
-                f"mesh=data={jax.device_count()}."
-            )
-        settings = flatten_dict(to_json(self), sep=".")
-        own = ("out", "processes.")  # These options may differ between processes.
-        processes.check_same({name: x for name, x in settings.items() if not name.startswith(own)})
-        mirror = None if (url := store_url(self.out)) is None else Mirror(url)
-        out = self.out if mirror is None else mirror.folder
-        check_free(out, resume=self.resume in ("yes", "auto"))
-        fork = self._fork()
-        trainer = self.build(out, fork=fork, mirror=mirror)
-        with contextlib.ExitStack() as stack:
-            if mirror is not None:
-                stack.callback(mirror.close)
-            if processes.is_first():
-                # The trainer releases its own lock before the model is written.
-                stack.callback(lock_folder(out).release)
-            self._train(trainer)
-            if mirror is not None:
-                mirror.push()
+        from ppo_jax.commands.training import train
 
-    def _fork(self) -> Fork | None:
-        """Return the checkpoint to fork, once it is checked that there is such a run."""
-        if (self.resume == "fork") != (self.fork_from is not None):
-            raise SettingError(
-                f"resume=fork and fork_from go together, but resume={self.resume} and "
-                f"fork_from={self.fork_from}."
-            )
-        if self.fork_from is None:
-            return None
-        if store_url(self.fork_from) is None:
-            read_config(self.fork_from)
-        return Fork(self.fork_from, self.fork_update)
+        train(self)
 
-    def build(
-        self,
-        out: Path,
-        loop: LoopConfig | None = None,
-        fork: Fork | None = None,
-        mirror: Mirror | None = None,
-    ) -> Trainer:
-        """Read model, prompts and reward, and make a trainer.
+    def build(self, out: Path) -> "Trainer":
+        """Read model, prompts and reward, and make a trainer that writes to `out`."""
+        from ppo_jax.commands.training import build
 
-        Args:
-          out: the folder that the trainer writes to.
-          loop: settings that replace `self.loop`, or None.
-          fork: the checkpoint of another run that the run starts from, or None.
-          mirror: what keeps `out` in an object store, or None.
-
-        Returns:
-          The trainer.
-
-        Raises:
-          SettingError: if the settings do not fit one another or the devices.
-          ValueError: if the model, the prompts or the reward cannot be read.
-        """
-        rows, held_out_rows = self.read_prompts()
-        learner = self.learner()
-        reward = load_rewards(
-            self.reward, self.reward_given, self.reward_label, self.reward_timeout
-        )
-        policy_loss = self._function("loss", self.loss)
-        prompts = self.data_options.encode(learner, rows, self.prompts)
-        held_out = self.data_options.encode(
-            learner, held_out_rows, self.eval_prompts or f"the held-out part of {self.prompts}"
-        )
-        assert prompts is not None  # There are rows to learn from.
-        return Trainer(
-            learner,
-            prompts,
-            reward,
-            out=out,
-            loop=loop or self.loop,
-            eval_prompts=held_out,
-            settings=self,
-            resume="no" if self.resume == "fork" else self.resume,
-            fork=fork,
-            advantage_fn=self._function("advantage", self.advantage),
-            loss_fn=agent_loss_fn(learner.agent, policy_loss=policy_loss) if policy_loss else None,
-            mirror=mirror,
-        )
-
-    def learner(self) -> Learner:
-        """Read the model and the critic, and assemble what is trained; see `read_learner`."""
-        return read_learner(self)
-
-    def _function(self, purpose: str, spec: str | None) -> Callable[..., Any] | None:
-        """Return the user's own function for a purpose, or None if no option names one."""
-        if spec is not None and purpose == "loss" and self.ppo.entropy_target is not None:
-            raise SettingError(
-                f"loss={spec} does not read the weight that entropy_target adapts; leave out one "
-                "of the two."
-            )
-        return None if spec is None else load_function(spec, purpose)
-
-    def read_prompts(self) -> tuple[list[data.Row], list[data.Row]]:
-        """Read the prompts to learn from and those that are held out."""
-
-        def read(source: str) -> list[data.Row]:
-            rows = data.read_rows(source, names=self.data_options.names())
-            return as_user_messages(rows) if self.chat else rows
-
-        rows = read(self.prompts)
-        if self.eval_prompts is not None:
-            return rows, read(self.eval_prompts)
-        if not self.eval_fraction:
-            return rows, []
-        return hold_out(rows, self.prompts, fraction=self.eval_fraction, seed=self.loop.seed)
-
-    @property
-    def _place(self) -> str:
-        return store_url(self.out) or str(self.out)
-
-    def _train(self, trainer: Trainer) -> None:
-        done = int(trainer.state.update)
-        forked = self.resume == "fork"
-        processes.print_once(
-            f"A run starts in {self._place} from {self.fork_from} after {done} updates."
-            if forked
-            else f"The run in {self._place} continues after {done} updates."
-            if done
-            else f"A run starts in {self._place}; the first update takes longer, as it is compiled."
-        )
-        state = trainer.run()
-        digest = hashing.digest(state.params)
-        export_result(trainer.out, trainer, state, base_name=self.model)
-        updates = int(state.update)
-        processes.on_first_process(
-            lambda: print_before_and_after(write_summary(trainer.out, updates, digest))
-        )
-        processes.print_once(
-            f"The fine-tuned model is in {self._place}/model; every update's metrics are in "
-            f"{self._place}/metrics.jsonl.\nDigest of the final parameters: {digest}"
-        )
+        return build(self, out)

@@ -1,12 +1,11 @@
 """The command `ppo-jax value`, which trains a critic before PPO begins."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
 from ppo_jax.commands.train import Train
-from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError
 
 
@@ -20,10 +19,16 @@ class Value:
     (arXiv:2503.01491).
     """
 
+    example: ClassVar[str] = """
+    ppo-jax value --model gpt2 --prompts prompts.txt \\
+        --reward my_reward.py:score --out runs/critic --updates 50"""
+
     train: Annotated[Train, tyro.conf.arg(name="")]
 
     def run(self) -> None:
         """Train the critic, and write it to `critic/` in the run's folder."""
+        from ppo_jax.distributed import processes
+
         command = value_training(self.train)
         command.run()
         processes.print_once(f"The critic is in {command.out / 'critic'}; --critic takes it.")

@@ -10,7 +10,8 @@ from ppo_jax.run import provenance
 from ppo_jax.run.files import store_url
 from ppo_jax.run.remote import local_copy
 from ppo_jax.run.resume import RunConfig, read_config, setting_differences
-from ppo_jax.run.stored import Which, read_checkpoint
+from ppo_jax.run.settings import Which
+from ppo_jax.run.stored import read_checkpoint
 
 _CONTROLLER = ("kl_coef", "kl_target", "kl_horizon")  # settings of the KL penalty's controller
 

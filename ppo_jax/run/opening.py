@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 from filelock import BaseFileLock
@@ -15,9 +15,7 @@ from ppo_jax.run.files import check_free, create_run_folder, cut_back, lock_fold
 from ppo_jax.run.forks import Fork, start_from
 from ppo_jax.run.logging import NoLog, RunLog
 from ppo_jax.run.resume import RunConfig, check_unchanged
-from ppo_jax.run.settings import LoopConfig
-
-Resume = Literal["no", "yes", "auto"]
+from ppo_jax.run.settings import LoopConfig, Resume
 
 
 class OpenRun(NamedTuple):

@@ -7,6 +7,9 @@ from typing import Literal
 from ppo_jax.errors import SettingError, check_numbers
 
 OnFault = Literal["stop", "skip"]
+Resume = Literal["no", "yes", "auto"]
+# A checkpoint of a run, by its number of updates, by the evaluation, or by its age.
+Which = Literal["best", "last"] | int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,11 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from ppo_jax.errors import CheckpointError
 from ppo_jax.ppo.state import PPOState
 from ppo_jax.run.checkpoints import Checkpoints
-
-# A checkpoint of a run, by its number of updates, by the evaluation, or by its age.
-Which = Literal["best", "last"] | int
+from ppo_jax.run.settings import Which
 
 
 def read_checkpoint(run: Path, like: PPOState, which: Which = "last") -> PPOState:

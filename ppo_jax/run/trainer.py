@@ -21,12 +21,12 @@ from ppo_jax.run.collection import Collection, Collector, compiled_steps
 from ppo_jax.run.evaluation import Evaluation, evaluate
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.logging import PAIRS, SKIPPED, show_progress
-from ppo_jax.run.opening import Resume, claim_folder, open_run
+from ppo_jax.run.opening import claim_folder, open_run
 from ppo_jax.run.parts import initial_reference
 from ppo_jax.run.pending import Schedule, with_pending
 from ppo_jax.run.remote import Mirror
 from ppo_jax.run.resume import start_config
-from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.settings import LoopConfig, Resume
 from ppo_jax.types import AdvantageFn, LossFn, Rollout
 
 

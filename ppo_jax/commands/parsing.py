@@ -1,0 +1,178 @@
+"""From the arguments of `ppo-jax` to the command that they name, with its options."""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import operator
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ppo_jax import __version__
+from ppo_jax.commands.command_line import REQUESTS, OptionRules
+from ppo_jax.commands.convert import Convert
+from ppo_jax.commands.evaluation import Evaluate
+from ppo_jax.commands.inference import Generate
+from ppo_jax.commands.models import Info
+from ppo_jax.commands.plan import Plan
+from ppo_jax.commands.report import Report
+from ppo_jax.commands.runs import Compare, Replay
+from ppo_jax.commands.supervised import SFT, Reward
+from ppo_jax.commands.train import Train
+from ppo_jax.commands.value import Value
+from ppo_jax.errors import SettingError
+from ppo_jax.ppo.presets import PRESETS
+from ppo_jax.ppo.settings import PPOConfig
+
+COMMANDS: dict[str, type] = {
+    kind.__name__.lower(): kind
+    for kind in (
+        *(Train, Value, SFT, Reward, Evaluate, Generate),
+        *(Replay, Compare, Report, Convert, Info, Plan),
+    )
+}
+_HELP = {"-h", "--help"}
+_DESCRIPTION = """PPO and the stages before and after it, on your own model and data.
+
+ppo-jax COMMAND --help shows the common options of a command and --help-all shows all of them;
+ppo-jax --version shows the version."""
+
+
+def parse(args: Sequence[str]) -> Any:
+    """Return the command of a command line.
+
+    Args:
+      args: the arguments after the name of the program.
+
+    Returns:
+      An instance of a class of `ppo_jax.commands`, whose method `run` runs the command; with
+      --print-config or --dry-run, another object with this method.
+
+    Raises:
+      SystemExit: if the arguments ask for help or the version, or are wrong, after this is printed.
+      SettingError: if a setting is out of range, or the file of settings is wrong.
+    """
+    if list(args) == ["--version"]:
+        print(f"ppo-jax {__version__}")
+        raise SystemExit(0)
+    brief = not _HELP.isdisjoint(args) and "--help-all" not in args
+    args = ["--help" if x == "--help-all" else x for x in args]
+    called = args[0] if args and args[0] in COMMANDS else None
+    rules = OptionRules(all_options=not brief)
+    try:
+        command = tyro.cli(
+            _commands(called, args),
+            config=(tyro.conf.EnumChoicesFromValues,),
+            prog="ppo-jax",
+            description=_DESCRIPTION,
+            args=args,
+            registry=rules.registry,
+        )
+    except SystemExit as ending:
+        if not ending.code and called and not _HELP.isdisjoint(args):
+            print(_footer(called, brief=brief))
+        raise
+    requests = rules.requests
+    if requests.print_config:
+        return PrintConfig(command)
+    return DryRun(command) if requests.dry_run else command
+
+
+@dataclass(frozen=True)
+class PrintConfig:
+    """Print the settings of a command."""
+
+    command: Any
+
+    def run(self) -> None:
+        """Print them as YAML."""
+        from ppo_jax.commands.config_files import as_yaml
+
+        print(as_yaml(self.command), end="")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Read everything that a command needs, and report what it would do."""
+
+    command: Any
+
+    def run(self) -> None:
+        """Print the report."""
+        from ppo_jax.commands.dry_run import dry_run
+
+        dry_run(self.command)
+
+
+def _footer(called: str, *, brief: bool) -> str:
+    """Return what stands below the help of a command."""
+    kind = COMMANDS[called]
+    more = f"\nppo-jax {called} --help-all shows all options." if brief else ""
+    example = textwrap.indent(inspect.cleandoc(kind.example), "  ")  # type: ignore[attr-defined]
+    return f"Example:\n{example}{more}"
+
+
+def _commands(called: str | None, args: Sequence[str]) -> Any:
+    """Return the union type of all commands for tyro, with their default options."""
+    subcommands = []
+    for name, kind in COMMANDS.items():
+        default = _defaults(kind, name, args if name == called else [])
+        given = {} if default is None else {"default": default}
+        if called is None:  # The list of commands shows what each does in one sentence.
+            given["description"] = (kind.__doc__ or "").partition("\n\n")[0]
+        subcommands.append(Annotated[kind, tyro.conf.subcommand(name, **given)])
+    return functools.reduce(operator.or_, subcommands)
+
+
+def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
+    """Return a command with the settings that it has without options, or None if tyro knows them.
+
+    These are the defaults of its fields, the preset that the command line or the file of settings
+    names, and the settings in that file. Settings without a default are `tyro.MISSING`.
+    """
+    if kind is Value:
+        return Value(train=_defaults(Train, called, args))
+    if kind not in (Train, SFT, Reward, Info, Plan):
+        return None
+    path, preset = _value_of("--config", args), _value_of("--preset", args)
+    file = None
+    if path is not None and kind in REQUESTS:
+        from ppo_jax.commands.config_files import read_settings
+
+        file = read_settings(Path(path))
+        if any(x.partition("=")[0] == "--reward" for x in args):  # tyro appends to the default.
+            file.given.pop("reward", None)
+    required = {
+        field.name: tyro.MISSING
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
+    own = file and file.given.get("preset")
+    if preset and own and preset != own:
+        raise SettingError(
+            f"config={path} has preset={own} and its settings; leave out --preset {preset}, or "
+            "remove preset and the settings that it should change from the file."
+        )
+    ppo = {"ppo": PRESETS.get(str(preset or own), PPOConfig())} if kind is Train else {}
+    default = kind(**required, **ppo)
+    if file is None:
+        return default
+    from ppo_jax.commands.config_files import with_settings
+
+    return with_settings(default, file, called)
+
+
+def _value_of(option: str, args: Sequence[str]) -> str | None:
+    """Return the value of an option on a command line, or None.
+
+    A value that is wrong is reported later, when tyro parses the command line.
+    """
+    parts = itertools.chain.from_iterable(
+        x.split("=", 1) if x.startswith(f"{option}=") else [x] for x in args
+    )
+    return next((value for name, value in itertools.pairwise(parts) if name == option), None)

@@ -1,0 +1,196 @@
+"""What `ppo-jax train` does."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from ppo_jax import data, hashing
+from ppo_jax.commands.learner import read_learner
+from ppo_jax.commands.prompts import PromptOptions, hold_out
+from ppo_jax.commands.train import Train
+from ppo_jax.data.chat import as_user_messages
+from ppo_jax.distributed import processes
+from ppo_jax.errors import SettingError
+from ppo_jax.ppo.loss import agent_loss_fn
+from ppo_jax.reward_functions import load_function, load_rewards
+from ppo_jax.run import provenance
+from ppo_jax.run.assembly import Learner
+from ppo_jax.run.export import export_result
+from ppo_jax.run.files import check_free, lock_folder, store_url
+from ppo_jax.run.forks import Fork
+from ppo_jax.run.remote import Mirror
+from ppo_jax.run.resume import read_config
+from ppo_jax.run.serialize import to_json
+from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.summary import print_before_and_after, write_summary
+from ppo_jax.run.trainer import Trainer
+
+
+def train(options: Train) -> None:
+    """Train, and write the fine-tuned model and the summary."""
+    if options.deterministic:
+        provenance.make_deterministic()
+    options.processes.start()
+    if options.mesh == "pmap" and jax.process_count() > 1:
+        raise SettingError(
+            f"mesh=pmap runs in one process; for {jax.process_count()} processes use "
+            f"mesh=data={jax.device_count()}."
+        )
+    settings = flatten_dict(to_json(options), sep=".")
+    own = ("out", "processes.")  # These options may differ between processes.
+    processes.check_same({name: x for name, x in settings.items() if not name.startswith(own)})
+    mirror = None if (url := store_url(options.out)) is None else Mirror(url)
+    out = options.out if mirror is None else mirror.folder
+    check_free(out, resume=options.resume in ("yes", "auto"))
+    fork = _fork(options)
+    trainer = build(options, out, fork=fork, mirror=mirror)
+    with contextlib.ExitStack() as stack:
+        if mirror is not None:
+            stack.callback(mirror.close)
+        if processes.is_first():
+            # The trainer releases its own lock before the model is written.
+            stack.callback(lock_folder(out).release)
+        _train(options, trainer)
+        if mirror is not None:
+            mirror.push()
+
+
+def _fork(options: Train) -> Fork | None:
+    """Return the checkpoint to fork, once it is checked that there is such a run."""
+    if (options.resume == "fork") != (options.fork_from is not None):
+        raise SettingError(
+            f"resume=fork and fork_from go together, but resume={options.resume} and "
+            f"fork_from={options.fork_from}."
+        )
+    if options.fork_from is None:
+        return None
+    if store_url(options.fork_from) is None:
+        read_config(options.fork_from)
+    return Fork(options.fork_from, options.fork_update)
+
+
+def build(
+    options: Train,
+    out: Path,
+    loop: LoopConfig | None = None,
+    fork: Fork | None = None,
+    mirror: Mirror | None = None,
+) -> Trainer:
+    """Read model, prompts and reward, and make a trainer.
+
+    Args:
+      options: the options of the command.
+      out: the folder that the trainer writes to.
+      loop: settings that replace `options.loop`, or None.
+      fork: the checkpoint of another run that the run starts from, or None.
+      mirror: what keeps `out` in an object store, or None.
+
+    Returns:
+      The trainer.
+
+    Raises:
+      SettingError: if the settings do not fit one another or the devices.
+      ValueError: if the model, the prompts or the reward cannot be read.
+    """
+    rows, held_out_rows = read_prompts(options)
+    learner = read_learner(options)
+    reward = load_rewards(
+        options.reward, options.reward_given, options.reward_label, options.reward_timeout
+    )
+    policy_loss = _function(options, "loss", options.loss)
+    prompts = encode_prompts(options.data_options, learner, rows, options.prompts)
+    held_source = options.eval_prompts or f"the held-out part of {options.prompts}"
+    held_out = encode_prompts(options.data_options, learner, held_out_rows, held_source)
+    assert prompts is not None  # There are rows to learn from.
+    return Trainer(
+        learner,
+        prompts,
+        reward,
+        out=out,
+        loop=loop or options.loop,
+        eval_prompts=held_out,
+        settings=options,
+        resume="no" if options.resume == "fork" else options.resume,
+        fork=fork,
+        advantage_fn=_function(options, "advantage", options.advantage),
+        loss_fn=agent_loss_fn(learner.agent, policy_loss=policy_loss) if policy_loss else None,
+        mirror=mirror,
+    )
+
+
+def _function(options: Train, purpose: str, spec: str | None) -> Callable[..., Any] | None:
+    """Return the user's own function for a purpose, or None if no option names one."""
+    if spec is not None and purpose == "loss" and options.ppo.entropy_target is not None:
+        raise SettingError(
+            f"loss={spec} does not read the weight that entropy_target adapts; leave out one "
+            "of the two."
+        )
+    return None if spec is None else load_function(spec, purpose)
+
+
+def read_prompts(options: Train) -> tuple[list[data.Row], list[data.Row]]:
+    """Read the prompts to learn from and those that are held out."""
+
+    def read(source: str) -> list[data.Row]:
+        rows = data.read_rows(source, names=options.data_options.names())
+        return as_user_messages(rows) if options.chat else rows
+
+    rows = read(options.prompts)
+    if options.eval_prompts is not None:
+        return rows, read(options.eval_prompts)
+    if not options.eval_fraction:
+        return rows, []
+    return hold_out(rows, options.prompts, fraction=options.eval_fraction, seed=options.loop.seed)
+
+
+def _place(options: Train) -> str:
+    return store_url(options.out) or str(options.out)
+
+
+def _train(options: Train, trainer: Trainer) -> None:
+    done = int(trainer.state.update)
+    forked = options.resume == "fork"
+    processes.print_once(
+        f"A run starts in {_place(options)} from {options.fork_from} after {done} updates."
+        if forked
+        else f"The run in {_place(options)} continues after {done} updates."
+        if done
+        else f"A run starts in {_place(options)}; the first update takes longer, as it is compiled."
+    )
+    state = trainer.run()
+    digest = hashing.digest(state.params)
+    export_result(trainer.out, trainer, state, base_name=options.model)
+    updates = int(state.update)
+    processes.on_first_process(
+        lambda: print_before_and_after(write_summary(trainer.out, updates, digest))
+    )
+    processes.print_once(
+        f"The fine-tuned model is in {_place(options)}/model; every update's metrics are in "
+        f"{_place(options)}/metrics.jsonl.\nDigest of the final parameters: {digest}"
+    )
+
+
+def encode_prompts(
+    options: PromptOptions, learner: Learner, rows: list[data.Row], source: str
+) -> data.Prompts | None:
+    """Tokenize prompts for a learner, and print how many of them are too long.
+
+    Args:
+      options: what happens to long prompts.
+      learner: what is trained.
+      rows: the rows of the prompts.
+      source: where they come from.
+
+    Returns:
+      The prompts; None if there are no rows.
+    """
+    if not rows:
+        return None
+    prompts = learner.encode(rows, **options.limits())
+    if (note := options.report(prompts, source)) is not None:
+        processes.print_once(note)
+    return prompts
