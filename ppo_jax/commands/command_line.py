@@ -23,10 +23,17 @@ from ppo_jax.ppo.critic_settings import CriticConfig
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.settings import Faults, LoopConfig
 
+# For mypy, these are types that take no argument.
+_Suppress: Any = tyro.conf.Suppress
+_FlagCreatePairsOff: Any = tyro.conf.FlagCreatePairsOff
+
 # Settings that are also options without the name of their group, such as --seed for --loop.seed.
 SHORT_NAMES: dict[type, tuple[str, ...]] = {
     LoopConfig: ("updates", "seed"),
-    PPOConfig: ("batch_size", "max_new_tokens", "learning_rate", "kl_coef"),
+    PPOConfig: (
+        *("batch_size", "max_new_tokens", "learning_rate", "kl_coef"),
+        *("epochs", "weight_decay", "temperature", "top_k", "top_p"),  # as in other commands
+    ),
 }
 # Options that --help shows; --help-all shows all. A class that is not named here shows all of them.
 _COMMON: dict[type, set[str]] = {
@@ -35,7 +42,9 @@ _COMMON: dict[type, set[str]] = {
         *("preset", "resume", "data_options", "lora", "loop", "ppo"),
     },
     LoopConfig: {*SHORT_NAMES[LoopConfig], "eval_every"},
-    PPOConfig: {*SHORT_NAMES[PPOConfig], "minibatches", "micro_batch"},
+    PPOConfig: {
+        *("batch_size", "max_new_tokens", "learning_rate", "kl_coef", "minibatches", "micro_batch"),
+    },
     LoRA: {"rank"},
     PromptOptions: set(),
     CriticConfig: set(),
@@ -115,7 +124,7 @@ class OptionRules:
     def _field(self, kind: type, field: StructFieldSpec) -> StructFieldSpec:
         """Hide the field in a short help, unless it is common, and let its help flow."""
         hidden = not (self._all or field.name in _COMMON.get(kind, {field.name}))
-        type_ = tyro.conf.Suppress[field.type] if hidden else field.type
+        type_ = _Suppress[field.type] if hidden else field.type
         return dataclasses.replace(field, type=type_, helptext=partial(_flowing, field.helptext))
 
     def _short(self, group: StructFieldSpec) -> Iterator[StructFieldSpec]:
@@ -127,14 +136,15 @@ class OptionRules:
                 path, short = f"{group.name}.{field.name}", field.name.replace("_", "-")
                 long = tyro.conf.arg(name=path.replace("_", "-"), aliases=(f"--{short}",))
                 named = long if self._all else tyro.conf.arg(name=short)
-                yield dataclasses.replace(field, name=path, type=Annotated[field.type, named])
+                annotated: Any = Annotated[field.type, named]
+                yield dataclasses.replace(field, name=path, type=annotated)
 
     def _requests(self, kind: type) -> Iterator[StructFieldSpec]:
         """Yield the options of a command that are no settings."""
         for field in self._default_fields(StructTypeInfo.make(Requests, Requests(), False)):
             if field.name in REQUESTS.get(kind, ()):
-                named = Annotated[field.type, tyro.conf.arg(name=field.name)]
-                off = tyro.conf.FlagCreatePairsOff[named]
+                named: Any = Annotated[field.type, tyro.conf.arg(name=field.name)]
+                off = _FlagCreatePairsOff[named]
                 field = self._field(Requests, field)
                 yield dataclasses.replace(field, name=f"request_{field.name}", type=off)
 

@@ -118,7 +118,8 @@ def with_settings(command: Command, file: SettingsFile, called: str) -> Command:
       options, which may replace some.
 
     Raises:
-      SettingError: if a name is not that of a setting, or a value has another type. Of the `config.json` of a run, names that do not exist any more are ignored.
+      SettingError: if a name is not that of a setting, or a value has another type. Of the
+        `config.json` of a run, names that do not exist any more are ignored.
     """
     paths = dict(_paths(command, (), ((),)))
     groups = {name[: m.start()] for name in paths for m in re.finditer(r"\.", name)}

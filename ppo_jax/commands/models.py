@@ -17,8 +17,8 @@ class Info:
 
     model: tyro.conf.Positional[str]
     """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl.
-    Its weights are not read."""
-    prompt_tokens: int | None = None
+    Its weights are not read. It may also be given as --model."""
+    max_prompt_tokens: int | None = None
     """Number of tokens of the longest prompt. By default 64, or fewer if the model has no more room
     before the response."""
     critic: Literal["shared", "separate"] = "separate"
@@ -39,7 +39,7 @@ class Info:
         from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
 
         family, config = load_config(self.model, self.dtype, self.remat)
-        prompt_tokens = choose_prompt_tokens(self.prompt_tokens, self.ppo, config)
+        prompt_tokens = choose_prompt_tokens(self.max_prompt_tokens, self.ppo, config)
         trunk = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         print(f"{self.model}: {family}, {pretrained.count_params(trunk):,} parameters")
         print(

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import operator
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +63,7 @@ def parse(args: Sequence[str]) -> Any:
     brief = not _HELP.isdisjoint(args) and "--help-all" not in args
     args = ["--help" if x == "--help-all" else x for x in args]
     called = args[0] if args and args[0] in COMMANDS else None
+    args = list(_with_one_spelling(called, args))
     rules = OptionRules(all_options=not brief)
     try:
         command = tyro.cli(
@@ -81,6 +82,18 @@ def parse(args: Sequence[str]) -> Any:
     if requests.print_config:
         return PrintConfig(command)
     return DryRun(command) if requests.dry_run else command
+
+
+def _with_one_spelling(called: str | None, args: Sequence[str]) -> Iterator[str]:
+    """Yield arguments, with the names that options of `info` and `plan` have in other commands."""
+    for arg in args:
+        name, sign, value = arg.partition("=")
+        if called == "info" and name == "--model":  # The model needs no name there.
+            yield from [value] if sign else []
+        elif called in ("info", "plan") and name in ("--prompt-tokens", "--prompt_tokens"):
+            yield f"--max-prompt-tokens{sign}{value}"
+        else:
+            yield arg
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,9 @@ def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
             f"config={path} has preset={own} and its settings; leave out --preset {preset}, or "
             "remove preset and the settings that it should change from the file."
         )
-    ppo = {"ppo": PRESETS.get(str(preset or own), PPOConfig())} if kind is Train else {}
+    ppo: dict[str, Any] = {}
+    if kind is Train:
+        ppo["ppo"] = PRESETS.get(str(preset or own), PPOConfig())
     default = kind(**required, **ppo)
     if file is None:
         return default

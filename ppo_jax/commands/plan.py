@@ -25,7 +25,7 @@ class Plan:
     """Kind of chip and shape of the slice, such as v5e:4x4, v6e:8x8, v5p:4x4x4 or v4:2x2x2."""
     mesh: str = ""
     """Sizes of the mesh axes, such as data=2,fsdp=4,tensor=2. By default all chips are on data."""
-    prompt_tokens: int | None = None
+    max_prompt_tokens: int | None = None
     """Number of tokens of the longest prompt. By default 64, or fewer if the model has no more room
     before the response."""
     critic: Literal["shared", "separate"] = "separate"
@@ -64,7 +64,7 @@ class Plan:
         # The cache cannot store a program that was compiled for another machine.
         jax.config.update("jax_enable_compilation_cache", False)
         family, config = load_config(self.model, self.dtype, self.remat)
-        prompt_tokens = choose_prompt_tokens(self.prompt_tokens, self.ppo, config)
+        prompt_tokens = choose_prompt_tokens(self.max_prompt_tokens, self.ppo, config)
         sizes, devices = parse_mesh(self.mesh), make_topology(self.topology)
         mesh, chip = make_mesh(sizes, devices), CHIPS[self.topology.partition(":")[0]]
         compile_model = partial(

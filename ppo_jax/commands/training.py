@@ -46,7 +46,7 @@ def train(options: Train) -> None:
     mirror = None if (url := store_url(options.out)) is None else Mirror(url)
     out = options.out if mirror is None else mirror.folder
     check_free(out, resume=options.resume in ("yes", "auto"))
-    fork = _fork(options)
+    fork = read_fork(options)
     trainer = build(options, out, fork=fork, mirror=mirror)
     with contextlib.ExitStack() as stack:
         if mirror is not None:
@@ -59,7 +59,7 @@ def train(options: Train) -> None:
             mirror.push()
 
 
-def _fork(options: Train) -> Fork | None:
+def read_fork(options: Train) -> Fork | None:
     """Return the checkpoint to fork, once it is checked that there is such a run."""
     if (options.resume == "fork") != (options.fork_from is not None):
         raise SettingError(
@@ -101,7 +101,7 @@ def build(
     reward = load_rewards(
         options.reward, options.reward_given, options.reward_label, options.reward_timeout
     )
-    policy_loss = _function(options, "loss", options.loss)
+    policy_loss = read_function(options, "loss", options.loss)
     prompts = encode_prompts(options.data_options, learner, rows, options.prompts)
     held_source = options.eval_prompts or f"the held-out part of {options.prompts}"
     held_out = encode_prompts(options.data_options, learner, held_out_rows, held_source)
@@ -116,13 +116,13 @@ def build(
         settings=options,
         resume="no" if options.resume == "fork" else options.resume,
         fork=fork,
-        advantage_fn=_function(options, "advantage", options.advantage),
+        advantage_fn=read_function(options, "advantage", options.advantage),
         loss_fn=agent_loss_fn(learner.agent, policy_loss=policy_loss) if policy_loss else None,
         mirror=mirror,
     )
 
 
-def _function(options: Train, purpose: str, spec: str | None) -> Callable[..., Any] | None:
+def read_function(options: Train, purpose: str, spec: str | None) -> Callable[..., Any] | None:
     """Return the user's own function for a purpose, or None if no option names one."""
     if spec is not None and purpose == "loss" and options.ppo.entropy_target is not None:
         raise SettingError(

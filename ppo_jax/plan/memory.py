@@ -57,7 +57,7 @@ def choose_prompt_tokens(
     chosen = min(64, room) if prompt_tokens is None else prompt_tokens
     if not 1 <= chosen <= room:
         raise SettingError(
-            f"prompt_tokens={chosen} must lie in 1 .. {room}, the model's {config.positions} "
+            f"max_prompt_tokens={chosen} must lie in 1 .. {room}, the model's {config.positions} "
             f"positions less max_new_tokens={ppo.max_new_tokens}."
         )
     return chosen

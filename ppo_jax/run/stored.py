@@ -1,7 +1,8 @@
 """Read the checkpoints of a run that is not resumed, without a change to its folder."""
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ppo_jax.errors import CheckpointError
@@ -26,24 +27,49 @@ def read_checkpoint(run: Path, like: PPOState, which: Which = "last") -> PPOStat
       ValueError: if the run has no such checkpoint.
       CheckpointError: if the checkpoint is damaged, or does not fit `like`.
     """
+    with _open(run) as checkpoints:
+        return newest_good(checkpoints, like, _chosen(run, checkpoints, which))
+
+
+def find_checkpoint(run: Path, which: Which = "last") -> int:
+    """Return the number of updates of a checkpoint of a run, without reading its arrays.
+
+    Args:
+      run: the folder of the run.
+      which: as in `read_checkpoint`.
+
+    Raises:
+      ValueError: if the run has no such checkpoint.
+    """
+    with _open(run) as checkpoints:
+        return _chosen(run, checkpoints, which)[-1]
+
+
+@contextlib.contextmanager
+def _open(run: Path) -> Iterator[Checkpoints]:
     if not (run / "checkpoints").is_dir():
         raise ValueError(f"{run} holds no checkpoints of a run.")
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)
     try:
-        steps = checkpoints.steps()
-        if which == "best":
-            steps = [_best(run, checkpoints)]
-        elif which != "last":
-            if which not in steps:
-                raise ValueError(
-                    f"{run} has no checkpoint after {which} updates; it has those after {steps}."
-                )
-            steps = [which]
-        if not steps:
-            raise ValueError(f"{run} holds no checkpoint that could be read.")
-        return newest_good(checkpoints, like, steps)
+        yield checkpoints
     finally:
         checkpoints.close()
+
+
+def _chosen(run: Path, checkpoints: Checkpoints, which: Which) -> list[int]:
+    """Return the numbers of updates of the checkpoints that may be read, the newest one last."""
+    steps = checkpoints.steps()
+    if which == "best":
+        steps = [_best(run, checkpoints)]
+    elif which != "last":
+        if which not in steps:
+            raise ValueError(
+                f"{run} has no checkpoint after {which} updates; it has those after {steps}."
+            )
+        steps = [which]
+    if not steps:
+        raise ValueError(f"{run} holds no checkpoint that could be read.")
+    return steps
 
 
 def _best(run: Path, checkpoints: Checkpoints) -> int:

@@ -1,0 +1,193 @@
+"""Read what a command needs, and report its memory and steps without compiling or writing."""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from ppo_jax.commands import supervised
+from ppo_jax.commands.learner import make_devices
+from ppo_jax.commands.supervised import SFT, Reward
+from ppo_jax.commands.train import Train
+from ppo_jax.commands.training import read_fork, read_function, read_prompts
+from ppo_jax.commands.value import Value, value_training
+from ppo_jax.data import Prompts, Row, examples
+from ppo_jax.errors import SettingError
+from ppo_jax.models.config import TransformerConfig
+from ppo_jax.models.io import families, pretrained, stored
+from ppo_jax.models.lora_settings import LoRA
+from ppo_jax.models.transformer import init_params
+from ppo_jax.plan.memory import estimate_memory, size_of
+from ppo_jax.reward_functions import load_rewards
+from ppo_jax.run import provenance
+from ppo_jax.run.encoding import check_top_k, encode_for
+from ppo_jax.run.files import check_free, store_url
+from ppo_jax.run.parts import check_critic, check_vocabulary
+from ppo_jax.run.remote import local_copy
+from ppo_jax.run.resume import read_config, setting_differences
+from ppo_jax.run.serialize import to_json
+from ppo_jax.run.stored import find_checkpoint
+
+
+def dry_run(command: Any) -> None:
+    """Print what a command would do, after everything but the weights of models is read.
+
+    Args:
+      command: a `Train`, `Value`, `SFT` or `Reward`.
+
+    Raises:
+      SettingError: if the settings do not fit one another or the devices.
+      ValueError: if something cannot be read.
+    """
+    if isinstance(command, SFT | Reward):
+        _supervised(command)
+    else:
+        _train(value_training(command.train) if isinstance(command, Value) else command)
+    print("Nothing was compiled or written.")
+
+
+def _train(options: Train) -> None:
+    if options.deterministic:
+        provenance.make_deterministic()
+    options.processes.start()
+    make_devices(options)
+    ppo, (rows, held_out_rows) = options.ppo, read_prompts(options)
+    config, tokenizer = _read_model(options.model, dtype=options.dtype, remat=options.remat)
+    if not config.causal:
+        raise ValueError(f"{options.model} is an encoder; a policy must be a decoder.")
+    check_top_k(ppo.top_k, config)
+    adapters = _read_other_models(options, tokenizer)
+    load_rewards(options.reward, options.reward_given, options.reward_label, options.reward_timeout)
+    for purpose, spec in (("advantage", options.advantage), ("loss", options.loss)):
+        read_function(options, purpose, spec)
+    limits = options.data_options.limits()
+
+    def encode(rows: list[Row]) -> Prompts:
+        return encode_for(rows, tokenizer, config, ppo.max_new_tokens, **limits)
+
+    prompts = encode(rows)
+    held_out = encode(held_out_rows) if held_out_rows else None
+    if (note := options.data_options.report(prompts, options.prompts)) is not None:
+        print(note)
+    longest = max(p.tokens.shape[1] for p in (prompts, held_out) if p is not None)
+    done = _updates_done(options, longest)
+    _report_steps(options, done, len(prompts), 0 if held_out is None else len(held_out), longest)
+    critic = "separate" if options.critic not in ("shared", "none") else "shared"
+    _report_memory(
+        "a PPO step on one device, before anything is sharded",
+        estimate_memory(config, ppo, prompt_tokens=longest, critic=critic, adapters=adapters),
+    )
+
+
+def _read_model(model: str, **options: Any) -> tuple[TransformerConfig, Any]:
+    """Read the config and the tokenizer of a model, and print its size."""
+    hf = stored.read_config(model)
+    config, tokenizer = families.config_of(hf, **options), pretrained.load_tokenizer(model)
+    pretrained.check_tokenizer(tokenizer, config)
+    count = pretrained.count_params(_shapes(config))
+    print(f"{model}: {hf['model_type']}, {count:,} parameters, {config.positions:,} positions.")
+    return config, tokenizer
+
+
+def _shapes(config: TransformerConfig) -> Any:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _read_other_models(options: Train, tokenizer: Any) -> LoRA | None:
+    """Read the configs of critic, reference and adapter; return the settings of the adapters."""
+    check_critic(options.critic, options.ppo)
+    if options.critic not in ("shared", "separate", "none"):
+        stored.read_config(options.critic)
+    if options.reference is not None:
+        stored.read_config(options.reference)
+        other = pretrained.load_tokenizer(options.reference)
+        check_vocabulary(tokenizer, other, options.reference)
+    if options.adapter is not None:
+        rank = stored.read_json(options.adapter / "adapter_config.json").get("r")
+        return LoRA(rank=rank) if isinstance(rank, int) else None
+    return options.lora if options.lora.rank else None
+
+
+def _updates_done(options: Train, longest: int) -> int:
+    """Return the number of updates of the checkpoint that the run would start from.
+
+    Raises:
+      ValueError: if the folder holds another run, or one with other settings.
+    """
+    out, may_resume = options.out, options.resume in ("yes", "auto")
+    if (fork := read_fork(options)) is not None:
+        return find_checkpoint(local_copy(fork.run), fork.which)
+    if store_url(out) is not None:
+        print(f"{out} is in an object store, which is not opened.")
+        return 0
+    check_free(out, resume=may_resume)
+    exists = any((out / "checkpoints").glob("*"))
+    if not may_resume or not (exists or options.resume == "yes"):
+        return 0
+    done = find_checkpoint(out)
+    now = {
+        "ppo": options.ppo,
+        "loop": options.loop,
+        "command": options,
+        "data": {"longest_prompt": longest},
+        "jax": provenance.numerics(),
+    }
+    for name, old, new in setting_differences(read_config(out)["settings"], to_json(now)):
+        raise ValueError(
+            f"{name} was {old} in the run in {out} and is {new} now; to resume, set it to {old}."
+        )
+    if done > options.loop.updates:
+        raise SettingError(
+            f"The run in {out} has made {done} updates; updates={options.loop.updates} is fewer."
+        )
+    return done
+
+
+def _report_steps(options: Train, done: int, prompts: int, held_out: int, longest: int) -> None:
+    ppo, loop = options.ppo, options.loop
+    left, per_update = loop.updates - done, ppo.batch_size // ppo.group_size
+    print(f"{prompts:,} prompts and {held_out:,} held-out ones of at most {longest} tokens.")
+    print(
+        f"{left:,} updates{f' after {done:,}' if done else ''} of {ppo.batch_size:,} responses to "
+        f"{per_update:,} prompts, of at most {ppo.max_new_tokens} tokens: "
+        f"{left * per_update / prompts:.2g} passes over the prompts."
+    )
+    print(
+        f"{left * ppo.epochs * ppo.minibatches:,} optimizer steps on {ppo.minibatch_size:,} "
+        f"responses, {ppo.rows_at_a_time:,} at a time."
+    )
+
+
+def _report_memory(what: str, parts: dict[str, int]) -> None:
+    print(f"Memory of {what} (estimate):")
+    for name, size in {**parts, "together": sum(parts.values())}.items():
+        print(f"  {name:34}{size / 2**30:10.3f} GiB")
+
+
+def _supervised(command: SFT | Reward) -> None:
+    check_free(command.out)
+    options = command.training
+    if isinstance(command, SFT):
+        rows = supervised._read_rows(command, ("response",), command.columns.names())
+        encode: Any = examples.encode_demonstrations
+        reason = "their prompts leave no room for a response"
+    else:
+        rows = command._read()
+        encode = partial(examples.encode_judgements, learn_from=command.learn_from)
+        reason = "their two texts end with the same tokens"
+    config, tokenizer = _read_model(command.model)
+    length = min(options.length, config.positions)
+    encode = partial(encode, tokenizer=tokenizer, length=length)
+    train, held_out = supervised._encode_rows(command, rows, encode, reason)
+    count = len(train[0])
+    if not (steps := count // options.batch_size):
+        raise ValueError(
+            f"{count} rows are left to learn from, fewer than batch_size={options.batch_size}."
+        )
+    print(f"{count:,} rows and {len(held_out[0]):,} held-out ones of at most {length} tokens.")
+    print(f"{options.epochs} epochs of {steps:,} steps: {options.epochs * steps:,} steps.")
+    size = size_of(_shapes(config))
+    _report_memory(
+        "training on one device, without activations",
+        {"parameters": size, "gradients": size, "AdamW's moments": 2 * size},
+    )
