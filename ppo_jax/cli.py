@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from ppo_jax.commands.parsing import parse
+from ppo_jax.commands.parsing import COMMANDS as COMMANDS
+from ppo_jax.commands.parsing import parse as parse
 from ppo_jax.errors import SettingError
 
 

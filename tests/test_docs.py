@@ -105,8 +105,12 @@ def test_options_exist(monkeypatch):
     output = io.StringIO()
     for command in {"sft", "train", "plan", *subcommands}:
         with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
-            cli.main([command, "--help"])
-    known = set(re.findall(r"--[a-z][a-z.-]*", output.getvalue())) | {"--check"}
+            cli.main([command, "--help-all"])
+    known = set(re.findall(r"--[a-z][a-z.-]*", output.getvalue())) | {
+        "--check",
+        "--help-all",
+        "--version",
+    }
     assert len(named) > 15
     assert named <= known, named - known
 

@@ -112,7 +112,8 @@ class OptionRules:
         fields = [self._field(kind, field) for field in self._default_fields(info)]
         if kind in SHORT_NAMES:  # The command has these options, and then makes the object.
             rest = tuple(field for field in fields if field.name not in SHORT_NAMES[kind])
-            return StructConstructorSpec(self._described(kind, partial(partial, kind)), rest)
+            later = lambda **given: partial(kind, **given)
+            return StructConstructorSpec(self._described(kind, later), rest)
         short = [field for group in fields for field in self._short(group)]
         required = [field for field in fields if field.default is tyro.MISSING]
         others = [field for field in fields if field.default is not tyro.MISSING]
@@ -167,8 +168,7 @@ class OptionRules:
             return make(**given)
 
         text = kind.__doc__ or ""
-        nested = kind.__module__.partition("ppo_jax.commands")[0]
-        described.__doc__ = text.partition("\n\n")[0] if nested and not self._all else text
+        described.__doc__ = text if self._all else text.partition("\n\n")[0]
         return described
 
 
