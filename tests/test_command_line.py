@@ -50,7 +50,7 @@ def settings(*arguments: object) -> dict:
 
 def options_in(help_text: str) -> list[str]:
     """Return the options that begin a line in the boxes of a help."""
-    return re.findall(r"^[│|] (--[\w.-]+)", help_text, re.MULTILINE)
+    return re.findall(r"^[│ ] (--[\w.-]+)", help_text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -89,8 +90,16 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_parse(page):
+def test_commands_parse(page, tmp_path, monkeypatch):
     """Each `ppo-jax` command on a page is accepted by the parser; none is executed."""
+    monkeypatch.chdir(tmp_path)
+    for text in code_blocks(page, "yaml"):
+        Path(text.split()[1]).write_text(text)  # Its first line names the file.
+    Path("runs/a").mkdir(parents=True)
+    given = {"model": "gpt2", "prompts": "a.txt", "reward": "b.py:f", "out": "runs/a"}
+    Path("runs/a/config.json").write_text(
+        json.dumps({"settings": {"command": given}, "hashes": {}})
+    )
     for arguments in commands_of(page):
         assert callable(cli.parse(arguments).run)
 
@@ -106,11 +115,8 @@ def test_options_exist(monkeypatch):
     for command in {"sft", "train", "plan", *subcommands}:
         with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
             cli.main([command, "--help-all"])
-    known = set(re.findall(r"--[a-z][a-z.-]*", output.getvalue())) | {
-        "--check",
-        "--help-all",
-        "--version",
-    }
+    known = set(re.findall(r"--[a-z][a-z.-]*", output.getvalue()))
+    known |= {"--check", "--help-all", "--version", "--tyro-write-completion"}
     assert len(named) > 15
     assert named <= known, named - known
 
