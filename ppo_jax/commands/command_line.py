@@ -73,11 +73,8 @@ class Requests:
 # Groups of settings whose name is in no option: --epochs, not --training.epochs.
 FLAT_GROUPS = {"train", "training", "columns", "data_options", "sampling"}
 
-REQUESTS: dict[type, tuple[str, ...]] = {
-    Train: ("config", "print_config", "dry_run"),
-    SFT: ("config", "print_config", "dry_run"),
-    Reward: ("config", "print_config", "dry_run"),
-}
+# The commands that take the options of `Requests`.
+CONFIGURABLE: set[type] = {Train, SFT, Reward}
 
 
 class OptionRules:
@@ -105,21 +102,22 @@ class OptionRules:
         return spec.fields
 
     def _rule(self, info: StructTypeInfo) -> StructConstructorSpec | None:
-        kind = info.type
+        kind: Any = info.type
         ours = dataclasses.is_dataclass(kind) and kind.__module__.startswith("ppo_jax.")
         if not ours or kind in self._active:
             return None
         fields = [self._field(kind, field) for field in self._default_fields(info)]
         if kind in SHORT_NAMES:  # The command has these options, and then makes the object.
-            rest = tuple(field for field in fields if field.name not in SHORT_NAMES[kind])
             later = lambda **given: partial(kind, **given)
+            rest = tuple(field for field in fields if field.name not in SHORT_NAMES[kind])
             return StructConstructorSpec(self._described(kind, later), rest)
-        short = [field for group in fields for field in self._short(group)]
+        short = [field for group in fields for field in self._short(info, group)]
+        asked = [*self._requests(info)] if kind in CONFIGURABLE else []
         required = [field for field in fields if field.default is tyro.MISSING]
         others = [field for field in fields if field.default is not tyro.MISSING]
         make = partial(self._make, kind, [field.name for field in short])
         return StructConstructorSpec(
-            self._described(kind, make), (*required, *short, *self._requests(kind), *others)
+            self._described(kind, make), (*required, *short, *asked, *others)
         )
 
     def _field(self, kind: type, field: StructFieldSpec) -> StructFieldSpec:
@@ -128,32 +126,35 @@ class OptionRules:
         type_ = _Suppress[field.type] if hidden else field.type
         return dataclasses.replace(field, type=type_, helptext=partial(_flowing, field.helptext))
 
-    def _short(self, group: StructFieldSpec) -> Iterator[StructFieldSpec]:
+    def _short(self, info: StructTypeInfo, group: StructFieldSpec) -> Iterator[StructFieldSpec]:
         """Yield the options of a group that have a short name, such as `loop.seed`."""
         kind = type(group.default)
-        if kind in SHORT_NAMES:
-            fields = self._default_fields(StructTypeInfo.make(kind, group.default, False))
-            for field in (self._field(kind, x) for x in fields if x.name in SHORT_NAMES[kind]):
-                path, short = f"{group.name}.{field.name}", field.name.replace("_", "-")
-                long = tyro.conf.arg(name=path.replace("_", "-"), aliases=(f"--{short}",))
-                named = long if self._all else tyro.conf.arg(name=short)
-                annotated: Any = Annotated[field.type, named]
-                yield dataclasses.replace(field, name=path, type=annotated)
+        if kind not in SHORT_NAMES:
+            return
+        fields = self._default_fields(dataclasses.replace(info, type=kind, default=group.default))
+        for field in (self._field(kind, x) for x in fields if x.name in SHORT_NAMES[kind]):
+            path, short = f"{group.name}.{field.name}", field.name.replace("_", "-")
+            long = tyro.conf.arg(name=path.replace("_", "-"), aliases=(f"--{short}",))
+            named = long if self._all else tyro.conf.arg(name=short)
+            annotated: Any = Annotated[field.type, named]
+            yield dataclasses.replace(field, name=path, type=annotated)
 
-    def _requests(self, kind: type) -> Iterator[StructFieldSpec]:
-        """Yield the options of a command that are no settings."""
-        for field in self._default_fields(StructTypeInfo.make(Requests, Requests(), False)):
-            if field.name in REQUESTS.get(kind, ()):
-                named: Any = Annotated[field.type, tyro.conf.arg(name=field.name)]
-                off = _FlagCreatePairsOff[named]
-                field = self._field(Requests, field)
-                yield dataclasses.replace(field, name=f"request_{field.name}", type=off)
+    def _requests(self, info: StructTypeInfo) -> Iterator[StructFieldSpec]:
+        """Yield the options that are no settings."""
+        for field in self._default_fields(
+            dataclasses.replace(info, type=Requests, default=Requests())
+        ):
+            named: Any = Annotated[field.type, tyro.conf.arg(name=field.name)]
+            field = self._field(Requests, field)
+            yield dataclasses.replace(
+                field, name=f"request_{field.name}", type=_FlagCreatePairsOff[named]
+            )
 
-    def _make(self, kind: type, short: list[str], **given: Any) -> Any:
+    def _make(self, kind: Any, short: list[str], **given: Any) -> Any:
         """Make a command of its options, and note the requests."""
-        asked = {name: given.pop(f"request_{name}") for name in REQUESTS.get(kind, ())}
-        if asked:
-            self.requests = Requests(**asked)
+        if kind in CONFIGURABLE:
+            names = [field.name for field in dataclasses.fields(Requests)]
+            self.requests = Requests(**{name: given.pop(f"request_{name}") for name in names})
         groups: dict[str, dict[str, Any]] = {}
         for name in short:
             group, _, option = name.partition(".")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from ppo_jax import __version__
-from ppo_jax.commands.command_line import REQUESTS, OptionRules
+from ppo_jax.commands.command_line import CONFIGURABLE, OptionRules
 from ppo_jax.commands.convert import Convert
 from ppo_jax.commands.evaluation import Evaluate
 from ppo_jax.commands.inference import Generate
@@ -154,7 +154,7 @@ def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
         return None
     path, preset = _value_of("--config", args), _value_of("--preset", args)
     file = None
-    if path is not None and kind in REQUESTS:
+    if path is not None and kind in CONFIGURABLE:
         from ppo_jax.commands.config_files import read_settings
 
         file = read_settings(Path(path))
