@@ -181,6 +181,7 @@ def test_a_preset_and_a_file(tmp_path):
         ("chat: 1", "sets chat to 1, but it should be a valid boolean"),
         ("- a", "must hold names with values"),
         ("a: [", "is not YAML: line"),
+        ("a: \0", "is neither YAML nor JSON: unacceptable character"),
         ("kl_coef: -1", "kl_coef must not be negative"),
         ("ppo: {critic: {epochs: 3}}", "critic.epochs=3 is for a critic with its own optimizer"),
     ],
@@ -235,6 +236,8 @@ def test_the_configuration_of_a_run_and_dry_runs(tmp_path, capsys):
         cli.main([name, *options(stage), "--dry-run"])
         assert "3 epochs of 4 steps: 12 steps" in capsys.readouterr().out
     assert "reward file" in printed(*command, "--dry-run", "--reward", "none.py:f", status=2)
+    stop = ["--dry-run", "--stop-tokens", "no token"]
+    assert "stop_tokens: 'no token' is " in printed(*command, *stop, status=2)
     assert files_in(tmp_path) == before
     cli.main(command)
     # A run's own configuration starts the same run again, in another folder or to resume it.

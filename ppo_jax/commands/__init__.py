@@ -14,6 +14,6 @@ if it is long:
 | `convert` | `conversion` |
 
 `parsing` turns the arguments into a command. `command_line` says which options have a short name
-and which ones `--help` shows, `config_files` reads settings from files, and `dry_run` reports what a
-command would do.
+and which ones `--help` shows, `config_files` reads settings from files, and `dry_run` reports what
+a command would do.
 """

@@ -76,8 +76,9 @@ def read_settings(path: Path) -> SettingsFile:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise SettingError(f"config={path} is not YAML: line {line}: {error.problem}.") from error
-    except ValueError as error:
-        raise SettingError(f"config={path} is not JSON, or no text: {error}.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"config={path} is neither YAML nor JSON: {reason}.") from error
     content = {} if content is None else content
     if not isinstance(content, Mapping):
         raise SettingError(f"config={path} must hold names with values, such as batch_size: 64.")

@@ -15,12 +15,13 @@ from ppo_jax.data import Prompts, Row, examples
 from ppo_jax.errors import SettingError
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import families, pretrained, stored
+from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import estimate_memory, size_of
 from ppo_jax.reward_functions import load_rewards
 from ppo_jax.run import provenance
-from ppo_jax.run.encoding import check_top_k, encode_for
+from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.run.files import check_free, store_url
 from ppo_jax.run.parts import check_critic, check_vocabulary
 from ppo_jax.run.remote import local_copy
@@ -52,10 +53,12 @@ def _train(options: Train) -> None:
     options.processes.start()
     make_devices(options)
     ppo, (rows, held_out_rows) = options.ppo, read_prompts(options)
-    config, tokenizer = _read_model(options.model, dtype=options.dtype, remat=options.remat)
+    policy, tokenizer = _read_model(options.model, dtype=options.dtype, remat=options.remat)
+    config = policy.config
     if not config.causal:
         raise ValueError(f"{options.model} is an encoder; a policy must be a decoder.")
     check_top_k(ppo.top_k, config)
+    stop_ids(tokenizer, policy, options.stop_tokens)
     adapters = _read_other_models(options, tokenizer)
     load_rewards(options.reward, options.reward_given, options.reward_label, options.reward_timeout)
     for purpose, spec in (("advantage", options.advantage), ("loss", options.loss)):
@@ -79,14 +82,14 @@ def _train(options: Train) -> None:
     )
 
 
-def _read_model(model: str, **options: Any) -> tuple[TransformerConfig, Any]:
-    """Read the config and the tokenizer of a model, and print its size."""
+def _read_model(model: str, **options: Any) -> tuple[Pretrained, Any]:
+    """Read the config and the tokenizer of a model, but no parameters, and print its size."""
     hf = stored.read_config(model)
     config, tokenizer = families.config_of(hf, **options), pretrained.load_tokenizer(model)
     pretrained.check_tokenizer(tokenizer, config)
     count = pretrained.count_params(_shapes(config))
     print(f"{model}: {hf['model_type']}, {count:,} parameters, {config.positions:,} positions.")
-    return config, tokenizer
+    return Pretrained(config, {}, hf), tokenizer
 
 
 def _shapes(config: TransformerConfig) -> Any:
@@ -175,7 +178,8 @@ def _supervised(command: SFT | Reward) -> None:
         rows = command._read()
         encode = partial(examples.encode_judgements, learn_from=command.learn_from)
         reason = "their two texts end with the same tokens"
-    config, tokenizer = _read_model(command.model)
+    start, tokenizer = _read_model(command.model)
+    config = start.config
     length = min(options.length, config.positions)
     encode = partial(encode, tokenizer=tokenizer, length=length)
     train, held_out = supervised._encode_rows(command, rows, encode, reason)
