@@ -161,10 +161,13 @@ from .ppo.choices import (
 )
 from .ppo.methods import (
     clipped_ppo as clipped_ppo,
+    with_policy_loss as with_policy_loss,
+)
+from .ppo.estimators import (
     gae as gae,
     monte_carlo as monte_carlo,
+    sao_gae as sao_gae,
     vapo_gae as vapo_gae,
-    with_policy_loss as with_policy_loss,
 )
 from .ops.kl import (
     kl_abs as kl_abs,

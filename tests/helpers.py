@@ -31,7 +31,7 @@ from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import rollout
-from ppo_jax.ppo.methods import gae
+from ppo_jax.ppo.estimators import gae
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_key

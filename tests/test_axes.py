@@ -16,8 +16,8 @@ from ppo_jax.ops.aggregation import TOKEN_SUM, constant_length
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.metrics import experience_metrics, explained_variance
 from ppo_jax.ops.rewards import running_scale
+from ppo_jax.ppo.estimators import gae
 from ppo_jax.ppo.gradients import minibatch_gradient
-from ppo_jax.ppo.methods import gae
 from ppo_jax.ppo.scoring import make_experience
 from ppo_jax.ppo.update import ppo_update, shuffled_minibatches
 from ppo_jax.types import Experience, LossMetrics, Rollout, Scores

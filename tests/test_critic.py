@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from flax.traverse_util import flatten_dict
 from helpers import (
     FULL_PPO,
     command_line,
@@ -33,6 +34,7 @@ from ppo_jax.ops.value_losses import value_clipfrac
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.choices import Advantage
 from ppo_jax.ppo.critic_settings import CriticConfig
+from ppo_jax.ppo.presets import PRESETS
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state
 from ppo_jax.run.assembly import assemble
@@ -120,6 +122,19 @@ def test_a_critic_makes_more_passes_and_decays_by_itself():
     assert int(states[2].critic.step) == 10 and int(states[2].train.step) == 4
     (_, constant), _ = updates(1, critic=dataclasses.replace(critic, decay_learning_rate=False))
     assert digest(constant.critic.params) == digest(states[1].critic.params)
+
+
+def test_attention_layers_of_the_critic_can_be_frozen():
+    """With the settings of SAO, weight decay moves no parameter of attention either."""
+    critic = dataclasses.replace(PRESETS["sao"].critic, learning_rate=1e-2, weight_decay=0.1)
+    sao = vars(PRESETS["sao"]) | PLAIN | {"epochs": 1, "critic": critic, "vf_coef": 0.1}
+    states, (metrics, _) = updates(2, **sao)
+    before, after = (flatten_dict(s.params["critic"], sep="/") for s in (states[0], states[2]))
+    for name in before:
+        same = np.array_equal(before[name], after[name])
+        assert same == ("/attn/" in name), name
+    assert digest(states[2].policy) != digest(states[0].policy)
+    assert metrics["critic/steps"] == 2 and metrics["optimizer/steps"] == 1
 
 
 def test_a_head_on_the_trunk_of_the_policy_leaves_the_trunk_alone():

@@ -15,10 +15,10 @@ from ppo_jax.errors import SettingError
 from ppo_jax.ops.metrics import importance_metrics, policy_metrics
 from ppo_jax.ops.rewards import running_scale
 from ppo_jax.ppo.choices import Advantage, Importance, KLLoss, Loss, OldLogprobs
+from ppo_jax.ppo.estimators import gae
 from ppo_jax.ppo.experience import finish_experience, token_weights
 from ppo_jax.ppo.gradients import minibatch_gradient
 from ppo_jax.ppo.loss_terms import loss_terms
-from ppo_jax.ppo.methods import gae
 from ppo_jax.ppo.scoring import make_experience
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.task_scores import final_scores

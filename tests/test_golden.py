@@ -18,9 +18,9 @@ from ppo_jax.models.transformer import language_model
 from ppo_jax.ops import losses
 from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt, apply_missing_eos
+from ppo_jax.ppo.estimators import gae
 from ppo_jax.ppo.forward import forward_responses
 from ppo_jax.ppo.loss import ppo_loss_fn
-from ppo_jax.ppo.methods import gae
 from ppo_jax.ppo.scoring import make_experience
 from ppo_jax.ppo.update import ppo_update
 from ppo_jax.types import Rollout, Scores

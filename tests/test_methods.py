@@ -14,7 +14,7 @@ from ppo_jax.ops import kl
 from ppo_jax.ops.masked import masked_mean
 from ppo_jax.ops.policy_losses import dis_loss
 from ppo_jax.ppo.choices import Advantage, KLEstimator, Loss, Weighting
-from ppo_jax.ppo.methods import gae
+from ppo_jax.ppo.estimators import gae
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.files import read_json, write_json

@@ -1,44 +1,68 @@
-"""The names of the methods that a setting can choose.
+"""The methods that a setting can choose by name.
 
-Each name has its function in a table of `ppo_jax.ppo.methods`. To add a method to the package,
-write its function in a file of its own, and add one line here and one there. The command line then
-offers it too.
+A method is one line: its name, its function and, for an advantage estimator, what it reads. To add
+one to the package, write its function in a file of its own and add its line here. A method that
+only one program uses needs no line: hand the function itself to `learn`, `make_experience`,
+`score_rollout` or `ppo_loss_fn`.
 
-This module does not import JAX, so that the command line can list the names quickly.
+The functions are looked up when they are first needed, because their modules import JAX, and the
+command line should list the names quickly.
 """
 
 import enum
+import functools
+import importlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
+
+
+class _Module:
+    """A module that is imported when one of its attributes is first needed."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+aggregation, dppo = _Module("ppo_jax.ops.aggregation"), _Module("ppo_jax.ops.dppo")
+estimators, methods = _Module("ppo_jax.ppo.estimators"), _Module("ppo_jax.ppo.methods")
+groups, importance = _Module("ppo_jax.ops.group_advantages"), _Module("ppo_jax.ops.importance")
+kl, kl_loss = _Module("ppo_jax.ops.kl"), _Module("ppo_jax.ops.kl_loss")
+masked, policy_losses = _Module("ppo_jax.ops.masked"), _Module("ppo_jax.ops.policy_losses")
+sequence_losses = _Module("ppo_jax.ops.sequence_losses")
 
 
 class _Method(enum.Enum):
     """An enumeration of methods; the value of a member is its name in JSON files and options."""
 
     reads: tuple[str, ...]
+    look_up: Callable[[], Any]
 
-    def __new__(cls, value: str, *reads: str) -> Self:
-        """Make the member of one line, `NAME = value, *reads`."""
+    def __new__(cls, value: str, look_up: Callable[[], Any], *reads: str) -> Self:
+        """Make the member of one line, `NAME = value, look_up, *reads`."""
         member = object.__new__(cls)
         member._value_ = value
+        member.look_up = functools.cache(look_up)
         member.reads = reads
         return member
 
     @property
     def function(self) -> Any:
-        """The function of the method, from the tables of `ppo_jax.ppo.methods`."""
-        from ppo_jax.ppo.methods import FUNCTIONS  # It imports JAX.
-
-        return FUNCTIONS[self]
+        """The function of the method, always the same object."""
+        return self.look_up()
 
 
 class KLEstimator(_Method):
     """The per-token estimate of the KL divergence that is penalized; `function` computes it."""
 
-    K1 = "k1"
-    K2 = "k2"
-    K3 = "k3"
-    ABS = "abs"
-    FULL = "full"
+    K1 = "k1", lambda: kl.kl_k1
+    K2 = "k2", lambda: kl.kl_k2
+    K3 = "k3", lambda: kl.kl_k3
+    ABS = "abs", lambda: kl.kl_abs
+    FULL = "full", lambda: kl.kl_full
 
 
 class KLLoss(_Method):
@@ -47,30 +71,33 @@ class KLLoss(_Method):
     With a plus, the value is that of the estimator and the gradient that of the KL.
     """
 
-    K2 = "k2"
-    K1_PLUS = "k1+"
-    K3_PLUS = "k3+"
-    K3 = "k3"
+    K2 = "k2", lambda: kl_loss.kl_loss
+    K1_PLUS = "k1+", lambda: partial(kl_loss.kl_loss, estimator=kl.kl_k1)
+    K3_PLUS = "k3+", lambda: partial(kl_loss.kl_loss, estimator=kl.kl_k3)
+    K3 = "k3", lambda: methods.plain_k3
 
 
 class Advantage(_Method):
     """The advantage estimator; `function` makes it from the settings and a mapped axis.
 
-    Behind the name stands what the estimator reads besides the rewards: the `values` of a critic,
-    or the `groups` of responses to the same prompt.
+    Behind the function stands what the estimator reads besides the rewards: the `values` of a
+    critic, or the `groups` of responses to the same prompt.
     """
 
-    GAE = "gae", "values"
-    VAPO = "vapo", "values"
-    EVPO = "evpo", "values"
-    MONTE_CARLO = "monte_carlo"
-    GRPO = "grpo", "groups"
-    DR_GRPO = "dr_grpo", "groups"
-    RLOO = "rloo", "groups"
-    MAXRL = "maxrl", "groups"
-    REINFORCE_PP = "reinforce_pp"
-    REINFORCE_PP_BASELINE = "reinforce_pp_baseline", "groups"
-    BATCH_MEAN = "batch_mean"
+    GAE = "gae", lambda: methods.with_settings(estimators.gae, "gamma", "lam"), "values"
+    VAPO = "vapo", lambda: methods.with_settings(estimators.vapo_gae, "gamma"), "values"
+    SAO = "sao", lambda: methods.with_settings(estimators.sao_gae, "gamma"), "values"
+    EVPO = "evpo", lambda: estimators.evpo, "values"
+    MONTE_CARLO = "monte_carlo", lambda: methods.with_settings(estimators.monte_carlo, "gamma")
+    GRPO = "grpo", lambda: estimators.of_groups(groups.grpo_advantages), "groups"
+    DR_GRPO = "dr_grpo", lambda: estimators.of_groups(groups.dr_grpo_advantages), "groups"
+    RLOO = "rloo", lambda: estimators.of_groups(groups.rloo_advantages), "groups"
+    MAXRL = "maxrl", lambda: estimators.of_groups(groups.maxrl_advantages), "groups"
+    REINFORCE_PP = "reinforce_pp", lambda: estimators.reinforce_pp(baseline=False)
+    REINFORCE_PP_BASELINE = (
+        "reinforce_pp_baseline", lambda: estimators.reinforce_pp(baseline=True), "groups",
+    )  # fmt: skip
+    BATCH_MEAN = "batch_mean", lambda: estimators.batch_mean
 
     @property
     def reads_values(self) -> bool:
@@ -86,25 +113,25 @@ class Advantage(_Method):
 class Loss(_Method):
     """The loss of a minibatch and its metrics; `function` makes both from the settings."""
 
-    PPO = "ppo"
-    CISPO = "cispo"
-    DIS = "dis"
-    DPPO_TV = "dppo_tv"
-    DPPO_KL = "dppo_kl"
-    SAPO = "sapo"
-    GSPO = "gspo"
-    GMPO = "gmpo"
-    VESPO = "vespo"
+    PPO = "ppo", lambda: methods.clipped_ppo
+    CISPO = "cispo", lambda: methods.clipped(policy_losses.cispo_loss)
+    DIS = "dis", lambda: methods.clipped(policy_losses.dis_loss)
+    DPPO_TV = "dppo_tv", lambda: methods.clipped(dppo.dppo_loss)
+    DPPO_KL = "dppo_kl", lambda: methods.clipped(dppo.dppo_loss, divergence=dppo.binary_kl)
+    SAPO = "sapo", lambda: methods.unclipped(policy_losses.sapo_loss)
+    GSPO = "gspo", lambda: methods.clipped(sequence_losses.gspo_loss)
+    GMPO = "gmpo", lambda: methods.clipped(sequence_losses.gmpo_loss)
+    VESPO = "vespo", lambda: methods.unclipped(sequence_losses.vespo_loss)
 
 
 class Weighting(_Method):
     """How the loss weighs tokens; `function` computes the mean or sum and its divisor."""
 
-    TOKEN = "token"
-    SEQUENCE = "sequence"
-    SEQUENCE_SUM = "sequence_sum"
-    CONSTANT_LENGTH = "constant_length"
-    TOKEN_SUM = "token_sum"
+    TOKEN = "token", lambda: masked.BY_TOKEN
+    SEQUENCE = "sequence", lambda: masked.BY_SEQUENCE
+    SEQUENCE_SUM = "sequence_sum", lambda: aggregation.SEQUENCE_SUM
+    CONSTANT_LENGTH = "constant_length", lambda: aggregation.constant_length()
+    TOKEN_SUM = "token_sum", lambda: aggregation.TOKEN_SUM
 
 
 class Importance(_Method):
@@ -114,12 +141,14 @@ class Importance(_Method):
     have the values of released code by default.
     """
 
-    NONE = "none"
-    TIS = "tis"
-    SEQUENCE_TIS = "sequence_tis"
-    ICEPOP = "icepop"
-    SEQUENCE_MASK = "sequence_mask"
-    GEOMETRIC_MASK = "geometric_mask"
+    NONE = "none", lambda: None
+    TIS = "tis", lambda: methods.truncated(0.0, 2.0)
+    SEQUENCE_TIS = "sequence_tis", lambda: methods.truncated(0.0, 2.0, by_response=True)
+    ICEPOP = "icepop", lambda: methods.bounded(0.5, 5.0)
+    SEQUENCE_MASK = "sequence_mask", lambda: methods.bounded(0.0, 3.0, by_response=True)
+    GEOMETRIC_MASK = (
+        "geometric_mask", lambda: partial(importance.sequence_masked_weights, low=0.5, high=5.0),
+    )  # fmt: skip
 
     @property
     def by_token(self) -> bool:

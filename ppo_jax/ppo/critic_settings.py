@@ -35,6 +35,9 @@ class CriticConfig:
     run."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the critic's AdamW."""
+    freeze_attention: bool = False
+    """The attention layers of a critic with its own trunk keep the parameters
+    that they start with (arXiv:2607.07508)."""
     max_grad_norm: float | None = 1.0
     """Gradients of the critic are scaled down to at most this global norm
     (metric critic/grad_norm). None: never."""

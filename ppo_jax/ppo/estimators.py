@@ -82,6 +82,27 @@ def vapo_gae(*, gamma: float, alpha: float = 0.05) -> AdvantageFn:
     return estimate
 
 
+def sao_gae(*, gamma: float) -> AdvantageFn:
+    """Make the `AdvantageFn` of SAO: `vapo_gae` with the alpha that its code has.
+
+    Args:
+      gamma: discount per token.
+
+    Returns:
+      The estimator; it needs neither the rollout nor the scores.
+
+    Source:
+      Hou et al. 2026, SAO (https://arxiv.org/abs/2607.07508), as agentenv/miles has it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rewards, mask = jnp.zeros((1, 10)).at[0, 9].set(1), jnp.ones((1, 10), bool)
+      >>> sao_gae(gamma=1.0)(rewards, 0 * rewards, mask, rollout=None, scores=None)[0][0, 0]
+      Array(0.53744125, dtype=float32)
+    """
+    return vapo_gae(gamma=gamma, alpha=1.5)
+
+
 def monte_carlo(*, gamma: float) -> AdvantageFn:
     """Make an `AdvantageFn` that uses the sum of later rewards, without a critic.
 

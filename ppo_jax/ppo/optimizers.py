@@ -5,9 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import path_aware_map
 from jax import Array
 
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.types import Params
 
 
 def policy_optimizer(config: PPOConfig, updates: int) -> optax.GradientTransformation:
@@ -18,7 +20,22 @@ def policy_optimizer(config: PPOConfig, updates: int) -> optax.GradientTransform
 
 def critic_optimizer(config: PPOConfig, updates: int) -> optax.GradientTransformation:
     """Return the critic's own optimizer, which needs `critic.learning_rate`."""
-    return _of_settings(config, config.critic, config.critic_epochs, updates)
+    adam = _of_settings(config, config.critic, config.critic_epochs, updates)
+    return without_attention(adam) if config.critic.freeze_attention else adam
+
+
+@functools.lru_cache(maxsize=32)
+def without_attention(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Make an optimizer that leaves the parameters of attention layers as they are.
+
+    Their gradients do not count in the norm of gradient clipping, and they have no moments.
+    """
+
+    def labels(params: Params) -> Params:
+        kind = lambda path, _: "frozen" if "attn" in path else "trained"
+        return path_aware_map(kind, params)
+
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def _of_settings(

@@ -4,7 +4,7 @@ docs/presets_and_metrics.md lists in what each preset differs from its work.
 """
 
 from ppo_jax.ops.score_rules import MissingEOS, ScoreAt
-from ppo_jax.ppo.choices import Advantage, Importance, KLLoss, Weighting
+from ppo_jax.ppo.choices import Advantage, Importance, KLLoss, Loss, OldLogprobs, Weighting
 from ppo_jax.ppo.critic_settings import CriticConfig
 from ppo_jax.ppo.settings import PPOConfig
 
@@ -179,6 +179,22 @@ VAPO = PPOConfig(
     critic=CriticConfig(learning_rate=1e-5, weight_decay=0.01),
 )
 
+# SAO (Hou et al. 2026, arXiv:2607.07508): https://github.com/agentenv/miles,
+# miles/backends/training_utils/sao.py, the recipe for reasoning.
+SAO = PPOConfig(
+    epochs=1,
+    minibatches=1,
+    advantage=Advantage.SAO,
+    loss=Loss.DIS,
+    clip_low=0.3,
+    clip_high=5.0,
+    old_logprobs=OldLogprobs.SAMPLER,
+    whiten_advantages=False,
+    kl_coef=0.0,
+    learning_rate=1e-6,
+    critic=CriticConfig(learning_rate=5e-6, epochs=2, warmup_steps=20, freeze_attention=True),
+)
+
 PRESETS = {
     "default": PPOConfig(),
     "oai2019": OAI2019,
@@ -190,5 +206,6 @@ PRESETS = {
     "rloo": RLOO,
     "reinforce_pp": REINFORCE_PP,
     "vapo": VAPO,
+    "sao": SAO,
 }
 """Settings by the name that the command's option `--preset` takes."""

@@ -190,7 +190,7 @@ def make_experience(
       AssertionError: if shapes disagree, those that `advantage_fn` returns included.
 
     Example:
-      >>> from ppo_jax.ppo.methods import gae
+      >>> from ppo_jax.ppo.estimators import gae
       >>> tokens, x = jnp.array([[3, 1, 4]]), jnp.zeros((1, 2))
       >>> rollout = Rollout(tokens, tokens > 0, tokens[:, 1:] > 0, x, jnp.array([True]))
       >>> experience, rewards = make_experience(rollout, Scores(x, x, x, x, x), jnp.array([2.0]),

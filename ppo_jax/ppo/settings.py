@@ -97,7 +97,8 @@ class PPOConfig:
     advantage: Advantage = Advantage.GAE
     """Advantage estimator: gae is generalized advantage estimation; vapo is
     the same with a lambda that grows with the length of the response and
-    returns without bootstrapping (arXiv:2504.05118); evpo uses the critic
+    returns without bootstrapping (arXiv:2504.05118), and sao has another rate
+    of growth (arXiv:2607.07508); evpo uses the critic
     only while it explains variance (arXiv:2604.19485). The others need no
     critic. monte_carlo is the sum of the later rewards, reinforce_pp whitens
     it (arXiv:2501.03262), and batch_mean subtracts the mean score of the
