@@ -71,7 +71,7 @@ class Requests:
 
 
 # Groups of settings whose name is in no option: --epochs, not --training.epochs.
-FLAT_GROUPS = {"train", "training", "columns", "data_options", "sampling"}
+FLAT_GROUPS = {"train", "training", "columns", "data_options", "run_options", "sampling"}
 
 # The commands that take the options of `Requests`.
 CONFIGURABLE: set[type] = {Train, SFT, Reward}

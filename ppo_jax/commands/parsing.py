@@ -160,11 +160,6 @@ def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
         file = read_settings(Path(path))
         if any(x.partition("=")[0] == "--reward" for x in args):  # tyro appends to the default.
             file.given.pop("reward", None)
-    required = {
-        field.name: tyro.MISSING
-        for field in dataclasses.fields(kind)
-        if field.default is field.default_factory is dataclasses.MISSING
-    }
     own = file and file.given.get("preset")
     if preset and own and preset != own:
         raise SettingError(
@@ -174,12 +169,28 @@ def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
     ppo: dict[str, Any] = {}
     if kind is Train:
         ppo["ppo"] = PRESETS.get(str(preset or own), PPOConfig())
-    default = kind(**required, **ppo)
+    default = _unchecked(kind, **ppo)
     if file is None:
         return default
     from ppo_jax.commands.config_files import with_settings
 
     return with_settings(default, file, called)
+
+
+def _unchecked(kind: type, **given: Any) -> Any:
+    """Return a dataclass whose fields without a value are `tyro.MISSING`.
+
+    Its settings are not checked, because some may be missing. tyro makes another one of them and of
+    the options, which is checked.
+    """
+    made: Any = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        value, factory = given.get(field.name, field.default), field.default_factory
+        if value is dataclasses.MISSING and callable(factory):
+            value = factory()
+        missing = value is dataclasses.MISSING
+        object.__setattr__(made, field.name, tyro.MISSING if missing else value)
+    return made
 
 
 def _value_of(option: str, args: Sequence[str]) -> str | None:
