@@ -22,7 +22,7 @@ from ppo_jax.plan.compile import Program, TooLarge
 from ppo_jax.plan.decoding import bound_seconds
 from ppo_jax.plan.flops import matmul_flops
 from ppo_jax.plan.memory import load_config
-from ppo_jax.plan.topology import CHIPS
+from ppo_jax.plan.topology import CHIPS, slice_shape
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.sharding import AXES
 
@@ -167,6 +167,7 @@ def test_plans_of_two_depths_extrapolate(tmp_path):
     [
         (["--model", "gpt3-13b", "--topology", "v5e:2x2"], "The mesh"),
         (["--model", "gpt2", "--topology", "v7:2x2"], "topology must be like v5e:4x4"),
+        (["--model", "gpt2", "--topology", "v5e-3"], "a size that v5e does not come in: 1, 4, 8"),
         (["--model", "gpt2", "--topology", "v5e:3x77"], "No compiler for v5e:3x77"),
         (["--model", "gpt2", "--depths", "4", "2"], "depths must be"),
         (
@@ -180,6 +181,25 @@ def test_an_impossible_plan_is_refused_in_one_sentence(tmp_path, args, message):
     more = ["--mesh", "data=3,fsdp=3"] if message == "The mesh" else []
     status, printed = command(tmp_path, *args, *more)
     assert status == 2 and message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("v5e-1", "v5e:1x1"),
+        ("v5e-4", "v5e:2x2"),
+        ("v5e-8", "v5e:2x4"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v6e-8", "v6e:2x4"),
+        ("v4-8", "v4:2x2x1"),
+        ("v4-32", "v4:2x2x4"),
+        ("v4-4096", "v4:8x16x16"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p:4x4x8", "v5p:4x4x8"),
+    ],
+)
+def test_accelerator_types_are_slices(name, shape):
+    assert slice_shape(name) == shape
 
 
 def test_advice_for_programs_that_do_not_fit():
@@ -198,9 +218,8 @@ def test_advice_for_programs_that_do_not_fit():
 @pytest.mark.slow
 def test_all_bytes_of_a_reduced_gradient_are_counted(tmp_path, model):
     """Data parallelism reduces each gradient once, in one operation with many arrays."""
-    found, printed = planned(
-        tmp_path, "--model", model, "--topology", "v5e:2x2", "--mesh", "data=4"
-    )
+    found, printed = planned(tmp_path, "--model", model, "--topology", "v5e-4", "--mesh", "data=4")
+    assert "on v5e:2x2, 4 of 4 devices" in printed
     shapes = jax.eval_shape(
         lambda: init_params(load_config(str(model), "bfloat16", False)[1], jax.random.key(0))
     )

@@ -22,7 +22,8 @@ class Plan:
     """The policy: a folder, a Hugging Face id, a .gguf file, or a published size such as gpt2-xl.
     Its weights are not read."""
     topology: str = "v5e:4x4"
-    """Kind of chip and shape of the slice, such as v5e:4x4, v6e:8x8, v5p:4x4x4 or v4:2x2x2."""
+    """Kind of chip and shape of the slice, such as v5e:4x4, v6e:8x8, v5p:4x4x4 or v4:2x2x2, or an
+    accelerator type of Google Cloud, such as v5e-8."""
     mesh: str = ""
     """Sizes of the mesh axes, such as data=2,fsdp=4,tensor=2. By default all chips are on data."""
     max_prompt_tokens: int | None = None
@@ -56,7 +57,7 @@ class Plan:
         from ppo_jax.plan.compile import compile_iteration
         from ppo_jax.plan.extrapolation import extrapolate
         from ppo_jax.plan.memory import choose_prompt_tokens, load_config
-        from ppo_jax.plan.topology import CHIPS, make_topology
+        from ppo_jax.plan.topology import CHIPS, make_topology, slice_shape
         from ppo_jax.run.files import write_json
 
         jax.config.update("jax_platforms", "cpu")
@@ -65,8 +66,9 @@ class Plan:
         jax.config.update("jax_enable_compilation_cache", False)
         family, config = load_config(self.model, self.dtype, self.remat)
         prompt_tokens = choose_prompt_tokens(self.max_prompt_tokens, self.ppo, config)
-        sizes, devices = parse_mesh(self.mesh), make_topology(self.topology)
-        mesh, chip = make_mesh(sizes, devices), CHIPS[self.topology.partition(":")[0]]
+        topology = slice_shape(self.topology)
+        devices, chip = make_topology(topology), CHIPS[topology.partition(":")[0]]
+        mesh = make_mesh(parse_mesh(self.mesh), devices)
         compile_model = partial(
             compile_iteration,
             ppo=self.ppo,
@@ -82,7 +84,7 @@ class Plan:
             programs = extrapolate(compile_model, config, self.depths)
         axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         print(
-            f"{self.model} ({family}) on {self.topology}, {mesh.size} of {len(devices)} devices as "
+            f"{self.model} ({family}) on {topology}, {mesh.size} of {len(devices)} devices as "
             f"{axes}, {prompt_tokens} prompt and {self.ppo.max_new_tokens} response tokens; per "
             f"device, of {chip.memory} GiB:"
         )
