@@ -50,8 +50,10 @@ CHIPS = {
 
 # The default shape of each size: https://docs.cloud.google.com/tpu/docs/v5e and pages beside it.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-_CUBIC += ("8x8x16", "8x16x16")
+_CUBIC = (
+    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+    *("4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+)
 # By the prefix of an accelerator type: the chip, its shapes, and how much a chip adds to the size.
 _ACCELERATORS = {
     "v4": ("v4", _CUBIC, 2),
