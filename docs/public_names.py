@@ -51,7 +51,8 @@ def describe(module: str, name: str) -> str:
 def is_object(module: str, name: str) -> bool:
     """Return whether a name is a class or function, and not a value or an alias of a type."""
     value = getattr(importlib.import_module(module), name)
-    return inspect.isclass(value) or inspect.isroutine(value)
+    named = getattr(value, "__name__", None) == name
+    return named and (inspect.isclass(value) or inspect.isroutine(value))
 
 
 class PublicNames(SphinxDirective):

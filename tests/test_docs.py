@@ -35,7 +35,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS if code_blocks(page, "python")], ids=lambda page: page.name
+)
 def test_python_blocks_run(page, folder):
     run_python_blocks(page, folder)
 
@@ -86,7 +88,7 @@ def test_table_of_presets():
 def commands_of(page: Path) -> list[list[str]]:
     """Return the arguments of each call of `ppo-jax` in the shell blocks of a page."""
     lines = "\n".join(code_blocks(page, "bash", "console")).splitlines()
-    return [shlex.split(line.split("ppo-jax ", 1)[1]) for line in lines if "/ppo-jax " in line]
+    return [shlex.split(line.split("bin/ppo-jax ")[1]) for line in lines if "bin/ppo-jax " in line]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -104,8 +104,8 @@ def test_type_information_is_shipped():
 
 @pytest.mark.slow
 def test_mypy_accepts_correct_programs_and_rejects_wrong_ones(tmp_path):
-    """Checks the README, docs/methods.md, a user's program, and a program with marked errors."""
-    pages = {"readme": ROOT / "README.md", "methods": ROOT / "docs/methods.md"}
+    """Checks the README, a page of methods, a user's program, and a program with marked errors."""
+    pages = {"readme": ROOT / "README.md", "methods": ROOT / "docs/own_loss_and_advantage.md"}
     programs = {"user": USER, "wrong": WRONG}
     for name, page in pages.items():
         blocks = code_blocks(page, "python")
