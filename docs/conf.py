@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-import ppo_jax
+import ppo_jax  # noqa: E402  (found by the line above)
 
 project = "ppo_jax"
 author = "The ppo_jax authors"

@@ -5,12 +5,16 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import pytest
 from helpers import (
     ROOT,
     code_blocks,
+    documented_metrics,
     run_python_blocks,
     save_tiny_gpt2,
     table_rows,
@@ -40,6 +44,23 @@ def folder(tmp_path, monkeypatch):
 )
 def test_python_blocks_run(page, folder):
     run_python_blocks(page, folder)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_warnings_and_documents_all_names(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs")]
+    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Four lines of text are followed by the names, compressed.
+    *_, names = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)
+    documented = {line.split()[0] for line in zlib.decompress(names).decode().splitlines()}
+    assert {f"ppo_jax.{name}" for name in ppo_jax.__all__} <= documented
+
+
+def test_metrics_named_for_trl_exist():
+    rows = [row for row in table_rows(ROOT / "docs/coming_from_trl.md") if len(row) == 3]
+    named = {name for row in rows for name in re.findall(r"`(\w+/\w+)`", row[1])}
+    assert len(named) > 20 and named <= documented_metrics()
 
 
 def test_table_of_presets():
