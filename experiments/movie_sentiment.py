@@ -27,8 +27,6 @@ import matplotlib
 import numpy as np
 import tyro
 from scipy.stats import spearmanr
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import assets
@@ -47,11 +45,11 @@ from ppo_jax import (
     create_run_folder,
     data,
     fit,
-    init_params,
     init_scorer,
     language_model,
     load_model,
     lock_folder,
+    new_model,
     regression_loss,
     reward_model,
     sample,
@@ -60,12 +58,13 @@ from ppo_jax import (
     sft_loss,
     write_json,
 )
-from ppo_jax.models.io.families import gpt2
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-END = "<|endoftext|>"
+SMALL_GPT = TransformerConfig(
+    vocab_size=4000, positions=64, width=128, layers=4, heads=4, mlp_width=512
+)
 LENGTH = 48  # sentences are cut to this many tokens
 N_TRAIN, N_PPO = 8600, 1000  # sentences for the models and for PPO; the rest is the test set
 PPO = PPOConfig(
@@ -107,31 +106,11 @@ class Settings:
     """Settings of the PPO iteration."""
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, as GPT-2's, on the sentences."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
-
-
 def base_model(settings: Settings, texts: Sequence[str]) -> tuple[Pretrained, Any]:
     """Return the model to fine-tune, a new small GPT or `settings.model`, and its tokenizer."""
     if settings.model is not None:
         return load_model(settings.model)
-    tokenizer = train_tokenizer(texts)
-    config = TransformerConfig(
-        vocab_size=len(tokenizer), positions=64, width=128, layers=4, heads=4, mlp_width=512
-    )
-    params = init_params(config, jax.random.key(settings.seed))
-    hf_config = gpt2.config_to_hf(config, end_id=tokenizer.eos_token_id)
-    return Pretrained(config, params, hf_config), tokenizer
+    return new_model(texts, SMALL_GPT, jax.random.key(settings.seed))
 
 
 def encode(tokenizer, texts: Sequence[str], *, end: bool) -> tuple[np.ndarray, np.ndarray]:

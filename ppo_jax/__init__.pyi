@@ -139,13 +139,14 @@ from .ops.importance import (
 )
 
 # Supervised losses, methods by name, and KL.
-from .ppo.sft import (
-    sft_loss as sft_loss,
+from .ppo.sft import sft_loss as sft_loss
+from .ppo.batch_parts import (
     LossAndAccuracy as LossAndAccuracy,
     SupervisedLoss as SupervisedLoss,
     Arrays as Arrays,
-    fit as fit,
+    Weight as Weight,
 )
+from .ppo.supervised import fit as fit
 from .ppo.reward_model import (
     bradley_terry_loss as bradley_terry_loss,
     regression_loss as regression_loss,
@@ -257,6 +258,7 @@ from .models.io.pretrained import (
     load_tokenizer as load_tokenizer,
     save_policy as save_policy,
 )
+from .models.io.new_models import new_model as new_model
 from .run.assembly import load_model as load_model
 from .models.io.scorers import load_scorer as load_scorer, save_scorer as save_scorer
 from .models.io.encoder import (

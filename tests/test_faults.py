@@ -802,7 +802,7 @@ def test_a_resumed_run_has_no_summary_until_it_ends(folder, tmp_path, capsys):
     assert not (out / "summary.json").exists()
     trainer.step()
     trainer.checkpoints.close()
-    trainer._claim.release()
+    trainer._run_loop._claim.release()
     assert not any("Final parameters" in line for line in compare(folder / "run", out))
     cli.main(
         train_command(

@@ -644,7 +644,9 @@ def test_a_later_trainer_of_a_process_takes_over_the_folder(tmp_path):
     first.step()
     second = full_trainer(out, updates=2, resume="auto")
     second.step()
-    first._unevaluated = True  # It owes an evaluation, which `run` makes before anything else.
+    first._run_loop.unevaluated = (
+        True  # It owes an evaluation, which `run` makes before anything else.
+    )
     before = {file: file.read_bytes() for file in out.glob("*.json*")}
     for write in (first.step, first.save, first.run, first.run):
         with pytest.raises(ValueError, match="A later Trainer of this process"):

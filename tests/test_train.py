@@ -948,6 +948,4 @@ def test_supervised_stages_read_tables_and_count_rows_that_teach_nothing(folder,
     assert "No row of" in capsys.readouterr().err and not (folder / "other").exists()
     with pytest.raises(SystemExit):
         cli.main(command_line("sft", **training, data=folder / "demos.csv", out=folder / "new"))
-    printed = capsys.readouterr().err
-    assert "holds another run; choose another folder, or delete it." in printed
-    assert "--resume" not in printed
+    assert "or continue that run with --resume auto." in capsys.readouterr().err

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
-from ppo_jax.commands import supervised
+from ppo_jax.commands import fitting
 from ppo_jax.commands.learner import make_devices
 from ppo_jax.commands.supervised import SFT, Reward
+from ppo_jax.commands.supervised_rows import encode_examples, read_examples
 from ppo_jax.commands.train import Train
 from ppo_jax.commands.training import read_fork, read_function, read_prompts
 from ppo_jax.commands.value import Value, value_training
@@ -168,27 +169,32 @@ def _report_memory(what: str, parts: dict[str, int]) -> None:
 
 
 def _supervised(command: SFT | Reward) -> None:
-    check_free(command.out)
+    check_free(command.out, resume=command.run_options.resume != "no")
     options = command.training
     if isinstance(command, SFT):
-        rows = supervised._read_rows(command, ("response",), command.columns.names())
+        rows = read_examples(command.data, options, ("response",), command.columns.names())
+        if command.model is None:
+            start, tokenizer = fitting.start_model(command, rows[0])
+        else:
+            start, tokenizer = _read_model(command.model)
         encode: Any = examples.encode_demonstrations
         reason = "their prompts leave no room for a response"
     else:
-        rows = command._read()
+        rows = fitting.read_answers(command)
+        start, tokenizer = _read_model(command.model)
         encode = partial(examples.encode_judgements, learn_from=command.learn_from)
         reason = "their two texts end with the same tokens"
-    start, tokenizer = _read_model(command.model)
     config = start.config
     length = min(options.length, config.positions)
     encode = partial(encode, tokenizer=tokenizer, length=length)
-    train, held_out = supervised._encode_rows(command, rows, encode, reason)
+    train, held_out = encode_examples(command.data, options, rows, encode, reason)
     count = len(train[0])
     if not (steps := count // options.batch_size):
         raise ValueError(
             f"{count} rows are left to learn from, fewer than batch_size={options.batch_size}."
         )
-    print(f"{count:,} rows and {len(held_out[0]):,} held-out ones of at most {length} tokens.")
+    others = 0 if held_out is None else len(held_out[0])
+    print(f"{count:,} rows and {others:,} held-out ones of at most {length} tokens.")
     print(f"{options.epochs} epochs of {steps:,} steps: {options.epochs * steps:,} steps.")
     size = size_of(_shapes(config))
     _report_memory(

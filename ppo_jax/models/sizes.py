@@ -1,4 +1,4 @@
-"""Configurations of published model sizes, for scaling studies: GPT-2, GPT-3 and Llama 3.
+"""Configurations of published model sizes, GPT-2, GPT-3 and Llama 3, and of new small models.
 
 GPT-3: Brown et al. 2020 (https://arxiv.org/abs/2005.14165), table 2.1. Dense layers alternate with
 layers of locally banded attention. The paper does not give the width of the band, so it is 256 as
@@ -7,8 +7,10 @@ GPT-2: Radford et al. 2019, table 2, with the numbers of heads of the released m
 Llama 3: Grattafiori et al. 2024 (https://arxiv.org/abs/2407.21783), table 3, with 8,192 positions.
 """
 
+from dataclasses import replace
 from typing import Any
 
+from ppo_jax.errors import SettingError
 from ppo_jax.models.config import Activation, NormKind, Rotary, TransformerConfig
 
 _GPT2 = {  # layers, width, heads
@@ -16,6 +18,10 @@ _GPT2 = {  # layers, width, heads
     "gpt2-medium": (24, 1024, 16),
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
+}
+_NEW = {  # layers, width, heads, size of the vocabulary
+    "tiny": (4, 128, 4, 4096),
+    "small": (6, 384, 6, 8192),
 }
 _GPT3 = {  # layers, width, heads, width of a head
     "gpt3-125m": (12, 768, 12, 64),
@@ -36,6 +42,29 @@ _LLAMA3 = {  # layers, width, heads, width of the MLP
 def gpt2(size: str) -> TransformerConfig:
     """Return the configuration of a size of GPT-2, such as `gpt2-medium`."""
     return _gpt(*_GPT2[size], positions=1024)
+
+
+def new_gpt(size: str) -> TransformerConfig:
+    """Return the configuration of a GPT-2 that is trained from scratch.
+
+    Args:
+      size: `tiny`, `small`, or a published size of GPT-2.
+
+    Raises:
+      SettingError: if there is no such size.
+
+    Example:
+      >>> new_gpt("tiny").positions
+      512
+    """
+    if size in _GPT2:
+        return gpt2(size)
+    if size not in _NEW:
+        names = ", ".join([*_NEW, *_GPT2])
+        raise SettingError(f"from_scratch={size} is not a size; choose one of {names}.")
+    layers, width, heads, vocab_size = _NEW[size]
+    config = _gpt(layers, width, heads, positions=512)
+    return replace(config, vocab_size=vocab_size)
 
 
 def gpt3(size: str, *, band: int = 256) -> TransformerConfig:

@@ -15,7 +15,7 @@ from jax import Array
 
 from ppo_jax.data.examples import LearnFrom
 from ppo_jax.ops.masked import widen
-from ppo_jax.ppo.sft import LossAndAccuracy, SupervisedLoss
+from ppo_jax.ppo.batch_parts import LossAndAccuracy, SupervisedLoss
 from ppo_jax.types import Params
 
 

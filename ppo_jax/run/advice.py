@@ -57,7 +57,7 @@ def _ends(run: History, name: str) -> tuple[float, float]:
 
 
 def _setting(run: History, name: str) -> Any:
-    return run.config["settings"]["ppo"].get(name)
+    return (run.config["settings"].get("ppo") or {}).get(name)
 
 
 def _kl_runs_away(run: History) -> str | None:
@@ -120,6 +120,16 @@ def _score_does_not_rise(run: History) -> str | None:
     return None
 
 
+def _held_out_loss_rises(run: History) -> str | None:
+    _, losses = run.series("eval/loss")
+    if len(losses) > 2 and losses[-1] > 1.02 * losses.min():
+        return (
+            f"The loss on held-out rows fell to {losses.min():.3f} and is {losses[-1]:.3f} at the "
+            "end."
+        )
+    return None
+
+
 def _updates_are_skipped(run: History) -> str | None:
     _, skipped = run.series("faults/skipped")
     if len(skipped):
@@ -173,6 +183,13 @@ CHECKS = (
         _score_does_not_rise,
         "Check that the responses to a prompt differ in their scores, make more updates, raise "
         "ppo.learning_rate, or lower ppo.kl_coef.",
+    ),
+    Check(
+        "The held-out loss rises",
+        _held_out_loss_rises,
+        "The model learns its training rows by heart. The model that was written is the best one, "
+        "unless select_by=last; fewer epochs, a lower learning_rate or more data may give a better "
+        "one.",
     ),
     Check(
         "Updates were skipped",

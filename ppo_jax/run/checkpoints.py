@@ -16,10 +16,9 @@ from orbax.checkpoint import checkpoint_managers
 from ppo_jax.distributed import processes
 from ppo_jax.errors import CheckpointError, first_line
 from ppo_jax.hashing import digest, text_hash
-from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.run.background import Background, free_memory, host_copy
 from ppo_jax.run.provenance import differences
-from ppo_jax.run.state_arrays import arrays_of, structure_of, with_arrays
+from ppo_jax.run.state_arrays import State, arrays_of, pending_of, structure_of, with_arrays
 
 _LOG = logging.getLogger(__name__)
 _SPARE_BYTES = 2**20  # room for the files that Orbax writes besides the arrays
@@ -90,7 +89,7 @@ class Checkpoints:
 
     def save(
         self,
-        state: PPOState,
+        state: State,
         notes: dict[str, Any] | None = None,
         *,
         best: int | None = None,
@@ -110,21 +109,21 @@ class Checkpoints:
           CheckpointError: if it cannot be written, for example because the disk is full. Earlier
             checkpoints remain as they are.
         """
-        step, arrays = int(state.update), arrays_of(state)
+        step, arrays, pending = int(state.update), arrays_of(state), pending_of(state)
         if step in self.steps():
             return
         # The names are those in checkpoints that were written earlier, so they must not change.
         about = json.dumps(notes or {}, sort_keys=True)
-        structure = structure_of({**arrays, "pending": state.pending})
+        structure = structure_of({**arrays, "pending": pending})
         run = {
             "digest": digest(arrays),
             "about": about,
             "structure": structure,
             "run_digest": text_hash(about, sorted(structure.items())),
         }
-        if state.pending:  # Apart from the other arrays, which can then be read without them.
-            run["pending"] = digest(state.pending)
-        both = arrays, state.pending
+        if pending:  # Apart from the other arrays, which can then be read without them.
+            run["pending"] = digest(pending)
+        both = arrays, pending
         copied = None if wait or jax.process_count() > 1 else host_copy(both, free=free_memory())
         if copied is None:
             self._write(step, both, run, best)
@@ -174,7 +173,7 @@ class Checkpoints:
         """Return whether there are checkpoints, including damaged ones."""
         return bool(self.steps()) or any(self.folder.glob("*.damaged*"))
 
-    def restore(self, like: PPOState, step: int | None = None) -> tuple[PPOState, dict[str, Any]]:
+    def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
         """Read the newest good checkpoint, or the checkpoint of `step`.
 
         A damaged checkpoint is renamed to `N.damaged` with a warning, and the one before it is
@@ -238,15 +237,15 @@ class Checkpoints:
             raise ValueError("it does not hold what was written.")
         return run
 
-    def _read(self, step: int, like: PPOState) -> tuple[PPOState, dict[str, Any]]:
-        run = self._read_run(step)
+    def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        run, pending = self._read_run(step), pending_of(like)
         items: dict[str, Any] = {"state": arrays_of(like)}
         digests = {"state": run["digest"], "pending": run.get("pending")}
-        if like.pending:
-            items["pending"] = like.pending
-        expected = structure_of({**items["state"], "pending": like.pending})
+        if pending:
+            items["pending"] = pending
+        expected = structure_of({**items["state"], "pending": pending})
         for name, stored, now in differences(run["structure"], expected):
-            if like.pending or not name.startswith("pending/"):
+            if pending or not name.startswith("pending/"):
                 raise _MismatchError(f"it has {stored} for {name}, and the run now has {now}.")
         args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -255,7 +254,7 @@ class Checkpoints:
         state = found["state"]
         if int(state["update"]) != step:
             raise ValueError(f"it holds update {int(state['update'])} under another name.")
-        restored = with_arrays(like, state).replace(pending=found.get("pending", ()))
+        restored = with_arrays(like, state, found.get("pending", ()))
         return restored, json.loads(run["about"])
 
     def _set_aside(self, step: int) -> None:

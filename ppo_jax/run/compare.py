@@ -7,7 +7,12 @@ from typing import Any
 
 from ppo_jax.run import provenance
 from ppo_jax.run.files import read_json, read_lines
-from ppo_jax.run.resume import environment_differences, read_config, setting_differences
+from ppo_jax.run.resume import (
+    config_file,
+    environment_differences,
+    read_config,
+    setting_differences,
+)
 
 Row = Mapping[str, Any]
 
@@ -26,7 +31,7 @@ def compare(a: Path, b: Path) -> list[str]:
     Raises:
       ValueError: if a folder does not hold a run, or a file cannot be read.
     """
-    config_a, config_b = read_config(a), read_config(b)
+    config_a, config_b = (read_config(folder, config_file(folder)) for folder in (a, b))
     found = [
         f"{name} is {x} and {y}."
         for name, x, y in setting_differences(config_a["settings"], config_b["settings"])

@@ -14,7 +14,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 LINES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "faults.jsonl")
 _LOG = logging.getLogger(__name__)
 # A folder with any of these files holds a run.
-_MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints/*")
+_MARKS = ("config.json", "run.json", "summary.json", "metrics.jsonl", "checkpoints/*")
 
 
 def check_free(folder: Path, *, resume: bool | None = None) -> None:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from ppo_jax.run.files import read_lines
 from ppo_jax.run.provenance import differences
-from ppo_jax.run.resume import read_config, setting_differences
+from ppo_jax.run.resume import config_file, read_config, setting_differences
 
 # Hashes that depend on the seed, or on the padding of prompts.
 _SEEDED = {"model"}
@@ -21,7 +21,7 @@ class History(NamedTuple):
 
     Attributes:
       folder: the run's folder.
-      config: its `config.json`.
+      config: its `config.json`, or the `run.json` of a supervised run.
       metrics: its lines of metrics.
     """
 
@@ -74,8 +74,9 @@ def read_history(folder: Path) -> History:
     Raises:
       ValueError: if the folder holds no run, or a run without metrics.
     """
-    history = History(folder, read_config(folder), read_lines(folder / "metrics.jsonl"))
-    if not any("objective/scores" in row for row in history.metrics):
+    config = read_config(folder, config_file(folder))
+    history = History(folder, config, read_lines(folder / "metrics.jsonl"))
+    if not any(row.keys() & {"objective/scores", "train/loss"} for row in history.metrics):
         raise ValueError(f"{folder} holds no metrics yet; wait until the run has made an update.")
     return history
 
@@ -132,9 +133,16 @@ def final_score(run: History, *, evaluated: bool) -> Interval:
 
     Returns:
       The score with the interval of the mean over the held-out prompts.
+
+    Raises:
+      ValueError: if the run is a supervised one.
     """
     name = "eval/scores" if evaluated else "objective/scores"
     _, values = run.series(name)
+    if not len(values):
+        raise ValueError(
+            f"{run.folder} is a supervised run, which has no scores; use ppo-jax report."
+        )
     if not evaluated:
         return Interval(float(values[-max(len(values) // 10, 1) :].mean()), np.nan, np.nan)
     _, errors = run.series("eval/scores_error")

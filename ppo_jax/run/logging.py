@@ -2,12 +2,9 @@
 
 import math
 import secrets
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ppo_jax.run.files import LINES, append_lines, synced_size
 
@@ -15,13 +12,8 @@ from ppo_jax.run.files import LINES, append_lines, synced_size
 SKIPPED = {"faults/skipped": 1.0}
 # Number of responses to the same prompts before and after training that a person is shown.
 PAIRS = 3
-# Metrics on the progress bar, by the names that it shows.
-_SHOWN = {
-    "score": "objective/scores",
-    "kl": "objective/kl",
-    "clip": "policy/clipfrac",
-    "ev": "value/explained_variance",
-}
+# The progress bar of a run; in 80 columns it has room for the time left and four numbers.
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
 Rows = Iterable[Mapping[str, Any]]
 
 
@@ -30,12 +22,19 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def show_progress(bar: tqdm, update: int, metrics: Mapping[str, float], *, visible: bool) -> None:
-    """Show metrics on the progress bar, or print a line if the bar is hidden but `visible`."""
-    text = ", ".join(f"{short}={metrics[name]:.3g}" for short, name in _SHOWN.items())
-    bar.set_postfix_str(text)
-    if bar.disable and visible:
-        print(f"update {update + 1} of {bar.total}: {text}", file=sys.stderr, flush=True)
+def progress_text(metrics: Mapping[str, float], shown: Mapping[str, str]) -> str:
+    """Return the metrics that the progress bar shows, as a text.
+
+    Args:
+      metrics: the metrics, by name. One that is missing is left out.
+      shown: for each short name on the bar, the name of its metric.
+
+    Example:
+      >>> progress_text({"objective/kl": 0.51234}, {"kl": "objective/kl", "eval": "eval/scores"})
+      'kl=0.512'
+    """
+    known = {short: metrics[name] for short, name in shown.items() if name in metrics}
+    return ", ".join(f"{short}={x:.3g}" for short, x in known.items())
 
 
 class NoLog:

@@ -2,23 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple
 from weakref import WeakValueDictionary
 
 from filelock import BaseFileLock
 
 from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError
-from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.files import check_free, create_run_folder, cut_back, lock_folder
-from ppo_jax.run.forks import Fork, start_from
 from ppo_jax.run.logging import NoLog, RunLog
 from ppo_jax.run.resume import RunConfig, check_unchanged
 from ppo_jax.run.settings import LoopConfig, Resume
+from ppo_jax.run.state_arrays import State
 
 
-class OpenRun(NamedTuple):
+class OpenRun(NamedTuple, Generic[State]):
     """A run whose folder is open for writing.
 
     Attributes:
@@ -29,7 +28,7 @@ class OpenRun(NamedTuple):
         evaluation was due, and `best` is the best evaluation so far.
     """
 
-    state: PPOState
+    state: State
     checkpoints: Checkpoints
     log: RunLog | NoLog
     notes: dict[str, Any]
@@ -101,13 +100,13 @@ def claim_folder(folder: Path, resume: Resume) -> FolderClaim:
 
 def open_run(
     folder: Path,
-    state: PPOState,
+    state: State,
     config: RunConfig,
     loop: LoopConfig,
     resume: Resume,
-    fork: Fork | None = None,
+    fork: Callable[[State], tuple[State, dict[str, Any]]] | None = None,
     after_save: Callable[[], None] | None = None,
-) -> OpenRun:
+) -> OpenRun[State]:
     """Open a claimed folder for a new run, or for one that is resumed.
 
     Args:
@@ -117,7 +116,8 @@ def open_run(
       loop: the settings of the train loop.
       resume: "yes" restores the newest good checkpoint, "auto" does so if there is one, and "no"
         starts a new run.
-      fork: the checkpoint of another run that a new run starts from, or None.
+      fork: for a new run that starts from a checkpoint of another one, what returns the state to
+        start from, given the initial one, and what `config.json` records about it; or None.
       after_save: as in `Checkpoints`.
 
     Returns:
@@ -140,7 +140,7 @@ def open_run(
         check_unchanged(folder, config)
         state, notes = checkpoints.restore(state)
     if fork is not None:
-        state, origin = start_from(fork, state, config, updates=loop.updates)
+        state, origin = fork(state)
         # Saved before anything else, so that the run can be resumed from its very beginning.
         checkpoints.save(state)
     update = int(state.update)

@@ -21,7 +21,7 @@ from ppo_jax.run.files import read_lines
 from ppo_jax.run.history import History, by_settings, over_seeds, read_history
 from ppo_jax.run.score_tables import group_name
 from ppo_jax.run.serialize import to_json
-from ppo_jax.run.summary import FIGURES, before_and_after
+from ppo_jax.run.summary import FIGURES, SUPERVISED_FIGURES, before_and_after
 
 # The metrics that are shown first, with their titles. All others follow below them.
 _TITLES = {
@@ -34,6 +34,15 @@ _TITLES = {
     "value/explained_variance": "Variance explained by the critic",
     "policy/clipfrac": "Share of clipped tokens",
     "eval/distinct_2": "distinct-2 on held-out prompts",
+    "train/loss": "Loss in training",
+    "eval/loss": "Loss on held-out rows",
+    "train/accuracy": "Accuracy in training",
+    "eval/accuracy": "Accuracy on held-out rows",
+}
+# The settings that are shown first in any case.
+_NAMED = {
+    *("model", "reward", "prompts", "eval_prompts", "critic", "loop.updates"),
+    *("data", "from_scratch", "learn_from", "training.epochs", "training.learning_rate"),
 }
 _MOST_SAMPLES, _SAMPLE_BYTES = 600, 900_000  # of all runs together
 _LONGEST_TEXT = 2000  # characters of a prompt or response that are shown
@@ -139,7 +148,7 @@ def _problems(groups: Sequence[Group]) -> list[tuple[str, str, list[tuple[Histor
 def _figures(ends: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Return the figures before and after training, over the seeds of a group."""
     rows = []
-    for name, title in FIGURES.items():
+    for name, title in {**FIGURES, **SUPERVISED_FIGURES}.items():
         cells = []
         for when in ("before", "after"):
             known = [x for end in ends if (x := end.get(when, {}).get(name)) is not None]
@@ -170,8 +179,7 @@ def _settings(groups: Sequence[Sequence[History]]) -> list[tuple[str, list[Any],
         values = [settings.get(name) for settings in flat]
         changed = name in defaults and any(x != defaults[name] for x in values)
         differs = any(x != values[0] for x in values)
-        named = name in ("model", "reward", "prompts", "eval_prompts", "critic", "loop.updates")
-        rows.append((name, values, changed or differs or named))
+        rows.append((name, values, changed or differs or name in _NAMED))
     return rows
 
 
@@ -179,7 +187,9 @@ def _flat_settings(run: History) -> dict[str, Any]:
     """Return the settings by the names of their options. The command's copies are left out."""
     groups = {name: group or {} for name, group in run.config["settings"].items()}
     command = {
-        name: x for name, x in groups.pop("command", {}).items() if name not in ("ppo", "loop")
+        name: x
+        for name, x in groups.pop("command", {}).items()
+        if name not in ("ppo", "loop", "training", "run_options")
     }
     flat = flatten_dict({**command, **groups}, sep=".")
     return {name: x if isinstance(x, str | None) else str(x) for name, x in flat.items()} | {

@@ -53,13 +53,23 @@ _FREE: dict[str, set[str]] = {
         "ppo",
         "mesh",
         "processes",
+        "data",
+        "from_scratch",
+        "training",
+        "run_options",
+        "columns",
+        "label_column",
+        "labels",
     },
+    "training": {"eval_data"},
     "ppo": set(),
     "data": set(),
     "jax": set(),
 }
 # Hashes that a resumed run may have although the run that it continues did not.
 _MAY_BE_ADDED = {"eval_prompts"}
+# The file with the settings of a supervised run, whose folder is a model with a config.json.
+SUPERVISED = "run.json"
 # Parts of the environment that can change the last bits of a result.
 _ENVIRONMENT = ("versions", "xla_flags", "device_kinds", "cpu_cores")
 
@@ -73,15 +83,17 @@ class RunConfig:
     Attributes:
       settings: the settings by group, such as `ppo` and `loop`.
       hashes: the hashes by what they are of, such as `prompts`.
+      file: the name of the file in the run's folder.
     """
 
     settings: dict[str, Any]
     hashes: dict[str, Any]
+    file: str = "config.json"
 
     def write(
         self, folder: Path, *, first_update: int, forked_from: Mapping[str, Any] | None = None
     ) -> None:
-        """Write `config.json`, with the environment of this process and of the earlier ones.
+        """Write the file, with the environment of this process and of the earlier ones.
 
         Args:
           folder: the run's folder.
@@ -92,7 +104,7 @@ class RunConfig:
         if forked_from is not None:
             earlier = {"forked_from": dict(forked_from)}
         elif first_update:
-            earlier = read_config(folder)
+            earlier = read_config(folder, self.file)
         here = {"first_update": first_update, **provenance.environment()}
         content = {
             "settings": self.settings,
@@ -101,7 +113,7 @@ class RunConfig:
         }
         if "forked_from" in earlier:  # The runs that it was forked from stay on record.
             content["forked_from"] = earlier["forked_from"]
-        write_json(folder / "config.json", content)
+        write_json(folder / self.file, content)
 
 
 def start_config(
@@ -164,9 +176,19 @@ def _prompts_hash(prompts: data.Prompts) -> str:
     return text_hash(tokens[mask], mask.sum(axis=1), list(prompts.rows))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the `config.json` of a run; raise ValueError if `folder` holds none."""
-    config = read_json(folder / "config.json")
+def config_file(folder: Path) -> str:
+    """Return the name of the file that holds the settings of the run in a folder."""
+    return SUPERVISED if (folder / SUPERVISED).exists() else "config.json"
+
+
+def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
+    """Read the settings of a run; raise ValueError if `folder` holds none.
+
+    Args:
+      folder: the run's folder.
+      file: the name of the file; `SUPERVISED` for that of a supervised run.
+    """
+    config = read_json(folder / file)
     kinds = {"settings": dict, "hashes": dict, "processes": list}
     valid = isinstance(config, dict) and all(
         isinstance(config.get(name), kind) for name, kind in kinds.items()
@@ -174,9 +196,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not valid or not all(
         isinstance(config["settings"].get(part), dict | None) for part in _FREE
     ):
-        raise ValueError(f"{folder / 'config.json'} is not the configuration of a run.")
+        raise ValueError(f"{folder / file} is not the configuration of a run.")
     # The run may be older than a setting, which then has its default.
-    for part, defaults in (("ppo", PPOConfig()), ("loop", LoopConfig())):
+    parts = {"loop": LoopConfig()} | ({} if file == SUPERVISED else {"ppo": PPOConfig()})
+    for part, defaults in parts.items():
         config["settings"][part] = to_json(defaults) | (config["settings"].get(part) or {})
     return config
 
@@ -243,7 +266,7 @@ def check_unchanged(folder: Path, now: RunConfig) -> None:
       ValueError: if a setting, model, file or function on which the result depends has changed
         since the run began. The message names the first one.
     """
-    before = read_config(folder)
+    before = read_config(folder, now.file)
     for name, old, new in setting_differences(before["settings"], now.settings):
         raise ValueError(
             f"{name} was {old} in the run in {folder} and is {new} now; to resume, set it to {old}."

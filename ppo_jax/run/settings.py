@@ -8,6 +8,7 @@ from ppo_jax.errors import SettingError, check_numbers
 
 OnFault = Literal["stop", "skip"]
 Resume = Literal["no", "yes", "auto"]
+SelectBy = Literal["loss", "accuracy", "last"]
 # A checkpoint of a run, by its number of updates, by the evaluation, or by its age.
 Which = Literal["best", "last"] | int
 

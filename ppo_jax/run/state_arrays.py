@@ -1,11 +1,17 @@
 """The arrays of a state as a checkpoint names them, and a state made from such arrays."""
 
-from typing import Any
+import dataclasses
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax.training.train_state import TrainState
 
 from ppo_jax.ppo.state import PPOState
+from ppo_jax.ppo.supervised import SupervisedState
+from ppo_jax.types import Rollout
+
+State = TypeVar("State", PPOState, SupervisedState)
 
 
 def structure_of(arrays: Any) -> dict[str, str]:
@@ -18,27 +24,41 @@ def structure_of(arrays: Any) -> dict[str, str]:
     }
 
 
-def arrays_of(state: PPOState) -> dict[str, Any]:
-    """Return the arrays of a state, with the typed key as its data and without functions."""
-    trained = {"train": state.train, "critic": state.critic}
-    return {
-        **{
-            name: {"step": x.step, "params": x.params, "opt_state": x.opt_state}
-            for name, x in trained.items()
-            if x is not None
-        },
-        **({} if state.entropy is None else {"entropy": state.entropy}),
-        "kl": state.kl,
-        "scale": state.scale,
-        "key": jax.random.key_data(state.key),
-        "update": state.update,
-    }
+def pending_of(state: State) -> tuple[Rollout, ...]:
+    """Return the pending rollouts of a state; a supervised run has none."""
+    return state.pending if isinstance(state, PPOState) else ()
 
 
-def with_arrays(like: PPOState, arrays: dict[str, Any]) -> PPOState:
-    """Return the state whose arrays these are, with the functions of `like`."""
-    state = {**arrays, "key": jax.random.wrap_key_data(arrays["key"])}
-    state["train"] = like.train.replace(**arrays["train"])
-    if like.critic is not None:
-        state["critic"] = like.critic.replace(**arrays["critic"])
+def arrays_of(state: State) -> dict[str, Any]:
+    """Return the arrays of a state, with the typed key as its data and without functions.
+
+    The pending rollouts are left out.
+    """
+    named = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    named.pop("pending", None)
+    return {name: _arrays(x) for name, x in named.items() if x is not None}
+
+
+def _arrays(x: Any) -> Any:
+    """Return the arrays of an attribute of a state."""
+    if isinstance(x, TrainState):
+        return {"step": x.step, "params": x.params, "opt_state": x.opt_state}
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def with_arrays(like: State, arrays: dict[str, Any], pending: tuple[Rollout, ...] = ()) -> State:
+    """Return the state of some arrays and pending rollouts, with the functions of `like`."""
+    state = dict(arrays)
+    for name in arrays:
+        own = getattr(like, name)
+        if isinstance(own, TrainState):
+            state[name] = own.replace(**arrays[name])
+        elif _is_key(own):
+            state[name] = jax.random.wrap_key_data(arrays[name])
+    if isinstance(like, PPOState):
+        state["pending"] = pending
     return like.replace(**state)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ppo_jax.errors import CheckpointError
-from ppo_jax.ppo.state import PPOState
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.settings import Which
+from ppo_jax.run.state_arrays import State
 
 
-def read_checkpoint(run: Path, like: PPOState, which: Which = "last") -> PPOState:
+def read_checkpoint(run: Path, like: State, which: Which = "last") -> State:
     """Read a checkpoint of a run.
 
     Args:
@@ -88,7 +88,7 @@ def _best(run: Path, checkpoints: Checkpoints) -> int:
     raise ValueError(f"{run} holds no checkpoint that could be read.")
 
 
-def newest_good(checkpoints: Checkpoints, like: PPOState, steps: Sequence[int]) -> PPOState:
+def newest_good(checkpoints: Checkpoints, like: State, steps: Sequence[int]) -> State:
     """Read the newest one of some checkpoints that is not damaged.
 
     Args:

@@ -18,26 +18,34 @@ FIGURES = {
     "eval/length_mean": "length (tokens)",
     "eval/distinct_2": "distinct-2",
 }
+# The same for an evaluation of a supervised run.
+SUPERVISED_FIGURES = {"eval/loss": "loss", "eval/accuracy": "accuracy"}
 Row = Mapping[str, Any]
 
 
-def write_summary(out: Path, updates: int, digest: str) -> dict[str, Any]:
+def write_summary(
+    out: Path, updates: int, digest: str, *, kept: int | None = None
+) -> dict[str, Any]:
     """Write `summary.json`.
 
     Args:
       out: the run's folder, whose metrics and evaluated responses are copied to the summary.
       updates: the number of updates of the run.
       digest: the digest of the final parameters.
+      kept: the number of updates after which the result is taken, if it may not be the last one.
 
     Returns:
-      The summary. It holds the metrics of the last update; if the run was evaluated, also the
-      evaluations `before` and `after` training, and `responses` to some prompts from both.
+      The summary. It holds the metrics of the last update, or of the one before the result; if the
+      run was evaluated, also the evaluations `before` and `after` training, and `responses` to some
+      prompts from both.
     """
     lines = read_lines(out / "metrics.jsonl")
-    # The last update may have two lines, because an evaluation has its own.
-    last = [row for row in lines if row["update"] == lines[-1]["update"]]
+    number = lines[-1]["update"] if kept is None else kept - 1
+    # An update may have two lines, because an evaluation has its own.
+    last = [row for row in lines if row["update"] == number]
     metrics = {name: x for row in last for name, x in row.items() if name != "update"}
-    summary = {"updates": updates, "digest": digest, **metrics, **before_and_after(out)}
+    taken = {} if kept is None else {"kept": kept}
+    summary = {"updates": updates, **taken, "digest": digest, **metrics, **before_and_after(out)}
     write_json(out / "summary.json", summary)
     return summary
 
@@ -50,10 +58,11 @@ def before_and_after(run: Path) -> dict[str, Any]:
 
     Returns:
       `before` and `after` with the metrics of the evaluations, and `responses` with prompt,
-      responses and scores of both. A run without held-out prompts has none of them, and a run of an
-      older version has no `before`.
+      responses and scores of both. A run without held-out prompts has none of them, a supervised
+      run has no responses, and a run of an older version has no `before`.
     """
-    evaluations = [row for row in read_lines(run / "metrics.jsonl") if "eval/scores" in row]
+    rows = read_lines(run / "metrics.jsonl")
+    evaluations = [row for row in rows if row.keys() & {"eval/scores", "eval/loss"}]
     texts = read_lines(run / "evaluations.jsonl")
     ends: dict[str, Row] = {}
     if evaluations and evaluations[0]["update"] < 0:
@@ -67,7 +76,7 @@ def before_and_after(run: Path) -> dict[str, Any]:
         for when, row in ends.items()
     }
     at = lambda row: [text for text in texts if text["update"] == row["update"]][:PAIRS]
-    if len(ends) == 2:
+    if len(ends) == 2 and texts:
         pairs = zip(at(ends["before"]), at(ends["after"]), strict=False)
         found["responses"] = [_pair(before, after) for before, after in pairs]
     return found
@@ -94,9 +103,12 @@ def print_before_and_after(summary: Row, console: Console | None = None) -> None
     ends = [when for when in ("before", "after") if when in summary]
     if not ends:
         return
-    rows = {title: [summary[x].get(name) for x in ends] for name, title in FIGURES.items()}
+    supervised = "eval/loss" in summary[ends[0]]
+    figures = SUPERVISED_FIGURES if supervised else FIGURES
+    rows = {title: [summary[x].get(name) for x in ends] for name, title in figures.items()}
     console = console or Console(soft_wrap=True)
-    console.print(figures_table("on held-out prompts", ends, rows))
+    title = "on held-out rows" if supervised else "on held-out prompts"
+    console.print(figures_table(title, ends, rows))
     for pair in summary.get("responses", ()):
         console.print(Text(f"\n{pair['prompt']}", style="bold"))
         for when in ("before", "after"):

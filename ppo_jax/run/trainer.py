@@ -1,9 +1,9 @@
 """The stateful train loop, which carries a `PPOState` and writes the files of a run."""
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.collection import Collection, Collector, compiled_steps
 from ppo_jax.run.evaluation import Evaluation, evaluate
-from ppo_jax.run.forks import Fork
-from ppo_jax.run.logging import PAIRS, SKIPPED, show_progress
+from ppo_jax.run.forks import Fork, start_from
+from ppo_jax.run.logging import PAIRS, SKIPPED
+from ppo_jax.run.loop import Display, RunLoop
 from ppo_jax.run.opening import claim_folder, open_run
 from ppo_jax.run.parts import initial_reference
 from ppo_jax.run.pending import Schedule, with_pending
@@ -28,6 +29,10 @@ from ppo_jax.run.remote import Mirror
 from ppo_jax.run.resume import start_config
 from ppo_jax.run.settings import LoopConfig, Resume
 from ppo_jax.types import AdvantageFn, LossFn, Rollout
+
+_DISPLAY = Display(
+    "PPO", "update", {"score": "objective/scores", "kl": "objective/kl", "eval": "eval/scores"}
+)
 
 
 class Trainer:
@@ -93,7 +98,7 @@ class Trainer:
         self.loop, self.out = loop, out
         agent, mesh = learner.agent, learner.mesh
         learner.check(prompts)
-        self._claim = claim_folder(out, resume)
+        claim = claim_folder(out, resume)
         params, frozen, ref_params = (
             placement.place(tree, mesh)
             for tree in (learner.params, learner.frozen, learner.ref_params)
@@ -113,12 +118,14 @@ class Trainer:
             functions={"advantage": advantage_fn, "loss": loss_fn},
         )
         start = with_pending(state, learner, prompts, frozen, loop.staleness)
-        self._publish = (lambda: None) if mirror is None else mirror.push
-        opened = open_run(out, start, config, loop, resume, fork, self._publish)
-        self.state, self.checkpoints, self.log, notes = opened
-        self._claim.take_over()
-        self._unevaluated: bool = notes.get("unevaluated", False)
-        self._best: tuple[float, int] | None = notes.get("best") and tuple(notes["best"])
+        publish = (lambda: None) if mirror is None else mirror.push
+        first = fork and partial(start_from, fork, config=config, updates=loop.updates)
+        opened = open_run(out, start, config, loop, resume, first, publish)
+        best_by = None if eval_prompts is None else ("eval/scores", True)
+        self._run_loop = RunLoop(
+            opened, claim, loop, display=_DISPLAY, best_by=best_by, publish=publish
+        )
+        self.state, self.checkpoints, self.log = opened.state, opened.checkpoints, opened.log
         steps = compiled_steps(learner, state, frozen, advantage_fn=advantage_fn, loss_fn=loss_fn)
         self.collector = Collector(learner, steps, ref_params, frozen, reward, loop.faults)
         self.schedule = Schedule(self.collector, prompts, loop.seed, loop.staleness)
@@ -133,7 +140,7 @@ class Trainer:
           Fault: if something went wrong and the settings say to stop.
           ValueError: if a later `Trainer` of this process has taken over the folder.
         """
-        self._claim.check()
+        self._run_loop.check()
         start, config = time.perf_counter(), self.learner.agent.config
         state, update = self.state.replace(pending=()), int(self.state.update)
         rollouts = self.schedule.sample(self.state)
@@ -182,39 +189,14 @@ class Trainer:
           SystemExit: with the status `faults.STOPPED` after SIGTERM or SIGINT, once the update is
             done and a checkpoint is written.
         """
-        self._claim.check()
-        loop, done = self.loop, int(self.state.update)
-        visible = loop.progress and processes.is_first()
-        hidden = None if visible else True  # None hides the bar if there is no terminal
-        bar = tqdm(
-            range(done, loop.updates), initial=done, total=loop.updates, disable=hidden, desc="PPO"
-        )
-        ends = (self._publish, self._claim.release, self.log.close, self.checkpoints.close)
-        with contextlib.ExitStack() as stack, faults.StopSignals() as signals, bar:
-            for end in ends:  # The last one is called first.
-                stack.callback(end)
-            # Before the first update, and again if a fault ended the run while evaluating.
-            self._unevaluated |= done == 0
-            self._evaluate(done - 1)
-            for update in bar:
-                metrics = self.step()
-                if metrics is not None:
-                    if on_update is not None:
-                        on_update(metrics)
-                    show_progress(bar, update, metrics, visible=visible)
-                self._finish_update(update, signals)
-        faults.report(self.out, loop.updates)
+        self._run_loop.run(self, int(self.state.update), on_update)
+        faults.report(self.out, self.loop.updates)
         faults.check_end(self.state)
         return self.state
 
     def save(self, *, wait: bool = True) -> None:
         """Write a checkpoint, unless no update has been made; `wait` as in `Checkpoints.save`."""
-        self._claim.check()
-        if int(self.state.update) == 0:
-            return
-        notes = {"sizes": self.log.sizes(), "unevaluated": self._unevaluated, "best": self._best}
-        best = self._best and self._best[1]
-        self.checkpoints.save(self.state, notes, best=best, wait=wait)
+        self._run_loop.save(self.state, wait=wait)
 
     def evaluate(self, prompts: data.Prompts) -> Evaluation:
         """Evaluate the current policy on held-out prompts.
@@ -230,43 +212,30 @@ class Trainer:
         """
         return evaluate(self.collector, self.state, prompts, seed=self.loop.seed)
 
-    def _finish_update(self, update: int, signals: faults.StopSignals) -> None:
-        """Evaluate and save if it is time to, and end the process if a signal asked for it."""
-        loop = self.loop
-        self._unevaluated = self.eval_prompts is not None and self._is_due(loop.eval_every, update)
-        is_best = self._evaluate(update)
-        stop = processes.any_process(signals.received is not None)
-        if self._is_due(loop.save_every, update) or is_best or stop:
-            self.save(wait=stop or update + 1 == loop.updates)
-        if stop and update + 1 < loop.updates:
-            processes.print_once(
-                f"Stopped by a signal after {update + 1} updates; --resume auto continues the run."
-            )
-            raise SystemExit(faults.STOPPED)
+    def measure(self, update: int) -> dict[str, float]:
+        """Evaluate on the held-out prompts after an update, and write the result.
 
-    def _is_due(self, every: int, update: int) -> bool:
-        """Whether something that happens every so many updates happens after `update`."""
-        return update + 1 == self.loop.updates or (every > 0 and (update + 1) % every == 0)
+        Args:
+          update: the number of the update; -1 before the first one.
 
-    def _evaluate(self, update: int) -> bool:
-        """Evaluate after `update` if that is due, and say whether the score is the best so far."""
-        if not self._unevaluated or self.eval_prompts is None:
-            return False
+        Returns:
+          The metrics `eval/*`.
+
+        Raises:
+          Fault: as `evaluate`, after a checkpoint.
+        """
+        assert self.eval_prompts is not None, "only a run with held-out prompts is evaluated"
         try:
             evaluation = self.evaluate(self.eval_prompts)
-        except Fault as fault:  # It ends the run after a checkpoint.
+        except Fault as fault:
             self.save()
             when = f"after update {update}" if update >= 0 else "before the first update"
             message = f"In the evaluation {when}: {fault}"
             self.log.fault(update, fault.kind, message, fault.dump)
             raise fault.with_rows(fault.rows, message) from fault
-        self._unevaluated = False
         self.log.metrics(update, evaluation.metrics)
         self.log.evaluation(update, evaluation.rows(max(PAIRS, self.loop.samples)))
-        score = evaluation.metrics["eval/scores"]
-        is_best = update >= 0 and (self._best is None or score > self._best[0])
-        self._best = (score, update + 1) if is_best else self._best
-        return is_best
+        return evaluation.metrics
 
     def _skip(self, fault: Fault, pending: tuple[Rollout, ...]) -> None:
         """Write the offending rows, then stop the run or count the update as skipped."""
