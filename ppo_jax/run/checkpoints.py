@@ -28,6 +28,7 @@ _CONSEQUENCES = (
     "exception was never retrieved",
     "_SignalingThread.run() raised an exception",
     "CheckpointManagerOptions.read_only",
+    "Given directory is read only",
 )
 
 
