@@ -1,12 +1,18 @@
-"""Attention of queries to keys and values, in the form that suits the platform."""
+"""Attention of queries to keys and values, in the form that suits the platform and the length."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.models.blockwise_attention import blockwise_attention
 from ppo_jax.models.rounding import product, round_to
+from ppo_jax.models.visible import PADDING, Visible, in_reach
+
+LONG = 1024
+"""Sequences of this many tokens and more are read by `attend_long`, the last token left out."""
 
 # The matrix unit of a TPU multiplies tiles of eight rows. With fewer rows, the compiler uses the
 # vector unit, which reads keys and values several times more slowly.
@@ -18,10 +24,74 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def in_reach(ago_SN: Array, window: int | None, causal: bool) -> Array:
-    """Return which slots a position may attend to by their distance, `[S, N]` bool."""
-    reach = ago_SN >= 0 if causal else jnp.ones(ago_SN.shape, bool)
-    return reach if window is None else reach & (jnp.abs(ago_SN) < window)
+def attended_slots(
+    mask_BS: Array,
+    mask_BN: Array,
+    segments_BS: Array | None,
+    start: Array | int,
+    *,
+    windows: Iterable[int | None],
+    causal: bool,
+) -> tuple[Array, dict[int | None, Array | Visible]]:
+    """Return the positions of tokens, and which slots they attend to.
+
+    The position of a token is the number of real tokens of its segment before it, so that padding
+    does not change it.
+
+    Args:
+      mask_BS: bool, the real ones of the tokens.
+      mask_BN: bool, the slots that hold a real token, those of the tokens included.
+      segments_BS: int32, the segments of the tokens, or None if each row is one sequence.
+      start: the slot of the first token; 0 if the slots are those of the tokens.
+      windows: the windows of the layers, with repetitions.
+      causal: whether later slots are out of reach.
+
+    Returns:
+      The positions `[B, S]`, and for each window the slots that each token attends to: a matrix
+      `[B, S, N]` bool, or a `Visible` if there are so many tokens that `attend_long` is to be used.
+    """
+    S, N = mask_BS.shape[1], mask_BN.shape[1]
+    if S + 1 >= LONG:
+        segments = jnp.zeros_like(mask_BS, jnp.int32) if segments_BS is None else segments_BS
+        keys = jnp.zeros_like(mask_BN, jnp.int32) if segments_BS is None else segments_BS
+        seen = Visible(
+            segments,
+            jnp.where(mask_BN, keys, PADDING),
+            start=start if isinstance(start, Array) else None,
+            causal=causal,
+        )
+        position_BS = seen.count_earlier()
+        # Padding that sees no token sees padding instead, so that no kernel divides by 0.
+        sees = mask_BS | (position_BS > 0)
+        seen = seen.replace(queries=jnp.where(sees, segments, PADDING))
+        return position_BS, {x: seen.replace(window=x) for x in dict.fromkeys(windows)}
+    ago_SN = (start + jnp.arange(S))[:, None] - jnp.arange(N)[None, :]
+    seen_BSN = mask_BN[:, None]
+    if segments_BS is not None:
+        seen_BSN = seen_BSN & (segments_BS[:, :, None] == segments_BS[:, None])
+    position_BS = jnp.sum((ago_SN > 0)[None] & seen_BSN, axis=-1)
+    return position_BS, {
+        window: seen_BSN & in_reach(ago_SN, window, causal)[None]
+        for window in dict.fromkeys(windows)
+    }
+
+
+def attend_long(
+    q_BHSC: Array, k_BKNC: Array, v_BKNC: Array, visible: Visible, *, cap: float | None
+) -> Array:
+    """Attend to keys and values with memory that is linear in the number of positions.
+
+    Args:
+      q_BHSC: queries, scaled.
+      k_BKNC: keys, each head of which serves `H / K` heads of queries.
+      v_BKNC: values, whose dtype the results have.
+      visible: the slots that each query attends to.
+      cap: bound of the soft cap on the logits, or None.
+
+    Returns:
+      The results `[B, H, S, C]`. Those of padding are arbitrary.
+    """
+    return blockwise_attention(q_BHSC, k_BKNC, v_BKNC, visible, cap)
 
 
 def attend(

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ppo_jax.models.attention import attend
+from ppo_jax.models.attention import attend, attend_long
 from ppo_jax.models.config import NormKind, TransformerConfig
 from ppo_jax.models.rounding import mean, product, round_to
+from ppo_jax.models.visible import Visible
 from ppo_jax.sharding import BATCH, constrain, gather_rows, split_features
 from ppo_jax.types import KVCache
 
@@ -137,7 +138,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BSD: Array,
-        allowed_BSN: Array,
+        allowed_BSN: Array | Visible,
         angles: Array | None,
         cache: KVCache | None,
     ) -> tuple[Array, Array, Array]:
@@ -145,7 +146,8 @@ class Attention(nn.Module):
 
         Args:
           x_BSD: hidden states of all new positions, S or more.
-          allowed_BSN: bool, the slots that each of the last S positions attends to.
+          allowed_BSN: the slots that each of the last S positions attends to, as a matrix of bool
+            or a `Visible`.
           angles: rotary angles `[B, S, W/2]` of all new positions, or None.
           cache: keys and values of the earlier positions, or None if there are none.
 
@@ -164,11 +166,14 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old[self.layer], new, cache.length, axis=2)
                 for old, new in ((cache.keys, k_BKNC), (cache.values, v_BKNC))
             )
-        # The query heads that share a key head become rows of one matrix product.
-        q_BKQC = q_BHSC.reshape(B, K, H // K * S, C)
-        allowed_BQN = jnp.tile(allowed_BSN, (1, H // K, 1))
-        out_BKQC = attend(q_BKQC, k_BKNC, v_BKNC, allowed_BQN, cap=c.attention_cap)
-        out = out_BKQC.reshape(B, H, S, C).transpose(0, 2, 1, 3).reshape(B, S, H * C)
+        if isinstance(allowed_BSN, Visible):
+            out = attend_long(q_BHSC, k_BKNC, v_BKNC, allowed_BSN, cap=c.attention_cap)
+        else:
+            # The query heads that share a key head become rows of one matrix product.
+            q_BKQC = q_BHSC.reshape(B, K, H // K * S, C)
+            allowed_BQN = jnp.tile(allowed_BSN, (1, H // K, 1))
+            out = attend(q_BKQC, k_BKNC, v_BKNC, allowed_BQN, cap=c.attention_cap)
+        out = out.reshape(B, H, S, C).transpose(0, 2, 1, 3).reshape(B, S, H * C)
         output = Linear(c.width, c, use_bias=c.out_bias, init_std=c.residual_std, name="o")
         return output(out), k_BKNC, v_BKNC
 

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ppo_jax.models.attention import in_reach, soft_cap
+from ppo_jax.models.attention import attended_slots, soft_cap
 from ppo_jax.models.config import NormAt, TransformerConfig
 from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, parameter
 from ppo_jax.models.rounding import product, round_to
+from ppo_jax.models.visible import Visible, since
 from ppo_jax.sharding import BATCH, constrain, gather_rows, split_features
 from ppo_jax.types import KVCache, LanguageModel, Params
 
@@ -41,7 +42,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BSD: Array,
-        allowed_BSN: Array,
+        allowed_BSN: Array | Visible,
         angles: Array | None,
         cache: KVCache | None,
     ) -> tuple[Array, Array, Array]:
@@ -130,21 +131,18 @@ class Decoder(nn.Module):
         else:
             start = cache.length
             mask_BN = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, start, axis=1)
-        slots_S = start + jnp.arange(tokens_BS.shape[1])
-        ago_SN = slots_S[:, None] - jnp.arange(mask_BN.shape[1])[None, :]
-        seen_BSN = mask_BN[:, None]
         if segments_BS is not None:
             segments_BS = jnp.pad(segments_BS, padding)
-            seen_BSN = seen_BSN & (segments_BS[:, :, None] == segments_BS[:, None])
-        # The position of a token is the number of real tokens before it, so that padding does not
-        # change it.
-        position_BS = jnp.sum((ago_SN > 0)[None] & seen_BSN, axis=-1)
-        attended = self._attended(ago_SN, seen_BSN, position_BS)
+        position_BS, allowed = attended_slots(
+            mask_BS, mask_BN, segments_BS, start, windows=c.layer_windows, causal=c.causal
+        )
+        angles = self._angles(position_BS)
         x_BSD, keys, values = constrain(self._embed(tokens_BS, position_BS), BATCH), [], []
-        for block, (allowed_BSN, angles) in zip(self.blocks, attended, strict=True):
+        for block, window in zip(self.blocks, c.layer_windows, strict=True):
+            allowed_BSN = allowed[window]
             if begin and block is self.blocks[-1]:
-                allowed_BSN = allowed_BSN[:, begin:]
-            x_BSD, k, v = block(x_BSD, allowed_BSN, angles, cache)
+                allowed_BSN = since(allowed_BSN, begin)
+            x_BSD, k, v = block(x_BSD, allowed_BSN, angles[window], cache)
             keys.append(k)
             values.append(v)
         if cache is not None:
@@ -153,31 +151,16 @@ class Decoder(nn.Module):
         x_BSD = x_BSD[:, first - begin : S - begin]
         return x_BSD if c.norm_at is NormAt.AFTER else self.final_norm(x_BSD), cache
 
-    def _attended(
-        self, ago_SN: Array, seen_BSN: Array, position_BS: Array
-    ) -> list[tuple[Array, Array | None]]:
-        """Return for each layer which slots `[B, S, N]` positions attend to, and their angles.
-
-        Args:
-          ago_SN: by how many slots each of the N slots precedes each of the S positions.
-          seen_BSN: which slots hold a real token of the same sequence; `S` may be 1 for all.
-          position_BS: positions without padding.
-        """
+    def _angles(self, position_BS: Array) -> dict[int | None, Array | None]:
+        """Return the rotary angles `[B, S, W/2]` of layers, by their window."""
         c = self.config
-        allowed = {
-            window: seen_BSN & in_reach(ago_SN, window, c.causal)[None]
-            for window in dict.fromkeys(c.layer_windows)
-        }
-        angles = {
+        angles: dict[Any, Any] = {
             rotary: position_BS[..., None].astype(jnp.float32) * rotary.frequencies()[None, None]
             for rotary in (c.rotary, c.local_rotary)
             if rotary
         }
-        return [
-            (allowed[window], angles[rotary] if rotary else None)
-            for window in c.layer_windows
-            for rotary in [c.rotary if window is None else c.local_rotary or c.rotary]
-        ]
+        of = lambda window: c.rotary if window is None else c.local_rotary or c.rotary
+        return {window: angles.get(of(window)) for window in c.layer_windows}
 
     def _embed(self, tokens_BS: Array, position_BS: Array) -> Array:
         c = self.config

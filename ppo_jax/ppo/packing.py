@@ -24,6 +24,10 @@ Tree = TypeVar("Tree")
 BLOCK = 64
 """Every sequence begins at a multiple of so many slots; the length of a bin is one too."""
 
+LONG, LONG_BLOCK = 1024, 128
+"""In bins of `LONG` slots and more, every sequence begins at a multiple of `LONG_BLOCK`, because
+their attention is summed over blocks of so many slots."""
+
 
 class Bins(NamedTuple):
     """The shape of the bins that are computed at a time.
@@ -84,7 +88,8 @@ def place_rows(lengths: Array, *, length: int, count: int) -> Placement:
       >>> place.bins, place.starts
       (Array([0, 0, 1, 0], dtype=int32), Array([128,   0,   0,   0], dtype=int32))
     """
-    sizes = -(-lengths // BLOCK) * BLOCK
+    block = BLOCK if length < LONG else LONG_BLOCK
+    sizes = jnp.maximum(jnp.minimum(-(-lengths // block) * block, length), lengths)
     order = jnp.argsort(-sizes, stable=True)
     # Computed from `lengths`, so that a `shard_map` takes the carry to differ between the shards.
     zero = 0 * jnp.sum(lengths)
