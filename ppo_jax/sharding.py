@@ -170,6 +170,49 @@ def _free_fsdp() -> int:
     return _free_axes(jax.sharding.get_abstract_mesh()).get("fsdp", 1)
 
 
+def platform() -> str:
+    """Return the platform of the mesh of `jax.set_mesh`, such as `tpu`, or else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def on_shards(
+    function: Callable[..., Array], arrays: tuple[Array, ...], rows: tuple[Array, ...] = ()
+) -> Array:
+    """Call a function on each shard of the rows and heads of arrays.
+
+    This is for kernels that the compiler cannot split over the devices of a mesh by itself.
+
+    Args:
+      function: called with the shards of `arrays` and `rows`; it returns an array `[B, H, ...]`.
+      arrays: arrays `[B, heads, ...]`. Heads are split if the number of heads of all of them can
+        be divided by the size of the mesh axis `tensor`.
+      rows: arrays `[B, ...]`.
+
+    Returns:
+      The result for all rows and heads, `[B, H, ...]`.
+    """
+    mesh = _automatic_mesh()
+    if mesh is None:
+        return function(*arrays, *rows)
+    free = _free_axes(mesh)
+    split = all(x.shape[1] % free.get("tensor", 1) == 0 for x in arrays)
+    by_rows = _fit((BATCH,), rows[0].shape if rows else arrays[0].shape, mesh)
+    by_heads = PartitionSpec(*by_rows, "tensor" if split and "tensor" in free else None)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(*(by_heads for _ in arrays), *(by_rows for _ in rows)),
+        out_specs=by_heads,
+        axis_names={
+            name
+            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind is AxisType.Auto
+        },
+        check_vma=False,  # The rule of a kernel of Pallas does not say how its results vary.
+    )(*arrays, *rows)
+
+
 def row_shards(*counts: int) -> int:
     """Return how many devices the rows of a batch are sharded over at this point of a program.
 

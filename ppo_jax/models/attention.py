@@ -9,7 +9,9 @@ from jax import Array
 
 from ppo_jax.models.blockwise_attention import blockwise_attention
 from ppo_jax.models.rounding import product, round_to
+from ppo_jax.models.splash_attention import splash_attention
 from ppo_jax.models.visible import PADDING, Visible, in_reach
+from ppo_jax.sharding import platform
 
 LONG = 1024
 """Sequences of this many tokens and more are read by `attend_long`, the last token left out."""
@@ -91,7 +93,9 @@ def attend_long(
     Returns:
       The results `[B, H, S, C]`. Those of padding are arbitrary.
     """
-    return blockwise_attention(q_BHSC, k_BKNC, v_BKNC, visible, cap)
+    on_tpu = platform() == "tpu" and visible.start is None
+    form = splash_attention if on_tpu else blockwise_attention
+    return form(q_BHSC, k_BKNC, v_BKNC, visible, cap)
 
 
 def attend(
