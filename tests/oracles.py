@@ -226,3 +226,38 @@ def top_p(logits, p) -> np.ndarray:
         out[i] = logits[i]
         mass += probs[i]
     return out
+
+
+# --- attention ---
+
+
+def attention(q, k, v, seen, weight, cap=None):
+    """Return attention, and the gradients of `sum(weight * attention)` for q, k and v.
+
+    Args:
+      q: `[B, H, S, C]`; head `h` reads key head `h // (H / K)`.
+      k: `[B, K, N, C]`.
+      v: `[B, K, N, C]`.
+      seen: `[B, S, N]` bool. The result of a query that sees nothing is 0.
+      weight: `[B, H, S, C]`.
+      cap: soft cap of the logits.
+    """
+    q, k, v, weight = (np.asarray(x, np.float64) for x in (q, k, v, weight))
+    out, in_q, in_k, in_v = (np.zeros(x.shape) for x in (q, q, k, v))
+    for b, h, s in np.ndindex(*q.shape[:3]):
+        g, see = h // (q.shape[1] // k.shape[1]), np.flatnonzero(seen[b, s])
+        if len(see) == 0:
+            continue
+        keys, values = k[b, g, see], v[b, g, see]
+        raw = keys @ q[b, h, s]
+        logits = raw if cap is None else cap * np.tanh(raw / cap)
+        weights = np.exp(logits - logits.max())
+        weights /= weights.sum()
+        out[b, h, s] = weights @ values
+        slope = 1 if cap is None else 1 - np.tanh(raw / cap) ** 2
+        of_weights = values @ weight[b, h, s]
+        of_raw = weights * (of_weights - weights @ of_weights) * slope
+        in_q[b, h, s] = of_raw @ keys
+        in_k[b, g, see] += np.outer(of_raw, q[b, h, s])
+        in_v[b, g, see] += np.outer(weights, weight[b, h, s])
+    return out, in_q, in_k, in_v

@@ -5,6 +5,7 @@ layers of locally banded attention. The paper does not give the width of the ban
 in GPT-Neo.
 GPT-2: Radford et al. 2019, table 2, with the numbers of heads of the released models.
 Llama 3: Grattafiori et al. 2024 (https://arxiv.org/abs/2407.21783), table 3, with 8,192 positions.
+Llama 3.1 has 131,072 positions, whose rotary wavelengths are stretched eightfold.
 """
 
 from dataclasses import replace
@@ -126,9 +127,18 @@ def llama3(size: str) -> TransformerConfig:
     )
 
 
+def llama31(size: str) -> TransformerConfig:
+    """Return the configuration of a size of Llama 3.1, such as `llama3.1-8b`."""
+    config = llama3(size.replace("3.1", "3"))
+    stretched = {"scale": 8.0, "bands": (8192.0, 2048.0)}
+    rotary = Rotary(base=500000.0, width=config.head_width, **stretched)
+    return replace(config, positions=131072, rotary=rotary)
+
+
 SIZES = {
     **dict.fromkeys(_GPT2, gpt2),
     **dict.fromkeys(_GPT3, gpt3),
     **dict.fromkeys(_LLAMA3, llama3),
+    **{size.replace("3", "3.1", 1): llama31 for size in _LLAMA3},
 }
 """For the name of each size, the function that returns its configuration."""
