@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from experiments.benchmarks import work as work_
 from flax.training.train_state import TrainState
+from test_packing import LOSS
 
+from experiments.benchmarks import work as work_
 from ppo_jax import (
     Bins,
     TransformerConfig,
@@ -32,7 +33,6 @@ from ppo_jax.models.visible import PADDING, Visible
 from ppo_jax.ppo import packing
 from ppo_jax.sharding import on_shards
 from ppo_jax.types import Rollout
-from test_packing import LOSS
 
 LONG = 290  # three blocks of keys
 CASES = {
@@ -154,3 +154,131 @@ def test_neighbours_and_place_change_no_bit(dtype):
         )
         found.append(out[:, :, at : at + length])
     np.testing.assert_array_equal(*found)
+
+
+CONFIG = TransformerConfig(
+    vocab_size=31,
+    positions=1280,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    mlp_width=32,
+    init_std=0.4,
+    rotary=Rotary(width=4, base=1e4),
+    windows=(None, 90),
+)
+TOKENS = jax.random.randint(jax.random.key(6), (2, 140), 0, 31)
+
+
+def states(tokens, mask, last, segments=None):
+    """Return hidden states, and a gradient that depends on those of the last real positions."""
+    model, params = language_model(CONFIG), init_params(CONFIG, jax.random.key(5))
+    weight = jax.random.normal(jax.random.key(7), (1, 130, 16))
+
+    def total(params):
+        hidden, _ = model.hidden(params, tokens, mask, last=last, segments=segments)
+        return jnp.sum(hidden[:, :130] * weight), hidden[:, :130]
+
+    return jax.jit(jax.grad(total, has_aux=True))(params)
+
+
+def test_padding_up_to_the_long_form_changes_no_state():
+    gradient, hidden = states(TOKENS, TOKENS >= 0, 130)
+    long = jnp.pad(TOKENS, ((0, 0), (attention.LONG, 0)))
+    mask = jnp.arange(long.shape[1])[None] >= attention.LONG + 0 * long
+    long_gradient, long_hidden = states(long, mask, 130)
+    np.testing.assert_allclose(long_hidden, hidden, atol=3e-6)
+    jax.tree.map(lambda a, b: assert_near([a], [b], 2e-5), long_gradient, gradient)
+
+
+def test_a_long_prompt_fills_the_cache_as_a_short_one_does():
+    model, params = language_model(CONFIG), init_params(CONFIG, jax.random.key(5))
+    read = jax.jit(model.hidden, static_argnames="last")
+    hidden, _ = read(params, TOKENS, TOKENS >= 0, last=1)
+    long = jnp.pad(TOKENS, ((0, 0), (attention.LONG - 40, 0)))
+    mask = jnp.arange(long.shape[1])[None] >= attention.LONG - 40 + 0 * long
+    cache = model.init_cache(2, long.shape[1])
+    _, cache = read(params, long[:, :-1], mask[:, :-1], cache, last=1)
+    decoded, _ = read(params, long[:, -1:], mask[:, -1:], cache)
+    np.testing.assert_allclose(decoded, hidden, atol=3e-6)
+
+
+def learned(dtype, bins):
+    """Return the metrics of an update on sequences of more than `attention.LONG` tokens."""
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    model, critic = language_model(config), separate_critic(config)
+    params = {
+        "policy": init_params(config, jax.random.key(0)),
+        "critic": init_scorer(config, jax.random.key(1)),
+    }
+    tokens = jax.random.randint(jax.random.key(2), (4, 1100), 0, 31)
+    ends = jnp.array([[1100], [700], [300], [500]])
+    mask = (jnp.arange(1100)[None] >= jnp.array([[0], [130], [3], [90]])) & (
+        jnp.arange(1100)[None] < ends
+    )
+    real = mask[:, 200:]
+    rollout = Rollout(tokens, mask, real, jnp.zeros(real.shape), mask[:, 0])
+    by = {"temperature": 0.7, "bins": bins}
+    loss_fn = ppo_loss_fn(model, critic, *LOSS, **by)
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.05))
+
+    def run(state, rollout):
+        scores = score_rollout(
+            model, critic, state.params, params["policy"], rollout, micro_batch=2, **by
+        )
+        experience, _ = make_experience(
+            rollout, scores, jnp.arange(4.0), kl_coef=0.1, advantage_fn=gae(gamma=1.0, lam=0.95)
+        )
+        return experience
+
+    options = {"compiler_options": {"xla_allow_excess_precision": False}}
+    experience = jax.jit(run, **options)(state, rollout)
+    learn = functools.partial(ppo_update, loss_fn=loss_fn, epochs=1, minibatches=2, bins=bins)
+    return jax.jit(learn, **options)(state, experience, jax.random.key(3))[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype, bins, bound",
+    [(jnp.float32, None, 2e-6), (jnp.bfloat16, None, 5e-3), (jnp.bfloat16, Bins(1152), 5e-3)],
+)
+def test_the_first_ratio_of_long_sequences_is_one(dtype, bins, bound):
+    assert learned(dtype, bins)["policy/first_ratio_error_max"] <= bound
+
+
+@pytest.mark.slow
+def test_memory_of_scoring_and_update_is_linear_in_the_length():
+    def temporary(length):
+        work = work_.Work(
+            layers=1,
+            width=16,
+            heads=4,
+            vocab_size=8,
+            positions=length,
+            prompts=2,
+            prompt_tokens=length // 4,
+            new_tokens=length * 3 // 4,
+            epochs=1,
+            minibatches=1,
+        )
+        programs, shapes = work_.programs(work), work_.shapes(work)
+        compiled = [getattr(programs, x).lower(*shapes[x]).compile() for x in ("score", "learn")]
+        return [x.memory_analysis().temp_size_in_bytes for x in compiled]
+
+    short, long = temporary(1024), temporary(4096)
+    assert all(b < 4.4 * a for a, b in zip(short, long, strict=True)), (short, long)
+
+
+def test_a_function_on_shards_gets_the_rows_and_heads_of_one_device():
+    mesh, shapes = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), []
+
+    def scaled(x, by):
+        shapes.append((x.shape, by.shape))
+        return x * by[:, None, None]
+
+    x, by = jnp.arange(64.0).reshape(8, 4, 2), jnp.arange(8.0)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x, by: on_shards(scaled, (x,), (by,)))(x, by)
+    np.testing.assert_array_equal(out, x * by[:, None, None])
+    assert shapes == [((2, 2, 2), (2,))]

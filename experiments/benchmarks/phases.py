@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments.benchmarks import ragged
+from experiments.benchmarks import forms, ragged
 from experiments.benchmarks import work as work_
 from experiments.benchmarks.work import WORKS, Work
 from ppo_jax import estimate_memory, init_params, matmul_flops
@@ -52,8 +52,9 @@ class Phases:
 
 def main(options: Phases) -> dict[str, Any]:
     """Measure, write a summary to `options.out`, print and return it."""
-    if options.work == "ragged":
-        return _report(options, ragged.measure(options.shape(), options.runs))
+    if options.work in ("ragged", "long"):
+        measured = {"ragged": ragged.measure, "long": forms.measure}[options.work]
+        return _report(options, measured(options.shape(), options.runs))
     if options.child:
         print(json.dumps(measure(options)))
         return {}

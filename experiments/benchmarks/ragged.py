@@ -16,8 +16,10 @@ from ppo_jax import Rollout
 
 
 def lengths(work: Work) -> np.ndarray:
-    """Return response lengths with a lognormal distribution of median 64 and sigma 1."""
-    drawn = np.random.default_rng(0).lognormal(np.log(64), 1, work.prompts)
+    """Return response lengths with a lognormal distribution, or the greatest length for all."""
+    if work.median is None:
+        return np.full(work.prompts, work.new_tokens)
+    drawn = np.random.default_rng(0).lognormal(np.log(work.median), 1, work.prompts)
     return np.clip(np.rint(drawn), 1, work.new_tokens).astype(int)
 
 
@@ -35,6 +37,15 @@ def rollout(work: Work) -> Rollout:
     )
 
 
+def timed(found: dict[str, list[float]], name: str, function: Callable, *args: Any) -> Any:
+    """Call a function, add its seconds and its CPU seconds to `found`, and return its result."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = jax.block_until_ready(function(*args))
+    found.setdefault(f"{name}_s", []).append(time.perf_counter() - wall)
+    found.setdefault(f"{name}_cpu_s", []).append(time.process_time() - cpu)
+    return out
+
+
 def measure(work: Work, runs: int) -> dict[str, Any]:
     """Return the medians of the seconds of scoring and update, packed and unpacked, in turn."""
     room = work.prompt_tokens + work.new_tokens
@@ -43,20 +54,12 @@ def measure(work: Work, runs: int) -> dict[str, Any]:
     state, reference, _ = work_.start(work)
     batch, task = rollout(work), jax.random.normal(jax.random.key(4), (work.prompts,))
     found: dict[str, list[float]] = {}
-
-    def timed(name: str, function: Callable, *args: Any) -> Any:
-        wall, cpu = time.perf_counter(), time.process_time()
-        out = jax.block_until_ready(function(*args))
-        found.setdefault(f"{name}_s", []).append(time.perf_counter() - wall)
-        found.setdefault(f"{name}_cpu_s", []).append(time.process_time() - cpu)
-        return out
-
     errors = {}
     for _ in range(runs + 1):
         for way, programs in ways.items():
-            scores = timed(f"scoring_{way}", programs.score, state, reference, batch)
+            scores = timed(found, f"scoring_{way}", programs.score, state, reference, batch)
             copy = jax.tree.map(jnp.copy, state)  # the update donates its state
-            _, metrics = timed(f"update_{way}", programs.learn, copy, batch, scores, task)
+            _, metrics = timed(found, f"update_{way}", programs.learn, copy, batch, scores, task)
             errors[f"first_ratio_error_{way}"] = float(metrics["policy/first_ratio_error_max"])
     median = {name: statistics.median(x[1:]) for name, x in found.items()}  # the first one compiles
     ratios = {

@@ -31,7 +31,7 @@ from ppo_jax import (
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Shapes. Policy, critic and reward model have one size, and no response ends early."""
+    """Shapes. Policy, critic and reward model have one size; no response ends early by itself."""
 
     layers: int
     width: int
@@ -48,6 +48,7 @@ class Work:
     micro_batch: int | None = None
     logit_chunk: int | None = None
     pack: int | None = None
+    median: int | None = None  # of lognormal lengths of responses, with sigma 1
 
     @property
     def config(self) -> TransformerConfig:
@@ -120,6 +121,22 @@ WORKS = {
         new_tokens=512,
         epochs=1,
         micro_batch=4,
+        median=64,
+    ),
+    # Long sequences; see forms.py.
+    "long": Work(
+        layers=2,
+        width=256,
+        heads=4,
+        vocab_size=8192,
+        positions=4096,
+        prompts=2,
+        prompt_tokens=1024,
+        new_tokens=3072,
+        epochs=1,
+        minibatches=1,
+        micro_batch=1,
+        logit_chunk=512,
     ),
     # OpenAI 2019: 64 + 24 tokens, batches of 512, 4 epochs of one minibatch, a shared trunk.
     "oai2019": Work(

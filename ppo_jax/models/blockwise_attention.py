@@ -53,7 +53,7 @@ def _forward(
     dtype, blocks = v_BKNC.dtype, _Blocks(visible, q_BHSC.shape[1] // k_BKNC.shape[1])
     q, k, v = blocks.of_queries(q_BHSC), blocks.of_keys(k_BKNC), blocks.of_keys(v_BKNC)
 
-    def step(carry: tuple[Array, Array, Array], pair: Array) -> tuple[tuple, None]:
+    def step(carry: tuple[Array, ...], pair: Array) -> tuple[tuple[Array, ...], None]:
         i, j = pair
         sums, total, largest = (x[i] for x in carry)
         logits, _ = _capped(_product("bkqc,bknc->bkqn", q[i], k[j], dtype), cap)
@@ -87,7 +87,7 @@ def _backward(cap: float | None, saved: tuple, cotangent: Array) -> tuple:
     # The part of the gradient of the logits that comes from the softmax's denominator.
     shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
-    def step(carry: tuple[Array, Array, Array], pair: Array) -> tuple[tuple, None]:
+    def step(carry: tuple[Array, ...], pair: Array) -> tuple[tuple[Array, ...], None]:
         i, j = pair
         logits, slope = _capped(_product("bkqc,bknc->bkqn", q[i], k[j], dtype), cap)
         logits = jnp.where(blocks.seen(pair), logits, -jnp.inf)

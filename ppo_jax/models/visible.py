@@ -50,7 +50,8 @@ class Visible(PyTreeNode):
     @property
     def shape(self) -> tuple[int, int, int]:
         """`(B, S, N)`."""
-        return (*self.queries.shape, self.keys.shape[1])
+        (rows, positions), slots = self.queries.shape, self.keys.shape[1]
+        return rows, positions, slots
 
     @property
     def slots(self) -> Array:

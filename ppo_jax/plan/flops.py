@@ -18,7 +18,7 @@ def matmul_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int
     A multiply-add is counted as two operations, and a `cond` as its most expensive branch. The
     traced program contains the number of iterations of a `scan`, but not of a `while_loop`. It is
     counted once, unless the scope that it is called in is named after the number, as in
-    `jax.named_scope("trips=5")`.
+    `jax.named_scope("trips=5")`. A Pallas kernel is counted for every step of its grid.
 
     Args:
       function: a function that JAX can trace; it is not run.
@@ -53,6 +53,9 @@ def jaxpr_flops(jaxpr: Jaxpr) -> int:
             case "while":
                 named = re.search(r"trips=(\d+)$", str(eqn.source_info.name_stack))
                 total += (int(named.group(1)) if named else 1) * sum(parts)
+            case "pallas_call":
+                # Every step of the grid counts, those that the kernel skips included.
+                total += math.prod(eqn.params["grid_mapping"].grid) * sum(parts)
             case "shard_map":
                 total += _mapped_devices(eqn) * sum(parts)
             case _:
