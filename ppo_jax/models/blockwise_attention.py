@@ -27,6 +27,8 @@ KEYS = 128
 """The number of keys in a block. Sequences that share a row and begin at multiples of this number
 do not change each other's results, because their keys are then divided into the same blocks."""
 
+_Three = tuple[Array, Array, Array]
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise_attention(
@@ -53,21 +55,21 @@ def _forward(
     dtype, blocks = v_BKNC.dtype, _Blocks(visible, q_BHSC.shape[1] // k_BKNC.shape[1])
     q, k, v = blocks.of_queries(q_BHSC), blocks.of_keys(k_BKNC), blocks.of_keys(v_BKNC)
 
-    def step(carry: tuple[Array, ...], pair: Array) -> tuple[tuple[Array, ...], None]:
+    def step(carry: _Three, pair: Array) -> tuple[_Three, None]:
         i, j = pair
-        sums, total, largest = (x[i] for x in carry)
+        sums, total, largest = carry
         logits, _ = _capped(_product("bkqc,bknc->bkqn", q[i], k[j], dtype), cap)
         logits = jnp.where(blocks.seen(pair), logits, -jnp.inf)
-        new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        new_largest = jnp.maximum(largest[i], jnp.max(logits, axis=-1))
         # A finite number for queries that have seen no slot yet, so that nothing is NaN.
         shift = jnp.where(new_largest == -jnp.inf, 0, new_largest)
-        scale, weights = jnp.exp(largest - shift), jnp.exp(logits - shift[..., None])
-        new = (
-            sums * scale[..., None] + _product("bkqn,bknc->bkqc", weights, v[j], dtype),
-            total * scale + jnp.sum(weights, axis=-1),
-            new_largest,
-        )
-        return tuple(x.at[i].set(y) for x, y in zip(carry, new, strict=True)), None
+        scale, weights = jnp.exp(largest[i] - shift), jnp.exp(logits - shift[..., None])
+        new = _product("bkqn,bknc->bkqc", weights, v[j], dtype)
+        return (
+            sums.at[i].set(sums[i] * scale[..., None] + new),
+            total.at[i].set(total[i] * scale + jnp.sum(weights, axis=-1)),
+            largest.at[i].set(new_largest),
+        ), None
 
     zeros = jnp.zeros_like(q, jnp.float32)
     start = zeros, zeros[..., 0], zeros[..., 0] - jnp.inf
@@ -87,7 +89,7 @@ def _backward(cap: float | None, saved: tuple, cotangent: Array) -> tuple:
     # The part of the gradient of the logits that comes from the softmax's denominator.
     shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
-    def step(carry: tuple[Array, ...], pair: Array) -> tuple[tuple[Array, ...], None]:
+    def step(carry: _Three, pair: Array) -> tuple[_Three, None]:
         i, j = pair
         logits, slope = _capped(_product("bkqc,bknc->bkqn", q[i], k[j], dtype), cap)
         logits = jnp.where(blocks.seen(pair), logits, -jnp.inf)
@@ -100,8 +102,8 @@ def _backward(cap: float | None, saved: tuple, cotangent: Array) -> tuple:
         in_q, in_k, in_v = carry
         return (in_q.at[i].add(of_q), in_k.at[j].add(of_k), in_v.at[j].add(of_v)), None
 
-    start = tuple(jnp.zeros_like(x, jnp.float32) for x in (q, k, v))
-    (of_q, of_k, of_v), _ = jax.lax.scan(step, start, blocks.pairs)
+    zeros = lambda x: jnp.zeros_like(x, jnp.float32)
+    (of_q, of_k, of_v), _ = jax.lax.scan(step, (zeros(q), zeros(k), zeros(v)), blocks.pairs)
     to = lambda x, like: x.astype(like.dtype)
     return (
         to(blocks.from_queries(of_q), q_BHSC),

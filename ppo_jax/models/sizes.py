@@ -130,8 +130,8 @@ def llama3(size: str) -> TransformerConfig:
 def llama31(size: str) -> TransformerConfig:
     """Return the configuration of a size of Llama 3.1, such as `llama3.1-8b`."""
     config = llama3(size.replace("3.1", "3"))
-    stretched = {"scale": 8.0, "bands": (8192.0, 2048.0)}
-    rotary = Rotary(base=500000.0, width=config.head_width, **stretched)
+    bands = 8192.0, 2048.0
+    rotary = Rotary(base=500000.0, width=config.head_width, scale=8.0, bands=bands)
     return replace(config, positions=131072, rotary=rotary)
 
 
