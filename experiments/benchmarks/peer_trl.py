@@ -21,6 +21,7 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    LogitsProcessor,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
@@ -36,6 +37,36 @@ class Clock(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
         """Record the time."""
         self.marks.append(time.perf_counter())
+
+
+class EndAt(LogitsProcessor):
+    """Let each response end with the token 0 at a given length, and not before."""
+
+    def __init__(self, lengths: list[int], prompt_tokens: int):
+        self.lengths, self.prompt_tokens = torch.tensor(lengths), prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the next tokens with those of the token 0 replaced."""
+        last = input_ids.shape[1] - self.prompt_tokens + 1 == self.lengths
+        scores = torch.where(last[:, None], -torch.inf, scores)
+        scores[:, 0] = torch.where(last, 0.0, -torch.inf)
+        return scores
+
+
+class Policy(GPT2LMHeadModel):
+    """A policy whose responses have given lengths, those of each batch the same, in turn."""
+
+    lengths: list[int] | None = None
+
+    def generate(self, input_ids: torch.Tensor, **options):
+        """Generate responses to some of the prompts of a batch."""
+        if self.lengths is None:
+            return super().generate(input_ids, **options)
+        done = getattr(self, "done", 0)
+        self.done = (done + len(input_ids)) % len(self.lengths)
+        rows = self.lengths[done : done + len(input_ids)]
+        ends = EndAt(rows, input_ids.shape[1])
+        return super().generate(input_ids, logits_processor=[ends], **options)
 
 
 def main(work: dict) -> dict:
@@ -65,7 +96,9 @@ def main(work: dict) -> dict:
 
 def generate(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[float]:
     """Return the seconds of each call of `generate`."""
-    model, times = GPT2LMHeadModel(config).eval(), []
+    model, times = Policy(config).eval(), []
+    model.lengths = work.get("lengths")
+    ends = {"eos_token_id": 0} if model.lengths else {"min_new_tokens": work["new_tokens"]}
     for _ in range(work["runs"] + 1):
         start = time.perf_counter()
         with torch.no_grad():
@@ -75,9 +108,8 @@ def generate(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[floa
                 do_sample=True,
                 top_k=0,
                 max_new_tokens=work["new_tokens"],
-                min_new_tokens=work["new_tokens"],
-                eos_token_id=None,
                 pad_token_id=0,
+                **({"eos_token_id": None} | ends),
             )
         times.append(time.perf_counter() - start)
     return times[1:]
@@ -111,7 +143,7 @@ def ppo_config(work: dict, updates: int, out: str) -> PPOConfig:
         learning_rate=1e-5,
         local_rollout_forward_batch_size=minibatch,
         num_sample_generations=0,
-        stop_token=None,
+        stop_token="eos" if work.get("lengths") else None,
         gradient_checkpointing=False,
         bf16=False,
         report_to="none",
@@ -127,12 +159,13 @@ def iterations(config: GPT2Config, prompts: torch.Tensor, work: dict) -> list[fl
     """Return the seconds of each PPO iteration."""
     scorer = GPT2Config(**{**config.to_dict(), "num_labels": 1})
     updates = work["runs"] + 1
-    clock = Clock()
+    clock, policy = Clock(), Policy(config)
+    policy.lengths = work.get("lengths")
     with tempfile.TemporaryDirectory() as out:
         trainer = PPOTrainer(
             args=ppo_config(work, updates, out),
             processing_class=make_tokenizer(work),
-            model=GPT2LMHeadModel(config),
+            model=policy,
             ref_model=GPT2LMHeadModel(config),
             reward_model=GPT2ForSequenceClassification(scorer),
             value_model=GPT2ForSequenceClassification(scorer),

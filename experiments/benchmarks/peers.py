@@ -39,22 +39,27 @@ class Peers:
     """Number of turns of each peer."""
     runs: int = 3
     """Timed iterations in a turn, after one that is not timed."""
-    peers: tuple[str, ...] = ("trl", "tunix")
-    """Names of the peers."""
+    peers: tuple[str, ...] = ()
+    """Names of the peers. By default trl and tunix, or trl alone where responses have different
+    lengths."""
 
 
 def main(options: Peers) -> dict:
     """Time all peers, write a summary to `options.out`, print medians and return the summary."""
     work = dataclasses.asdict(WORKS[options.work]) | {"runs": options.runs}
-    pythons = {name: environment(name) for name in options.peers}
+    peers = options.peers or (("trl",) if work["median"] else ("trl", "tunix"))
+    pythons = {name: environment(name) for name in peers}
     commands = {"ppo_jax": [sys.executable, "-m", "experiments.benchmarks.peer_ours"]}
     commands |= {
         name: [str(python), str(_HERE / f"peer_{name}.py")] for name, python in pythons.items()
     }
     times: dict[str, list[float]] = {}
+    lengths: dict[str, list[int]] = {}  # of the responses of this package, which the peers copy
     for _ in range(options.rounds):
         for name, command in commands.items():
-            result = run([*command, json.dumps(work)])
+            result = run([*command, json.dumps(work | (lengths if name != "ppo_jax" else {}))])
+            if name == "ppo_jax" and work["median"]:
+                lengths["lengths"] = result["lengths"]
             times.setdefault(f"iteration_s/{name}", []).extend(result["iteration_s"])
             if "rollout_s" in result:
                 sampler = "hf_generate" if name == "trl" else name

@@ -49,6 +49,7 @@ class Work:
     logit_chunk: int | None = None
     pack: int | None = None
     median: int | None = None  # of lognormal lengths of responses, with sigma 1
+    slots: int | None = None
 
     @property
     def config(self) -> TransformerConfig:
@@ -74,6 +75,7 @@ class Work:
             max_new_tokens=self.new_tokens,
             logit_chunk=self.logit_chunk,
             pack=self.pack,
+            rollout_slots=self.slots,
         )
 
 
