@@ -56,7 +56,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: tuple[ShardRule, ...]
 
     def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
         axes = axes_of(path, len(x.shape), rules) if x.shape else ()
-        return NamedSharding(mesh, _fit(axes, x.shape, mesh))
+        return NamedSharding(mesh, fit(axes, x.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -137,8 +137,8 @@ def constrain(x: Array, *axes: Any) -> Array:
       Array([[2., 2.],
              [2., 2.]], dtype=float32)
     """
-    mesh = _automatic_mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
+    mesh = automatic_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(axes, x.shape, mesh))
 
 
 def constrain_rows(tree: Tree) -> Tree:
@@ -148,7 +148,7 @@ def constrain_rows(tree: Tree) -> Tree:
 
 def constrain_params(tree: Tree, rules: tuple[ShardRule, ...] = RULES) -> Tree:
     """Constrain a tree of parameters or gradients by rules."""
-    if _automatic_mesh() is None:
+    if automatic_mesh() is None:
         return tree
     return jax.tree_util.tree_map_with_path(
         lambda path, x: constrain(x, *axes_of(path, x.ndim, rules)), tree
@@ -174,43 +174,6 @@ def platform() -> str:
     """Return the platform of the mesh of `jax.set_mesh`, such as `tpu`, or else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
-
-
-def on_shards(
-    function: Callable[..., Array], arrays: tuple[Array, ...], rows: tuple[Array, ...] = ()
-) -> Array:
-    """Call a function on each shard of the rows and heads of arrays.
-
-    This is for kernels that the compiler cannot split over the devices of a mesh by itself.
-
-    Args:
-      function: called with the shards of `arrays` and `rows`; it returns an array `[B, H, ...]`.
-      arrays: arrays `[B, heads, ...]`. Heads are split if the number of heads of all of them can
-        be divided by the size of the mesh axis `tensor`.
-      rows: arrays `[B, ...]`.
-
-    Returns:
-      The result for all rows and heads, `[B, H, ...]`.
-    """
-    mesh = _automatic_mesh()
-    if mesh is None:
-        return function(*arrays, *rows)
-    free = _free_axes(mesh)
-    split = all(x.shape[1] % free.get("tensor", 1) == 0 for x in arrays)
-    by_rows = _fit((BATCH,), rows[0].shape if rows else arrays[0].shape, mesh)
-    by_heads = PartitionSpec(*by_rows, "tensor" if split and "tensor" in free else None)
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(*(by_heads for _ in arrays), *(by_rows for _ in rows)),
-        out_specs=by_heads,
-        axis_names={
-            name
-            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind is AxisType.Auto
-        },
-        check_vma=False,  # The rule of a kernel of Pallas does not say how its results vary.
-    )(*arrays, *rows)
 
 
 def row_shards(*counts: int) -> int:
@@ -274,7 +237,7 @@ def map_over_data(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out) if split_result else out
 
 
-def _automatic_mesh() -> AbstractMesh | None:
+def automatic_mesh() -> AbstractMesh | None:
     """Return the mesh of `jax.set_mesh` if the compiler chooses shardings on it, else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if AxisType.Auto in mesh.axis_types else None
@@ -296,7 +259,7 @@ def _is_mapped(axis: str) -> bool:
         return False
 
 
-def _fit(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def fit(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Drop the axes that are not free on the mesh or do not divide their dimension."""
     free = _free_axes(mesh)
     fitted: list[Any] = []

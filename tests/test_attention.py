@@ -21,6 +21,7 @@ from ppo_jax import (
     init_scorer,
     language_model,
     make_experience,
+    matmul_flops,
     ppo_loss_fn,
     ppo_update,
     score_rollout,
@@ -31,7 +32,6 @@ from ppo_jax.models import attention, blockwise_attention, splash_attention
 from ppo_jax.models.config import Rotary
 from ppo_jax.models.visible import PADDING, Visible
 from ppo_jax.ppo import packing
-from ppo_jax.sharding import on_shards
 from ppo_jax.types import Rollout
 
 LONG = 290  # three blocks of keys
@@ -279,6 +279,12 @@ def test_a_function_on_shards_gets_the_rows_and_heads_of_one_device():
 
     x, by = jnp.arange(64.0).reshape(8, 4, 2), jnp.arange(8.0)
     with jax.set_mesh(mesh):
-        out = jax.jit(lambda x, by: on_shards(scaled, (x,), (by,)))(x, by)
+        out = jax.jit(lambda x, by: splash_attention.on_shards(scaled, (x,), (by,)))(x, by)
     np.testing.assert_array_equal(out, x * by[:, None, None])
     assert shapes == [((2, 2, 2), (2,))]
+
+
+def test_flops_of_the_kernel_count_all_pairs():
+    x, ids = jnp.ones((2, 4, 1024, 64)), jnp.zeros((2, 1024), jnp.int32)
+    forward = functools.partial(attention.splash_attention, visible=Visible(ids, ids), cap=None)
+    assert matmul_flops(forward, x, x, x) == 2 * 2 * 2 * 4 * 1024 * 1024 * 64

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import AxisType, PartitionSpec
 
 from ppo_jax.models.visible import PADDING, Visible
-from ppo_jax.sharding import on_shards
+from ppo_jax.sharding import BATCH, automatic_mesh, fit
 
 _LANES, _BLOCK = 128, 512
 
@@ -98,3 +99,36 @@ def _kernel(
         attn_logits_soft_cap=cap,
         interpret=interpret,
     )
+
+
+def on_shards(
+    function: Callable[..., Array], arrays: tuple[Array, ...], rows: tuple[Array, ...]
+) -> Array:
+    """Call a function on each shard of the rows and heads of arrays.
+
+    This is for kernels that the compiler cannot split over the devices of a mesh by itself.
+
+    Args:
+      function: called with the shards of `arrays` and `rows`; it returns an array `[B, H, ...]`.
+      arrays: arrays `[B, heads, ...]`. Heads are split if the numbers of heads of all of them can
+        be divided by the size of the mesh axis `tensor`.
+      rows: arrays `[B, ...]`.
+
+    Returns:
+      The result for all rows and heads, `[B, H, ...]`.
+    """
+    mesh = automatic_mesh()
+    if mesh is None:
+        return function(*arrays, *rows)
+    by_rows = fit((BATCH,), rows[0].shape, mesh)
+    heads = {fit(("tensor",), x.shape[1:2], mesh)[0] for x in arrays}
+    by_heads = PartitionSpec(*by_rows, heads.pop() if len(heads) == 1 else None)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(*(by_heads for _ in arrays), *(by_rows for _ in rows)),
+        out_specs=by_heads,
+        axis_names={name for name, kind in kinds if kind is AxisType.Auto},
+        check_vma=False,  # A kernel does not say over which axes its results vary.
+    )(*arrays, *rows)
