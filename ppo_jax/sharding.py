@@ -157,17 +157,23 @@ def constrain_params(tree: Tree, rules: tuple[ShardRule, ...] = RULES) -> Tree:
 
 def gather_rows(x: Array) -> Array:
     """Gather rows `[B, D]` over `fsdp`, for a product with parameters laid by `DECODING_RULES`."""
-    return constrain(x, "data", PartitionSpec.UNCONSTRAINED) if _free_fsdp() > 1 else x
+    return constrain(x, "data", PartitionSpec.UNCONSTRAINED) if free_size("fsdp") > 1 else x
 
 
 def split_features(x: Array) -> Array:
     """Shard the features `[B, F]` that such a product gives, so that its parameters stay."""
-    return constrain(x, "data", ("tensor", "fsdp")) if _free_fsdp() > 1 else x
+    return constrain(x, "data", ("tensor", "fsdp")) if free_size("fsdp") > 1 else x
 
 
-def _free_fsdp() -> int:
-    """Return the size of the mesh axis `fsdp`, or 1 if it is not free."""
-    return _free_axes(jax.sharding.get_abstract_mesh()).get("fsdp", 1)
+def free_size(axis: str) -> int:
+    """Return the size of a mesh axis at this point of a program, or 1 if it is not free."""
+    return _free_axes(jax.sharding.get_abstract_mesh()).get(axis, 1)
+
+
+def platform() -> str:
+    """Return the platform of the mesh of `jax.set_mesh`, such as `tpu`, or else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def platform() -> str:

@@ -37,7 +37,8 @@ class KVCache(PyTreeNode):
     """The attention keys and values of the positions that a model has read so far.
 
     Attributes:
-      keys, values: one `[B, K, N, C]` array per layer.
+      keys, values: one `[B, G, N, F]` array per layer. The `K` key heads are divided into `G`
+        groups, each of which has the `F = K / G C` features of its heads side by side.
       mask: `[B, N]` bool, true for slots that hold a real token.
       length: `[]` int32, the number of filled slots, padding included; the same for all rows.
 

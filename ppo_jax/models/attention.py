@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.models.blockwise_attention import blockwise_attention
+from ppo_jax.models.cache import block_diagonal, own_features
 from ppo_jax.models.rounding import product, round_to
 from ppo_jax.models.splash_attention import splash_attention
 from ppo_jax.models.visible import PADDING, Visible, in_reach
@@ -99,21 +100,26 @@ def attend_long(
 
 
 def attend(
-    q_BKQC: Array, k_BKNC: Array, v_BKNC: Array, allowed_BQN: Array, *, cap: float | None
+    q_BKQC: Array, k_BGNF: Array, v_BGNF: Array, allowed_BQN: Array, *, cap: float | None
 ) -> Array:
     """Attend to keys and values.
 
     Args:
       q_BKQC: queries, scaled; those of the heads that share a key head are rows of one matrix.
-      k_BKNC: keys.
-      v_BKNC: values, whose dtype probabilities and results are rounded to.
+      k_BGNF: keys, in groups of key heads (see `models.cache`).
+      v_BGNF: values, whose dtype probabilities and results are rounded to.
       allowed_BQN: bool, the slots that each query attends to.
       cap: bound of the soft cap on the logits, or None.
 
     Returns:
       The results `[B, K, Q, C]`.
     """
-    plain, arrays = partial(_attend, cap=cap), (q_BKQC, k_BKNC, v_BKNC, allowed_BQN)
+    K, groups = q_BKQC.shape[1], k_BGNF.shape[1]
+    if groups != K:
+        q, own = block_diagonal(q_BKQC, groups, _TPU_ROWS)
+        allowed = jnp.tile(allowed_BQN, (1, own.shape[2], 1))
+        return own_features(_attend(q, k_BGNF, v_BGNF, allowed, cap=cap), own, K)
+    plain, arrays = partial(_attend, cap=cap), (q_BKQC, k_BGNF, v_BGNF, allowed_BQN)
     if q_BKQC.shape[2] >= _TPU_ROWS:
         return plain(*arrays)
     return jax.lax.platform_dependent(*arrays, tpu=partial(_attend_padded, cap=cap), default=plain)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.models.attention import attend, attend_long
+from ppo_jax.models.cache import group_heads, separate_heads
 from ppo_jax.models.config import NormKind, TransformerConfig
 from ppo_jax.models.rounding import mean, product, round_to
 from ppo_jax.models.visible import Visible
@@ -163,11 +164,17 @@ class Attention(nn.Module):
         v_BKNC = self._heads("v", K, x_BSD)
         if cache is not None:
             k_BKNC, v_BKNC = (
-                jax.lax.dynamic_update_slice_in_dim(old[self.layer], new, cache.length, axis=2)
-                for old, new in ((cache.keys, k_BKNC), (cache.values, v_BKNC))
+                jax.lax.dynamic_update_slice_in_dim(
+                    old, group_heads(new, old.shape[1]), cache.length, axis=2
+                )
+                for old, new in (
+                    (cache.keys[self.layer], k_BKNC),
+                    (cache.values[self.layer], v_BKNC),
+                )
             )
         if isinstance(allowed_BSN, Visible):
-            out = attend_long(q_BHSC, k_BKNC, v_BKNC, allowed_BSN, cap=c.attention_cap)
+            heads = (separate_heads(x, K) for x in (k_BKNC, v_BKNC))
+            out = attend_long(q_BHSC, *heads, allowed_BSN, cap=c.attention_cap)
         else:
             # The query heads that share a key head become rows of one matrix product.
             q_BKQC = q_BHSC.reshape(B, K, H // K * S, C)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.models.attention import attended_slots, soft_cap
+from ppo_jax.models.cache import empty_cache
 from ppo_jax.models.config import NormAt, TransformerConfig
 from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, parameter
 from ppo_jax.models.rounding import product, round_to
@@ -263,16 +264,10 @@ def _language_model(config: TransformerConfig) -> LanguageModel:
     ) -> tuple[Array, KVCache | None]:
         return apply({"params": params}, tokens, mask, cache, last, segments)
 
-    def init_cache(batch_size: int, slots: int) -> KVCache:
-        shape = (batch_size, config.key_heads, slots, config.head_width)
-        layer = lambda: constrain(jnp.zeros(shape, config.dtype), BATCH, "tensor")
-        keys, values = (tuple(layer() for _ in range(config.layers)) for _ in range(2))
-        return KVCache(keys, values, jnp.zeros((batch_size, slots), bool), jnp.int32(0))
-
     return LanguageModel(
         hidden=hidden,
         logits=lambda params, hidden: apply({"params": params}, hidden, method="logits"),
-        init_cache=init_cache,
+        init_cache=functools.partial(empty_cache, config),
         rounded=lambda params: jax.tree.map(
             lambda x: round_to(x, config.dtype) if x.ndim > 1 else x, params
         ),
