@@ -15,6 +15,9 @@ from ppo_jax.ops.masked import widen
 # A token is drawn in two stages, first a block of this many tokens and then a token of the block.
 # That takes two cumulative sums of about √V numbers instead of one of V.
 _BLOCK = 256
+# On a TPU, the sum of a block takes a while, because the block lies in the lanes of the registers.
+# One of this many chunks of whole blocks is therefore drawn first.
+_CHUNKS = 16
 
 
 def filter_top_k(logits: Array, k: int) -> Array:
@@ -129,16 +132,53 @@ def sample_token(key: Array, logits: Array) -> tuple[Array, Array]:
     """
     chex.assert_rank(logits, 1)
     logits = widen(logits)
+    # Two numbers, because one float32 is too coarse for tokens of a probability below 1e-7.
+    numbers = jax.random.uniform(key, (2,), jnp.float32)
+    return jax.lax.platform_dependent(logits, numbers, tpu=by_chunks, default=by_blocks)
+
+
+def by_blocks(logits: Array, numbers: Array) -> tuple[Array, Array]:
+    """Return what `sample_token` does, given two uniform numbers."""
     weights = jnp.exp(logits - jnp.max(logits))
     blocks = jnp.pad(weights, (0, -weights.size % _BLOCK)).reshape(-1, _BLOCK)
     mass = blocks.sum(axis=1)
-    # Two numbers, because one float32 is too coarse for tokens of a probability below 1e-7.
-    u, v = jax.random.uniform(key, (2,), jnp.float32)
-    block = _first_beyond(mass, u * mass.sum())
-    within = _first_beyond(blocks[block], v * mass[block])
+    token = _in_blocks(blocks, mass, numbers[0] * mass.sum(), numbers[1])
     # The minimum matters only if the weights are NaN. It keeps the token in the vocabulary then.
-    token = jnp.minimum(block * _BLOCK + within, logits.size - 1).astype(jnp.int32)
+    token = jnp.minimum(token, logits.size - 1)
     return token, logits[token] - jax.nn.logsumexp(logits)
+
+
+def by_chunks(logits: Array, numbers: Array) -> tuple[Array, Array]:
+    """Return what `by_blocks` does, up to rounding, by sums that suit a TPU."""
+    size = -(-logits.size // (_CHUNKS * _BLOCK)) * _BLOCK
+    fill = lambda x: jnp.pad(x, (0, size - x.size), constant_values=-jnp.inf)
+    chunks = [fill(logits[begin : begin + size]) for begin in range(0, logits.size, size)]
+    largest = jnp.max(logits)
+    mass = jnp.stack([jnp.sum(jnp.exp(chunk - largest)) for chunk in chunks])
+    target = numbers[0] * mass.sum()
+    number = _first_beyond(mass, target)
+    before = jnp.sum(jnp.where(jnp.arange(len(chunks)) < number, mass, 0))
+    chosen = chunks[0]
+    for i, chunk in enumerate(chunks[1:], start=1):  # A gather would copy all chunks first.
+        chosen = jnp.where(number == i, chunk, chosen)
+    blocks = jnp.exp(chosen - largest).reshape(-1, _BLOCK)
+    token = number * size + _in_blocks(blocks, blocks.sum(axis=1), target - before, numbers[1])
+    token = jnp.minimum(token, logits.size - 1).astype(jnp.int32)
+    return token, logits[token] - (largest + jnp.log(mass.sum()))
+
+
+def _in_blocks(blocks: Array, mass: Array, target: Array, number: Array) -> Array:
+    """Draw a token of the weights `[n, 256]`: first a block, then a token of it.
+
+    Args:
+      blocks: the weights.
+      mass: their sums `[n]`.
+      target: a uniform number times the sum of all weights; it chooses the block.
+      number: a uniform number, which chooses the token.
+    """
+    block = _first_beyond(mass, target)
+    within = _first_beyond(blocks[block], number * mass[block])
+    return (block * _BLOCK + within).astype(jnp.int32)
 
 
 def greedy_token(logits: Array) -> tuple[Array, Array]:
