@@ -11,7 +11,7 @@ from helpers import init_params, slow_but
 
 from ppo_jax.models import attention
 from ppo_jax.models.config import NormAt, Rotary, TransformerConfig
-from ppo_jax.models.rounding import product
+from ppo_jax.models.rounding import product, round_to
 from ppo_jax.models.transformer import language_model
 from ppo_jax.plan.flops import matmul_eqns, matmul_flops
 from ppo_jax.ppo.forward import forward_responses
@@ -93,6 +93,22 @@ def test_gradient_of_a_product(spec, a, b):
         cut(jnp.asarray(np.einsum(f"{result},{right}->{left}", cut(weight), cut(b)))),
         rtol=1e-2,
     )
+
+
+def test_a_cotangent_is_rounded_by_a_conversion_on_a_tpu():
+    """The values are the same, and a conversion there and back costs nothing."""
+    x = jax.random.normal(jax.random.key(0), (64, 64)) ** 5
+    np.testing.assert_array_equal(round_to(x, jnp.bfloat16), x.astype(jnp.bfloat16))
+
+    def loss(x, w):
+        return jnp.sum(round_to(product("nd,dv->nv", x, w), jnp.bfloat16).astype(jnp.float32) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x.astype(jnp.bfloat16), x)
+    cpu, tpu = (
+        gradient.lower(lowering_platforms=(name,)).as_text().count("reduce_precision")
+        for name in ("cpu", "tpu")
+    )
+    assert cpu == tpu + 1
 
 
 def test_parameters_rounded_beforehand_give_the_same_logits():

@@ -223,6 +223,21 @@ def test_greedy_takes_the_first_maximum():
     close(logprob, oracles.log_softmax(tied)[1])
 
 
+@pytest.mark.parametrize("size", [3, 300, 9000])
+def test_the_form_for_a_tpu_draws_the_same_tokens(size):
+    """Also where most tokens have no weight, or one of them has nearly all."""
+    logits = jnp.concatenate([jnp.array(random_logits(40, size)), 30 * random_logits(24, size)])
+    logits = logits.at[::2, size // 3 :].set(-jnp.inf)
+    numbers = jax.random.uniform(jax.random.key(1), (64, 2))
+    (want, logprob), (got, other) = (
+        jax.jit(jax.vmap(form))(logits, numbers)
+        for form in (sampling.by_blocks, sampling.by_chunks)
+    )
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(other, logprob, rtol=1e-5, atol=1e-5)
+    assert 0 <= sampling.by_chunks(jnp.full(size, jnp.nan), numbers[0])[0] < size
+
+
 @pytest.mark.parametrize("function", [greedy_token, partial(sample_token, jax.random.key(0))])
 def test_a_batch_without_vmap_is_refused(function):
     """A batch with one key would silently share its randomness over rows."""

@@ -10,11 +10,13 @@ import pytest
 from helpers import init_params, tiny_config
 
 from ppo_jax.errors import SettingError
+from ppo_jax.models.cache import empty_cache
 from ppo_jax.models.config import Rotary
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import decoding
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.sharding import AXES
 
 B, P, R = 9, 5, 11
 KEY = jax.random.key(7)
@@ -61,6 +63,26 @@ def test_samples_do_not_depend_on_the_slots(config, slots, options):
     lengths = set(np.asarray(expected.response_mask.sum(axis=1)))
     assert len(lengths) > 2 or lengths == {R}
     assert_same(sampled(model, params, slots=slots, **options), expected)
+
+
+@pytest.mark.parametrize("kv_heads, groups, slots", [(4, 2, None), (4, 1, 3), (2, 1, None)])
+def test_groups_of_heads_in_the_cache_change_no_sample(kv_heads, groups, slots):
+    """Heads are grouped on a TPU only, so the test asks for the groups."""
+    config = dataclasses.replace(GEMMA, heads=4, kv_heads=kv_heads, width=32)
+    model, params = language_model(config), init_params(config, jax.random.key(0))
+    grouped = model._replace(init_cache=functools.partial(empty_cache, config, groups=groups))
+    assert grouped.init_cache(2, 6).keys[0].shape == (2, groups, 6, kv_heads // groups * 8)
+    assert_same(sampled(grouped, params, slots=slots), sampled(model, params))
+
+
+def test_heads_are_grouped_for_the_platform_of_the_mesh():
+    config = tiny_config(layers=1, width=192, heads=3)
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), AXES, abstract_device=device)
+    shape = lambda: jax.eval_shape(lambda: language_model(config).init_cache(2, 6)).keys[0].shape
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert shape() == (2, 1, 6, 192)
+    assert shape() == (2, 3, 6, 64)
 
 
 def test_a_cache_that_grows_changes_no_sample():

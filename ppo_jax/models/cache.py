@@ -46,9 +46,18 @@ def cache_groups(config: TransformerConfig, platform: str, tensor: int = 1) -> i
     return min(groups, key=lambda G: -features(G) % _LANES / features(G))
 
 
-def empty_cache(config: TransformerConfig, batch_size: int, slots: int) -> KVCache:
-    """Return a cache without entries, for `batch_size` rows and `slots` positions."""
-    groups = cache_groups(config, platform(), free_size("tensor"))
+def empty_cache(
+    config: TransformerConfig, batch_size: int, slots: int, groups: int | None = None
+) -> KVCache:
+    """Return a cache without entries.
+
+    Args:
+      config: the configuration of the model.
+      batch_size: `B`.
+      slots: `N`.
+      groups: `G`, by default that of `cache_groups` for the platform of the program.
+    """
+    groups = groups or cache_groups(config, platform(), free_size("tensor"))
     features = config.key_heads * config.head_width // groups
     layer = lambda: jnp.zeros((batch_size, groups, slots, features), config.dtype)
     layers = lambda: tuple(constrain(layer(), BATCH, "tensor") for _ in range(config.layers))
