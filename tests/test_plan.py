@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import run_command_strictly, start_process
+from helpers import run_command_strictly, run_script, start_process
 from jax.sharding import AbstractMesh, AxisType
 
 from ppo_jax.models.transformer import init_params
@@ -122,6 +122,31 @@ def planned_wide(layers, *args):
         return planned(model, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4", *args)[
             0
         ]["update"]
+
+
+GRADIENT_OF_PADDED_LOGITS = """
+import jax, jax.numpy as jnp
+from ppo_jax import TransformerConfig, init_params, language_model, make_mesh, make_topology
+from ppo_jax.sharding import constrain_params, placed, rows_sharding
+
+config = TransformerConfig(vocab_size=65, positions=8, width=128, layers=1, heads=2, mlp_width=64,
+                           dtype=jnp.bfloat16)
+mesh = make_mesh({"fsdp": 4}, make_topology("v5e:2x2"))
+params = placed(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), mesh)
+hidden = jax.ShapeDtypeStruct((1152, 1, 128), jnp.bfloat16, sharding=rows_sharding(mesh))
+loss = lambda params, hidden: jnp.sum(language_model(config).logits(params, hidden) ** 2)
+with jax.set_mesh(mesh):
+    jax.jit(lambda *args: constrain_params(jax.grad(loss)(*args))).lower(params, hidden).compile()
+"""
+
+
+def test_the_gradient_of_a_padded_vocabulary_compiles_with_fsdp(tmp_path):
+    """The compiler failed to fuse its sum over chips with the slice that drops the padding."""
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(GRADIENT_OF_PADDED_LOGITS)
+    process = start_process(run_script, script, log=log, folder=tmp_path)
+    process.join(300)
+    assert process.exitcode == 0, log.read_text()
 
 
 @pytest.mark.slow

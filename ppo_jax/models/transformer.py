@@ -21,7 +21,7 @@ from ppo_jax.models.config import NormAt, TransformerConfig
 from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, parameter
 from ppo_jax.models.rounding import product, round_to
 from ppo_jax.models.visible import Visible, since
-from ppo_jax.sharding import BATCH, constrain, gather_rows, split_features
+from ppo_jax.sharding import BATCH, constrain, free_size, gather_rows, split_features
 from ppo_jax.types import KVCache, LanguageModel, Params
 
 # Tensor cores are slow at lengths that are not divisible by a power of two.
@@ -194,6 +194,9 @@ class Decoder(nn.Module):
         if c.low_precision and len(rows) > 1024:
             # Tensor cores are fast if all sizes are multiples of 64.
             matrix_VD = jnp.pad(matrix_VD, ((0, -c.vocab_size % 64), (0, 0)))
+            if free_size("fsdp") > 1:
+                # Its gradient is sharded before the slice; libtpu 0.0.42 fails to fuse these two.
+                matrix_VD = jax.lax.optimization_barrier(constrain(matrix_VD, "tensor", "fsdp"))
         out = soft_cap(product("nd,vd->nv", rows, matrix_VD)[:, : c.vocab_size], c.logit_cap)
         if c.lm_transform:
             out = out + self.lm_bias[None, :]
