@@ -176,12 +176,6 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def platform() -> str:
-    """Return the platform of the mesh of `jax.set_mesh`, such as `tpu`, or else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def row_shards(*counts: int) -> int:
     """Return how many devices the rows of a batch are sharded over at this point of a program.
 

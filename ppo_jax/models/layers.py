@@ -173,8 +173,8 @@ class Attention(nn.Module):
                 )
             )
         if isinstance(allowed_BSN, Visible):
-            heads = (separate_heads(x, K) for x in (k_BKNC, v_BKNC))
-            out = attend_long(q_BHSC, *heads, allowed_BSN, cap=c.attention_cap)
+            keys, values = separate_heads(k_BKNC, K), separate_heads(v_BKNC, K)
+            out = attend_long(q_BHSC, keys, values, allowed_BSN, cap=c.attention_cap)
         else:
             # The query heads that share a key head become rows of one matrix product.
             q_BKQC = q_BHSC.reshape(B, K, H // K * S, C)
