@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import data
+from ppo_jax.commands.fitting import read_answers
 from ppo_jax.commands.supervised import Reward
 from ppo_jax.data.columns import ExampleColumns, PromptColumns
 from ppo_jax.data.examples import encode_demonstrations, encode_judgements
@@ -457,7 +458,7 @@ def test_two_columns_for_the_same_texts_are_refused():
 def test_labels_that_are_words_get_class_numbers(tmp_path):
     (tmp_path / "a.csv").write_text("text,mood\nb,Positive\nc,negative\n")
     given = {"model": "", "out": tmp_path / "out", "data": str(tmp_path / "a.csv")}
-    rows, _ = Reward(**given, learn_from="classes", label_column="mood")._read()
+    rows, _ = read_answers(Reward(**given, learn_from="classes", label_column="mood"))
     assert [(row["response"], row["score"]) for row in rows] == [("b", 1), ("c", 0)]
     rows = [{"score": label} for label in ("ham", 2.0, "spam")]
     assert number_labels(rows, label_order(rows, ("Spam", "2", "ham"))) == [
@@ -469,7 +470,7 @@ def test_labels_that_are_words_get_class_numbers(tmp_path):
     with pytest.raises(ValueError, match=r"Row 1 has the label 2.0, which is none of"):
         number_labels(rows, ("ham", "spam"))
     with pytest.raises(ValueError, match="To learn from labels instead of pairs, pass --learn"):
-        Reward(**given)._read()
+        read_answers(Reward(**given))
 
 
 @pytest.mark.parametrize(

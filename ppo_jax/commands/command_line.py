@@ -15,7 +15,7 @@ from tyro.constructors import (
 )
 
 from ppo_jax.commands.prompts import PromptOptions
-from ppo_jax.commands.supervised import SFT, Reward
+from ppo_jax.commands.supervised import SFT, Reward, RunOptions
 from ppo_jax.commands.train import Train
 from ppo_jax.distributed.joining import Processes
 from ppo_jax.models.lora_settings import LoRA
@@ -46,6 +46,7 @@ _COMMON: dict[type, set[str]] = {
         *("batch_size", "max_new_tokens", "learning_rate", "kl_coef", "minibatches", "micro_batch"),
     },
     LoRA: {"rank"},
+    RunOptions: {"resume"},
     PromptOptions: set(),
     CriticConfig: set(),
     Faults: set(),

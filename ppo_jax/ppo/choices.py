@@ -95,8 +95,10 @@ class Advantage(_Method):
     MAXRL = "maxrl", lambda: estimators.of_groups(groups.maxrl_advantages), "groups"
     REINFORCE_PP = "reinforce_pp", lambda: estimators.reinforce_pp(baseline=False)
     REINFORCE_PP_BASELINE = (
-        "reinforce_pp_baseline", lambda: estimators.reinforce_pp(baseline=True), "groups",
-    )  # fmt: skip
+        "reinforce_pp_baseline",
+        lambda: estimators.reinforce_pp(baseline=True),
+        "groups",
+    )
     BATCH_MEAN = "batch_mean", lambda: estimators.batch_mean
 
     @property
@@ -147,8 +149,9 @@ class Importance(_Method):
     ICEPOP = "icepop", lambda: methods.bounded(0.5, 5.0)
     SEQUENCE_MASK = "sequence_mask", lambda: methods.bounded(0.0, 3.0, by_response=True)
     GEOMETRIC_MASK = (
-        "geometric_mask", lambda: partial(importance.sequence_masked_weights, low=0.5, high=5.0),
-    )  # fmt: skip
+        "geometric_mask",
+        lambda: partial(importance.sequence_masked_weights, low=0.5, high=5.0),
+    )
 
     @property
     def by_token(self) -> bool:
