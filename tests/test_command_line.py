@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from helpers import options, tiny_policy, word_tokenizer
 import ppo_jax
 from ppo_jax import cli
 from ppo_jax.commands.parsing import COMMANDS, PrintConfig
+from ppo_jax.commands.train import Train
 from ppo_jax.errors import SettingError
 from ppo_jax.models.io import pretrained
 from ppo_jax.ppo.presets import PRESETS
@@ -67,6 +69,11 @@ def test_the_options_that_most_people_use_come_first():
     common, everything = printed("train", "--help"), printed("train", "--help-all")
     assert options_in(common)[:10] == [f"--{name}" for name in SHORT.split()]
     assert "--ppo.kl-horizon" in everything and "--ppo.kl-horizon" not in common
+
+
+def test_every_preset_can_be_chosen():
+    choices = typing.get_args(typing.get_type_hints(Train)["preset"])
+    assert choices == tuple(PRESETS)
 
 
 def test_examples_are_valid():

@@ -36,6 +36,13 @@ OPTIONAL_METRICS = {
     "importance/max",
     "importance/effective_sample_size",
     "groups/uninformative",
+    # Metrics of supervised runs.
+    "train/loss",
+    "train/accuracy",
+    "eval/loss",
+    "eval/accuracy",
+    "optimizer/learning_rate",
+    "perf/tokens_per_s",
 }
 
 

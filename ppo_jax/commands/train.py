@@ -98,6 +98,7 @@ class Train:
         "rloo",
         "reinforce_pp",
         "vapo",
+        "sao",
     ] = "default"
     """Published settings to start from. Options that are given as well take precedence."""
     resume: Resume | Literal["fork"] = "no"

@@ -2,7 +2,7 @@
 
 `ppo_iteration` is the whole of it, and `sample`, `score` and `learn` are its stages. All are pure
 functions of a `PPOState`. What a method computes is a function handed to a stage or named by a
-setting, so a new estimator or loss needs no change here: see `ppo.methods`.
+setting, so a new estimator or loss needs no change here: see `ppo.choices`.
 """
 
 from collections.abc import Callable
