@@ -169,7 +169,7 @@ def make_experience(
       scores: their log-probs, values and KL, from `score_rollout`.
       task_scores: `[B]` float32, the task's score of each response.
       kl_coef: weight of the KL penalty; a number or `[]` float32.
-      advantage_fn: advantage estimator, such as `estimators.gae(gamma=1.0, lam=0.95)`. Its mask holds
+      advantage_fn: estimator, such as `estimators.gae(gamma=1.0, lam=0.95)`. Its mask holds
         the response tokens and the step of the score.
       score_at: the step whose reward includes the score.
       token_scores: `[B, R]` float32, scores of single tokens, added to the rewards; `None` for
