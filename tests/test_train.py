@@ -745,7 +745,7 @@ def test_a_bert_reward_model_equals_transformers(folder, kind, capsys):
     paths = {"model": folder / "bert", "data": folder / "pairs.jsonl", "out": folder / "scorer"}
     training = {"epochs": 1, "batch-size": 4, "learning-rate": 1e-3}
     cli.main(command_line("reward", **paths, **training))
-    assert "epoch 1" in capsys.readouterr().out
+    assert "after epoch 1:" in capsys.readouterr().out
     reward, texts = load_reward(str(folder / "scorer")), ["a b c", "d e f"]
     words = transformers.AutoTokenizer.from_pretrained(folder / "scorer")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(

@@ -183,7 +183,7 @@ class SupervisedTrainer:
         )
         metrics = {"eval/loss": loss, "eval/accuracy": accuracy}
         self._run_loop.log.metrics(update, metrics)
-        done = f"after {(update + 1) / task.epoch_steps:.3g} epochs" if update >= 0 else "before"
+        done = f"after epoch {(update + 1) / task.epoch_steps:.3g}" if update >= 0 else "before"
         tqdm.write(f"Held out, {done}: loss {loss:.4f}, accuracy {accuracy:.3f}")
         return metrics
 
