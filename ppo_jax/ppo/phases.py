@@ -1,18 +1,19 @@
 """The optimizer steps of an update: of policy and critic together, or of the critic first."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
-from jax import Array
 
 from ppo_jax.ops.metrics import explained_variance
 from ppo_jax.ppo.critic import no_critic, value_loss_fn
 from ppo_jax.ppo.entropy import entropy_weight
 from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.scoring import score_rollout
+from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import SHUFFLE, SHUFFLE_CRITIC, Agent, PPOState, overlay
 from ppo_jax.ppo.update import ppo_update, schedule_at
 from ppo_jax.types import Experience, LossFn, Metrics, Params, Rollout
@@ -46,56 +47,42 @@ def take_steps(
     Returns:
       The state with the new parameters and optimizer states, and the metrics of the steps.
     """
-    c = agent.config
-    update = partial(_update, agent, experience=experience, axis_name=axis_name)
-    policy = partial(
-        update,
-        earlier=jnp.maximum(state.update - c.critic.warmup_updates, 0),
-        key=state.key_for(SHUFFLE),
-        epochs=c.epochs,
-        target_kl=c.target_kl,
-    )
-    loss_of = partial(agent_loss_fn, entropy_coef=entropy_weight(c, state.entropy, loss_fn))
     if state.critic is None:
-        train, metrics = policy(state.train, loss_fn=loss_fn or loss_of(agent), frozen=frozen)
+        train, metrics = _train_policy(agent, state, experience, loss_fn, frozen, axis_name)
         return state.replace(train=train), metrics
-    critic, of_critic = _train_critic(agent, state, rollout, update, experience, frozen, axis_name)
-    alone = agent._replace(critic=no_critic, config=replace(c, vf_coef=0.0))
-    loss_fn, frozen = loss_fn or loss_of(alone), overlay(frozen, critic.params)
-    learn = partial(policy, loss_fn=loss_fn, frozen=frozen)
-    train, metrics = _after_warmup(c.critic.warmup_updates, state, learn)
+    critic, of_critic = _train_critic(agent, state, rollout, experience, frozen, axis_name)
+    policy_alone = agent._replace(critic=no_critic, config=replace(agent.config, vf_coef=0.0))
+    frozen = overlay(frozen, critic.params)
+    train, metrics = _after_warmup(
+        agent.config.critic.warmup_updates,
+        state,
+        lambda: _train_policy(policy_alone, state, experience, loss_fn, frozen, axis_name),
+    )
     return state.replace(train=train, critic=critic), _merge(metrics, of_critic)
 
 
-def _update(
+def _train_policy(
     agent: Agent,
-    train: TrainState,
-    *,
-    earlier: Array,
-    key: Array,
+    state: PPOState,
     experience: Experience,
-    loss_fn: LossFn,
-    epochs: int,
-    target_kl: float | None,
+    loss_fn: LossFn | None,
     frozen: Params | None,
     axis_name: str | None,
 ) -> tuple[TrainState, Metrics]:
-    """Run `ppo_update` with the settings, after so many `earlier` updates of these parameters."""
+    """Train the policy, and with it the critic if the critic has no optimizer of its own."""
     c = agent.config
+    earlier_updates = jnp.maximum(state.update - c.critic.warmup_updates, 0)
+    entropy_coef = entropy_weight(c, state.entropy, loss_fn)
     return ppo_update(
-        schedule_at(train, earlier * (epochs * c.minibatches)),
+        schedule_at(state.train, earlier_updates * (c.epochs * c.minibatches)),
         experience,
-        key,
-        loss_fn=loss_fn,
-        epochs=epochs,
-        minibatches=c.minibatches,
-        micro_batches=c.micro_batches,
-        aggregation=c.weighting.function,
-        target_kl=target_kl,
-        skip_nonfinite=c.skip_nonfinite,
-        axis_name=axis_name,
+        state.key_for(SHUFFLE),
+        loss_fn=loss_fn or agent_loss_fn(agent, entropy_coef=entropy_coef),
+        epochs=c.epochs,
+        target_kl=c.target_kl,
         frozen=frozen,
-        bins=c.bins,
+        axis_name=axis_name,
+        **_step_settings(c),
     )
 
 
@@ -103,31 +90,33 @@ def _train_critic(
     agent: Agent,
     state: PPOState,
     rollout: Rollout,
-    update: partial,
     experience: Experience,
     frozen: Params | None,
     axis_name: str | None,
 ) -> tuple[TrainState, Metrics]:
     """Train the critic on the value loss, and measure what it explains afterwards."""
     c, model = agent.config, agent.model
-    others = overlay(frozen, state.train.params)
     assert state.critic is not None
-    critic, metrics = update(
-        state.critic,
-        earlier=state.update,
-        key=state.key_for(SHUFFLE_CRITIC),
-        loss_fn=value_loss_fn(
-            model,
-            agent.critic,
-            value_clip=c.value_clip,
-            aggregation=c.weighting.function,
-            bins=c.bins,
-        ),
+    frozen = overlay(frozen, state.train.params)
+    value_loss = value_loss_fn(
+        model,
+        agent.critic,
+        value_clip=c.value_clip,
+        aggregation=c.weighting.function,
+        bins=c.bins,
+    )
+    critic, metrics = ppo_update(
+        schedule_at(state.critic, state.update * (c.critic_epochs * c.minibatches)),
+        experience,
+        state.key_for(SHUFFLE_CRITIC),
+        loss_fn=value_loss,
         epochs=c.critic_epochs,
         target_kl=None,
-        frozen=others,
+        frozen=frozen,
+        axis_name=axis_name,
+        **_step_settings(c),
     )
-    params = overlay(others, critic.params)
+    params = overlay(frozen, critic.params)
     # Of the scores only the values are used; the compiler leaves the others out.
     values = score_rollout(
         model,
@@ -145,17 +134,30 @@ def _train_critic(
     return critic, metrics
 
 
-def _after_warmup(warmup: int, state: PPOState, learn: partial) -> tuple[TrainState, Metrics]:
-    """Train the policy, or leave it as it is during so many first updates."""
+def _step_settings(config: PPOConfig) -> dict[str, Any]:
+    """Return the arguments of `ppo_update` that policy and critic have in common."""
+    return {
+        "minibatches": config.minibatches,
+        "micro_batches": config.micro_batches,
+        "aggregation": config.weighting.function,
+        "skip_nonfinite": config.skip_nonfinite,
+        "bins": config.bins,
+    }
+
+
+def _after_warmup(
+    warmup: int, state: PPOState, train_policy: Callable[[], tuple[TrainState, Metrics]]
+) -> tuple[TrainState, Metrics]:
+    """Train the policy, or leave it as it is during the first `warmup` updates."""
     if not warmup:
-        return learn(state.train)
+        return train_policy()
 
-    def wait(train: TrainState) -> tuple[TrainState, Metrics]:
-        shapes = jax.eval_shape(learn, train)[1]
+    def wait() -> tuple[TrainState, Metrics]:
+        shapes = jax.eval_shape(train_policy)[1]
         metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return train, metrics | {"optimizer/finite": jnp.float32(1)}
+        return state.train, metrics | {"optimizer/finite": jnp.float32(1)}
 
-    return jax.lax.cond(state.update >= warmup, learn, wait, state.train)
+    return jax.lax.cond(state.update >= warmup, train_policy, wait)
 
 
 def _merge(policy: Metrics, critic: Metrics) -> Metrics:
