@@ -15,6 +15,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in Path(__file
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ppo_jax_tests_"))
+# Each core has a test process of its own; more threads of PyTorch would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Runs in tests are short: their programs should compile quickly rather than run fast. XLA's older
 # emitters, which later versions lack, compile in half the time.

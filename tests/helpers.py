@@ -153,7 +153,7 @@ def simple_trainer(
     **loop,
 ) -> Trainer:
     """Return a run of plain PPO on the tiny model; `loop` overrides fields of `LoopConfig`."""
-    model, tokenizer = tiny_policy(), word_tokenizer()
+    model, tokenizer = tiny_policy(layers=1), word_tokenizer()
     prompts = encode_rows(["a b", "c", "d e f", "g"], tokenizer, ppo)
     critic = heads.shared_critic() if shared else heads.separate_critic(model.config)
     fresh = heads.init_scorer(model.config, jax.random.key(1))
@@ -217,9 +217,11 @@ def slow_but(fast: Container, cases: Iterable) -> list:
 
 # --- processes ---
 
-# A new process is a fork of one that has imported this module, but has not used JAX.
+# A new process is a fork of one that has imported these modules, but has not used JAX.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
+FORKS.set_forkserver_preload(
+    [__name__, "ppo_jax.commands.training", "transformers.models.auto.tokenization_auto"]
+)
 
 
 def start_process(function: Callable, *args, log: Path, folder: Path, **environment: str):

@@ -183,6 +183,7 @@ def states(tokens, mask, last, segments=None):
     return jax.jit(jax.grad(total, has_aux=True))(params)
 
 
+@pytest.mark.slow
 def test_padding_up_to_the_long_form_changes_no_state():
     gradient, hidden = states(TOKENS, TOKENS >= 0, 130)
     long = jnp.pad(TOKENS, ((0, 0), (attention.LONG, 0)))

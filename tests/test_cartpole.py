@@ -19,6 +19,7 @@ def short_run(tmp_path_factory):
     return settings, cartpole.main(settings)
 
 
+@pytest.mark.slow
 def test_learns(short_run):
     _, summary = short_run
     assert summary["return/mean_last_100"] > 100  # a random policy gets about 22

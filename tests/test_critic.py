@@ -83,6 +83,7 @@ def assert_close(x, y):
             np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_it_learns_what_it_learns_together_with_the_policy():
     """Adam moves each parameter by itself, so apart from shuffles both ways are the same."""
     (_, _, together), (joint, _) = updates(2, epochs=1)
@@ -96,6 +97,7 @@ def test_it_learns_what_it_learns_together_with_the_policy():
     assert own["policy/first_ratio_error_max"] < 2e-6
 
 
+@pytest.mark.slow
 def test_the_policy_waits_for_the_critic_to_warm_up():
     states, found = updates(3, critic=dataclasses.replace(OWN, warmup_updates=2), warmup_steps=8)
     assert digest(states[2].train) == digest(states[0].train)
@@ -114,6 +116,7 @@ def test_the_policy_waits_for_the_critic_to_warm_up():
     np.testing.assert_allclose(moved[0], moved[1], rtol=0.3)
 
 
+@pytest.mark.slow
 def test_a_critic_makes_more_passes_and_decays_by_itself():
     critic = dataclasses.replace(OWN, epochs=5, decay_learning_rate=True, weight_decay=0.1)
     states, found = updates(2, critic=critic)

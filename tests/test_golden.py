@@ -114,6 +114,7 @@ def test_rewards_advantages_and_returns(step, rollout, experience):
     )
 
 
+@pytest.mark.slow
 def test_parameters_after_the_step(step, experience, models):
     model, critic, params = models
     tx = optax.adamw(

@@ -112,6 +112,7 @@ def test_groups_that_cannot_be_compared_are_refused():
         check_groups(whole, 6)
 
 
+@pytest.mark.slow
 def test_a_run_compares_responses_to_the_same_prompt(tmp_path):
     """It takes each prompt `group_size` times, and once in an evaluation."""
     ppo = dataclasses.replace(

@@ -43,6 +43,7 @@ def step(agent, state, rollout, scores, task_scores=None):
     return learn(agent, state, rollout, scores, task_scores)
 
 
+@pytest.mark.slow
 def test_a_nan_does_not_spoil_the_state():
     """An update with a NaN is skipped, and the next one learns as if it had not been."""
     agent, state, rollout, scores = problem(kl_target=6.0)
@@ -55,6 +56,7 @@ def test_a_nan_does_not_spoil_the_state():
     assert metrics["optimizer/steps"] == 4
 
 
+@pytest.mark.slow
 def test_the_controller_counts_the_rows_that_it_got():
     """A caller may pass fewer rows than `batch_size`."""
     agent, state, rollout, scores = problem(kl_target=6.0)

@@ -97,6 +97,7 @@ def scored(kl_estimator):
     return jax.jit(score)(params, reference, rollout).kl
 
 
+@pytest.mark.slow
 def test_an_estimator_that_reads_logits_may_be_a_partial_function():
     exact = scored(kl.kl_full)
     np.testing.assert_array_equal(scored(functools.partial(kl.kl_full, temperature=1.0)), exact)

@@ -195,11 +195,13 @@ def assert_same(found, wanted):
             np.testing.assert_allclose(found[1][name], x, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_packed_update_equals_that_of_the_rows():
     options = {"aggregation": BY_SEQUENCE, "target_kl": 1e-3, "tx": optax.sgd(0.5)}
     assert_same(update(Bins(2 * BLOCK, 2), **options), update(None, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, bound", [(jnp.float32, 2e-6), (jnp.bfloat16, 5e-3)])
 def test_the_first_ratio_of_packed_rows_is_one(dtype, bound):
     _, metrics = update(Bins(3 * BLOCK), dtype, tx=optax.adam(3e-3), epochs=4)
@@ -207,10 +209,12 @@ def test_the_first_ratio_of_packed_rows_is_one(dtype, bound):
     assert metrics["policy/first_clipfrac"] == 0 and metrics["policy/clipfrac"] > 0.01
 
 
+@pytest.mark.slow
 def test_shards_pack_their_own_rows():
     assert_same(update(Bins(2 * BLOCK), on="shard_map"), update(None))
 
 
+@pytest.mark.slow
 def test_a_kl_estimator_may_read_the_logits_of_packed_rows():
     model, critic, params, made = small_problem()
     reference = jax.tree.map(lambda x: x * 1.1, params["policy"])

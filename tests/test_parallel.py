@@ -46,7 +46,7 @@ HF = {
         "vocab_size": 61,
         "n_positions": 40,
         "n_embd": 32,
-        "n_layer": 2,
+        "n_layer": 1,
         "n_head": 8,
     },
     "llama": {
@@ -380,6 +380,7 @@ def test_invalid_groups_of_devices_are_refused(text, message):
         meshes.make_meshes(meshes.parse_mesh(text, meshes.GROUPS))
 
 
+@pytest.mark.slow
 def test_devices_that_only_sample_change_no_bit(tmp_path):
     learning, sampling = meshes.make_meshes({"data": 2, "rollout": 2})
     assert not set(learning.devices.flat) & set(sampling.devices.flat)

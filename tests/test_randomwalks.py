@@ -14,8 +14,8 @@ import pytest
 from experiments import randomwalks as rw
 from ppo_jax.errors import SettingError
 
-SMALL = rw.Settings(out=Path("unused"), walks=200, sft_steps=60, updates=24, samples=16)
-SHORT = dataclasses.replace(SMALL, sft_steps=20, updates=3, seeds=2)
+SMALL = rw.Settings(out=Path("unused"), walks=200, sft_steps=60, updates=24, samples=8)
+SHORT = dataclasses.replace(SMALL, sft_steps=8, updates=2, seeds=2)
 
 
 @pytest.fixture(scope="module")

@@ -207,6 +207,7 @@ def test_an_async_reward_inside_an_event_loop():
     np.testing.assert_array_equal(asyncio.run(cell()), [1, 2])
 
 
+@pytest.mark.slow
 def test_a_response_without_a_score_is_left_out(tmp_path):
     """The reward returns None for it; the other responses are learned from, and it is counted."""
     unscored = lambda prompts, responses: {"a": [None, *[float(len(r)) for r in responses[1:]]]}

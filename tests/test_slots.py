@@ -85,6 +85,7 @@ def test_heads_are_grouped_for_the_platform_of_the_mesh():
     assert shape() == (2, 3, 6, 64)
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_changes_no_sample():
     """A cache for 200 new tokens has 128 positions until a row is longer."""
     config = tiny_config(layers=1, init_std=0.3, positions=P + 199, vocab_size=200)

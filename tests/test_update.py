@@ -79,6 +79,7 @@ def test_micro_batches_and_chunks_change_nothing(aggregation):
         close(one, run(aggregation=aggregation, key=3)[0])  # a different shuffle does change them
 
 
+@pytest.mark.slow
 def test_more_padding_changes_nothing():
     experience = small_problem()[3]
     wider = {
@@ -99,6 +100,7 @@ def test_each_epoch_has_every_row_once_in_a_new_order():
     ).any()
 
 
+@pytest.mark.slow
 def test_target_kl_stops_an_update():
     _, free = run(tx=optax.sgd(1.0), epochs=4)
     _, limited = run(tx=optax.sgd(1.0), epochs=4, target_kl=1e-4)
@@ -114,6 +116,7 @@ def test_steps_with_non_finite_gradients_are_skipped_and_counted():
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
+@pytest.mark.slow
 def test_non_finite_parameters_are_reported():
     _, metrics = run(
         tx=optax.adamw(3e38, weight_decay=1e3), epochs=1, minibatches=1, skip_nonfinite=True
@@ -126,6 +129,7 @@ def test_non_finite_parameters_are_reported():
     assert run()[1]["optimizer/finite"] == 1
 
 
+@pytest.mark.slow
 def test_eight_devices_by_pmap_equal_one():
     model, critic, params, experience = small_problem()
     loss_fn = ppo_loss_fn(model, critic, *LOSS, temperature=0.7)
