@@ -119,9 +119,10 @@ def planned_wide(layers, *args):
     """Return the plan of the update of a wide Llama."""
     with tempfile.TemporaryDirectory() as folder:
         model = save_config(Path(folder), WIDE | {"num_hidden_layers": layers})
-        return planned(model, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4", *args)[
-            0
-        ]["update"]
+        options = ("--topology", "v6e:2x2", "--mesh", "fsdp=4", "--phases", "update")
+        found, _ = planned(model, "--model", model, *options, *args)
+        assert set(found) == {"fits", "update"}
+        return found["update"]
 
 
 GRADIENT_OF_PADDED_LOGITS = """
@@ -165,19 +166,9 @@ def test_fsdp_holds_one_gathered_layer_at_a_time():
 @pytest.mark.slow
 def test_plans_of_two_depths_extrapolate(tmp_path):
     model = save_config(tmp_path, HF_LLAMA | {"num_hidden_layers": 3})
-    full, _ = planned(tmp_path, "--model", model, "--topology", "v6e:2x2", "--mesh", "fsdp=4")
-    extrapolated, _ = planned(
-        tmp_path,
-        "--model",
-        model,
-        "--topology",
-        "v6e:2x2",
-        "--mesh",
-        "fsdp=4",
-        "--depths",
-        "1",
-        "2",
-    )
+    options = ("--topology", "v6e:2x2", "--mesh", "fsdp=4", "--phases", "update")
+    full, _ = planned(tmp_path, "--model", model, *options)
+    extrapolated, _ = planned(tmp_path, "--model", model, *options, "--depths", "1", "2")
     assert extrapolated["update"]["flops"] == pytest.approx(full["update"]["flops"], rel=1e-6)
     assert extrapolated["update"]["arguments"] == pytest.approx(
         full["update"]["arguments"], rel=0.02

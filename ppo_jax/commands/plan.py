@@ -38,9 +38,11 @@ class Plan:
     On a TPU, default takes one bfloat16 pass, high three, and highest six, which is float32."""
     remat: bool = False
     """Recompute activations in the backward pass to save memory."""
+    phases: tuple[Literal["rollout", "scoring", "update"], ...] = ("rollout", "scoring", "update")
+    """Compile only these phases of an iteration."""
     depths: tuple[int, int] | None = None
     """Compile the model with these two numbers of layers, and extrapolate to all its layers.
-    Use this for a model that takes too much memory to compile: about half a GiB per layer."""
+    Use this for a model that takes too long to compile."""
     out: Path | None = None
     """JSON file to write the figures to as well."""
     lora: LoRA = NO_LORA
@@ -77,6 +79,7 @@ class Plan:
             prompt_tokens=prompt_tokens,
             critic=self.critic,
             adapters=self.lora if self.lora.rank else None,
+            phases=self.phases,
         )
         if self.depths is None:
             programs = compile_model(config)
