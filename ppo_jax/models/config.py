@@ -176,6 +176,9 @@ class TransformerConfig:
         `transformers` skip the `pad_token_id` of their config. Only scorers have one.
       dtype: type of activations and of the operands of matrix products.
       remat: whether the backward pass recomputes each block instead of keeping its activations.
+      loop_layers: whether programs that read several tokens at once loop over the layers. This
+        compiles faster, but copies the parameters in `dtype`, to which their gradients are then
+        rounded. None means on TPUs, with many layers.
 
     Raises:
       ValueError: if `heads` does not divide `width` and no `head_size` is given, if `kv_heads` does
@@ -228,6 +231,8 @@ class TransformerConfig:
     pad_id: int | None = field(default=None, repr=False)
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    # Left out of the repr, because the numbers are the same to rounding.
+    loop_layers: bool | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.head_size is None and self.width % self.heads:

@@ -18,6 +18,7 @@ from jax import Array
 from ppo_jax.models.attention import attended_slots, soft_cap
 from ppo_jax.models.cache import empty_cache
 from ppo_jax.models.config import NormAt, TransformerConfig
+from ppo_jax.models.layer_loop import layers_in_loop, loop_over_layers
 from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, parameter
 from ppo_jax.models.rounding import product, round_to
 from ppo_jax.models.visible import Visible, since
@@ -74,6 +75,11 @@ class Block(nn.Module):
             x_BSD = add("attn", x_BSD, y_BSD)
             x_BSD = add("mlp", x_BSD, mlp(norm("mlp_norm", x_BSD, *before)))
         return x_BSD, keys, values
+
+
+def _block(config: TransformerConfig, layer: int, params: Params, *inputs: Any) -> Any:
+    """Compute a block with given parameters."""
+    return Block(config, layer, parent=None).apply({"params": params}, *inputs)
 
 
 class Decoder(nn.Module):
@@ -139,7 +145,13 @@ class Decoder(nn.Module):
         )
         angles = self._angles(position_BS)
         x_BSD, keys, values = constrain(self._embed(tokens_BS, position_BS), BATCH), [], []
-        for block, window in zip(self.blocks, c.layer_windows, strict=True):
+        loops = 0 if self.is_initializing() else layers_in_loop(c, S)
+        if loops:
+            layers = [self.variables["params"][f"layer_{i}"] for i in range(loops)]
+            x_BSD, keys, values = loop_over_layers(
+                functools.partial(_block, c), layers, x_BSD, allowed, angles, cache, c
+            )
+        for block, window in list(zip(self.blocks, c.layer_windows, strict=True))[loops:]:
             allowed_BSN = allowed[window]
             if begin and block is self.blocks[-1]:
                 allowed_BSN = since(allowed_BSN, begin)
