@@ -144,7 +144,9 @@ class Decoder(nn.Module):
             mask_BS, mask_BN, segments_BS, start, windows=c.layer_windows, causal=c.causal
         )
         angles = self._angles(position_BS)
-        x_BSD, keys, values = constrain(self._embed(tokens_BS, position_BS), BATCH), [], []
+        x_BSD = constrain(self._embed(tokens_BS, position_BS), BATCH)
+        keys: list[Array] = []
+        values: list[Array] = []
         loops = 0 if self.is_initializing() else layers_in_loop(c, S)
         if loops:
             layers = [self.variables["params"][f"layer_{i}"] for i in range(loops)]
