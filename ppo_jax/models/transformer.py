@@ -145,26 +145,42 @@ class Decoder(nn.Module):
         )
         angles = self._angles(position_BS)
         x_BSD = constrain(self._embed(tokens_BS, position_BS), BATCH)
-        keys: list[Array] = []
-        values: list[Array] = []
-        loops = 0 if self.is_initializing() else layers_in_loop(c, S)
-        if loops:
-            layers = [self.variables["params"][f"layer_{i}"] for i in range(loops)]
-            x_BSD, keys, values = loop_over_layers(
-                functools.partial(_block, c), layers, x_BSD, allowed, angles, cache, c
-            )
-        for block, window in list(zip(self.blocks, c.layer_windows, strict=True))[loops:]:
-            allowed_BSN = allowed[window]
-            if begin and block is self.blocks[-1]:
-                allowed_BSN = since(allowed_BSN, begin)
-            x_BSD, k, v = block(x_BSD, allowed_BSN, angles[window], cache)
-            keys.append(k)
-            values.append(v)
+        x_BSD, keys, values = self._layers(x_BSD, allowed, angles, cache, begin)
         if cache is not None:
             length = cache.length + tokens_BS.shape[1]
             cache = KVCache(tuple(keys), tuple(values), mask_BN, length)
         x_BSD = x_BSD[:, first - begin : S - begin]
         return x_BSD if c.norm_at is NormAt.AFTER else self.final_norm(x_BSD), cache
+
+    def _layers(
+        self,
+        x_BSD: Array,
+        allowed: dict[int | None, Array | Visible],
+        angles: dict[int | None, Array | None],
+        cache: KVCache | None,
+        begin: int,
+    ) -> tuple[Array, list[Array], list[Array]]:
+        """Compute all layers, the last one from position `begin` on.
+
+        The slots that positions attend to and the angles are given by the window of a layer.
+        """
+        c = self.config
+        keys: list[Array] = []
+        values: list[Array] = []
+        loops = 0 if self.is_initializing() else layers_in_loop(c, x_BSD.shape[1])
+        if loops:
+            params = [self.variables["params"][f"layer_{i}"] for i in range(loops)]
+            block_fn = functools.partial(_block, c)
+            x_BSD, keys, values = loop_over_layers(
+                block_fn, params, x_BSD, allowed, angles, cache, c
+            )
+        for block, window in zip(self.blocks[loops:], c.layer_windows[loops:], strict=True):
+            last = begin and block is self.blocks[-1]
+            allowed_BSN = since(allowed[window], begin) if last else allowed[window]
+            x_BSD, k, v = block(x_BSD, allowed_BSN, angles[window], cache)
+            keys.append(k)
+            values.append(v)
+        return x_BSD, keys, values
 
     def _angles(self, position_BS: Array) -> dict[int | None, Array | None]:
         """Return the rotary angles `[B, S, W/2]` of layers, by their window."""
