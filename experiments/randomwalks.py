@@ -37,6 +37,7 @@ import optax
 import tyro
 from flax.training.train_state import TrainState
 
+from experiments.folders import open_folder
 from ppo_jax import (
     Agent,
     Params,
@@ -44,13 +45,11 @@ from ppo_jax import (
     PPOState,
     SettingError,
     TransformerConfig,
-    create_run_folder,
     init_params,
     init_scorer,
     init_state,
     language_model,
     learn,
-    lock_folder,
     sample,
     score,
     separate_critic,
@@ -275,11 +274,7 @@ def plot(results: dict[str, np.ndarray], seeds: range, path: Path) -> None:
 def main(settings: Settings) -> dict[str, Any]:
     """Train all seeds, write the results to `settings.out`, print and return them."""
     start = time.perf_counter()
-    try:
-        out = create_run_folder(settings.out)
-        _folder_lock = lock_folder(out)  # held until the end
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"out={settings.out} cannot be used: {error}") from error
+    out, _folder_lock = settings.out, open_folder(settings.out)  # locked until the end
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = jax.device_get(
         train_all(jnp.stack([jax.random.key(seed) for seed in seeds]), settings=settings)

@@ -3,13 +3,16 @@
 The openings are the first words of real review sentences. The reward is a ridge regression from
 MiniLM sentence embeddings to human scores (Hutto & Gilbert 2014), fitted on other sentences. With
 `--like SENTENCE` the reward is instead the similarity of the text to that sentence, by the same
-encoder. The VADER lexicon, which is used in no training, judges continuations of test openings.
+encoder. A response ends with its sentence. Two judges that are trained on nothing here compare the
+continuations of test openings: the VADER lexicon, and their perplexity under the initial model.
 
     python -m experiments.smollm2 --out runs/smollm2
 """
 
 import dataclasses
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,39 +21,47 @@ import tyro
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import assets
-from experiments.movie_sentiment import distinct2
+from experiments.folders import open_folder
+from experiments.movie_sentiment import distinct2, plot
 from ppo_jax import (
     Encoder,
+    Evaluation,
     Learner,
     LikenessReward,
     LoopConfig,
     LoRA,
+    MissingEOS,
     PPOConfig,
     Pretrained,
     TextReward,
     Trainer,
     assemble,
-    create_run_folder,
+    data,
     init_lora,
+    language_model,
     load_encoder,
     load_model,
-    lock_folder,
     read_rows,
     save_adapter,
+    sft_loss,
     write_json,
 )
 
 N_REWARD = 3000  # sentences for the reward
-N_PPO, N_TEST = 2000, 128  # sentences whose openings are used for PPO and for the test
+N_PPO, N_TEST = 2000, 128  # openings for PPO and for the test
+PLAIN = re.compile(r"[A-Za-z][A-Za-z'-]*")  # a word of an opening
 ADAPTERS = LoRA(rank=16, alpha=32.0, targets=r"attn/(q|k|v|o)$")
+ENDS = (".", "!", "?")  # tokens that end a response
 PPO = PPOConfig(
     batch_size=32,
     epochs=2,
     minibatches=2,
-    max_new_tokens=16,
-    min_new_tokens=8,
-    kl_coef=0.06,
-    learning_rate=1e-3,
+    max_new_tokens=20,
+    min_new_tokens=6,
+    temperature=0.8,
+    missing_eos=MissingEOS.PENALIZE,
+    kl_coef=0.03,
+    learning_rate=1.5e-3,
     decay_learning_rate=True,
     vf_coef=0.1,
     scale_scores=True,
@@ -69,7 +80,7 @@ class Settings:
     """A language model (folder, Hugging Face id or .gguf file) to use instead of SmolLM2."""
     like: str | None = None
     """Reward similarity to this sentence instead of human scores."""
-    updates: int = 24
+    updates: int = 22
     """Number of PPO updates."""
     opening: int = 5
     """Number of words of an opening."""
@@ -104,9 +115,10 @@ def split(seed: int, opening: int) -> tuple[list[assets.ScoredSentence], list[st
     rows = assets.movie_reviews()
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     words = [row.sentence.split()[:opening] for row in rows[N_REWARD:]]
-    prompts, test = (
-        [" ".join(w) for w in part if len(w) == opening] for part in (words[:N_PPO], words[N_PPO:])
-    )
+    # Words only, since few sentences go on well after a bracket or a period.
+    plain = lambda words: len(words) == opening and all(map(PLAIN.fullmatch, words))
+    texts = [" ".join(w) for w in words if plain(w)]
+    prompts, test = texts[:N_PPO], texts[N_PPO:]
     known = set(prompts)
     test = [text for text in test if text not in known][:N_TEST]
     is_new = lambda row: not " ".join(row.sentence.split()).startswith(tuple(test))
@@ -124,69 +136,107 @@ def make_reward(settings: Settings, scored: list[assets.ScoredSentence]) -> Text
 
 
 def assemble_adapters(
-    policy: Pretrained, tokenizer, ppo: PPOConfig, adapters: LoRA, *, seed: int
+    policy: Pretrained,
+    tokenizer,
+    ppo: PPOConfig,
+    adapters: LoRA,
+    *,
+    seed: int,
+    stop_tokens: Sequence[str] = (),
 ) -> Learner:
     """Return a learner of low-rank adapters with a value head on the policy's trunk."""
-    learner = assemble(policy, tokenizer, ppo, critic="shared", lora=adapters)
+    learner = assemble(
+        policy, tokenizer, ppo, critic="shared", lora=adapters, stop_tokens=stop_tokens
+    )
     # The published figures were made with this key for the adapters.
     fresh = init_lora(policy.params, jax.random.key(seed), adapters)
     return learner._replace(params={**learner.params, "policy": fresh})
 
 
+def perplexity(
+    model: Pretrained, tokenizer, openings: Sequence[str], responses: Sequence[str]
+) -> float:
+    """Return the perplexity of responses under a model, given their openings.
+
+    It is `exp(-Σ log π(token) / n)` over all `n` tokens of the responses.
+    """
+    lm, size = language_model(model.config), 32
+    nats = jax.jit(lambda p, *batch: (sft_loss(lm, p, *batch)[0], batch[-1].sum()))
+    ids = [[tokenizer(text).input_ids for text in texts] for texts in (openings, responses)]
+    rows = [first + rest for first, rest in zip(*ids, strict=True)]
+    tokens, mask = data.pad(rows, length=max(map(len, rows)), pad_id=0, left=False)
+    learned = mask & (np.arange(tokens.shape[1]) >= np.array([len(x) for x in ids[0]])[:, None])
+    found = [
+        nats(model.params, tokens[i : i + size], mask[i : i + size], learned[i : i + size])
+        for i in range(0, len(rows), size)
+    ]
+    loss, count = np.array(found).T
+    return float(np.exp((loss * count).sum() / count.sum()))
+
+
+def judge(model: Pretrained, tokenizer, evaluation: Evaluation) -> dict[str, float]:
+    """Return the figures of an evaluation and of the judges."""
+    vader, responses = SentimentIntensityAnalyzer(), evaluation.responses
+    return {
+        "score": evaluation.metrics["eval/scores"],
+        "judge": float(np.mean([vader.polarity_scores(text)["compound"] for text in responses])),
+        "perplexity": perplexity(model, tokenizer, evaluation.prompts, responses),
+        "distinct2": distinct2(responses),
+        "length": evaluation.metrics["eval/length_mean"],
+        "kl": evaluation.metrics["eval/kl"],
+    }
+
+
 def main(settings: Settings) -> dict[str, float]:
     """Train, write the results to `settings.out`, print and return them."""
-    start, out = time.perf_counter(), create_run_folder(settings.out)
-    _folder_lock = lock_folder(out)  # held until the end
+    start, out = time.perf_counter(), settings.out
+    _folder_lock = open_folder(out)  # locked until the end
     scored, openings, test_openings = split(settings.seed, settings.opening)
     reward = make_reward(settings, scored)
     file = settings.model or assets.smollm2_gguf()
     policy, tokenizer = load_model(file)
-    learner = assemble_adapters(policy, tokenizer, settings.ppo, ADAPTERS, seed=settings.seed)
+    learner = assemble_adapters(
+        policy, tokenizer, settings.ppo, ADAPTERS, seed=settings.seed, stop_tokens=ENDS
+    )
     prompts, test = (learner.encode(read_rows(texts)) for texts in (openings, test_openings))
     loop = LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0)
     trainer = Trainer(learner, prompts, reward, out=out / "ppo", loop=loop, settings=settings)
-    before = trainer.evaluate(test)[:2]
-    state = trainer.run(
-        on_update=lambda m: print(
-            f"  score {m['objective/scores']:.3f}, KL {m['objective/kl']:.2f}", flush=True
-        )
-    )
-    after = trainer.evaluate(test)[:2]
+    before = trainer.evaluate(test)
+    for row in before.rows(3):
+        print(f"  {row['prompt']} ...{row['response']}", flush=True)
+    history: list[dict[str, float]] = []
+    state = trainer.run(on_update=history.append)
+    after = trainer.evaluate(test)
     kind = policy.hf_config["model_type"]
     save_adapter(out / "adapter", state.policy, ADAPTERS, policy.config, kind, str(file))
-    summary = table(before, after) | {
-        "seed": settings.seed,
-        "time/total_s": time.perf_counter() - start,
-    }
+    summary = {
+        f"{name}/{when}": figure
+        for when, evaluation in (("before", before), ("after", after))
+        for name, figure in judge(policy, tokenizer, evaluation).items()
+    } | {"seed": settings.seed, "time/total_s": time.perf_counter() - start}
+    plot(history, out / "learning.png")
+    write_json(out / "samples.json", {"before": before.rows(), "after": after.rows()})
     write_json(out / "summary.json", summary)
-    print(f"{summary['time/total_s']:.0f} s\n")
-    for opening, a, b in list(zip(test.texts, before[1], after[1], strict=True))[:5]:
-        print(f"{opening} ...\n  before: {a.strip()}\n  after:  {b.strip()}")
+    report(summary, before, after)
     return summary
 
 
-def table(
-    before: tuple[dict[str, float], list[str]], after: tuple[dict[str, float], list[str]]
-) -> dict[str, float]:
-    """Print and return the figures of the evaluations and of the judge."""
-    vader, summary = SentimentIntensityAnalyzer(), {}
-    for when, (metrics, responses) in (("before", before), ("after", after)):
-        summary[f"judge/{when}"] = float(
-            np.mean([vader.polarity_scores(text)["compound"] for text in responses])
-        )
-        summary[f"score/{when}"] = metrics["eval/scores"]
-        summary[f"distinct2/{when}"] = distinct2(responses)
-        summary[f"length/{when}"] = metrics["eval/length_mean"]
-    print(f"\n{'':24}{'before':>10}{'after':>10}")
+def report(summary: dict[str, float], before: Evaluation, after: Evaluation) -> None:
+    """Print a table of the figures and some samples."""
+    print(f"\n{'':32}{'before':>10}{'after':>10}")
     for name, label in {
         "score": "reward",
         "judge": "VADER compound (judge)",
+        "perplexity": "perplexity (judge)",
         "distinct2": "distinct-2",
-        "length": "tokens",
+        "length": "tokens per response",
+        "kl": "KL (nats per response)",
     }.items():
-        print(f"{label:24}{summary[name + '/before']:10.3f}{summary[name + '/after']:10.3f}")
-    print(f"{'KL (nats a response)':24}{before[0]['eval/kl']:10.3f}{after[0]['eval/kl']:10.3f}")
-    return summary | {"kl": after[0]["eval/kl"]}
+        print(f"{label:32}{summary[name + '/before']:10.3f}{summary[name + '/after']:10.3f}")
+    print(f"{summary['time/total_s']:.0f} s\n")
+    for first, last in zip(before.rows(5), after.rows(5), strict=True):
+        print(f"{first['prompt']} ...")
+        print(f"  before: {first['response'].strip()}\n  after:  {last['response'].strip()}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import reasoning_gym
 import tyro
 
 from experiments import assets
+from experiments.folders import open_folder
 from experiments.smollm2 import assemble_adapters
 from ppo_jax import (
     LoopConfig,
@@ -25,9 +26,7 @@ from ppo_jax import (
     Prompts,
     TextReward,
     Trainer,
-    create_run_folder,
     load_model,
-    lock_folder,
     save_adapter,
     write_json,
 )
@@ -100,8 +99,8 @@ def correct(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
 
 def main(settings: Settings) -> dict[str, float]:
     """Train, write the results to `settings.out`, print and return them."""
-    start, out = time.perf_counter(), create_run_folder(settings.out)
-    _folder_lock = lock_folder(out)  # held until the end
+    start, out = time.perf_counter(), settings.out
+    _folder_lock = open_folder(out)  # locked until the end
     file = settings.model or assets.smollm2_gguf()
     policy, tokenizer = load_model(file)
     learner = assemble_adapters(policy, tokenizer, settings.ppo, ADAPTERS, seed=settings.seed)

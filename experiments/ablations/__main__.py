@@ -16,7 +16,8 @@ from experiments.ablations.gradients import gradient_errors
 from experiments.ablations.report import Interval, final, plot, table
 from experiments.ablations.task import PROMPTS, Task
 from experiments.ablations.training import LONG, Variant, run
-from ppo_jax import PPOConfig, SettingError, create_run_folder, lock_folder, to_json, write_json
+from experiments.folders import open_folder
+from ppo_jax import PPOConfig, SettingError, to_json, write_json
 
 Curves = dict[str, dict[str, np.ndarray]]  # The figures of each variant, `[seeds, updates]`.
 TITLES = {"score": "score of the samples", "entropy": "entropy (nats per token)"}
@@ -159,11 +160,7 @@ def flattened(rows: dict[str, dict[str, Interval]]) -> dict[str, float]:
 def main(settings: Settings) -> dict[str, Any]:
     """Run a study, write the results to `settings.out`, print and return them."""
     start = time.perf_counter()
-    try:
-        out = create_run_folder(settings.out)
-        _folder_lock = lock_folder(out)  # held until the end
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"out={settings.out} cannot be used: {error}") from error
+    out, _folder_lock = settings.out, open_folder(settings.out)  # locked until the end
     plan = settings.plan()
     curves, seconds = train_all(settings, plan)
     rows = figures_of(settings, plan, curves, seconds)
