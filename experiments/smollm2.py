@@ -1,7 +1,8 @@
 """PPO with LoRA: SmolLM2-135M-Instruct learns to continue movie reviews positively, on a CPU.
 
-The openings are the first words of real review sentences. The reward is a ridge regression from
-MiniLM sentence embeddings to human scores (Hutto & Gilbert 2014), fitted on other sentences. With
+The openings are the first words of real review sentences. The reward is how much a response raises
+the human score that is predicted for its opening, by a ridge regression from MiniLM sentence
+embeddings to human scores (Hutto & Gilbert 2014), fitted on other sentences. With
 `--like SENTENCE` the reward is instead the similarity of the text to that sentence, by the same
 encoder. A response ends with its sentence. Two judges that are trained on nothing here compare the
 continuations of test openings: the VADER lexicon, and their perplexity under the initial model.
@@ -60,8 +61,8 @@ PPO = PPOConfig(
     min_new_tokens=6,
     temperature=0.8,
     missing_eos=MissingEOS.PENALIZE,
-    kl_coef=0.03,
-    learning_rate=1.5e-3,
+    kl_coef=0.05,
+    learning_rate=1.2e-3,
     decay_learning_rate=True,
     vf_coef=0.1,
     scale_scores=True,
@@ -89,17 +90,21 @@ class Settings:
 
 
 class HumanScore:
-    """A reward that predicts human scores of texts by ridge regression on their embeddings."""
+    """How much responses raise the human scores that are predicted for their openings.
+
+    The prediction is a ridge regression on embeddings of the texts. Without the score of the
+    opening, most of the variance between rewards would come from the openings.
+    """
 
     def __init__(self, embed: Encoder, texts: list[str], scores: list[float], penalty: float = 1.0):
-        x, self.embed, self.mean = _batched(embed, texts), embed, float(np.mean(scores))
+        x, y, self.embed = _batched(embed, texts), np.asarray(scores, np.float32), embed
         gram = x.T @ x + penalty * np.eye(x.shape[1], dtype=np.float32)
-        self.weights = np.linalg.solve(gram, x.T @ (np.asarray(scores, np.float32) - self.mean))
+        self.weights = np.linalg.solve(gram, x.T @ (y - y.mean()))
 
     def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        """Return the predicted score of each text."""
+        """Return the predicted score of each text, less that of its opening."""
         texts = [p + r for p, r in zip(prompts, responses, strict=True)]
-        return self.embed(texts) @ self.weights + self.mean
+        return (self.embed(texts) - self.embed(list(prompts))) @ self.weights
 
 
 def _batched(embed: Encoder, texts: list[str], size: int = 250) -> np.ndarray:
