@@ -46,7 +46,7 @@ HF = {
         "vocab_size": 61,
         "n_positions": 40,
         "n_embd": 32,
-        "n_layer": 1,
+        "n_layer": 2,
         "n_head": 8,
     },
     "llama": {

@@ -1,7 +1,9 @@
-"""The parts of a transformer block: linear layers, norms, attention and the MLP.
+"""A transformer block and its parts: linear layers, norms, attention and the MLP.
 
 Activations are rounded to the type of the config at fixed points; `models.rounding` says why.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,11 +12,11 @@ from jax import Array
 
 from ppo_jax.models.attention import attend, attend_long
 from ppo_jax.models.cache import group_heads, separate_heads
-from ppo_jax.models.config import NormKind, TransformerConfig
+from ppo_jax.models.config import NormAt, NormKind, TransformerConfig
 from ppo_jax.models.rounding import mean, product, round_to
 from ppo_jax.models.visible import Visible
 from ppo_jax.sharding import BATCH, constrain, gather_rows, split_features
-from ppo_jax.types import KVCache
+from ppo_jax.types import KVCache, Params
 
 
 def parameter(
@@ -232,3 +234,56 @@ class MLP(nn.Module):
         )
         up = constrain(up, BATCH, *(None,) * (x.ndim - 2), "tensor")
         return Linear(c.width, c, use_bias=c.mlp_bias, init_std=c.residual_std, name="down")(up)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each added to the residual stream.
+
+    Attributes:
+      config: the configuration of the model.
+      layer: index of the block, from 0.
+    """
+
+    config: TransformerConfig
+    layer: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: Array,
+        allowed_BSN: Array | Visible,
+        angles: Array | None,
+        cache: KVCache | None,
+    ) -> tuple[Array, Array, Array]:
+        """Return the new hidden states of the last S positions, and the keys and values.
+
+        Arguments and results are those of `Attention`.
+        """
+        c = self.config
+
+        def norm(name: str, x: Array, *places: NormAt) -> Array:
+            return Norm(c, name=name)(x) if c.norm_at in places else x
+
+        def add(name: str, x: Array, *ys: Array) -> Array:
+            ys = tuple(norm(f"{name}_post_norm", y, NormAt.AROUND) for y in ys)
+            total = sum((y.astype(jnp.float32) for y in ys), start=x.astype(jnp.float32))
+            total = norm(f"{name}_norm", round_to(total, c.dtype), NormAt.AFTER)
+            return constrain(total, BATCH)
+
+        before = NormAt.BEFORE, NormAt.AROUND
+        attention, mlp = Attention(c, self.layer, name="attn"), MLP(c, name="mlp")
+        y_BSD, keys, values = attention(
+            norm("attn_norm", x_BSD, *before), allowed_BSN, angles, cache
+        )
+        x_BSD = last_positions(x_BSD, allowed_BSN.shape[1])
+        if c.parallel:
+            x_BSD = add("attn", x_BSD, y_BSD, mlp(norm("mlp_norm", x_BSD, *before)))
+        else:
+            x_BSD = add("attn", x_BSD, y_BSD)
+            x_BSD = add("mlp", x_BSD, mlp(norm("mlp_norm", x_BSD, *before)))
+        return x_BSD, keys, values
+
+
+def apply_block(config: TransformerConfig, layer: int, params: Params, *inputs: Any) -> Any:
+    """Compute a block with given parameters."""
+    return Block(config, layer, parent=None).apply({"params": params}, *inputs)

@@ -19,7 +19,7 @@ from ppo_jax.models.attention import attended_slots, soft_cap
 from ppo_jax.models.cache import empty_cache
 from ppo_jax.models.config import NormAt, TransformerConfig
 from ppo_jax.models.layer_loop import layers_in_loop, loop_over_layers
-from ppo_jax.models.layers import MLP, Attention, Linear, Norm, last_positions, parameter
+from ppo_jax.models.layers import Block, Linear, Norm, apply_block, parameter
 from ppo_jax.models.rounding import product, round_to
 from ppo_jax.models.visible import Visible, since
 from ppo_jax.sharding import BATCH, constrain, free_size, gather_rows, split_features
@@ -27,59 +27,6 @@ from ppo_jax.types import KVCache, LanguageModel, Params
 
 # Tensor cores are slow at lengths that are not divisible by a power of two.
 _ALIGNED = 8
-
-
-class Block(nn.Module):
-    """Attention and an MLP, each added to the residual stream.
-
-    Attributes:
-      config: the configuration of the model.
-      layer: index of the block, from 0.
-    """
-
-    config: TransformerConfig
-    layer: int
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BSD: Array,
-        allowed_BSN: Array | Visible,
-        angles: Array | None,
-        cache: KVCache | None,
-    ) -> tuple[Array, Array, Array]:
-        """Return the new hidden states of the last S positions, and the keys and values.
-
-        Arguments and results are those of `Attention`.
-        """
-        c = self.config
-
-        def norm(name: str, x: Array, *places: NormAt) -> Array:
-            return Norm(c, name=name)(x) if c.norm_at in places else x
-
-        def add(name: str, x: Array, *ys: Array) -> Array:
-            ys = tuple(norm(f"{name}_post_norm", y, NormAt.AROUND) for y in ys)
-            total = sum((y.astype(jnp.float32) for y in ys), start=x.astype(jnp.float32))
-            total = norm(f"{name}_norm", round_to(total, c.dtype), NormAt.AFTER)
-            return constrain(total, BATCH)
-
-        before = NormAt.BEFORE, NormAt.AROUND
-        attention, mlp = Attention(c, self.layer, name="attn"), MLP(c, name="mlp")
-        y_BSD, keys, values = attention(
-            norm("attn_norm", x_BSD, *before), allowed_BSN, angles, cache
-        )
-        x_BSD = last_positions(x_BSD, allowed_BSN.shape[1])
-        if c.parallel:
-            x_BSD = add("attn", x_BSD, y_BSD, mlp(norm("mlp_norm", x_BSD, *before)))
-        else:
-            x_BSD = add("attn", x_BSD, y_BSD)
-            x_BSD = add("mlp", x_BSD, mlp(norm("mlp_norm", x_BSD, *before)))
-        return x_BSD, keys, values
-
-
-def _block(config: TransformerConfig, layer: int, params: Params, *inputs: Any) -> Any:
-    """Compute a block with given parameters."""
-    return Block(config, layer, parent=None).apply({"params": params}, *inputs)
 
 
 class Decoder(nn.Module):
@@ -170,7 +117,7 @@ class Decoder(nn.Module):
         loops = 0 if self.is_initializing() else layers_in_loop(c, x_BSD.shape[1])
         if loops:
             params = [self.variables["params"][f"layer_{i}"] for i in range(loops)]
-            block_fn = functools.partial(_block, c)
+            block_fn = functools.partial(apply_block, c)
             x_BSD, keys, values = loop_over_layers(
                 block_fn, params, x_BSD, allowed, angles, cache, c
             )
