@@ -82,8 +82,9 @@ def test_a_loop_fills_the_cache():
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
-def test_adapters_are_part_of_the_loop():
-    lora = LoRA(rank=2, alpha=4.0)
+@pytest.mark.parametrize("targets", ["attn/(q|o)$", "layer_1/attn/q$"])
+def test_adapters_are_part_of_the_loop(targets):
+    lora = LoRA(rank=2, alpha=4.0, targets=targets)
     config = dataclasses.replace(CONFIG, lora_scale=lora.scale)
     frozen = init_params(config, jax.random.key(0))
     adapters = jax.tree.map(lambda x: x + 0.1, init_lora(frozen, jax.random.key(1), lora))

@@ -182,6 +182,7 @@ def test_plans_of_two_depths_extrapolate(tmp_path):
     "args, message",
     [
         (["--model", "gpt3-13b", "--topology", "v5e:2x2"], "The mesh"),
+        (["--model", "gpt2", "--topology", "v5e:2x2", "--phases"], "phases must name at least one"),
         (["--model", "gpt2", "--topology", "v7:2x2"], "topology must be like v5e:4x4"),
         (["--model", "gpt2", "--topology", "v5e-3"], "a size that v5e does not come in: 1, 4, 8"),
         (["--model", "gpt2", "--topology", "v5e:3x77"], "No compiler for v5e:3x77"),

@@ -4,8 +4,8 @@ Read `transformer` first; it defines the decoder and `language_model`, the pure 
 rest of the package uses. The other modules are:
 
 - `config`: `TransformerConfig`, with a switch for everything in which model families differ.
-- `layers`: linear layers, norms, attention and the MLP of a block.
-- `layer_loop`: the loop over layers that large models are compiled as on a TPU.
+- `layers`: a block and its parts: linear layers, norms, attention and the MLP.
+- `layer_loop`: a loop over the layers, with which large models compile faster for a TPU.
 - `rounding`: where activations are rounded, so that compiled programs agree bit for bit.
 - `heads`: critics and reward models.
 - `lora`: low-rank adapters, with their settings in `lora_settings`.

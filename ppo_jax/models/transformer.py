@@ -115,8 +115,10 @@ class Decoder(nn.Module):
         keys: list[Array] = []
         values: list[Array] = []
         loops = 0 if self.is_initializing() else layers_in_loop(c, x_BSD.shape[1])
+        params = [self.variables["params"][f"layer_{i}"] for i in range(loops)]
+        # Layers differ if only some of them have adapters.
+        loops = loops if len(set(map(jax.tree.structure, params))) == 1 else 0
         if loops:
-            params = [self.variables["params"][f"layer_{i}"] for i in range(loops)]
             block_fn = functools.partial(apply_block, c)
             x_BSD, keys, values = loop_over_layers(
                 block_fn, params, x_BSD, allowed, angles, cache, c
