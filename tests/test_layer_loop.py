@@ -68,15 +68,17 @@ def test_a_loop_changes_no_number(variant, last):
     assert_near(found_grad, want_grad, 0.01 if config.low_precision else 3e-6)
 
 
-def test_a_loop_fills_the_cache():
-    params = init_params(CONFIG, jax.random.key(0))
+@pytest.mark.parametrize("variant", ["plain", "windows"])
+def test_a_loop_fills_the_cache(variant):
+    config = dataclasses.replace(CONFIG, **VARIANTS[variant])
+    params = init_params(config, jax.random.key(0))
 
     def run(config):
         model = language_model(config)
         states, cache = model.hidden(params, TOKENS, MASK, model.init_cache(4, 13))
         return states, model.hidden(params, TOKENS[:, :1], MASK[:, -1:], cache)
 
-    want, found = (jax.jit(run, static_argnums=0)(x) for x in (CONFIG, in_a_loop(CONFIG)))
+    want, found = (jax.jit(run, static_argnums=0)(x) for x in (config, in_a_loop(config)))
     assert jax.tree.structure(want) == jax.tree.structure(found)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6)
