@@ -55,7 +55,6 @@ class Plan:
         import jax
 
         from ppo_jax.distributed.meshes import make_mesh, parse_mesh
-        from ppo_jax.errors import SettingError
         from ppo_jax.plan import report
         from ppo_jax.plan.compile import compile_iteration
         from ppo_jax.plan.extrapolation import extrapolate
@@ -63,8 +62,6 @@ class Plan:
         from ppo_jax.plan.topology import CHIPS, make_topology, slice_shape
         from ppo_jax.run.files import write_json
 
-        if not self.phases:
-            raise SettingError("phases must name at least one of rollout, scoring and update.")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_default_matmul_precision", self.matmul_precision)
         # The cache cannot store a program that was compiled for another machine.

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.stages import Traced
 
 from ppo_jax.distributed import compilation, meshes
+from ppo_jax.errors import SettingError
 from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import language_model
@@ -126,7 +127,7 @@ def compile_iteration(
       For each of the phases, the program or the reason why there is none.
 
     Raises:
-      SettingError: if the batch does not divide over the mesh.
+      SettingError: if the batch does not divide over the mesh, or there are no phases.
 
     Example::
 
@@ -135,6 +136,8 @@ def compile_iteration(
       programs = compile_iteration(config, PPOConfig(), mesh, CHIPS["v5e"], prompt_tokens=512)
       problems = advice(programs, CHIPS["v5e"])  # empty if all programs fit
     """
+    if not phases:
+        raise SettingError("phases must name at least one of rollout, scoring and update.")
     # A compiled program does not hold the number of bins, so the figures are without packing.
     ppo = replace(ppo, pack=None)
     meshes.check_rows(ppo, meshes.batch_shards(mesh))
