@@ -157,6 +157,8 @@ def test_settings_from_a_file(tmp_path):
         [*TRAIN, "--reward", "s.py:g=0.5", "--preset", "dapo", "--long-prompts", "drop"],
         ["value", *GIVEN, "--stop-tokens", "1e-5", "no", "--ppo.adam-eps", "1e-9"],
         ["sft", "--model", "m", "--data", "d", "--out", "o", "--epochs", "2"],
+        ["evaluate", "--model", "a", "--model", "b", "--reward", "s.py:g", "--top-p", "0.5"],
+        ["generate", "--model", "m", "--prompts", "a", "b.txt", "--greedy", "--seed", "3"],
     ],
 )
 def test_printed_settings_are_a_file_of_settings(tmp_path, command):

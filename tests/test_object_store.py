@@ -1,12 +1,16 @@
-"""Run folders in an object store, kept by moto's server of S3 on this machine."""
+"""Run folders in object stores: servers of S3 and of Google Cloud Storage on this machine."""
 
+import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tensorstore
@@ -21,30 +25,78 @@ from ppo_jax.run.remote import Mirror, local_copy
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Start a server with an empty bucket, and yield the environment in which it is found."""
-    log = tmp_path_factory.mktemp("store") / "log.txt"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+class Server(NamedTuple):
+    """How a server of an object store on this machine is started and found."""
+
+    command: list[str]
+    announced: str  # what it prints before its address
+    environment: Callable[[str], dict[str, str]]  # from its address
+    bucket: Callable[[str, str], urllib.request.Request]  # makes a bucket at an address, by name
+
+
+SERVERS = {
+    "s3": Server(
+        ["moto.server", "-H", "127.0.0.1", "-p", "0"],
+        " * Running on ",
+        lambda address: {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        },
+        lambda address, name: urllib.request.Request(f"{address}/{name}", method="PUT"),
+    ),
+    "gs": Server(
+        ["gcp_storage_emulator", "start", "--in-memory", "--port", "{port}"],
+        "Starting server at ",
+        lambda address: {"TENSORSTORE_GCS_HTTP_URL": address},
+        lambda address, name: urllib.request.Request(
+            f"{address}/storage/v1/b?project=p",
+            data=json.dumps({"name": name}).encode(),
+            headers={"Content-Type": "application/json"},
+        ),
+    ),
+}
+
+
+class Store(NamedTuple):
+    """A running server."""
+
+    scheme: str
+    address: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which its clients find it."""
+        return SERVERS[self.scheme].environment(self.address)
+
+    def url(self, bucket: str) -> str:
+        """Make a bucket, and return the address of a run's folder in it."""
+        urllib.request.urlopen(SERVERS[self.scheme].bucket(self.address, bucket)).close()
+        return f"{self.scheme}://{bucket}/runs/a"
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def store(tmp_path_factory, request):
+    """Start a server of S3 or of Google Cloud Storage."""
+    server, log = SERVERS[request.param], tmp_path_factory.mktemp("store") / "log.txt"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [part.replace("{port}", port) for part in server.command]
     with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file)
-    while " * Running on " not in log.read_text():
-        assert server.poll() is None, log.read_text()
+        process = subprocess.Popen([sys.executable, "-m", *command], stdout=file, stderr=file)
+    while server.announced not in log.read_text():
+        assert process.poll() is None, log.read_text()
         time.sleep(0.1)
-    endpoint = log.read_text().partition(" * Running on ")[2].split()[0]
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
-    yield {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-    }
-    server.kill()
-    server.wait()
+    address = log.read_text().partition(server.announced)[2].split()[0]
+    yield Store(request.param, address if "//" in address else f"http://{address}")
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture
 def here(store, monkeypatch, tmp_path):
-    for name, value in store.items():
+    for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -62,7 +114,7 @@ def start(url, store, cache):
     path["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return subprocess.Popen(
         [sys.executable, "-c", program, url],
-        env=os.environ | store | path,
+        env=os.environ | store.environment | path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -82,8 +134,8 @@ def complete(url):
 def test_kills_at_random_moments_change_nothing(here, store, tmp_path):
     """Each process starts with an empty cache, as on another machine."""
     expected = digest(full_trainer(tmp_path / "whole", updates=16).run().train.params)
-    chance, url = random.Random(0), "s3://bucket/runs/killed"
-    for number in range(4):
+    chance, url = random.Random(0), store.url("killed")
+    for number in range(3):
         before, end = complete(url), time.monotonic() + 120
         process = start(url, store, tmp_path / f"cache-{number}")
         while process.poll() is None and complete(url) <= before and time.monotonic() < end:
@@ -101,8 +153,8 @@ def test_kills_at_random_moments_change_nothing(here, store, tmp_path):
     assert [x for x in found if not x.startswith("jax.default_matmul_precision")] == []
 
 
-def test_a_run_is_resumed_from_what_is_complete(here, tmp_path):
-    url = "s3://bucket/runs/a"
+def test_a_run_is_resumed_from_what_is_complete(here, store, tmp_path):
+    url = store.url("resumed")
     expected = digest(full_trainer(tmp_path / "whole", updates=6).run().train.params)
     mirror = Mirror(url)
     with pytest.raises(StopIteration):  # in the fifth update; each of the others has a checkpoint
@@ -122,27 +174,34 @@ def test_a_run_is_resumed_from_what_is_complete(here, tmp_path):
     again.close()
 
 
-def test_a_later_process_takes_over_a_folder(here, tmp_path, monkeypatch):
-    url = "s3://bucket/runs/b"
+def test_a_later_process_takes_over_a_folder(here, store, tmp_path, monkeypatch):
+    url = store.url("taken")
     first = Mirror(url)
     run = full_trainer(first.folder, updates=2, mirror=first)
     run.step()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     Mirror(url).close()
-    with pytest.raises(ValueError, match="s3://bucket/runs/b cannot be used: another process has"):
+    with pytest.raises(ValueError, match=f"{url} cannot be used: another process has"):
         run.save()
 
 
-def test_what_cannot_be_in_a_store_is_refused_in_one_sentence(here, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_in_a_store_is_refused_in_one_sentence(
+    here, store, tmp_path, capsys, monkeypatch
+):
+    scheme = store.scheme
     data, text = tmp_path / "rows.jsonl", tmp_path / "prompts.txt"
     train = ["train", "--model", "none", "--prompts", text, "--reward", "none"]
     cases = {
-        "s3://nothing/runs/a cannot be used": [*train, "--out", "s3://nothing/runs/a"],
-        "it must be s3://BUCKET/PATH": [*train, "--out", "s3://bucket"],
-        "where only the folder of ppo-jax train can be": [
-            *("sft", "--model", "none", "--data", data, "--out", "s3://bucket/model"),
+        f"{scheme}://nothing/runs/a cannot be used": [
+            *train,
+            "--out",
+            f"{scheme}://nothing/runs/a",
         ],
-        "models are read from local folders": ["info", "s3://bucket/model"],
+        f"it must be {scheme}://BUCKET/PATH": [*train, "--out", f"{scheme}://bucket"],
+        "where only the folder of ppo-jax train can be": [
+            *("sft", "--model", "none", "--data", data, "--out", f"{scheme}://bucket/model"),
+        ],
+        "models are read from local folders": ["info", f"{scheme}://bucket/model"],
     }
     for message, arguments in cases.items():
         with pytest.raises(SystemExit):
@@ -151,4 +210,4 @@ def test_what_cannot_be_in_a_store_is_refused_in_one_sentence(here, tmp_path, ca
         assert message in error and error.count("\n") == 1, error
     monkeypatch.setattr("jax.process_count", lambda: 2)
     with pytest.raises(ValueError, match="to which one process writes; 2 processes need a folder"):
-        Mirror("s3://bucket/runs/c")
+        Mirror(f"{scheme}://bucket/runs/a")

@@ -19,6 +19,7 @@ OPTIONAL_METRICS = {
     "critic/grad_norm",
     "critic/steps",
     "eval/distinct_2",
+    "eval/reward/NAME",
     "eval/scores",
     "eval/scores_error",
     "reward/NAME",

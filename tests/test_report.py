@@ -113,6 +113,16 @@ def test_evaluate_takes_models_and_runs_with_the_settings_of_the_run(folder, run
             s in (-1, row["response"].split().count("b"))
             for s, row in zip(scores, own, strict=True)
         )
+    # Each of several rewards has its mean over all responses.
+    scores = f"{folder / 'reward.py'}:score"
+    both = ["--reward", scores, "--reward", f"{scores}=-1", "--out", str(folder / "two")]
+    cli.main(["evaluate", *given, *both])
+    assert "reward score#2" in capsys.readouterr().out
+    for name, two in read_json(folder / "two/evaluation.json")["models"].items():
+        texts = [row["response"] for row in rows if row["model"] == name]
+        mean = np.mean([text.split().count("b") for text in texts])
+        for part in ("score", "score#2"):
+            assert two[f"eval/reward/{part}"] == pytest.approx(mean)
     (folder / "same.txt").write_text("a\na\na\n")
     given = ["--greedy", "--max-new-tokens", "2", "--prompts", str(folder / "same.txt")]
     cli.main(["evaluate", "--model", run, *given, "--out", str(folder / "greedy")])

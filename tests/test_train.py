@@ -453,7 +453,9 @@ def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
     for row in (row for row in metrics if "objective/scores" in row):
         assert row["reward/score"] == row["reward/score#2"] > 0
         np.testing.assert_allclose(row["objective/scores"], 1.5 * row["reward/score"], rtol=1e-5)
-    assert "eval/scores" in metrics[-1]
+    held_out = metrics[-1]
+    assert held_out["eval/reward/score"] == held_out["eval/reward/score#2"]
+    np.testing.assert_allclose(held_out["eval/scores"], 1.5 * held_out["eval/reward/score"])
     assert json.loads((folder / "out/summary.json").read_text())["updates"] == 2
     sample = {"model": folder / "out/model", "max-new-tokens": 3}
     cli.main([*command_line("generate", **sample), "--prompts", "a b", "c"])

@@ -14,6 +14,8 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from ppo_jax.commands.evaluation import Evaluate
+from ppo_jax.commands.inference import Generate
 from ppo_jax.commands.prompts import PromptOptions
 from ppo_jax.commands.supervised import SFT, Reward, RunOptions
 from ppo_jax.commands.train import Train
@@ -74,8 +76,11 @@ class Requests:
 # Groups of settings whose name is in no option: --epochs, not --training.epochs.
 FLAT_GROUPS = {"train", "training", "columns", "data_options", "run_options", "sampling"}
 
-# The commands that take the options of `Requests`.
-CONFIGURABLE: set[type] = {Train, SFT, Reward}
+# The commands that take options of `Requests`, with the names of these.
+CONFIGURABLE: dict[type, tuple[str, ...]] = {
+    **dict.fromkeys((Train, SFT, Reward), ("config", "print_config", "dry_run")),
+    **dict.fromkeys((Evaluate, Generate), ("config", "print_config")),
+}
 
 
 class OptionRules:
@@ -113,7 +118,7 @@ class OptionRules:
             rest = tuple(field for field in fields if field.name not in SHORT_NAMES[kind])
             return StructConstructorSpec(self._described(kind, later), rest)
         short = [field for group in fields for field in self._short(info, group)]
-        asked = [*self._requests(info)] if kind in CONFIGURABLE else []
+        asked = [*self._requests(info)]
         required = [field for field in fields if field.default is tyro.MISSING]
         others = [field for field in fields if field.default is not tyro.MISSING]
         make = partial(self._make, kind, [field.name for field in short])
@@ -141,10 +146,10 @@ class OptionRules:
             yield dataclasses.replace(field, name=path, type=annotated)
 
     def _requests(self, info: StructTypeInfo) -> Iterator[StructFieldSpec]:
-        """Yield the options that are no settings."""
-        for field in self._default_fields(
-            dataclasses.replace(info, type=Requests, default=Requests())
-        ):
+        """Yield the options of a command that are no settings."""
+        requests = dataclasses.replace(info, type=Requests, default=Requests())
+        names = CONFIGURABLE.get(info.type, ())
+        for field in (x for x in self._default_fields(requests) if x.name in names):
             named: Any = Annotated[field.type, tyro.conf.arg(name=field.name)]
             field = self._field(Requests, field)
             yield dataclasses.replace(
@@ -154,7 +159,7 @@ class OptionRules:
     def _make(self, kind: Any, short: list[str], **given: Any) -> Any:
         """Make a command of its options, and note the requests."""
         if kind in CONFIGURABLE:
-            names = [field.name for field in dataclasses.fields(Requests)]
+            names = CONFIGURABLE[kind]
             self.requests = Requests(**{name: given.pop(f"request_{name}") for name in names})
         groups: dict[str, dict[str, Any]] = {}
         for name in short:

@@ -33,7 +33,7 @@ from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.run.evaluation import Evaluation, evaluation_metrics, optimized_scores
 from ppo_jax.run.files import append_lines, write_json
 from ppo_jax.run.logging import finite
-from ppo_jax.run.summary import FIGURES, figures_table
+from ppo_jax.run.summary import figures_table, shown_figures
 from ppo_jax.types import Params, Rollout
 
 
@@ -53,7 +53,7 @@ def evaluate_models(options: Evaluate) -> None:
     }
     figures = {
         title: [evaluation.metrics.get(key) for evaluation in found.values()]
-        for key, title in FIGURES.items()
+        for key, title in shown_figures([x.metrics for x in found.values()]).items()
     }
     figures["standard error of the score"] = [
         evaluation.metrics["eval/scores_error"] for evaluation in found.values()
@@ -132,7 +132,8 @@ def _sample(
     generate, logprobs = _steps(agent, greedy=options.greedy)
     total = len(prompts) * options.responses
     size, key = min(options.batch_size, total), jax.random.key(options.seed)
-    found: dict[str, list[Any]] = {"scores": [], "lengths": [], "texts": [], "kl": []}
+    names = ("scores", "lengths", "texts", "kl", "parts")
+    found: dict[str, list[Any]] = {name: [] for name in names}
     for first in range(0, total, size):
         # The last batch is filled up with the first prompts, so that one shape is compiled.
         ids = np.arange(first, first + size)
@@ -144,13 +145,16 @@ def _sample(
         out = jax.tree.map(lambda x, n=keep: np.asarray(x)[:n], out)
         batch = batch.take(np.arange(keep))
         texts = response_texts(agent, tokenizer, out)
-        task = reward(out, batch, texts).total(out.response_mask)
-        found["scores"].extend(optimized_scores(agent.config, task, out.ended))
+        task = reward(out, batch, texts)
+        total_scores = task.total(out.response_mask)
+        found["scores"].extend(optimized_scores(agent.config, total_scores, out.ended))
+        found["parts"].append(task.parts or {})
         found["lengths"].extend(out.response_mask.sum(axis=1))
         found["texts"].extend(texts)
     scores = np.array(found["scores"])
     moved = np.array(found["kl"]) if reference is not None else None
-    metrics = evaluation_metrics(scores, np.array(found["lengths"]), found["texts"], moved)
+    lengths = np.array(found["lengths"])
+    metrics = evaluation_metrics(scores, lengths, found["texts"], moved, found["parts"])
     return Evaluation(metrics, found["texts"], scores, prompts.texts * options.responses)
 
 

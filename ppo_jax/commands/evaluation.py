@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import tyro
 
 from ppo_jax.commands.prompts import PromptOptions
-from ppo_jax.commands.rewards import Rewards, check_rewards
+from ppo_jax.commands.rewards import Several, check_rewards
 from ppo_jax.errors import SettingError, check_numbers
 
 
@@ -23,12 +23,12 @@ class Evaluate:
     ppo-jax evaluate --model gpt2 --model runs/a --prompts held_out.txt \\
         --reward my_reward.py:score"""
 
-    model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    model: Several
     """A folder, a Hugging Face id, a .gguf file, or the folder of a run. Give the option several
     times to compare models."""
     prompts: str | None = None
     """Prompts, in the formats of ppo-jax train. By default the held-out prompts of the run."""
-    reward: Rewards = ()
+    reward: Several = ()
     """The reward, as in ppo-jax train. Several rewards are added up. By default that of the run."""
     reward_given: Literal["text", "tokens"] = "text"
     """Whether the function is called with texts or with arrays of tokens, as in ppo-jax train."""

@@ -150,7 +150,7 @@ def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
     """
     if kind is Value:
         return Value(train=_defaults(Train, called, args))
-    if kind not in (Train, SFT, Reward, Info, Plan):
+    if kind not in (*CONFIGURABLE, Info, Plan):
         return None
     path, preset = _value_of("--config", args), _value_of("--preset", args)
     file = None
@@ -158,8 +158,9 @@ def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
         from ppo_jax.commands.config_files import read_settings
 
         file = read_settings(Path(path))
-        if any(x.partition("=")[0] == "--reward" for x in args):  # tyro appends to the default.
-            file.given.pop("reward", None)
+        for name in ("model", "reward"):  # tyro appends to the default of an option for many.
+            if any(x.partition("=")[0] == f"--{name}" for x in args):
+                file.given.pop(name, None)
     own = file and file.given.get("preset")
     if preset and own and preset != own:
         raise SettingError(

@@ -11,14 +11,14 @@ from ppo_jax.errors import SettingError
 
 
 def _as_tuple(stored: Any) -> Any:
-    """Return the rewards of a `config.json` as a tuple; older runs have a text."""
+    """Return texts in a file of settings as a tuple; a single one may stand without a list."""
     if isinstance(stored, str):
         return (stored,)
     return tuple(stored) if isinstance(stored, list) else stored
 
 
-# The option is given once for each reward.
-Rewards = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, BeforeValidator(_as_tuple)]
+# An option that is given once for each text, such as --reward.
+Several = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, BeforeValidator(_as_tuple)]
 
 
 def check_rewards(rewards: Sequence[str], timeout_s: float | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import tyro
 
 from ppo_jax.commands.prompts import PromptOptions
-from ppo_jax.commands.rewards import Rewards, check_rewards
+from ppo_jax.commands.rewards import Several, check_rewards
 from ppo_jax.distributed.joining import Processes
 from ppo_jax.errors import SettingError
 from ppo_jax.models.lora_settings import NO_LORA, LoRA
@@ -39,7 +39,7 @@ class Train:
     reference: str | None = None
     """Reference policy of the KL penalty, instead of the policy as it starts: a folder or a Hugging
     Face id with safetensors, or a .gguf file, with the policy's tokenizer."""
-    reward: Rewards
+    reward: Several
     """The reward: my_file.py:function, or the folder or Hugging Face id of a reward model. A reward
     model reads the end of a text that is longer than its positions. Several rewards are added up;
     each may have a weight: --reward a.py:f --reward b.py:g=0.5."""

@@ -1,6 +1,6 @@
 """Evaluate a policy on held-out prompts: scores, KL, length, diversity and the texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from ppo_jax.distributed import placement
 from ppo_jax.ops.rewards import apply_missing_eos
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.reward_functions import TaskScores
 from ppo_jax.run.collection import Collector
 
 
@@ -77,7 +78,11 @@ def distinct_2(texts: Sequence[str]) -> float:
 
 
 def evaluation_metrics(
-    scores: np.ndarray, lengths: np.ndarray, responses: Sequence[str], kl: np.ndarray | None
+    scores: np.ndarray,
+    lengths: np.ndarray,
+    responses: Sequence[str],
+    kl: np.ndarray | None,
+    parts: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> dict[str, float]:
     """Compute the metrics `eval/*` of responses.
 
@@ -86,10 +91,11 @@ def evaluation_metrics(
       lengths: `[n]` int, in tokens.
       responses: the `n` texts.
       kl: `[n]` float32, log-ratios to the reference in nats, or None without a reference.
+      parts: for each batch, the named parts of its scores; NaN is left out of the means.
 
     Returns:
       `eval/scores` and its standard error `eval/scores_error`, `eval/kl` if there is a reference,
-      `eval/length_mean` and `eval/distinct_2`.
+      `eval/length_mean`, `eval/distinct_2`, and `eval/reward/NAME` for each part.
     """
     known = scores[~np.isnan(scores)].astype(np.float64)
     mean = lambda x: float(np.mean(x, dtype=np.float64)) if len(x) else float("nan")
@@ -100,7 +106,15 @@ def evaluation_metrics(
         "eval/length_mean": mean(lengths),
         **({} if kl is None else {"eval/kl": mean(kl)}),
         "eval/distinct_2": distinct_2(responses),
+        **{f"eval/{name}": x for name, x in _joined(parts).part_means().items()},
     }
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> TaskScores:
+    """Return scores with the parts of several batches; a batch may lack some of them."""
+    names = dict.fromkeys(name for batch in parts for name in batch)
+    values = {name: [x[name] for x in parts if name in x] for name in names}
+    return TaskScores(np.empty(0), parts={n: np.concatenate(x) for n, x in values.items()})
 
 
 def evaluate(
@@ -130,6 +144,7 @@ def evaluate(
     size = config.batch_size
     scores, lengths, kl = (np.empty(len(prompts), np.float32) for _ in range(3))
     responses: list[str] = []
+    parts: list[dict[str, np.ndarray]] = []
     for first in range(0, len(prompts), size):
         state = state.replace(update=jnp.int32(first // size))
         state = placement.place(state, collector.learner.mesh)
@@ -141,11 +156,12 @@ def evaluate(
         keep = min(size, len(prompts) - first)
         at = slice(first, first + keep)
         mask, computed = batch.host_rollout.response_mask, placement.to_host(batch.scores)
-        task = collector.task_scores(batch).total(mask)
+        task = collector.task_scores(batch)
         ended = np.asarray(batch.host_rollout.ended)
-        scores[at] = optimized_scores(config, task, ended)[:keep]
+        scores[at] = optimized_scores(config, task.total(mask), ended)[:keep]
+        parts.append({name: x[:keep] for name, x in (task.parts or {}).items()})
         lengths[at] = mask.sum(axis=1)[:keep]
         kl[at] = (computed.logprobs - computed.ref_logprobs).sum(axis=1)[:keep]
         responses.extend(batch.texts[:keep])
-    metrics = evaluation_metrics(scores, lengths, responses, kl)
+    metrics = evaluation_metrics(scores, lengths, responses, kl, parts)
     return Evaluation(metrics, responses, scores, prompts.texts)

@@ -146,9 +146,9 @@ class Mirror:
     def _delete(self, step: str) -> None:
         """Delete a checkpoint; first the object that completes it."""
         self._store.write(f"checkpoints/{step}.complete", None).result()
-        after = chr(ord("/") + 1)
-        keys = tensorstore.KvStore.KeyRange(f"checkpoints/{step}/", f"checkpoints/{step}{after}")
-        self._store.delete_range(keys).result()
+        for key in self._store.list().result():
+            if key.startswith(f"checkpoints/{step}/".encode()):
+                self._store.write(key, None).result()
         self._complete.discard(step)
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ppo_jax.run.files import read_lines
 from ppo_jax.run.history import History, by_settings, over_seeds, read_history
 from ppo_jax.run.score_tables import group_name
 from ppo_jax.run.serialize import to_json
-from ppo_jax.run.summary import FIGURES, SUPERVISED_FIGURES, before_and_after
+from ppo_jax.run.summary import SUPERVISED_FIGURES, before_and_after, shown_figures
 
 # The metrics that are shown first, with their titles. All others follow below them.
 _TITLES = {
@@ -148,7 +148,8 @@ def _problems(groups: Sequence[Group]) -> list[tuple[str, str, list[tuple[Histor
 def _figures(ends: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Return the figures before and after training, over the seeds of a group."""
     rows = []
-    for name, title in {**FIGURES, **SUPERVISED_FIGURES}.items():
+    shown = shown_figures([end[x] for end in ends for x in ("before", "after") if x in end])
+    for name, title in {**shown, **SUPERVISED_FIGURES}.items():
         cells = []
         for when in ("before", "after"):
             known = [x for end in ends if (x := end.get(when, {}).get(name)) is not None]

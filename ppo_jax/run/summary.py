@@ -104,7 +104,7 @@ def print_before_and_after(summary: Row, console: Console | None = None) -> None
     if not ends:
         return
     supervised = "eval/loss" in summary[ends[0]]
-    figures = SUPERVISED_FIGURES if supervised else FIGURES
+    figures = SUPERVISED_FIGURES if supervised else shown_figures([summary[x] for x in ends])
     rows = {title: [summary[x].get(name) for x in ends] for name, title in figures.items()}
     console = console or Console(soft_wrap=True)
     title = "on held-out rows" if supervised else "on held-out prompts"
@@ -115,6 +115,24 @@ def print_before_and_after(summary: Row, console: Console | None = None) -> None
             score = pair[f"score_{when}"]
             shown = "none" if score is None else f"{score:.3g}"
             console.print(Text(f"  {when} ({shown}): {pair[when]}"))
+
+
+def shown_figures(evaluations: Sequence[Row]) -> dict[str, str]:
+    """Return the figures of evaluations that tables show, with their titles.
+
+    Args:
+      evaluations: the metrics `eval/*` of each.
+
+    Returns:
+      `FIGURES`, and the means of the named parts of the scores.
+
+    Example:
+      >>> list(shown_figures([{"eval/scores": 1.0, "eval/reward/brevity": -2.0}]))[-1]
+      'eval/reward/brevity'
+    """
+    prefix = "eval/reward/"
+    parts = [name for row in evaluations for name in row if name.startswith(prefix)]
+    return FIGURES | {name: f"reward {name.removeprefix(prefix)}" for name in parts}
 
 
 def figures_table(
