@@ -249,6 +249,8 @@ def test_the_configuration_of_a_run_and_dry_runs(tmp_path, capsys):
     assert "stop_tokens: 'no token' is " in printed(*command, *stop, status=2)
     assert files_in(tmp_path) == before
     cli.main(command)
+    with pytest.raises(SettingError, match="holds the settings of a run; evaluate takes the run"):
+        cli.parse(["evaluate", "--config", str(run)])
     # A run's own configuration starts the same run again, in another folder or to resume it.
     stored = json.loads((run / "config.json").read_text())["settings"]["command"]
     for file in (run, run / "config.json"):

@@ -158,6 +158,10 @@ def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
         from ppo_jax.commands.config_files import read_settings
 
         file = read_settings(Path(path))
+        if file.of_a_run and kind in (Evaluate, Generate):
+            raise SettingError(
+                f"config={path} holds the settings of a run; {called} takes the run as --model."
+            )
         for name in ("model", "reward"):  # tyro appends to the default of an option for many.
             if any(x.partition("=")[0] == f"--{name}" for x in args):
                 file.given.pop(name, None)
