@@ -46,6 +46,7 @@ from .types import (
     HiddenFn as HiddenFn,
     LogitsFn as LogitsFn,
     AdvantageFn as AdvantageFn,
+    AxisName as AxisName,
     Counts as Counts,
     CriticFn as CriticFn,
     Experience as Experience,

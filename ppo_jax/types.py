@@ -23,6 +23,7 @@ from jax import Array
 
 Params = Any  # A pytree of parameter arrays.
 Metrics = dict[str, Array]  # Metrics by name, `[]` float32 each.
+AxisName = str | tuple[str, ...]  # A mapped axis, or several that the rows are split over.
 Segments = Array | None  # Numbers of the sequences that share a row, `[B, S]` int32; see HiddenFn.
 
 KLEstimatorFn = Callable[[Array, Array], Array]

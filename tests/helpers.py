@@ -462,7 +462,7 @@ def noisy_adapters(adapters):
 # --- checks of numeric functions ---
 
 DEVICES = 8
-MAPPINGS = ("vmap", "pmap", "shard_map", "unchecked_shard_map")
+MAPPINGS = ("vmap", "pmap", "shard_map", "unchecked_shard_map", "shard_map_of_two_axes")
 
 
 def assert_jit_and_vmap_agree(
@@ -484,8 +484,13 @@ def assert_jit_and_vmap_agree(
     jax.tree.map(close, mapped, jax.tree.map(lambda *xs: jnp.stack(xs), *plain))
 
 
+def axis_of(mapping: str) -> str | tuple[str, ...]:
+    """Return the axis, or the axes, over which `on_devices` splits the rows."""
+    return ("hosts", "chips") if mapping == "shard_map_of_two_axes" else "devices"
+
+
 def on_devices(mapping: str, function: Callable, *arrays):
-    """Run `function` on 8 shards of the rows, mapped over the axis "devices".
+    """Run `function` on 8 shards of the rows, mapped over `axis_of(mapping)`.
 
     Returns:
       The results, stacked along a new leading axis of size 8.
@@ -495,12 +500,14 @@ def on_devices(mapping: str, function: Callable, *arrays):
         return jax.vmap(function, axis_name="devices")(*pieces)
     if mapping == "pmap":
         return jax.pmap(function, axis_name="devices")(*pieces)
-    assert mapping in ("shard_map", "unchecked_shard_map"), mapping
-    mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
-    spec = PartitionSpec("devices")
+    assert mapping in MAPPINGS, mapping
+    axis = axis_of(mapping)
+    sizes, axes = ((DEVICES,), (axis,)) if isinstance(axis, str) else ((2, DEVICES // 2), axis)
+    mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))
+    spec = PartitionSpec(axis)
     on_shard = lambda *xs: jax.tree.map(lambda y: y[None], function(*(x[0] for x in xs)))
     mapped = jax.shard_map(
-        on_shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=mapping == "shard_map"
+        on_shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma="unchecked" not in mapping
     )
     return jax.jit(mapped)(*pieces)
 

@@ -9,7 +9,7 @@ import optax
 import oracles
 import pytest
 from flax.training.train_state import TrainState
-from helpers import MAPPINGS, on_devices
+from helpers import MAPPINGS, axis_of, on_devices
 
 from ppo_jax.ops import masked
 from ppo_jax.ops.aggregation import TOKEN_SUM, constant_length
@@ -104,10 +104,10 @@ def test_whole_values_and_gradients(batch, how, name):
     function = WHOLE[name]
     loss = lambda x, m, axis_name=None: weighted(function(x, m, axis_name=axis_name))
     value, slope = function(*batch), jax.grad(loss)(*batch)
-    mapped = partial(function, axis_name="devices")
+    mapped = partial(function, axis_name=axis_of(how))
     pieces = on_devices(how, mapped, *batch)
     jax.tree.map(lambda piece, x: close(piece, np.full(8, x)), pieces, value)
-    slopes = on_devices(how, jax.grad(partial(loss, axis_name="devices")), *batch)
+    slopes = on_devices(how, jax.grad(partial(loss, axis_name=axis_of(how))), *batch)
     close(slopes.reshape(slope.shape), slope)
 
 
@@ -116,7 +116,7 @@ def test_whole_values_and_gradients(batch, how, name):
 def test_values_and_gradients_of_rows(batch, how, name):
     function = ROWS[name]
     value = function(*batch)
-    pieces = on_devices(how, partial(function, axis_name="devices"), *batch)
+    pieces = on_devices(how, partial(function, axis_name=axis_of(how)), *batch)
     jax.tree.map(lambda piece, x: close(piece.reshape(x.shape), x), pieces, value)
     weights = jax.tree.map(lambda x: np.cos(np.arange(x.size)).reshape(x.shape), value)
 
@@ -126,7 +126,7 @@ def test_values_and_gradients_of_rows(batch, how, name):
 
     slope = jax.grad(loss)(*batch, weights)
     leaves, tree = jax.tree.flatten(weights)
-    mapped = lambda x, m, *leaves: jax.grad(partial(loss, axis_name="devices"))(
+    mapped = lambda x, m, *leaves: jax.grad(partial(loss, axis_name=axis_of(how)))(
         x, m, jax.tree.unflatten(tree, leaves)
     )
     close(on_devices(how, mapped, *batch, *leaves).reshape(slope.shape), slope)
@@ -139,7 +139,7 @@ def test_values_and_gradients_of_rows(batch, how, name):
 )
 def test_counts(batch, how, count):
     mask = batch[1]
-    close(on_devices(how, partial(count, axis_name="devices"), mask), np.full(8, count(mask)))
+    close(on_devices(how, partial(count, axis_name=axis_of(how)), mask), np.full(8, count(mask)))
 
 
 # --- the update ---
@@ -179,7 +179,7 @@ def test_minibatch_gradient(batch, how, micro_batches, aggregation):
         )
 
     whole = gradient(*columns(batch))
-    pieces = on_devices(how, partial(gradient, axis_name="devices"), *columns(batch))
+    pieces = on_devices(how, partial(gradient, axis_name=axis_of(how)), *columns(batch))
     jax.tree.map(lambda piece, x: close(piece, np.full(8, x), rtol=1e-4), pieces, whole)
 
 
@@ -204,7 +204,7 @@ def test_ppo_update(batch, how, options):
 
     whole = update(*columns(batch))
     assert abs(whole[0] - 0.5) > 0.01
-    pieces = on_devices(how, partial(update, axis_name="devices"), *columns(batch))
+    pieces = on_devices(how, partial(update, axis_name=axis_of(how)), *columns(batch))
     jax.tree.map(lambda piece, x: close(piece, np.full(8, x), rtol=1e-4), pieces, whole)
 
 
@@ -212,5 +212,5 @@ def test_ppo_update(batch, how, options):
 def test_shuffled_minibatches(how):
     """The shares of the devices, side by side, are the minibatches of one device."""
     draw = partial(shuffled_minibatches, jax.random.key(0), B, epochs=2, minibatches=2)
-    shares = on_devices(how, lambda _: draw(axis_name="devices"), np.zeros(8))
+    shares = on_devices(how, lambda _: draw(axis_name=axis_of(how)), np.zeros(8))
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), draw())

@@ -170,6 +170,20 @@ def test_adaptive_weight_stays_positive():
     close(coefs, 0.05 * 0.2 ** np.arange(1.0, 5.0))
 
 
+@pytest.mark.parametrize("first, then", [(1.0, 60.0), (60.0, 1.0)])
+def test_adaptive_weight_returns_from_its_bounds(first, then):
+    """Without bounds, 100 updates reach 0 or infinity, which no factor changes."""
+    controller = kl.adaptive_kl(0.05, target=6.0, horizon=64.0)
+    state = controller.init()
+    for _ in range(100):
+        state = controller.update(state, jnp.float32(first), 512)
+    bound = state.coef
+    close(bound, 0.05 * (1e-6 if first < then else 1e6))
+    for _ in range(3):
+        state = controller.update(state, jnp.float32(then), 512)
+    assert bound < state.coef if first < then else 0 < state.coef < bound
+
+
 @pytest.mark.parametrize("observed", [math.nan, math.inf, -math.inf])
 def test_adaptive_weight_takes_in_no_kl_that_is_not_finite(observed):
     controller = kl.adaptive_kl(0.1, target=6.0, horizon=1000)

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import rlax
-from helpers import MAPPINGS, assert_jit_and_vmap_agree, assert_mask_hides, on_devices
+from helpers import MAPPINGS, assert_jit_and_vmap_agree, assert_mask_hides, axis_of, on_devices
 
 from ppo_jax.ops.losses import (
     clipped_policy_loss,
@@ -308,9 +308,9 @@ def test_loss_and_gradient_over_devices(policy, how):
         )
 
     def local(shift, *batch):
-        aggregate = partial(masked_mean, count=masked_count(batch[-1], axis_name="devices"))
+        aggregate = partial(masked_mean, count=masked_count(batch[-1], axis_name=axis_of(how)))
         return jax.lax.psum(
-            jax.value_and_grad(partial(loss, aggregate=aggregate))(shift[0], *batch), "devices"
+            jax.value_and_grad(partial(loss, aggregate=aggregate))(shift[0], *batch), axis_of(how)
         )
 
     whole = jax.value_and_grad(loss)(0.1, *policy)

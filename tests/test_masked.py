@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from helpers import MAPPINGS, assert_jit_and_vmap_agree, assert_mask_hides, on_devices
+from helpers import MAPPINGS, assert_jit_and_vmap_agree, assert_mask_hides, axis_of, on_devices
 
 from ppo_jax.ops import masked
 
@@ -125,7 +125,7 @@ def test_moments_over_devices_are_global(how, name):
     x, mask = oracles.normal(rng, B, R) + 2, oracles.ragged_mask(rng, B, R)
     mask[:2], mask[2:4] = False, True
     whole = GLOBAL[name](x, mask)
-    pieces = on_devices(how, partial(GLOBAL[name], axis_name="devices"), x, mask)
+    pieces = on_devices(how, partial(GLOBAL[name], axis_name=axis_of(how)), x, mask)
     pieces = pieces.reshape(whole.shape) if whole.ndim else pieces
     close(pieces, np.broadcast_to(whole, pieces.shape))
 
@@ -136,7 +136,7 @@ def test_counts_over_devices_are_global(how):
     mask[:2] = False
     for count in (masked.masked_count, masked.sequence_count):
         np.testing.assert_array_equal(
-            on_devices(how, partial(count, axis_name="devices"), mask), np.full(8, count(mask))
+            on_devices(how, partial(count, axis_name=axis_of(how)), mask), np.full(8, count(mask))
         )
 
 

@@ -15,10 +15,12 @@ from helpers import FULL_PPO, full_trainer
 from ppo_jax import data
 from ppo_jax.errors import RewardError
 from ppo_jax.ops.rewards import MissingEOS
+from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.reward_functions import TaskScores, TextReward, TimedReward, require_scores
 from ppo_jax.reward_functions.loading import load_reward, load_rewards
-from ppo_jax.run import faults
+from ppo_jax.run import evaluation, faults
 from ppo_jax.run.files import read_lines
+from ppo_jax.types import Rollout
 
 
 def column(folder, name):
@@ -46,12 +48,12 @@ async def waits(prompts, responses):
     return [1.0, 2.0]
 
 
-@pytest.fixture
-def reward_in_files(tmp_path):
-    """Return a reward whose worker processes import it, and which imports a file beside it."""
+@pytest.fixture(params=["reward_with_workers", "code"])
+def file_with_workers(tmp_path, request):
+    """Return a reward's file whose worker processes import it, and which imports one beside it."""
     (tmp_path / "beside_it.py").write_text("def score(text):\n    return len(text)\n")
     (tmp_path / "random.py").write_text("")  # must not replace Python's, which a worker imports
-    file = tmp_path / "reward_with_workers.py"
+    file = tmp_path / f"{request.param}.py"  # Python has a module `code`.
     file.write_text(
         "import multiprocessing\n"
         "from beside_it import score\n"
@@ -61,16 +63,20 @@ def reward_in_files(tmp_path):
         "    with multiprocessing.get_context(method).Pool(1) as pool:\n"
         "        return pool.map_async(one, responses).get(timeout=60)\n"
     )
-    yield load_reward(f"{file}:reward")
+    yield file
     sys.path.remove(str(tmp_path))
-    for name in ("beside_it", "reward_with_workers"):
-        sys.modules.pop(name)
+    sys.modules.pop("beside_it")
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_reward_may_have_worker_processes(reward_in_files, method):
-    """A worker that starts afresh finds the functions of the reward's file by their names."""
-    assert reward_in_files.function([], ["a", "bcd"], method) == [1, 3]
+def test_a_reward_may_have_worker_processes(file_with_workers, method):
+    """A worker that starts afresh finds the functions of the reward's file by their names.
+
+    So it does if the file was loaded before, for another reward for example.
+    """
+    for file in (os.path.relpath(file_with_workers), file_with_workers):
+        reward = load_reward(f"{file}:reward")
+        assert reward.function([], ["a", "bcd"], method) == [1, 3]
 
 
 def test_a_reward_file_hides_no_other_module(tmp_path):
@@ -221,15 +227,32 @@ def test_a_response_without_a_score_is_left_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_evaluation_applies_the_rule_for_a_missing_end(tmp_path):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"missing_eos": MissingEOS.REPLACE, "missing_eos_penalty": 50.0},
+        {"overlong_buffer": 4, "overlong_penalty": 50.0},
+    ],
+    ids=lambda rule: next(iter(rule)),
+)
+def test_an_evaluation_applies_the_rules_for_ends_and_lengths(tmp_path, rule):
     """A policy that never ends its responses must not be the best by evaluation."""
-    ppo = dataclasses.replace(FULL_PPO, missing_eos=MissingEOS.REPLACE, missing_eos_penalty=50.0)
+    ppo = dataclasses.replace(FULL_PPO, **rule)
     trainer = full_trainer(tmp_path / "run", ppo=ppo, adapters=False, updates=1, eval_every=1)
     trainer.run()
     plain = full_trainer(tmp_path / "plain", adapters=False, updates=1, eval_every=1)
     plain.run()
     with_rule, without = (column(tmp_path / x, "eval/scores")[-1] for x in ("run", "plain"))
     assert with_rule < without - 5
+
+
+@pytest.mark.parametrize("scaled, most", [(False, 2.0), (True, 9.0)])
+def test_scores_of_an_evaluation_are_clipped_where_training_clips_the_same_scores(scaled, most):
+    mask = np.array([[True, True], [True, False]])
+    rollout = Rollout(mask.astype(int), mask, mask, np.zeros((2, 2)), np.array([True, True]))
+    ppo = PPOConfig(score_clip=2.0, scale_scores=scaled)
+    scores = evaluation.optimized_scores(ppo, np.array([9.0, -1.0], np.float32), rollout)
+    np.testing.assert_array_equal(scores, [most, -1.0])
 
 
 @pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")

@@ -147,7 +147,7 @@ def _sample(
         texts = response_texts(agent, tokenizer, out)
         task = reward(out, batch, texts)
         total_scores = task.total(out.response_mask)
-        found["scores"].extend(optimized_scores(agent.config, total_scores, out.ended))
+        found["scores"].extend(optimized_scores(agent.config, total_scores, out))
         found["parts"].append(task.parts or {})
         found["lengths"].extend(out.response_mask.sum(axis=1))
         found["texts"].extend(texts)

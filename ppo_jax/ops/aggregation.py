@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.masked import Aggregation, check_mask, masked_mean, sequence_count
+from ppo_jax.types import AxisName
 
 
-def _one(mask: Array, *, axis_name: str | None = None) -> Array:
+def _one(mask: Array, *, axis_name: AxisName | None = None) -> Array:
     """The divisor 1 of a sum."""
     check_mask(mask)
     return jnp.float32(1)
@@ -53,7 +54,7 @@ def constant_length(length: float | None = None) -> Aggregation:
     if length is not None and not length > 0:
         raise ValueError(f"length must be positive, or None for all positions, but is {length}.")
 
-    def count(mask: Array, *, axis_name: str | None = None) -> Array:
+    def count(mask: Array, *, axis_name: AxisName | None = None) -> Array:
         constant = mask.shape[1] if length is None else length
         return sequence_count(mask, axis_name=axis_name) * constant
 

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
+from ppo_jax.types import AxisName
+
 Tree = TypeVar("Tree")
 
 
-def separate(tree: Tree, axis_name: str | None) -> Tree:
+def separate(tree: Tree, axis_name: AxisName | None) -> Tree:
     """Give each shard its own copy of arrays that all shards hold, without linking the gradients.
 
     Under a checked `shard_map`, the gradient with respect to an array that all shards hold is
@@ -26,7 +28,7 @@ def separate(tree: Tree, axis_name: str | None) -> Tree:
 
     Args:
       tree: a pytree of arrays.
-      axis_name: the mapped axis; None if there is none, and nothing to do.
+      axis_name: the mapped axis or axes; None if there is none, and nothing to do.
 
     Returns:
       The same values.
@@ -38,23 +40,23 @@ def separate(tree: Tree, axis_name: str | None) -> Tree:
     if axis_name is None:
         return tree
     mesh = jax.sharding.get_abstract_mesh()
-    if (
-        dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis_name)
-        is not AxisType.Manual
-    ):
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    manual = tuple(name for name in names if kinds.get(name) is AxisType.Manual)
+    if not manual:
         return tree  # Under `vmap`, a copy would cost a TPU another layout of embedding tables.
     # Choosing by the index of the shard changes no value, but JAX then takes the result to differ
     # from shard to shard.
-    here = jax.lax.axis_index(axis_name) >= 0
+    here = jax.lax.axis_index(manual) >= 0
     return jax.tree.map(lambda x: jnp.where(here, x, x), tree)
 
 
-def sum_shards(x: Array, axis_name: str | None) -> Array:
+def sum_shards(x: Array, axis_name: AxisName | None) -> Array:
     """Sum an array over the shards. The gradient counts the sum, which all shards hold, once.
 
     Args:
       x: an array of each shard.
-      axis_name: the mapped axis; None if there is none, and nothing to do.
+      axis_name: the mapped axis or axes; None if there is none, and nothing to do.
 
     Returns:
       The sum, of the shape of `x`, equal on all shards.
@@ -68,29 +70,29 @@ def sum_shards(x: Array, axis_name: str | None) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum(x: Array, axis_name: str) -> Array:
+def _sum(x: Array, axis_name: AxisName) -> Array:
     return jax.lax.psum(x, axis_name)
 
 
-def _sum_forward(x: Array, axis_name: str) -> tuple[Array, None]:
+def _sum_forward(x: Array, axis_name: AxisName) -> tuple[Array, None]:
     return jax.lax.psum(x, axis_name), None
 
 
-def _sum_backward(axis_name: str, _: None, cotangent: Array) -> tuple[Array]:
+def _sum_backward(axis_name: AxisName, _: None, cotangent: Array) -> tuple[Array]:
     return (separate(cotangent, axis_name),)
 
 
 _sum.defvjp(_sum_forward, _sum_backward)
 
 
-def share(x: Array, axis_name: str | None) -> Array:
+def share(x: Array, axis_name: AxisName | None) -> Array:
     """Use a number that all shards hold, such as a `sum_shards`, together with the rows of each.
 
     The gradient of the result is summed over the shards, because all of them depend on `x`.
 
     Args:
       x: an array that is equal on all shards.
-      axis_name: the mapped axis; None if there is none, and nothing to do.
+      axis_name: the mapped axis or axes; None if there is none, and nothing to do.
 
     Returns:
       The same values.
@@ -104,15 +106,15 @@ def share(x: Array, axis_name: str | None) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _share(x: Array, axis_name: str) -> Array:
+def _share(x: Array, axis_name: AxisName) -> Array:
     return separate(x, axis_name)
 
 
-def _share_forward(x: Array, axis_name: str) -> tuple[Array, None]:
+def _share_forward(x: Array, axis_name: AxisName) -> tuple[Array, None]:
     return separate(x, axis_name), None
 
 
-def _share_backward(axis_name: str, _: None, cotangent: Array) -> tuple[Array]:
+def _share_backward(axis_name: AxisName, _: None, cotangent: Array) -> tuple[Array]:
     return (jax.lax.psum(cotangent, axis_name),)
 
 

@@ -8,6 +8,7 @@ from ppo_jax.ops.axes import share
 from ppo_jax.ops.group_advantages import dr_grpo_advantages
 from ppo_jax.ops.masked import masked_whiten
 from ppo_jax.ops.metrics import explained_variance
+from ppo_jax.types import AxisName
 
 
 def reinforce_plus_plus_advantages(
@@ -18,7 +19,7 @@ def reinforce_plus_plus_advantages(
     gamma: float = 1.0,
     unbiased: bool = True,
     eps: float = 1e-8,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Array, Array]:
     """Whiten the returns of all tokens of the batch.
 
@@ -59,7 +60,7 @@ def reinforce_plus_plus_advantages(
 
 
 def batch_mean_advantages(
-    rewards: Array, mask: Array, *, axis_name: str | None = None
+    rewards: Array, mask: Array, *, axis_name: AxisName | None = None
 ) -> tuple[Array, Array]:
     """Compare the score of each response with the mean score of the batch.
 
@@ -98,7 +99,7 @@ def evpo_advantages(
     *,
     gamma: float,
     lam: float,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Array, Array]:
     """Use the critic only if its values explain some of the variance of the returns.
 

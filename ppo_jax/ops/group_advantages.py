@@ -15,6 +15,7 @@ from jax import Array
 
 from ppo_jax.ops.advantages import discounted_returns
 from ppo_jax.ops.masked import check_mask, widen
+from ppo_jax.types import AxisName
 
 
 class _Groups(NamedTuple):
@@ -28,7 +29,7 @@ class _Groups(NamedTuple):
 
 
 def group_statistics(
-    scores: Array, members: Array, groups: Array, axis_name: str | None = None
+    scores: Array, members: Array, groups: Array, axis_name: AxisName | None = None
 ) -> _Groups:
     """Compute size, mean and standard deviation of the scores of the group of each row.
 
@@ -59,7 +60,7 @@ def group_statistics(
     return _Groups(scores, count, mean, jnp.where(differ, jnp.sqrt(variance), 0), differ)
 
 
-def _statistics(rewards: Array, mask: Array, groups: Array, axis_name: str | None) -> _Groups:
+def _statistics(rewards: Array, mask: Array, groups: Array, axis_name: AxisName | None) -> _Groups:
     chex.assert_rank([rewards, mask, groups], [2, 2, 1])
     check_mask(mask, rewards)
     scores = widen(jnp.where(mask, rewards, 0)).sum(axis=1)
@@ -78,7 +79,7 @@ def grpo_advantages(
     groups: Array,
     *,
     eps: float = 1e-6,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Array, Array]:
     """Compare each score with the mean of its group, in units of the group's standard deviation.
 
@@ -112,7 +113,7 @@ def grpo_advantages(
 
 
 def dr_grpo_advantages(
-    rewards: Array, mask: Array, groups: Array, *, axis_name: str | None = None
+    rewards: Array, mask: Array, groups: Array, *, axis_name: AxisName | None = None
 ) -> tuple[Array, Array]:
     """Compare each score with the mean of its group.
 
@@ -147,7 +148,7 @@ def dr_grpo_advantages(
 
 
 def rloo_advantages(
-    rewards: Array, mask: Array, groups: Array, *, axis_name: str | None = None
+    rewards: Array, mask: Array, groups: Array, *, axis_name: AxisName | None = None
 ) -> tuple[Array, Array]:
     """Compare each score with the mean of the other scores of its group (leave one out).
 
@@ -181,7 +182,7 @@ def rloo_advantages(
 
 
 def maxrl_advantages(
-    rewards: Array, mask: Array, groups: Array, *, axis_name: str | None = None
+    rewards: Array, mask: Array, groups: Array, *, axis_name: AxisName | None = None
 ) -> tuple[Array, Array]:
     """Compare each score with the mean of its group, in units of that mean.
 

@@ -251,7 +251,8 @@ def adaptive_kl(init_coef: float, *, target: float, horizon: float) -> KLControl
         β ← β max(1 + e · episodes / horizon, 0.2)
 
     The lower bound of the factor keeps β positive where an update has many more responses than
-    `horizon`. A KL that is not finite leaves β unchanged.
+    `horizon`. β stays between 10⁻⁶ and 10⁶ times its first value, because it could never leave 0
+    or infinity. A KL that is not finite leaves β unchanged.
 
     Args:
       init_coef: β at the start; positive, because a β of 0 could not change.
@@ -282,6 +283,7 @@ def adaptive_kl(init_coef: float, *, target: float, horizon: float) -> KLControl
     def update(state: KLState, kl: Array, episodes: int) -> KLState:
         error = jnp.clip(kl / target - 1, -0.2, 0.2)
         factor = jnp.maximum(1 + error * (episodes / horizon), 0.2)
-        return KLState(jnp.where(jnp.isfinite(kl), state.coef * factor, state.coef))
+        coef = jnp.clip(state.coef * factor, init_coef * 1e-6, init_coef * 1e6)
+        return KLState(jnp.where(jnp.isfinite(kl), coef, state.coef))
 
     return KLController(lambda: KLState(jnp.float32(init_coef)), update)

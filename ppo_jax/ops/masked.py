@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.axes import share, sum_shards
+from ppo_jax.types import AxisName
 
 
 def widen(x: Array) -> Array:
@@ -29,7 +30,7 @@ def check_mask(mask: Array, *arrays: Array) -> None:
     chex.assert_equal_shape([mask, *arrays])
 
 
-def _constant(x: Array, mask: Array, axis_name: str | None) -> Array:
+def _constant(x: Array, mask: Array, axis_name: AxisName | None) -> Array:
     """Whether the kept entries are equal up to the rounding of a few operations, `[]` bool."""
     x = jax.lax.stop_gradient(x)
     largest = jnp.max(x, where=mask, initial=-jnp.inf)
@@ -40,7 +41,7 @@ def _constant(x: Array, mask: Array, axis_name: str | None) -> Array:
     return largest - least <= rounding
 
 
-def masked_sum(x: Array, mask: Array, *, axis_name: str | None = None) -> Array:
+def masked_sum(x: Array, mask: Array, *, axis_name: AxisName | None = None) -> Array:
     """Sum the entries of `x` where `mask` is true.
 
     Args:
@@ -62,7 +63,7 @@ def masked_sum(x: Array, mask: Array, *, axis_name: str | None = None) -> Array:
     return sum_shards(jnp.sum(widen(jnp.where(mask, x, 0))), axis_name)
 
 
-def masked_count(mask: Array, *, axis_name: str | None = None) -> Array:
+def masked_count(mask: Array, *, axis_name: AxisName | None = None) -> Array:
     """Count the true entries of a mask; the result is at least 1, so that it can be a divisor.
 
     Args:
@@ -84,7 +85,7 @@ def masked_count(mask: Array, *, axis_name: str | None = None) -> Array:
 
 
 def masked_mean(
-    x: Array, mask: Array, *, count: Array | None = None, axis_name: str | None = None
+    x: Array, mask: Array, *, count: Array | None = None, axis_name: AxisName | None = None
 ) -> Array:
     """Average the entries of `x` where `mask` is true.
 
@@ -112,7 +113,7 @@ def masked_mean(
     return masked_sum(x, mask, axis_name=axis_name) / count
 
 
-def sequence_count(mask: Array, *, axis_name: str | None = None) -> Array:
+def sequence_count(mask: Array, *, axis_name: AxisName | None = None) -> Array:
     """Count the sequences with at least one real token; the result is at least 1.
 
     Args:
@@ -192,7 +193,7 @@ BY_SEQUENCE = Aggregation(sequence_mean, sequence_count)
 
 
 def masked_var(
-    x: Array, mask: Array, *, unbiased: bool = False, axis_name: str | None = None
+    x: Array, mask: Array, *, unbiased: bool = False, axis_name: AxisName | None = None
 ) -> Array:
     """Compute the variance of the entries of `x` where `mask` is true.
 
@@ -231,7 +232,7 @@ def masked_whiten(
     shift_mean: bool = True,
     unbiased: bool = False,
     eps: float = 1e-8,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> Array:
     """Scale the kept entries to variance 1 and, by default, shift them to mean 0.
 

@@ -12,7 +12,7 @@ from jax import Array
 from ppo_jax.ops.kl import kl_k1
 from ppo_jax.ops.masked import masked_count, masked_mean, masked_sum, masked_var, widen
 from ppo_jax.ops.ratios import hide_masked, log_ratio, policy_ratio
-from ppo_jax.types import Experience, LossMetrics, Metrics, Rollout, Scores
+from ppo_jax.types import AxisName, Experience, LossMetrics, Metrics, Rollout, Scores
 
 
 def add_parts(a: LossMetrics, b: LossMetrics) -> LossMetrics:
@@ -105,7 +105,9 @@ def policy_metrics(
     )
 
 
-def importance_metrics(weights: Array, mask: Array, *, axis_name: str | None = None) -> Metrics:
+def importance_metrics(
+    weights: Array, mask: Array, *, axis_name: AxisName | None = None
+) -> Metrics:
     """Describe the weights of tokens that another policy has sampled.
 
         effective sample size = (Σ w)² / (n Σ w²)
@@ -138,7 +140,7 @@ def importance_metrics(weights: Array, mask: Array, *, axis_name: str | None = N
 
 
 def explained_variance(
-    values: Array, returns: Array, mask: Array, *, axis_name: str | None = None
+    values: Array, returns: Array, mask: Array, *, axis_name: AxisName | None = None
 ) -> Array:
     """Compute the share of the variance of the returns that the values explain.
 
@@ -181,7 +183,7 @@ def experience_metrics(
     rewards: Array,
     task_scores: Array,
     *,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> Metrics:
     """Describe a batch of responses before the update that learns from it.
 

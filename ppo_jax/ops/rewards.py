@@ -16,6 +16,7 @@ from jax import Array
 from ppo_jax.ops.axes import share
 from ppo_jax.ops.masked import check_mask, masked_mean, masked_sum, widen
 from ppo_jax.ops.score_rules import MissingEOS, ScoreAt
+from ppo_jax.types import AxisName
 
 
 def score_index(mask: Array, score_at: ScoreAt) -> Array:
@@ -150,7 +151,7 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
     """
 
     def update(
-        state: ScaleState, scores: Array, *, axis_name: str | None = None
+        state: ScaleState, scores: Array, *, axis_name: AxisName | None = None
     ) -> tuple[ScaleState, Array]:
         chex.assert_rank(scores, 1)
         scores = widen(scores)

@@ -8,6 +8,7 @@ from jax import Array
 
 from ppo_jax.ops.group_advantages import group_statistics
 from ppo_jax.ops.masked import check_mask, widen
+from ppo_jax.types import AxisName
 
 
 def overlong_penalty(mask: Array, *, max_length: int, buffer: int, weight: float = 1.0) -> Array:
@@ -47,7 +48,7 @@ def overlong_penalty(mask: Array, *, max_length: int, buffer: int, weight: float
 
 
 def informative(
-    scores: Array, groups: Array, mask: Array | None = None, *, axis_name: str | None = None
+    scores: Array, groups: Array, mask: Array | None = None, *, axis_name: AxisName | None = None
 ) -> Array:
     """Tell which responses belong to a group whose scores are not all equal.
 

@@ -12,15 +12,15 @@ from jax import Array
 from ppo_jax.ops.axes import share
 from ppo_jax.ops.masked import masked_count, masked_mean
 from ppo_jax.ops.ratios import hide_masked, log_ratio
-from ppo_jax.types import Aggregate
+from ppo_jax.types import Aggregate, AxisName
 
 
-def _gather(x: Array, axis_name: str | None) -> Array:
+def _gather(x: Array, axis_name: AxisName | None) -> Array:
     """Flatten an array and join those of all shards."""
     return x.ravel() if axis_name is None else jax.lax.all_gather(x.ravel(), axis_name, tiled=True)
 
 
-def _own(x: Array, shape: tuple[int, ...], axis_name: str | None) -> Array:
+def _own(x: Array, shape: tuple[int, ...], axis_name: AxisName | None) -> Array:
     """Cut the part of this shard out of what `_gather` has joined."""
     if axis_name is not None:
         x = x.reshape(jax.lax.axis_size(axis_name), -1)[jax.lax.axis_index(axis_name)]
@@ -38,7 +38,7 @@ def m2po_mask(
     mask: Array,
     *,
     threshold: float = 0.04,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> Array:
     """Drop the tokens with the largest log-ratios until their mean square is small (M2PO).
 
@@ -78,7 +78,7 @@ def m2po_mask(
 
 
 def covariances(
-    logprobs: Array, advantages: Array, mask: Array, *, axis_name: str | None = None
+    logprobs: Array, advantages: Array, mask: Array, *, axis_name: AxisName | None = None
 ) -> Array:
     """Compute the contribution of each token to the covariance of log-prob and advantage.
 
@@ -123,7 +123,7 @@ def clip_cov_mask(
     part: float = 2e-4,
     least: float = 1.0,
     most: float = 5.0,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> Array:
     """Choose tokens whose gradient to keep, dropping some with a large covariance (Clip-Cov).
 
@@ -181,7 +181,7 @@ def kl_cov_loss(
     *,
     part: float = 2e-4,
     coef: float = 1.0,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     aggregate: Aggregate = masked_mean,
 ) -> Array:
     """Hold the tokens with the largest covariance of log-prob and advantage in place (KL-Cov).

@@ -18,7 +18,7 @@ from ppo_jax.ops.baselines import (
     evpo_advantages,
     reinforce_plus_plus_advantages,
 )
-from ppo_jax.types import AdvantageFn, Rollout, Scores
+from ppo_jax.types import AdvantageFn, AxisName, Rollout, Scores
 
 if TYPE_CHECKING:
     from ppo_jax.ppo.settings import PPOConfig
@@ -146,7 +146,7 @@ def of_groups(
       A function of the settings that returns the `AdvantageFn`.
     """
 
-    def make(config: "PPOConfig", axis_name: str | None = None) -> AdvantageFn:
+    def make(config: "PPOConfig", axis_name: AxisName | None = None) -> AdvantageFn:
         # A group never spans two devices, so nothing has to be gathered over `axis_name`.
         def advantages(
             rewards: Array, values: Array, mask: Array, *, rollout: Rollout, scores: Scores
@@ -158,7 +158,7 @@ def of_groups(
     return make
 
 
-def evpo(config: "PPOConfig", axis_name: str | None = None) -> AdvantageFn:
+def evpo(config: "PPOConfig", axis_name: AxisName | None = None) -> AdvantageFn:
     """Make the `AdvantageFn` that uses the critic only while it explains variance."""
 
     def advantages(
@@ -171,7 +171,7 @@ def evpo(config: "PPOConfig", axis_name: str | None = None) -> AdvantageFn:
     return advantages
 
 
-def batch_mean(config: "PPOConfig", axis_name: str | None = None) -> AdvantageFn:
+def batch_mean(config: "PPOConfig", axis_name: AxisName | None = None) -> AdvantageFn:
     """Make the `AdvantageFn` that compares each score with the mean score of the batch."""
 
     def advantages(
@@ -192,7 +192,7 @@ def reinforce_pp(*, baseline: bool) -> Callable[..., AdvantageFn]:
       A function of the settings that returns the `AdvantageFn`.
     """
 
-    def make(config: "PPOConfig", axis_name: str | None = None) -> AdvantageFn:
+    def make(config: "PPOConfig", axis_name: AxisName | None = None) -> AdvantageFn:
         def advantages(
             rewards: Array, values: Array, mask: Array, *, rollout: Rollout, scores: Scores
         ) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from ppo_jax.ppo.scoring import make_experience
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import PPOState
 from ppo_jax.ppo.task_scores import final_scores, sum_scores
-from ppo_jax.types import AdvantageFn, Experience, Metrics, Rollout, Scores
+from ppo_jax.types import AdvantageFn, AxisName, Experience, Metrics, Rollout, Scores
 
 
 class Prepared(NamedTuple):
@@ -44,7 +44,7 @@ def prepare(
     token_scores: Array | None,
     *,
     advantage_fn: AdvantageFn,
-    axis_name: str | None,
+    axis_name: AxisName | None,
 ) -> Prepared:
     """Compute rewards, advantages and metrics of a scored rollout; see `learn` for the arguments.
 
@@ -106,7 +106,7 @@ def finish_experience(
     scores: Array,
     weights: Array | None,
     *,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Experience, Metrics]:
     """Put the scores into an experience, and what the settings say of old log-probs and groups.
 

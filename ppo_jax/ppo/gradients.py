@@ -12,7 +12,7 @@ from ppo_jax.ops.metrics import add_parts
 from ppo_jax.ppo.batching import split_rows
 from ppo_jax.ppo.packing import Bins, sum_bins
 from ppo_jax.sharding import constrain_params
-from ppo_jax.types import Counts, Experience, LossFn, LossMetrics, Params
+from ppo_jax.types import AxisName, Counts, Experience, LossFn, LossMetrics, Params
 
 _Gradient = tuple[Params, LossMetrics]
 
@@ -21,7 +21,7 @@ def minibatch_gradient(
     loss_fn: LossFn,
     params: Params,
     batch: Experience,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     *,
     micro_batches: int = 1,
     aggregation: Aggregation = BY_TOKEN,

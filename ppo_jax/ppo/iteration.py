@@ -22,7 +22,7 @@ from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import score_rollout
 from ppo_jax.ppo.state import SAMPLE, Agent, PPOState, overlay
 from ppo_jax.ppo.state import init_state as init_state
-from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
+from ppo_jax.types import AdvantageFn, AxisName, LossFn, Metrics, Params, Rollout, Scores
 
 
 @partial(jax.jit, static_argnames=("agent", "reward"))
@@ -205,7 +205,7 @@ def learn(
     advantage_fn: AdvantageFn | None = None,
     loss_fn: LossFn | None = None,
     frozen: Params | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[PPOState, Metrics]:
     """Turn the scores of a rollout into advantages and take the optimizer steps of one update.
 

@@ -17,7 +17,7 @@ from jax import Array
 
 from ppo_jax.errors import SettingError
 from ppo_jax.ops.axes import separate
-from ppo_jax.types import CriticFn, LanguageModel
+from ppo_jax.types import AxisName, CriticFn, LanguageModel
 
 Tree = TypeVar("Tree")
 
@@ -209,7 +209,7 @@ def sum_bins(
     bins: Bins,
     *,
     add: Callable[[Tree, Tree], Tree] = lambda a, b: jax.tree.map(jnp.add, a, b),
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> Tree:
     """Call a function for the rows of `bins.number` bins after the other, and add up its results.
 

@@ -16,7 +16,7 @@ from ppo_jax.ppo.scoring import score_rollout
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import SHUFFLE, SHUFFLE_CRITIC, Agent, PPOState, overlay
 from ppo_jax.ppo.update import ppo_update, schedule_at
-from ppo_jax.types import Experience, LossFn, Metrics, Params, Rollout
+from ppo_jax.types import AxisName, Experience, LossFn, Metrics, Params, Rollout
 
 
 def take_steps(
@@ -27,7 +27,7 @@ def take_steps(
     *,
     loss_fn: LossFn | None = None,
     frozen: Params | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[PPOState, Metrics]:
     """Take the optimizer steps of one update.
 
@@ -67,7 +67,7 @@ def _train_policy(
     experience: Experience,
     loss_fn: LossFn | None,
     frozen: Params | None,
-    axis_name: str | None,
+    axis_name: AxisName | None,
 ) -> tuple[TrainState, Metrics]:
     """Train the policy, and with it the critic if the critic has no optimizer of its own."""
     c = agent.config
@@ -92,7 +92,7 @@ def _train_critic(
     rollout: Rollout,
     experience: Experience,
     frozen: Params | None,
-    axis_name: str | None,
+    axis_name: AxisName | None,
 ) -> tuple[TrainState, Metrics]:
     """Train the critic on the value loss, and measure what it explains afterwards."""
     c, model = agent.config, agent.model

@@ -18,6 +18,7 @@ from ppo_jax.ppo.packing import Bins, sum_bins
 from ppo_jax.sharding import map_over_data
 from ppo_jax.types import (
     AdvantageFn,
+    AxisName,
     CriticFn,
     Experience,
     KLEstimatorFn,
@@ -134,7 +135,7 @@ def _score_bins(
     bins: Bins,
     _: None,
     rows: tuple[Array, Array, Array],
-    axis_name: str | None,
+    axis_name: AxisName | None,
 ) -> Scores:
     """Score the rows of some bins at a time."""
     tokens, mask, real = rows
@@ -160,7 +161,7 @@ def make_experience(
     whiten_advantages: bool = True,
     unbiased: bool = False,
     weights: Array | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Experience, Array]:
     """Compute rewards, advantages and return of a scored rollout.
 

@@ -1,4 +1,4 @@
-"""From the score that the task gives a response to the score that enters its rewards."""
+"""Turn the scores that a task gives to responses into the scores that PPO optimizes."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -7,7 +7,7 @@ from ppo_jax.errors import SettingError
 from ppo_jax.ops.rewards import ScaleState, apply_missing_eos, running_scale
 from ppo_jax.ops.scores import overlong_penalty
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.types import Rollout
+from ppo_jax.types import AxisName, Rollout
 
 
 def sum_scores(
@@ -37,26 +37,16 @@ def sum_scores(
     return task_scores + jnp.where(rollout.response_mask, token_scores, 0).sum(axis=1)
 
 
-def final_scores(
-    config: PPOConfig,
-    state: ScaleState,
-    rollout: Rollout,
-    task_scores: Array,
-    *,
-    axis_name: str | None = None,
-) -> tuple[ScaleState, Array]:
-    """Apply the rules for a missing EOS and for length, scaling and clipping to the task's scores.
+def scores_by_rules(config: PPOConfig, rollout: Rollout, task_scores: Array) -> Array:
+    """Apply the rules for a missing EOS and for length to the task's scores.
 
     Args:
-      config: the settings of the four.
-      state: the running moments of the scores.
+      config: the settings of both rules.
       rollout: `B` responses. One without a token to learn from has no score.
       task_scores: `[B]` float32.
-      axis_name: mapped axis over which the rows are split.
 
     Returns:
-      The new moments, which take in the scores even if they are not scaled, and the scores, `[B]`
-      float32, NaN for a response without a score.
+      `[B]` float32, NaN for a response without a score.
     """
     final = apply_missing_eos(
         task_scores, rollout.ended, rule=config.missing_eos, penalty=config.missing_eos_penalty
@@ -68,8 +58,36 @@ def final_scores(
             buffer=config.overlong_buffer,
             weight=config.overlong_penalty,
         )
-    final = jnp.where(rollout.response_mask.any(axis=1), final, jnp.nan)
-    state, scaled = running_scale().update(state, final, axis_name=axis_name)
-    final = scaled if config.scale_scores else final
+    return jnp.where(rollout.response_mask.any(axis=1), final, jnp.nan)
+
+
+def clip_scores(config: PPOConfig, scores: Array) -> Array:
+    """Clip scores to `±score_clip`, if this is set."""
     limit = config.score_clip
-    return state, final if limit is None else jnp.clip(final, -limit, limit)
+    return scores if limit is None else jnp.clip(scores, -limit, limit)
+
+
+def final_scores(
+    config: PPOConfig,
+    state: ScaleState,
+    rollout: Rollout,
+    task_scores: Array,
+    *,
+    axis_name: AxisName | None = None,
+) -> tuple[ScaleState, Array]:
+    """Apply `scores_by_rules`, scaling and clipping to the task's scores.
+
+    Args:
+      config: the settings of all of them.
+      state: the running moments of the scores.
+      rollout: `B` responses.
+      task_scores: `[B]` float32.
+      axis_name: mapped axis over which the rows are split.
+
+    Returns:
+      The new moments, which take in the scores even if they are not scaled, and the scores, `[B]`
+      float32, NaN for a response without a score.
+    """
+    final = scores_by_rules(config, rollout, task_scores)
+    state, scaled = running_scale().update(state, final, axis_name=axis_name)
+    return state, clip_scores(config, scaled if config.scale_scores else final)

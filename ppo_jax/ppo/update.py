@@ -15,7 +15,7 @@ from ppo_jax.ppo.gradients import minibatch_gradient
 from ppo_jax.ppo.packing import Bins
 from ppo_jax.ppo.state import overlay
 from ppo_jax.sharding import constrain_rows, map_over_data
-from ppo_jax.types import Experience, LossFn, LossMetrics, Metrics, Params
+from ppo_jax.types import AxisName, Experience, LossFn, LossMetrics, Metrics, Params
 
 
 def schedule_at(state: TrainState, step: Array) -> TrainState:
@@ -41,7 +41,7 @@ def schedule_at(state: TrainState, step: Array) -> TrainState:
 
 
 def shuffled_minibatches(
-    key: Array, rows: int, *, epochs: int, minibatches: int, axis_name: str | None = None
+    key: Array, rows: int, *, epochs: int, minibatches: int, axis_name: AxisName | None = None
 ) -> Array:
     """Draw the row numbers of each minibatch, with a new permutation of the rows in each epoch.
 
@@ -81,7 +81,7 @@ def ppo_update(
     aggregation: Aggregation = BY_TOKEN,
     target_kl: float | None = None,
     skip_nonfinite: bool = False,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     frozen: Params | None = None,
     bins: Bins | None = None,
 ) -> tuple[TrainState, Metrics]:

@@ -1,13 +1,13 @@
 """Making a reward from the name that a user gives on the command line."""
 
-import importlib.util
+import functools
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_jax.hashing import text_hash
 from ppo_jax.reward_functions.model import load_model_reward
 from ppo_jax.reward_functions.protocol import RewardFn
 from ppo_jax.reward_functions.text import TextReward
@@ -180,12 +180,9 @@ def _load_function(
     """Run a Python file as a module; return its function `name` and the name of the module."""
     if not file.is_file():
         raise ValueError(f"The {purpose} file {file} does not exist.")
-    # Worker processes that are spawned get this path, and can then import the file by its name. A
-    # module beside it can be imported too. Last, so that no file beside it hides another module.
-    folder = str(file.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    module_name = file.stem if _imports(file) else f"{file.stem}_{text_hash(str(file.resolve()))}"
+    # A module beside the file can be imported too. Last, so that it hides no other module.
+    _append_to_path(str(file.resolve().parent))
+    module_name = _name_for_workers(file.resolve())
     try:
         module = run_file(file, module_name)
     except (Exception, SystemExit) as error:
@@ -198,14 +195,32 @@ def _load_function(
     return function, module_name
 
 
-def _imports(file: Path) -> bool:
-    """Whether `import` of the name of a file finds this file and not another module."""
-    name = file.stem
-    loaded = sys.modules.get(name)
-    if loaded is not None:
-        return getattr(loaded, "__file__", None) == str(file)
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return False
-    return found is not None and found.origin is not None and Path(found.origin).samefile(file)
+_RUN_FILE = """import importlib.util, sys
+spec = importlib.util.spec_from_file_location(__name__, {path!r})
+sys.modules[__name__] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+
+
+def _name_for_workers(file: Path) -> str:
+    """Return a new name by which processes that the file's functions spawn can import the file.
+
+    They have the `sys.path` of this process, and find a module of this name there that runs the
+    file. The name of the file itself may be that of another module or of an earlier run of it.
+    """
+    folder = Path(_folder_of_modules().name)
+    _append_to_path(str(folder))
+    module_name = f"{file.stem}_loaded_{sum(1 for _ in folder.glob('*.py'))}"
+    (folder / f"{module_name}.py").write_text(_RUN_FILE.format(path=str(file)))
+    return module_name
+
+
+@functools.cache
+def _folder_of_modules() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that exists until this process ends."""
+    return tempfile.TemporaryDirectory(prefix="ppo_jax-")
+
+
+def _append_to_path(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.append(folder)

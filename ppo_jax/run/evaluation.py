@@ -10,11 +10,12 @@ import numpy as np
 
 from ppo_jax import data
 from ppo_jax.distributed import placement
-from ppo_jax.ops.rewards import apply_missing_eos
 from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.task_scores import clip_scores, scores_by_rules
 from ppo_jax.reward_functions import TaskScores
 from ppo_jax.run.collection import Collector
+from ppo_jax.types import Rollout
 
 
 class Evaluation(NamedTuple):
@@ -45,20 +46,22 @@ class Evaluation(NamedTuple):
         ]
 
 
-def optimized_scores(config: PPOConfig, scores: np.ndarray, ended: np.ndarray) -> np.ndarray:
-    """Apply the rule of the settings for responses without an end token, as training does.
+def optimized_scores(config: PPOConfig, scores: np.ndarray, rollout: Rollout) -> np.ndarray:
+    """Apply the rules of the settings for endings, length and clipping, as training does.
+
+    Scores are not scaled, so that those of several evaluations can be compared. Where training
+    scales them, it clips the scaled ones, and they are not clipped here.
 
     Args:
       config: the settings.
       scores: `[n]` float32, the scores of the task.
-      ended: `[n]` bool, whether a response has an end token.
+      rollout: the `n` responses.
 
     Returns:
       `[n]` float32.
     """
-    rule, penalty = config.missing_eos, config.missing_eos_penalty
-    final = apply_missing_eos(jnp.asarray(scores), jnp.asarray(ended), rule=rule, penalty=penalty)
-    return np.asarray(final)
+    final = scores_by_rules(config, rollout, jnp.asarray(scores))
+    return np.asarray(final if config.scale_scores else clip_scores(config, final))
 
 
 def distinct_2(texts: Sequence[str]) -> float:
@@ -133,8 +136,7 @@ def evaluate(
       seed: seed of the run.
 
     Returns:
-      The responses with the metrics of `evaluation_metrics`. Scores are changed by `missing_eos` as
-      in training.
+      The responses with the metrics of `evaluation_metrics`; see `optimized_scores`.
 
     Raises:
       Fault: if the reward fails or a number is not finite.
@@ -157,8 +159,7 @@ def evaluate(
         at = slice(first, first + keep)
         mask, computed = batch.host_rollout.response_mask, placement.to_host(batch.scores)
         task = collector.task_scores(batch)
-        ended = np.asarray(batch.host_rollout.ended)
-        scores[at] = optimized_scores(config, task.total(mask), ended)[:keep]
+        scores[at] = optimized_scores(config, task.total(mask), batch.host_rollout)[:keep]
         parts.append({name: x[:keep] for name, x in (task.parts or {}).items()})
         lengths[at] = mask.sum(axis=1)[:keep]
         kl[at] = (computed.logprobs - computed.ref_logprobs).sum(axis=1)[:keep]
