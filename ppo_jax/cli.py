@@ -111,8 +111,11 @@ def _exit_on_interrupt() -> Iterator[None]:
         yield
         return
 
+    process = os.getpid()
+
     def end(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"ppo-jax: Interrupted.\n")
+        if os.getpid() == process:  # A forked worker of a reward ends without a word.
+            os.write(2, b"ppo-jax: Interrupted.\n")
         os._exit(128 + number)
 
     before = signal.signal(signal.SIGINT, end)

@@ -719,7 +719,7 @@ def test_odd_rewards_are_handled_or_refused(tmp_path):
     for function, message in (
         (lambda p, r: Unreadable(), "must return 16 numbers"),
         (speechless, "raised Speechless"),
-        (max, "is not numeric"),
+        (max, "which is no number"),
     ):
         with pytest.raises(RewardError, match=message):
             score(function)

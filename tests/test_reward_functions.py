@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import sys
+from decimal import Decimal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import FULL_PPO, full_trainer
 
-from ppo_jax import data
+from ppo_jax import cli, data
 from ppo_jax.errors import RewardError
 from ppo_jax.ops.rewards import MissingEOS
 from ppo_jax.ppo.settings import PPOConfig
@@ -106,6 +108,39 @@ def two_prompts():
 def test_a_reward_gets_columns_by_name_and_may_be_async(function, scores):
     given = TextReward(function)(None, two_prompts(), ["x", "y"]).response
     np.testing.assert_array_equal(given, scores)
+
+
+@pytest.mark.parametrize(
+    "returned, rows, message",
+    [
+        ([1.0, "good"], (1,), "returned 'good' for response 1, which is no number"),
+        (["1.5", None], (0,), "returned '1.5' for response 0"),
+        ([1.0, [2.0]], (1,), "for response 1, which is no number"),
+        ([{"a": 1.0}, {"a": 2.0}], (0, 1), "2 of 2 scores"),
+        ((1.0 for _ in "xy"), (), "must return 2 numbers: it returned <generator"),
+        (1.0, (), "must return 2 numbers: it returned 1.0"),
+        ([1.0, np.nan], (1,), "returned nan for response 1"),
+    ],
+)
+def test_what_is_no_score_is_named_with_its_row(returned, rows, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        TextReward(lambda prompts, responses: returned)(None, two_prompts(), ["x", "y"])
+    assert caught.value.rows == rows
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [Decimal("1.5"), None],
+        (np.float32(1.5), None),
+        [jnp.float32(1.5), None],
+        np.array([1.5, None]),
+        np.ma.array([1.5, 2.0], mask=[False, True]),
+    ],
+)
+def test_numbers_of_any_type_are_scores(returned):
+    scores = TextReward(lambda prompts, responses: returned)(None, two_prompts(), ["x", "y"])
+    np.testing.assert_array_equal(scores.response, [1.5, np.nan])
 
 
 def test_named_parts_are_added_up():
@@ -263,3 +298,14 @@ def test_a_forked_worker_does_not_inherit_the_stop_handler():
             os._exit(int(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL))
         assert os.waitpid(child, 0)[1] == 0
         assert signal.getsignal(signal.SIGTERM) == signals._handle
+
+
+@pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")
+def test_only_the_main_process_says_that_it_was_interrupted(capfd):
+    with cli._exit_on_interrupt():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGINT
+    assert capfd.readouterr().err == ""

@@ -1,6 +1,7 @@
 """What the training loop expects of a reward, and the checks of what a reward returns."""
 
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -97,20 +98,12 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
       >>> check_scores([0.5, 1], (2,))
       array([0.5, 1. ], dtype=float32)
     """
+    if isinstance(scores, np.ma.MaskedArray):
+        scores = scores.tolist()  # with None for what is masked
+    if len(shape) == 1 and isinstance(scores, list | tuple):
+        _check_entries(scores)
     try:
-        if scores is None:
-            raise TypeError("it returned None")
-        if hasattr(scores, "detach"):  # a PyTorch tensor
-            scores = scores.detach().cpu().float()
-        array = np.asarray(scores)
-        unscored = np.reshape([x is None for x in array.flat], array.shape).astype(bool)
-        array = np.where(unscored, np.nan, array).astype(float) if unscored.any() else array
-        # NumPy does not count bfloat16 as a floating type; JAX does.
-        if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(
-            array.dtype, jax.numpy.floating
-        ):
-            raise TypeError(f"its dtype {array.dtype} is not numeric")
-        array = array.astype(np.float32)
+        array, unscored = _as_array(scores)
     except Exception as error:  # A user's object may raise anything when it is converted.
         raise RewardError(
             f"The reward function must return {shape[0]} numbers: {error}."
@@ -128,6 +121,34 @@ def check_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
             tuple(sorted({int(row[0]) for row in bad})),
         )
     return array
+
+
+def _check_entries(scores: Sequence[Any]) -> None:
+    """Raise RewardError, which names the responses, if an entry is neither a number nor None."""
+    numeric = lambda x: isinstance(x, numbers.Number) or getattr(x, "ndim", None) == 0
+    wrong = [i for i, x in enumerate(scores) if not (x is None or numeric(x))]
+    if wrong:
+        raise RewardError(
+            f"The reward function returned {scores[wrong[0]]!r} for response {wrong[0]}, which is "
+            f"no number ({len(wrong)} of {len(scores)} scores).",
+            tuple(wrong),
+        )
+
+
+def _as_array(scores: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores as float32 with NaN for None, and where they are None."""
+    if hasattr(scores, "detach"):  # a PyTorch tensor
+        scores = scores.detach().cpu().float()
+    array = np.asarray(scores)
+    unscored = np.reshape([x is None for x in array.flat], array.shape).astype(bool)
+    if array.ndim == 0:
+        raise TypeError(f"it returned {scores!r}")
+    if array.dtype == object:
+        array = np.where(unscored, np.nan, array).astype(float)
+    # NumPy does not count bfloat16 as a floating type; JAX does.
+    if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+        raise TypeError(f"its dtype {array.dtype} is not numeric")
+    return array.astype(np.float32), unscored
 
 
 def as_task_scores(returned: Any, count: int) -> TaskScores:
