@@ -307,6 +307,13 @@ def test_the_mark_of_the_end_is_no_part_of_a_response(tmp_path, special):
         np.array([ids]), mask, mask[:, 2:], np.zeros((1, 4), np.float32), np.array([True])
     )
     assert response_texts(agent, words, rollout) == [" is good"]
+    # An end token may be an entry of the vocabulary like any other.
+    vocabulary = {"The": 0, "film": 1, "is": 2, "good": 3, "</s>": 4}
+    old = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="The"))
+    )
+    found = rollout.replace(tokens=np.array([[0, 1, 2, 3, 4, 2]]))
+    assert response_texts(agent._replace(stop_ids=(4,)), old, found) == [" is good"]
     # An ordinary word that ends a response is a part of it.
     agent = agent._replace(stop_ids=(1, ids[3]))
     assert response_texts(agent, words, rollout) == [" is good"]
@@ -335,6 +342,7 @@ CSV = 'prompt,answer\n"b, ""c""\nd", 7\nb;c,\n'
         ("a.json", '{\n "prompt": "b"\n}', [{"prompt": "b"}]),
         ("a.ndjson", '{"prompt": "b"}\n\n"c"\n', [{"prompt": "b"}, {"prompt": "c"}]),
         ("a", "b, c\n\nd\n", [{"prompt": "b, c"}, {"prompt": "d"}]),
+        ("a", "Text, and more\n[1]\n", [{"prompt": "Text, and more"}, {"prompt": "[1]"}]),
     ],
 )
 def test_a_file_is_read_as_what_its_name_says(tmp_path, name, text, rows):
@@ -350,7 +358,18 @@ def test_a_file_is_read_as_what_its_name_says(tmp_path, name, text, rows):
         ("a.txt", "b\0c", "is not a file of text in UTF-8"),
         ("a.txt", '{"prompt": "b"}\n', r"begins like JSON, whose name must end in \.jsonl"),
         ("a.txt", '[\n{"prompt": "b"}\n]', r"begins like JSON, whose name must end in \.jsonl"),
+        ("a.txt", '[\n"b",\n"c"\n]', r"begins like JSON, whose name must end in \.jsonl"),
+        ("a.txt", '{\n"prompt": "b"\n}', r"begins like JSON, whose name must end in \.jsonl"),
+        ("a.txt", '{"prompt": "b"},\n{"prompt": "c"}', r"begins like JSON, whose name must end in"),
         ("a.txt", "answer,prompt\n1,b\n", r"begins like a table, whose name must end in \.csv"),
+        ("a", '"text","label"\nb c,1\n', r"begins like a table, whose name must end in \.csv"),
+        ("a.csv", "prompt,x,prompt\nb,c,d\n", "has several columns of the name 'prompt'"),
+        (
+            "a.json",
+            '[\n{"prompt":"a"},\n{"prompt" "b"}\n]',
+            "but line 3 is not JSON: Expecting ':'",
+        ),
+        ("a.jsonl", '{"prompt" "b"}\n{"prompt": "b"}\n', "but line 1 is not JSON: Expecting ':'"),
         (
             "a.csv",
             "x\nb\n",
@@ -502,7 +521,7 @@ def test_names_of_files_are_told_from_prompts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my prompts.md", "b"):
         (tmp_path / name).write_text("c")
-    files = ["my prompts.md", "prompts.txt", "dir/p.jsonl", "a.CSV"]
+    files = ["my prompts.md", "prompts.txt", "dir/p.jsonl", "a.CSV", "prompts.md", "a.xlsx"]
     texts = ["b", "Open prompts.txt", "See e.g", "", "Dr.", "b " * 3000 + "c.txt"]
     assert [text for text in files + texts if names_a_file(text)] == files
 

@@ -503,7 +503,13 @@ def test_a_checkpoint_of_trl_with_a_value_head_is_a_policy_and_a_critic(tmp_path
     np.testing.assert_allclose(np.asarray(values)[mask], ours, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_the_folder_of_an_unfinished_run_is_no_model(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="not written its model yet; finish it with --resume auto"):
+        pretrained.load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
 def test_a_quantised_config_is_refused_wherever_it_is_read(tmp_path, key, capsys):
     family_peer("llama", tmp_path)
     file = tmp_path / "config.json"

@@ -149,6 +149,20 @@ def test_a_policy_that_ignores_last_is_refused():
         generate(ignores, params, jax.random.key(3), PROMPTS, MASK, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("reads_cache", [True, False])
+def test_a_policy_that_returns_the_cache_unchanged_is_refused(reads_cache):
+    model, params = MODEL, init_params(CONFIG, jax.random.key(0))
+
+    def hidden(params, tokens, mask, cache=None, **options):
+        return model.hidden(params, tokens, mask, cache if reads_cache else None, **options)[
+            0
+        ], cache
+
+    with pytest.raises(ValueError, match="returned the cache that it was given"):
+        forgets = model._replace(hidden=hidden)
+        generate(forgets, params, jax.random.key(3), PROMPTS, MASK, max_new_tokens=2)
+
+
 @pytest.mark.slow
 def test_an_iteration_in_64_bit_mode():
     """Sampling, scoring and learning give the float32 numbers of 32-bit mode."""

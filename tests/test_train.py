@@ -897,13 +897,15 @@ def test_a_platform_without_a_device_is_one_sentence(folder, platform):
 
 
 @pytest.mark.parametrize("below", ["", "run"])
-@pytest.mark.parametrize("name", ["train", "sft", "reward", "convert"])
+@pytest.mark.parametrize("name", ["train", "sft", "reward", "convert", "evaluate", "report"])
 def test_a_link_to_nothing_is_no_folder_for_results(folder, capsys, name, below):
     (folder / "link").symlink_to(folder / "nothing")
     out = folder / "link" / below
     arguments = {
         "train": train_command(folder, out=out),
         "convert": command_line("convert", model=folder / "model", out=out),
+        "evaluate": [*evaluate_command(folder), "--out", str(out)],
+        "report": ["report", str(folder), "--out", str(out)],
     }
     given = {"model": folder / "model", "data": folder / "prompts.txt", "out": out}
     with pytest.raises(SystemExit):

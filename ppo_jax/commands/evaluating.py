@@ -31,7 +31,7 @@ from ppo_jax.run.assembly import load_model
 from ppo_jax.run.collection import response_texts
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.run.evaluation import Evaluation, evaluation_metrics, optimized_scores
-from ppo_jax.run.files import append_lines, write_json
+from ppo_jax.run.files import append_lines, check_links, write_json
 from ppo_jax.run.logging import finite
 from ppo_jax.run.summary import figures_table, shown_figures
 from ppo_jax.types import Params, Rollout
@@ -41,8 +41,12 @@ def evaluate_models(options: Evaluate) -> None:
     """Evaluate the models, print a table of their figures, and write the files."""
     if not options.model:
         raise ValueError("evaluate needs a model; give --model once or several times.")
-    if options.out is not None and any(options.out.glob("*")):
-        raise ValueError(f"{options.out} is not empty; choose another folder for the evaluation.")
+    if options.out is not None:
+        check_links(options.out)
+        if any(options.out.glob("*")):
+            raise ValueError(
+                f"{options.out} is not empty; choose another folder for the evaluation."
+            )
     runs = {name: _command_of(name) for name in options.model}
     first = next((run for run in runs.values() if run is not None), None)
     rows, reward = _prompts(options, first), _reward(options, first)

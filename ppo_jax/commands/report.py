@@ -24,11 +24,12 @@ class Report:
 
     def run(self) -> None:
         """Write the page."""
-        from ppo_jax.run.files import write_text
+        from ppo_jax.run.files import check_links, write_text
         from ppo_jax.run.report import make_report
 
         if not self.runs:
             raise ValueError("report needs the folder of a run, or of several.")
+        check_links(self.out)
         page = make_report(self.runs)
         write_text(self.out, page)
         print(f"The report is in {self.out} ({len(page.encode()) / 1e6:.2f} MB).")

@@ -3,16 +3,20 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.data.chat import is_messages
+from ppo_jax.data.columns import COMMON_NAMES
 from ppo_jax.data.tables import PARQUET_ENDINGS, is_hub_id, is_saved
 
 TEXT_ENDINGS = ("", ".txt", ".text")
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 CSV_ENDINGS = (".csv", ".tsv")
+# Files that people may name as rows, and that are refused by their names.
+_OTHER_ENDINGS = (".md", ".rst", ".yaml", ".yml", ".xml", ".html", ".xlsx", ".docx", ".pdf", ".gz")
 # Where an item stands in its file, such as "Line 3", and the item: a text or what JSON holds.
 Items = list[tuple[str, Any]]
 
@@ -29,7 +33,7 @@ def names_a_file(text: str) -> bool:
       >>> names_a_file("openai/gsm8k:main:test"), names_a_file("and/or")
       (True, False)
     """
-    endings = (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS, *PARQUET_ENDINGS)
+    endings = (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS, *PARQUET_ENDINGS, *_OTHER_ENDINGS)
     try:
         ending = Path(text).suffix.lower()
         if (ending and Path(text).is_file()) or is_saved(text.partition(":")[0]):
@@ -103,17 +107,31 @@ def _read_texts(path: Path, text: str, columns: Sequence[str]) -> Items:
     """Read one text a line, and refuse JSON and tables under the name of a text file."""
     lines = _numbered_lines(text)
     first = lines[0][1] if lines else ""
-    header = {cell.strip().strip('"') for sign in ",;\t" for cell in first.split(sign)}
+    whole = _decoded(text)
+    spread = isinstance(whole, list) and len(lines) > 1
+    values = (whole, _decoded(first.rstrip().removesuffix(",")), *_as_list(whole))
     kind = None
-    if any(isinstance(value, dict) for value in (_decoded(first), *_as_list(_decoded(text)))):
+    if spread or any(isinstance(value, dict) for value in values):
         kind = "JSON, whose name must end in .jsonl"
-    elif columns[0] in header and len(header) > 1:
+    elif _is_header(first, columns):
         kind = "a table, whose name must end in .csv or .tsv"
     if kind is not None:
         raise ValueError(
             f"{path} is read as one text a line, but it begins like {kind}: {first!r:.80}."
         )
     return [(f"Line {number}", line) for number, line in lines]
+
+
+def _is_header(line: str, columns: Sequence[str]) -> bool:
+    """Whether a line holds names of columns, at least one of them known, and nothing else."""
+    known = {*columns, *(name for names in COMMON_NAMES.values() for name in names)}
+    rows = ([cell.strip().strip('"') for cell in line.split(sign)] for sign in ",;\t")
+    return any(
+        len(cells) > 1
+        and known & {cell.lower() for cell in cells}
+        and all(re.fullmatch(r"[\w.-]*", cell) for cell in cells)
+        for cells in rows
+    )
 
 
 def _decoded(text: str) -> Any:
@@ -140,22 +158,37 @@ def _read_json(path: Path, text: str) -> Items:
         try:
             items.append((f"Line {number}", json.loads(line)))
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)  # without the line number, which would be 1
+            # If this is the first line, the file may be one value that goes over several lines.
+            number, reason = (number, error) if items else _first_error(text, number, error)
             raise ValueError(
-                f"{path} must hold one JSON object a line, but line {number} is not JSON: {reason}."
+                f"{path} must hold one JSON object a line, or one JSON list, but line {number} is "
+                f"not JSON: {getattr(reason, 'msg', reason)}."  # `str` has a line number as well.
             ) from error
     return items
 
 
+def _first_error(text: str, number: int, error: Exception) -> tuple[int, Exception]:
+    """Return where a text that should be one JSON value is none, and why."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as found:
+        return found.lineno, found
+    except (ValueError, RecursionError):
+        pass
+    return number, error
+
+
 def _read_csv(path: Path, text: str) -> Items:
     """Read a table whose first line holds the names of the columns."""
-    names = text.lstrip().partition("\n")[0]
-    delimiter = max("\t" if path.suffix.lower() == ".tsv" else ",;\t", key=names.count)
+    header = text.lstrip().partition("\n")[0]
+    delimiter = max("\t" if path.suffix.lower() == ".tsv" else ",;\t", key=header.count)
     limit = csv.field_size_limit(2**31 - 1)  # The default refuses texts of 128 Ki characters.
     items: Items = []
     try:
         table = csv.DictReader(io.StringIO(text.lstrip("\n")), delimiter=delimiter, strict=True)
-        table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+        table.fieldnames = names = [name.strip() for name in table.fieldnames or ()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{path} has several columns of the name {min(twice)!r}.")
         for row in table:
             if None in row or None in row.values():
                 raise ValueError(

@@ -1,5 +1,6 @@
 """Conversion between texts and padded arrays of token ids."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -213,8 +214,8 @@ def without_stops(
     """Leave the marks that end a response out of its text.
 
     `decode` drops the special tokens itself. A stop token that was added to the vocabulary without
-    being special, such as `<|im_end|>` in many models, is a mark as well. A stop token that is an
-    ordinary word or sign belongs to the text.
+    being special, such as `<|im_end|>` in many models, is a mark as well, and so is one of the form
+    `<...>`, such as `</s>`. A stop token that is an ordinary word or sign belongs to the text.
 
     Args:
       tokenizer: the tokenizer.
@@ -226,5 +227,10 @@ def without_stops(
       `[n, length]` bool, the real tokens without those marks.
     """
     added = tokenizer.added_tokens_decoder
-    marks = [i for i in stop_ids if i in added and added[i].content.strip()]
+    names = zip(stop_ids, tokenizer.convert_ids_to_tokens(list(stop_ids)), strict=True)
+    marks = [
+        i
+        for i, name in names
+        if (i in added and added[i].content.strip()) or re.fullmatch(r"<.+>", str(name))
+    ]
     return np.asarray(mask) & ~np.isin(np.asarray(tokens), marks)

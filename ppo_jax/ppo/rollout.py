@@ -158,6 +158,11 @@ def _decode(
     empty = model.init_cache(B, sizes[0] if slots == B else P)
     hidden, cache = model.hidden(params, prompts, prompt_mask, empty, last=1)
     chex.assert_shape(hidden, (B, 1, None))
+    if cache is not None and cache is empty:
+        raise ValueError(
+            "The model's hidden returned the cache that it was given; it must return a new one, to "
+            "which the keys and values of the tokens are added."
+        )
     first = draw(hidden[:, -1], row_ids, jnp.zeros(B, jnp.int32))
     groups = row_shards(B, slots)
     state = start(first, row_ids, cache, length=length, pad_id=pad_id, groups=groups)

@@ -65,8 +65,8 @@ def check_links(path: Path) -> None:
     for place in (path, path / "checkpoints", *path.parents):
         if place.is_symlink() and not place.exists():
             raise ValueError(
-                f"{place} is a link to {os.readlink(place)}, which does not exist; create that "
-                "folder, or choose another one."
+                f"{place} is a link to {os.readlink(place)}, which does not exist; create it, or "
+                "choose another place."
             )
 
 

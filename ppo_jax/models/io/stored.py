@@ -20,7 +20,8 @@ from ppo_jax.models.io.weights import Rule, TensorReader
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _SECOND_COPIES = ["consolidated*", "*/*"]  # The same weights again, in other formats.
-_QUANTISED = ("quantization_config", "compression_config")  # keys of a config.json
+# Keys of a config.json; that without "_config" is MLX's.
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
 
 
 class FileFormat(NamedTuple):
@@ -185,6 +186,11 @@ def adapter_base(folder: Path) -> str | None:
 
 def _config_in(folder: Path) -> HFConfig:
     file = folder / "config.json"
+    if not file.exists() and (folder / "run.json").exists():
+        raise ValueError(
+            f"{folder} is the folder of a run of ppo-jax sft or reward that has not written its "
+            "model yet; finish it with --resume auto."
+        )
     if not file.exists():
         raise ValueError(
             f"{folder} has no config.json, so it is not a model in the Hugging Face format."
