@@ -36,7 +36,7 @@ def columns_by_name(prompts, responses, answer=None, **kwargs):
 
 def of_trl(completions, answer, **kwargs):
     return [
-        len(text) + value + len(kwargs["prompt"][0])
+        len(text) + value + len(kwargs["prompt"][0]) + len(kwargs["prompts"]) - 2
         for text, value in zip(completions, answer, strict=True)
     ]
 

@@ -105,11 +105,12 @@ def arguments(
     rows = prompts.rows
     columns = {name for row in rows for name in row}
     by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
     args: list[Any] = [prompts.texts, responses]
     named: dict[str, Any] = {}
     if "completions" in by_name:
         texts = _as_trl(prompts, responses)
-        args, named = [], {name: text for name, text in texts.items() if name in by_name}
+        args, named = [], {n: text for n, text in texts.items() if takes_all or n in by_name}
         taken = set(texts)
     else:
         third = [p for p in parameters[2:3] if p.kind <= p.POSITIONAL_OR_KEYWORD]
@@ -117,7 +118,7 @@ def arguments(
             args.append(copy.deepcopy(rows))
         taken = {p.name for p in parameters[: len(args)]}
     taken |= set(getattr(function, "keywords", {}))  # What a functools.partial has bound.
-    if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+    if not takes_all:
         columns &= set(by_name)
     for name in sorted(columns - taken):
         named[name] = copy.deepcopy([row.get(name) for row in rows])
