@@ -34,8 +34,9 @@ def generalized_advantage_estimation(
       rewards: `[..., R]` float32, `r_t`, received after action `t`.
       values: `[..., R]` float32, `V(s_t)`, before action `t`, in units of reward.
       mask: `[..., R]` bool, true for real steps. By default all steps are real.
-      gamma: γ, the discount per token: a number, or `[..., R]` with 0 at steps that end an episode.
-      lam: λ, the trade-off between bias (0) and variance (1): a number or `[..., R]`.
+      gamma: γ, the discount per token: a number, or `[..., R]` float32 with 0 at steps that end an
+        episode.
+      lam: λ, the trade-off between bias (0) and variance (1): a number or `[..., R]` float32.
       bootstrap_value: `[...]` float32, the value of the state after step `R - 1`, by default 0.
 
     Returns:
@@ -105,10 +106,10 @@ def decoupled_gae(
       rewards: `[..., R]` float32, see `generalized_advantage_estimation`.
       values: `[..., R]` float32, V, in units of reward.
       mask: `[..., R]` bool, true for real steps. By default all steps are real.
-      gamma: γ, the discount per token: a number or `[..., R]`.
-      lam_policy: λ of the advantages: a number or an array that broadcasts to `[..., R]`, such as
+      gamma: γ, the discount per token: a number or `[..., R]` float32.
+      lam_policy: λ of the advantages: a number or float32 that broadcasts to `[..., R]`, such as
         `length_adaptive_lambda` returns.
-      lam_value: λ of the returns: a number or an array that broadcasts to `[..., R]`.
+      lam_value: λ of the returns: a number or float32 that broadcasts to `[..., R]`.
       bootstrap_value: `[...]` float32, the value of the state after step `R - 1`, by default 0.
 
     Returns:

@@ -17,8 +17,8 @@ def response_view(x: Array, prompt_length: int) -> Array:
     logits and the value for that action are computed there.
 
     Args:
-      x: `[B, T - 1, ...]`, one entry per position of `[prompt | response]` but the last, which
-        precedes no token; `T = P + R`.
+      x: `[B, T - 1, ...]` of any dtype, one entry per position of `[prompt | response]` but the
+        last, which precedes no token; `T = P + R`.
       prompt_length: `P`, at least 1.
 
     Returns:

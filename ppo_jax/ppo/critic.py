@@ -86,9 +86,9 @@ def no_critic(
 
     Args:
       params: not used.
-      hidden: `[B, R, D]`, the hidden states of the policy.
-      tokens: not used.
-      mask: not used.
+      hidden: `[B, R, D]` of any dtype, the hidden states of the policy.
+      tokens: `[B, R]` int32, not used.
+      mask: `[B, R]` bool, not used.
       segments: not used.
 
     Returns:

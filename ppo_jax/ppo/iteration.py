@@ -48,6 +48,9 @@ def ppo_iteration(
     Returns:
       The new state, the rollout and the metrics.
 
+    Raises:
+      ValueError: as `sample`, `score` and `learn`.
+
     Example:
       >>> from ppo_jax import *
       >>> config = TransformerConfig(
