@@ -13,6 +13,8 @@ from ppo_jax.models.heads import separate_critic
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo import iteration
+from ppo_jax.ppo.choices import Advantage
+from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state
 
@@ -41,6 +43,14 @@ def problem(pad_id=0, stop_ids=(0, 1, 2), **settings):
 def step(agent, state, rollout, scores, task_scores=None):
     task_scores = jnp.arange(8.0) if task_scores is None else task_scores
     return learn(agent, state, rollout, scores, task_scores)
+
+
+def test_without_a_critic_the_loss_has_no_value_term():
+    """Its values of 0 differ from the returns, and would count with the weight `vf_coef`."""
+    settings = {"vf_coef": 0.5, "advantage": Advantage.MONTE_CARLO, "epochs": 1}
+    agent, state, rollout, scores = problem(**settings)
+    metrics = step(agent._replace(critic=no_critic), state, rollout, scores)[1]
+    np.testing.assert_allclose(metrics["loss/total"], metrics["loss/policy"], atol=1e-6)
 
 
 @pytest.mark.slow

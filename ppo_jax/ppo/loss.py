@@ -1,6 +1,7 @@
 """The loss of a language model and its critic as a function of their parameters."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -8,6 +9,7 @@ from jax import Array
 
 from ppo_jax.ops.losses import PolicyLossFn, ResponseLossFn
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
+from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.forward import forward_fn
 from ppo_jax.ppo.loss_terms import LossTerm, loss_terms
 from ppo_jax.ppo.methods import with_policy_loss
@@ -127,9 +129,12 @@ def agent_loss_fn(
       entropy_coef: `[]` float32, weight of the entropy to use instead of that of the settings.
 
     Returns:
-      The loss of the policy with the value loss, the entropy and the terms of the settings.
+      The loss of the policy with the entropy and the terms of the settings, and with the value
+      loss unless there is no critic.
     """
     config = agent.config
+    if agent.critic is no_critic:
+        config = replace(config, vf_coef=0.0)
     own, metrics = (
         config.loss.function(config)
         if policy_loss is None

@@ -1,7 +1,6 @@
 """The optimizer steps of an update: of policy and critic together, or of the critic first."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -51,7 +50,7 @@ def take_steps(
         train, metrics = _train_policy(agent, state, experience, loss_fn, frozen, axis_name)
         return state.replace(train=train), metrics
     critic, of_critic = _train_critic(agent, state, rollout, experience, frozen, axis_name)
-    policy_alone = agent._replace(critic=no_critic, config=replace(agent.config, vf_coef=0.0))
+    policy_alone = agent._replace(critic=no_critic)
     frozen = overlay(frozen, critic.params)
     train, metrics = _after_warmup(
         agent.config.critic.warmup_updates,
