@@ -34,6 +34,7 @@ class Plan:
     rows: int
     task: Task
     titles: dict[str, str]
+    ages: tuple[int, ...] = (0,)
 
     def variants(self, learning_rate: float) -> dict[str, Variant]:
         """Return the variants by name."""
@@ -53,7 +54,7 @@ class Study(enum.Enum):
 PLANS = {
     Study.CRITIC: Plan(critic.variants, 30, 16, Task((100, 200, 300)), TITLES),
     Study.KL: Plan(kl.variants, 80, 64, Task((24,)), TITLES | KL_TITLE),
-    Study.AGE: Plan(age.variants, 60, 32, Task((16, 24, 32)), TITLES),
+    Study.AGE: Plan(age.variants, 60, 32, Task((16, 24, 32)), TITLES, age.AGES),
     Study.GROUPS: Plan(groups.variants, 40, 32, Task((16, 24, 32)), TITLES),
 }
 
@@ -123,6 +124,23 @@ def train_all(settings: Settings, plan: Plan) -> tuple[Curves, dict[str, float]]
     return curves, seconds
 
 
+def panels_of(plan: Plan, curves: Curves) -> dict[str, dict[str, np.ndarray]]:
+    """Return the curves of each panel: a figure, or the score of answers of one age."""
+    if plan.ages == (0,):
+        return {
+            title: {variant: history[figure] for variant, history in curves.items()}
+            for figure, title in plan.titles.items()
+        }
+    return {
+        f"score, answers {age} updates old": {
+            name.rpartition("_")[0]: history["score"]
+            for name, history in curves.items()
+            if name.endswith(f"_{age}")
+        }
+        for age in plan.ages
+    }
+
+
 def figures_of(
     settings: Settings, plan: Plan, curves: Curves, seconds: dict[str, float]
 ) -> dict[str, dict[str, Interval]]:
@@ -170,7 +188,7 @@ def main(settings: Settings) -> dict[str, Any]:
         summary |= {f"gradient_error/{name}": error for name, error in errors.items()}
     arrays = {f"{name}/{figure}": x for name, of in curves.items() for figure, x in of.items()}
     np.savez(out / "curves.npz", **arrays)
-    plot(curves, plan.titles, out / "curves.png")
+    plot(panels_of(plan, curves), out / "curves.png")
     (out / "table.md").write_text(table(rows))
     summary |= {f"time/{name}_s": taken for name, taken in seconds.items()}
     summary |= {"time/total_s": time.perf_counter() - start, "settings": to_json(settings)}

@@ -43,20 +43,19 @@ def final(curves: np.ndarray, share: float = LAST) -> Interval:
     return Interval(*(float(x) for x in interval(np.nanmean(curves[:, -count:], axis=1))))
 
 
-def plot(curves: dict[str, dict[str, np.ndarray]], titles: dict[str, str], path: Path) -> None:
-    """Plot the mean over seeds and its confidence interval, one panel per figure.
+def plot(panels: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Plot the mean over seeds and its confidence interval.
 
     Args:
-      curves: of each variant the history of each figure, `[seeds, updates]`.
-      titles: the titles of the panels by the name of the figure.
+      panels: for each panel, by its title, the curve of each variant, `[seeds, updates]`.
       path: file to write.
     """
-    figure, axes = plt.subplots(1, len(titles), figsize=(4.6 * len(titles), 3.2), squeeze=False)
-    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
-        for i, (variant, history) in enumerate(curves.items()):
-            mean, low, high = interval(history[name])
-            style = ("-", "--", ":", "-.")[i // 10 % 4]
-            (line,) = axis.plot(mean, style, label=variant, linewidth=1.2)
+    size = (3.4 * len(panels) + 1.4, 3.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for variant, curve in curves.items():
+            mean, low, high = interval(curve)
+            (line,) = axis.plot(mean, label=variant, linewidth=1.2)
             axis.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.15)
         axis.set(xlabel="update", title=title)
         axis.grid(alpha=0.3)
