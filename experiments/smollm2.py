@@ -147,11 +147,12 @@ def assemble_adapters(
     adapters: LoRA,
     *,
     seed: int,
+    critic: str = "shared",
     stop_tokens: Sequence[str] = (),
 ) -> Learner:
-    """Return a learner of low-rank adapters with a value head on the policy's trunk."""
+    """Return a learner of low-rank adapters, by default with a value head on the policy's trunk."""
     learner = assemble(
-        policy, tokenizer, ppo, critic="shared", lora=adapters, stop_tokens=stop_tokens
+        policy, tokenizer, ppo, critic=critic, lora=adapters, stop_tokens=stop_tokens
     )
     # The published figures were made with this key for the adapters.
     fresh = init_lora(policy.params, jax.random.key(seed), adapters)

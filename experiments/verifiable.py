@@ -5,9 +5,11 @@ the first number in a response is the answer, and 0 otherwise. Accuracy is measu
 PPO on held-out questions.
 
     python -m experiments.verifiable --out runs/verifiable
+    python -m experiments.verifiable --out runs/sao --method SAO
 """
 
 import dataclasses
+import enum
 import re
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from experiments import assets
 from experiments.folders import open_folder
 from experiments.smollm2 import assemble_adapters
 from ppo_jax import (
+    PRESETS,
     LoopConfig,
     LoRA,
     PPOConfig,
@@ -46,6 +49,30 @@ PPO = PPOConfig(
 )
 
 
+class Method(enum.Enum):
+    """Methods to compare: PPO with the settings above, and two presets at the same size."""
+
+    PPO = "ppo"
+    SAO = "sao"
+    GRPO = "grpo"
+
+    def settings(self, base: PPOConfig) -> PPOConfig:
+        """Return the settings: of a preset, with the sizes and the learning rate of `base`."""
+        if self is Method.PPO:
+            return base
+        sizes = ("batch_size", "max_new_tokens", "learning_rate", "decay_learning_rate")
+        shared = {name: getattr(base, name) for name in sizes}
+        if self is Method.GRPO:
+            return dataclasses.replace(PRESETS["grpo"], group_size=8, weight_decay=0.0, **shared)
+        sao = PRESETS["sao"]
+        # The critic is a value head, which has no attention layers. Its learning rate is five
+        # times that of the policy, as in the preset.
+        critic = dataclasses.replace(
+            sao.critic, learning_rate=5 * base.learning_rate, freeze_attention=False
+        )
+        return dataclasses.replace(sao, critic=critic, **shared)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Train SmolLM2 with low-rank adapters to answer arithmetic questions."""
@@ -56,8 +83,10 @@ class Settings:
     """Seed of all random numbers and of the questions."""
     model: str | None = None
     """A language model (folder, Hugging Face id or .gguf file) to use instead of SmolLM2."""
+    method: Method = Method.PPO
+    """The method. A preset gets batch size, lengths and learning rate of the settings below."""
     updates: int = 60
-    """Number of PPO updates."""
+    """Number of updates."""
     ppo: PPOConfig = PPO
     """Settings of the PPO iteration."""
 
@@ -103,7 +132,9 @@ def main(settings: Settings) -> dict[str, float]:
     _folder_lock = open_folder(out)  # locked until the end
     file = settings.model or assets.smollm2_gguf()
     policy, tokenizer = load_model(file)
-    learner = assemble_adapters(policy, tokenizer, settings.ppo, ADAPTERS, seed=settings.seed)
+    ppo = settings.method.settings(settings.ppo)
+    critic = "none" if settings.method is Method.GRPO else "shared"
+    learner = assemble_adapters(policy, tokenizer, ppo, ADAPTERS, seed=settings.seed, critic=critic)
     train, held_out = questions(settings.seed)
     prompts, test = (learner.encode(rows) for rows in (train, held_out * DRAWS))
     loop = LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0)

@@ -2,9 +2,13 @@
 
 import re
 
+import pytest
 import reasoning_gym
+from helpers import tiny_policy, word_tokenizer
 
 from experiments import verifiable
+from ppo_jax.models.io import pretrained
+from ppo_jax.run.files import read_lines
 
 
 def test_held_out_questions_are_not_in_the_training_set():
@@ -31,3 +35,18 @@ def test_the_reward_agrees_with_the_task():
             == verifiable.correct([""], [" none"], row)
             == [0.0]
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", verifiable.Method)
+def test_each_method_trains(tmp_path, method):
+    """Only the critic of SAO has an optimizer of its own."""
+    pretrained.save_policy(tmp_path / "model", tiny_policy(positions=64), word_tokenizer())
+    summary = verifiable.main(
+        verifiable.Settings(
+            out=tmp_path / "run", model=str(tmp_path / "model"), method=method, updates=1
+        )
+    )
+    assert 0 <= summary["accuracy/after"] <= 1
+    (row,) = read_lines(tmp_path / "run/ppo/metrics.jsonl")
+    assert ("critic/steps" in row) == (method is verifiable.Method.SAO)
