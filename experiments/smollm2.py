@@ -11,6 +11,7 @@ continuations of test openings: the VADER lexicon, and their perplexity under th
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ PPO = PPOConfig(
     min_new_tokens=6,
     temperature=0.8,
     missing_eos=MissingEOS.PENALIZE,
-    kl_coef=0.05,
+    kl_coef=0.045,
     learning_rate=1.2e-3,
     decay_learning_rate=True,
     vf_coef=0.1,
@@ -96,10 +97,16 @@ class HumanScore:
     opening, most of the variance between rewards would come from the openings.
     """
 
-    def __init__(self, embed: Encoder, texts: list[str], scores: list[float], penalty: float = 1.0):
-        x, y, self.embed = _batched(embed, texts), np.asarray(scores, np.float32), embed
-        gram = x.T @ x + penalty * np.eye(x.shape[1], dtype=np.float32)
-        self.weights = np.linalg.solve(gram, x.T @ (y - y.mean()))
+    def __init__(self, embed: Encoder, texts: list[str], scores: list[float], penalty: float = 3.0):
+        self.embed, self.texts, self.scores, self.penalty = embed, texts, scores, penalty
+
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        """The weights `[D]` of the regression, which is fitted when it is first needed."""
+        print("Learning the human scores", flush=True)
+        x, y = _batched(self.embed, self.texts), np.asarray(self.scores, np.float32)
+        gram = x.T @ x + self.penalty * np.eye(x.shape[1], dtype=np.float32)
+        return np.linalg.solve(gram, x.T @ (y - y.mean()))
 
     def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:
         """Return the predicted score of each text, less that of its opening."""
@@ -135,7 +142,6 @@ def make_reward(settings: Settings, scored: list[assets.ScoredSentence]) -> Text
     embed = load_encoder(assets.minilm(), length=48)
     if settings.like is not None:
         return TextReward(LikenessReward(embed, settings.like))
-    print("Learning the human scores", flush=True)
     texts, scores = [row.sentence for row in scored], [row.score for row in scored]
     return TextReward(HumanScore(embed, texts, scores))
 
@@ -193,6 +199,14 @@ def judge(model: Pretrained, tokenizer, evaluation: Evaluation) -> dict[str, flo
     }
 
 
+def show_samples(trainer: Trainer, prompts: data.Prompts, count: int = 3) -> None:
+    """Print some responses of the policy, before anything that takes longer."""
+    batch = prompts.take(np.arange(trainer.learner.agent.config.batch_size) % len(prompts))
+    texts = trainer.collector.collect(trainer.state, batch).texts
+    for prompt, text in zip(batch.texts[:count], texts, strict=False):
+        print(f"  {prompt} ...{text}", flush=True)
+
+
 def main(settings: Settings) -> dict[str, float]:
     """Train, write the results to `settings.out`, print and return them."""
     start, out = time.perf_counter(), settings.out
@@ -207,9 +221,8 @@ def main(settings: Settings) -> dict[str, float]:
     prompts, test = (learner.encode(read_rows(texts)) for texts in (openings, test_openings))
     loop = LoopConfig(updates=settings.updates, seed=settings.seed, save_every=0)
     trainer = Trainer(learner, prompts, reward, out=out / "ppo", loop=loop, settings=settings)
+    show_samples(trainer, test)
     before = trainer.evaluate(test)
-    for row in before.rows(3):
-        print(f"  {row['prompt']} ...{row['response']}", flush=True)
     history: list[dict[str, float]] = []
     state = trainer.run(on_update=history.append)
     after = trainer.evaluate(test)
