@@ -140,7 +140,7 @@ def first_line(error: Exception) -> str:
       >>> first_line(OSError("the disk is full"))
       'the disk is full.'
     """
-    text = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip()
+    text = f"the key {error} is missing" if isinstance(error, KeyError) else str(error).strip()
     line = (text or type(error).__name__).splitlines()[0]
     line = re.sub(r" \[[a-z_]+(\[\d+\])?='.*", "", line)  # TensorStore appends details.
     if len(line) > 400:  # The cause of the error is at the end of the line.

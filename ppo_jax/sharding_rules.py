@@ -10,7 +10,7 @@ import jax
 
 Axes = tuple[Any, ...]
 """For each dimension of an array, the mesh axis or a tuple of axes that shard it, None if it is
-whole, or `PartitionSpec.UNCONSTRAINED` if the compiler chooses."""
+not sharded, or `PartitionSpec.UNCONSTRAINED` if the compiler chooses."""
 
 
 class ShardRule(NamedTuple):

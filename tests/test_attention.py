@@ -10,7 +10,7 @@ import optax
 import oracles
 import pytest
 from flax.training.train_state import TrainState
-from test_packing import LOSS
+from helpers import LOSS
 
 from experiments.benchmarks import work as work_
 from ppo_jax import (

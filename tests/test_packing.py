@@ -9,17 +9,15 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers import init_params, init_scorer, on_devices, small_problem
+from helpers import LOSS, init_params, init_scorer, on_devices, small_problem
 
 from ppo_jax.data import Prompts
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads
 from ppo_jax.models.config import Rotary, TransformerConfig
 from ppo_jax.models.transformer import language_model
-from ppo_jax.ops import losses
 from ppo_jax.ops.kl import kl_full, kl_k1
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
-from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo.forward import forward_packed, forward_responses
 from ppo_jax.ppo.loss import ppo_loss_fn
@@ -141,14 +139,6 @@ def test_neighbours_change_no_number_of_a_sequence(dtype, bound):
         chosen = jnp.isin(jnp.arange(len(batch.mask)), jnp.array(rows))[:, None]
         among = forward(config, batch.tokens, batch.mask & chosen, bins)
         np.testing.assert_allclose(among.logprobs[5], alone.logprobs[5], atol=bound)
-
-
-LOSS = (
-    functools.partial(
-        losses.ppo_loss, clip_low=0.2, clip_high=0.2, value_clip=0.2, vf_coef=0.1, entropy_coef=0.01
-    ),
-    functools.partial(policy_metrics, clip_low=0.2, clip_high=0.2),
-)
 
 
 def rescored(dtype, bins):

@@ -193,7 +193,7 @@ def test_a_fork_starts_from_a_checkpoint_and_says_so(place, tmp_path, capsys):
     [
         ({}, "resume=fork and fork_from go together"),
         ({"fork-from": "nothing"}, "cannot be read"),
-        ({"fork-from": "whole", "loop.updates": 3}, "made after 3 updates, which count; updates=3"),
+        ({"fork-from": "whole", "loop.updates": 3}, "count towards updates=3; set updates above"),
         ({"fork-from": "whole", "fork-update": 9}, "has no checkpoint after 9 updates"),
         ({"fork-from": "whole", "lora.rank": 2}, "and the run now has"),
         ({"fork-from": "whole", "out": "adapted"}, "holds another run"),

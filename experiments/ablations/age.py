@@ -23,12 +23,12 @@ from ppo_jax import (
     dis_loss,
     dppo_loss,
     importance_weights,
+    no_critic,
     ppo_loss_fn,
     reinforce_plus_plus_advantages,
     truncated_weights,
     with_policy_loss,
 )
-from ppo_jax.ppo.critic import no_critic
 
 AGES = (0, 1, 4, 16)
 

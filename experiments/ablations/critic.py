@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from experiments.ablations.training import LossMaker, Variant
 from ppo_jax import (
     AdvantageFn,
+    CriticConfig,
     LossFn,
     Metrics,
     PPOConfig,
@@ -29,7 +30,6 @@ from ppo_jax import (
     positive_nll_loss,
     ppo_loss_fn,
 )
-from ppo_jax.ppo.critic_settings import CriticConfig
 
 LAMBDA, ALPHA = 0.95, 1.5
 PRETRAINING = 5  # updates

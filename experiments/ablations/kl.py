@@ -28,9 +28,9 @@ from ppo_jax import (
     kl_k3,
     kl_loss,
     masked_sum,
+    no_critic,
     ppo_loss_fn,
 )
-from ppo_jax.ppo.critic import no_critic
 
 BETA = 0.02
 

@@ -26,11 +26,11 @@ from ppo_jax import (
     init_state,
     language_model,
     learn,
+    no_critic,
     sample,
     score,
     separate_critic,
 )
-from ppo_jax.ppo.critic import no_critic
 
 LONG = 300  # An answer with at least this many tokens counts as long.
 LENGTHS = 2**16  # The purpose of the key of their lengths; see `PPOState.key_for`.

@@ -14,7 +14,7 @@ from ppo_jax.errors import SettingError, check_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(PromptColumns):
-    """Where the prompts stand in their data, and what happens to long ones."""
+    """Which columns hold the prompts, and what happens to prompts that are too long."""
 
     long_prompts: LongPrompts = "error"
     """What happens to prompts that are too long. error: they are refused. drop: they are left out.
@@ -70,7 +70,7 @@ def hold_out(
     """
     if len(rows) < 2:
         raise ValueError(
-            f"{source} holds one prompt, so that eval_fraction={fraction} can hold out none; pass "
+            f"{source} has only one prompt, so eval_fraction={fraction} cannot hold any out; pass "
             "--eval-prompts."
         )
     kept, held_out = split((np.arange(len(rows)),), seed=seed, fraction=fraction)

@@ -26,7 +26,7 @@ from ppo_jax.run.trainer import Trainer
 
 
 def compare_runs(options: Compare) -> None:
-    """Print the scores, or the differences."""
+    """Print a table of scores or, with --exact, the first difference of each kind."""
     if len(options.runs) < 2 or (options.exact and len(options.runs) > 2):
         number = "exactly two runs" if options.exact else "two runs or more"
         raise ValueError(f"compare needs {number}, but got {len(options.runs)}.")
@@ -98,9 +98,9 @@ def _command(options: Replay) -> Train:
 def start_at(command: Train, run_folder: Path, update: int) -> Trainer:
     """Make a trainer in the state that a run had before one of its updates.
 
-    It starts from the newest good checkpoint at or before the update, or from the beginning if
-    there is none, which is a checkpoint of another run if this one was forked, and repeats the
-    updates in between.
+    The trainer starts from the newest good checkpoint at or before the update. Without one, it
+    starts from the beginning of the run, which for a forked run is the checkpoint of the other run.
+    It then repeats the updates in between.
 
     Args:
       command: the options of the run. The trainer writes to its `out`.

@@ -51,10 +51,10 @@ class PromptColumns:
 
     prompt_column: str = "auto"
     """Column of the prompts. auto: the first of prompt, query, question, messages and text that the
-    data has. none: there is none."""
+    data has. none: do not look for such a column."""
     messages_column: str = "auto"
     """Column of conversations, whose last message is left out if it is the assistant's. auto:
-    messages, if no column of prompts is found before it. none: there is none."""
+    messages, if no column of prompts is found before it. none: do not look for such a column."""
 
     def __post_init__(self) -> None:
         _only_one(prompt_column=self.prompt_column, messages_column=self.messages_column)
@@ -82,16 +82,16 @@ class ExampleColumns:
 
     prompt_column: str = "auto"
     """Column of the prompts. auto: the first of prompt, query and question that the data has. none:
-    there is none."""
+    do not look for such a column."""
     response_column: str = "auto"
-    """Column of the responses. auto: the first of response, completion and answer. none: there is
-    none."""
+    """Column of the responses. auto: the first of response, completion and answer. none: do not
+    look for such a column."""
     messages_column: str = "auto"
     """Column of conversations, whose last message is the response. auto: messages, if there are no
-    responses. none: there is none."""
+    responses. none: do not look for such a column."""
     text_column: str = "auto"
     """Column of texts without a prompt. auto: text, if there are no responses or conversations.
-    none: there is none."""
+    none: do not look for such a column."""
 
     def __post_init__(self) -> None:
         self._given()

@@ -148,7 +148,7 @@ def arrange_devices(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.n
         outer.append(math.gcd(size, left))
         left //= outer[-1]
     if left > 1:
-        raise ValueError(f"its sizes do not divide by the number of slices or hosts, {slices}.")
+        raise ValueError(f"its axis sizes cannot be divided among {slices} slices or hosts.")
     inner = [size // parts for size, parts in zip(shape, outer, strict=True)]
     if slices == 1:
         return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
@@ -165,13 +165,13 @@ def check_rows(config: PPOConfig, shards: int) -> None:
       shards: number of devices that share the rows of a batch.
 
     Raises:
-      SettingError: naming the setting whose number of rows does not divide, or if a device would
-        get a part of the responses to a prompt.
+      SettingError: if a number of rows does not divide evenly (the message names it), or if the
+        responses to one prompt would be split over devices.
     """
     rows = {
         "batch_size": config.batch_size,
         "batch_size / minibatches": config.batch_size // config.minibatches,
-        # With packing it is a number of bins, and each device fills its own ones.
+        # With packing, `micro_batch` counts bins, which each device fills separately.
         "micro_batch": config.rows_at_a_time if config.pack is None else None,
         "rollout_rows": config.rollout_rows,
         "rollout_slots": config.rollout_slots,
@@ -193,7 +193,7 @@ def check_sampled_rows(config: PPOConfig, mesh: Mesh) -> None:
       mesh: the mesh of the devices that sample.
 
     Raises:
-      SettingError: naming the setting whose number of rows does not divide.
+      SettingError: if a number of rows does not divide evenly; the message names it.
     """
     for name in ("batch_size", "rollout_rows", "rollout_slots"):
         count, shards = getattr(config, name), batch_shards(mesh)

@@ -14,7 +14,7 @@ from ppo_jax.types import Params, Rollout
 
 
 def sample_on(mesh: Mesh, agent: Agent, steps: Steps, frozen: Params | None) -> Steps:
-    """Let the step `sample` run on the devices of another mesh than the other steps.
+    """Run `sample` on a different mesh from the other steps.
 
     Each call copies the policy's parameters to that mesh, so that `learn` may donate its state and
     run at the same time. The rollouts that `sample` returns are on that mesh.
@@ -26,7 +26,7 @@ def sample_on(mesh: Mesh, agent: Agent, steps: Steps, frozen: Params | None) -> 
       frozen: the parameters that are not trained, or None; their policy is copied once.
 
     Returns:
-      The steps, of which `sample` ignores its argument `frozen`.
+      The steps. `sample` ignores its argument `frozen`.
 
     Example:
       >>> from ppo_jax.distributed.meshes import make_mesh

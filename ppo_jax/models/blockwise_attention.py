@@ -1,8 +1,8 @@
 """Attention over blocks of queries and keys, whose memory is linear in the number of positions.
 
 The softmax is computed online: each query keeps the largest logit so far, and sums relative to it.
-The backward pass computes the logits of each block again. Blocks whose keys are out of reach of
-their queries are left out.
+The backward pass computes the logits of each block again. Blocks that the causal mask or the
+window hides entirely are skipped, unless the position of the queries is only known at run time.
 
 Source: Dao 2023, "FlashAttention-2" (https://arxiv.org/abs/2307.08691); the online softmax is that
 of Milakov and Gimelshein 2018 (https://arxiv.org/abs/1805.02867).
@@ -37,7 +37,7 @@ def blockwise_attention(
     """Attend to keys and values, block by block.
 
     Args:
-      q_BHSC: queries, scaled; `H / K` heads in a row share a key head.
+      q_BHSC: queries, scaled. Each group of `H / K` consecutive query heads shares one key head.
       k_BKNC: keys.
       v_BKNC: values, whose dtype the result has.
       visible: the slots that each query attends to. A query that sees none gets 0.
@@ -188,7 +188,7 @@ def _join(x: Array, axis: int) -> Array:
 
 
 def _product(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    """Return the `einsum` of two arrays, rounded to a dtype, in float32."""
+    """Round both arrays to `dtype`, and return their einsum in float32."""
     return jnp.einsum(
         spec, round_to(a, dtype), round_to(b, dtype), preferred_element_type=jnp.float32
     )

@@ -5,8 +5,8 @@ this is `[B, K, N, C]`.
 
 A TPU keeps arrays in tiles of 8 rows and 128 lanes. A head of 64 features fills half of the lanes,
 and the compiler then puts the positions into the lanes instead: to add one position, it reads and
-writes 128 of them. There, heads are therefore grouped until they fill the lanes. A query of a
-group has a row for each of its heads, which is 0 in the features of the other heads. The products
+writes 128 of them. There, heads are therefore grouped until they fill the lanes. Each head of
+a group gets its own row of queries, with zeros in the features of the other heads. The products
 with these zeros cost nothing, because the matrix unit multiplies 8 rows in any case.
 """
 
@@ -29,8 +29,8 @@ def cache_groups(config: TransformerConfig, platform: str, tensor: int = 1) -> i
       tensor: number of devices that the key heads are sharded over.
 
     Returns:
-      On a TPU, the number for which the least part of the lanes is padding, and the largest one of
-      several. It is a multiple of `tensor` if `K` is. On other platforms, `K`.
+      On a TPU, the number of groups that wastes the fewest lanes; on a tie, the largest. It is a
+      multiple of `tensor` if `K` is. On other platforms, `K`.
 
     Example:
       >>> from ppo_jax.models.sizes import SIZES

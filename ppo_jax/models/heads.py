@@ -156,9 +156,9 @@ def reward_model(config: TransformerConfig) -> Callable[[Params, Array, Array], 
     """Return a model that scores token sequences.
 
     The head reads the first real token of an encoder, and the last real token of a decoder that is
-    not `config.pad_id`, as the classifiers of `transformers` do. A text may thus end with tokens
-    that are not read, where the pad id is that of the end token. A text of such tokens alone is
-    read at its first one.
+    not `config.pad_id`, as the classifiers of `transformers` do. If the pad id is the end token,
+    end tokens at the end of a text are skipped. A text of pad tokens only is read at its first
+    token.
 
     Args:
       config: the configuration of the model below the head, which is called the trunk.

@@ -82,7 +82,8 @@ class PolicyLossFn(Protocol):
     """Computes the loss of the policy, `[]` float32, from `[B, R]` arrays.
 
     `functools.partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2)` is one; see there for the
-    arguments.
+    arrays. `aggregate` is the averaging rule. The loss must reduce its terms by
+    `aggregate(terms, mask)`, so that it does not depend on micro-batches and devices.
     """
 
     def __call__(

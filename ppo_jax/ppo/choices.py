@@ -27,12 +27,16 @@ class _Module:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-aggregation, dppo = _Module("ppo_jax.ops.aggregation"), _Module("ppo_jax.ops.dppo")
+def _ops(name: str) -> _Module:
+    """Return a module of `ppo_jax.ops`."""
+    return _Module(f"ppo_jax.ops.{name}")
+
+
+aggregation, dppo, groups = _ops("aggregation"), _ops("dppo"), _ops("group_advantages")
+importance, kl, kl_loss = _ops("importance"), _ops("kl"), _ops("kl_loss")
+masked, policy_losses = _ops("masked"), _ops("policy_losses")
+sequence_losses = _ops("sequence_losses")
 estimators, methods = _Module("ppo_jax.ppo.estimators"), _Module("ppo_jax.ppo.methods")
-groups, importance = _Module("ppo_jax.ops.group_advantages"), _Module("ppo_jax.ops.importance")
-kl, kl_loss = _Module("ppo_jax.ops.kl"), _Module("ppo_jax.ops.kl_loss")
-masked, policy_losses = _Module("ppo_jax.ops.masked"), _Module("ppo_jax.ops.policy_losses")
-sequence_losses = _Module("ppo_jax.ops.sequence_losses")
 
 
 class _Method(enum.Enum):
@@ -68,7 +72,7 @@ class KLEstimator(_Method):
 class KLLoss(_Method):
     """The KL in the loss; `function` computes it from log-probs and a mask.
 
-    With a plus, the value is that of the estimator and the gradient that of the KL.
+    Names with "+" have the estimator's value but the gradient of the true KL.
     """
 
     K2 = "k2", lambda: kl_loss.kl_loss
@@ -80,8 +84,8 @@ class KLLoss(_Method):
 class Advantage(_Method):
     """The advantage estimator; `function` makes it from the settings and a mapped axis.
 
-    Behind the function stands what the estimator reads besides the rewards: the `values` of a
-    critic, or the `groups` of responses to the same prompt.
+    The items after the function name what it reads besides rewards: the `values` of a critic, or
+    the `groups` of responses to the same prompt.
     """
 
     GAE = "gae", lambda: methods.with_settings(estimators.gae, "gamma", "lam"), "values"

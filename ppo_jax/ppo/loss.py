@@ -65,7 +65,6 @@ def ppo_loss_fn(
 
     Example:
       >>> from ppo_jax import *
-      >>> from ppo_jax.ppo.choices import Loss
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
       >>> model, critic = language_model(config), shared_critic()

@@ -1,4 +1,4 @@
-"""Functions that the lines of `ppo_jax.ppo.choices` make their methods with."""
+"""Helpers that build the methods listed in `ppo_jax.ppo.choices`."""
 
 from collections.abc import Callable
 from functools import partial

@@ -13,7 +13,10 @@ from ppo_jax.types import Params
 
 
 def policy_optimizer(config: PPOConfig, updates: int) -> optax.GradientTransformation:
-    """Return the policy's optimizer for a run of so many updates, always the same object."""
+    """Return the policy's optimizer for a run of `updates` updates.
+
+    Equal settings return the same object.
+    """
     updates_of_policy = max(1, updates - config.critic.warmup_updates)
     return _of_settings(config, config, config.epochs, updates_of_policy)
 
@@ -28,7 +31,8 @@ def critic_optimizer(config: PPOConfig, updates: int) -> optax.GradientTransform
 def without_attention(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Make an optimizer that leaves the parameters of attention layers as they are.
 
-    Their gradients do not count in the norm of gradient clipping, and they have no moments.
+    Their gradients do not count in the norm of gradient clipping, and no optimizer state is kept
+    for them.
     """
 
     def labels(params: Params) -> Params:

@@ -176,9 +176,9 @@ class PPOConfig:
     """An adaptive weight of the KL penalty changes by at most about 20 %
     over this many responses."""
     kl_estimator: KLEstimator = KLEstimator.K1
-    """Estimate of each token's KL in the penalty: k1, k2 and k3
-    (joschu.net/blog/kl-approx.html), abs (absolute value of k1), or full
-    (exact, from the logits of the policy and the reference)."""
+    """Estimator of each token's KL in the penalty
+    (joschu.net/blog/kl-approx.html). The docstring of its function, such as
+    ppo_jax.kl_k1, describes it."""
     kl_loss_coef: float = 0.0
     """Weight of the KL in the loss. It is not scaled by advantages, unlike the
     KL penalty, which is a part of the rewards."""

@@ -41,7 +41,7 @@ def scores_by_rules(config: PPOConfig, rollout: Rollout, task_scores: Array) -> 
     """Apply the rules for a missing EOS and for length to the task's scores.
 
     Args:
-      config: the settings of both rules.
+      config: the settings, which include those of the two rules.
       rollout: `B` responses. One without a token to learn from has no score.
       task_scores: `[B]` float32.
 
@@ -78,7 +78,7 @@ def final_scores(
     """Apply `scores_by_rules`, scaling and clipping to the task's scores.
 
     Args:
-      config: the settings of all of them.
+      config: the settings, which include those of the rules, the scaling and the clipping.
       state: the running moments of the scores.
       rollout: `B` responses.
       task_scores: `[B]` float32.

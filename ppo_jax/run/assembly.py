@@ -184,8 +184,7 @@ def assemble(
         not a single token, or if `top_k` exceeds the vocabulary.
 
     Example:
-      >>> from ppo_jax import TransformerConfig, init_params
-      >>> from ppo_jax.models.io.pretrained import Pretrained
+      >>> from ppo_jax import Pretrained, TransformerConfig, init_params
       >>> config = TransformerConfig(
       ...     vocab_size=7, positions=8, width=4, layers=1, heads=2, mlp_width=16)
       >>> policy = Pretrained(config, init_params(config, jax.random.key(0)), {"eos_token_id": 2})

@@ -38,8 +38,8 @@ def start_from(
     """Read the state that a forked run starts from.
 
     Parameters, the optimizer's state, the moments of the scores and the number of updates are those
-    of the checkpoint. The random key is the new run's. The controller of the KL penalty goes on
-    unless one of its settings has changed.
+    of the checkpoint. The random key is the new run's. The KL controller keeps its state unless
+    one of its settings has changed.
 
     Args:
       fork: the checkpoint.
@@ -61,8 +61,8 @@ def start_from(
     update = int(stored.update)
     if update >= updates:
         raise SettingError(
-            f"The checkpoint of {fork.run} was made after {update} updates, which count; updates="
-            f"{updates} must be larger."
+            f"The checkpoint of {fork.run} already has {update} updates, which count towards "
+            f"updates={updates}; set updates above {update}."
         )
     old, new = before["settings"]["ppo"], config.settings["ppo"]
     if any(old[name] != new[name] for name in _CONTROLLER):
