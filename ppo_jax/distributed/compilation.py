@@ -13,7 +13,7 @@ from jax.tree_util import PyTreeDef
 
 from ppo_jax.distributed.placement import place
 from ppo_jax.ppo import iteration
-from ppo_jax.ppo.iteration import Agent, PPOState
+from ppo_jax.ppo.state import Agent, PPOState
 from ppo_jax.sharding import rows_sharding, shardings
 from ppo_jax.types import AdvantageFn, LossFn, Metrics, Params, Rollout, Scores
 

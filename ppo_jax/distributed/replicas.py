@@ -12,7 +12,7 @@ from jax import Array
 
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.ppo import iteration
-from ppo_jax.ppo.iteration import Agent, PPOState
+from ppo_jax.ppo.state import Agent, PPOState
 from ppo_jax.types import AdvantageFn, LossFn, Rollout
 
 _AXIS = "devices"

@@ -1,4 +1,7 @@
-"""A critic with an optimizer of its own: its settings, its loss and the values that it gives."""
+"""The loss of a critic with an optimizer of its own, and the values of a method without a critic.
+
+`ppo_jax.models.heads` has the critics, and `critic_settings` their settings.
+"""
 
 from functools import partial
 

@@ -1,8 +1,9 @@
 """The PPO iteration on one screen: sample responses, score them, and learn from the scores.
 
 `ppo_iteration` is the whole of it, and `sample`, `score` and `learn` are its stages. All are pure
-functions of a `PPOState`. What a method computes is a function handed to a stage or named by a
-setting, so a new estimator or loss needs no change here: see `ppo.choices`.
+functions of a `PPOState`. `run.trainer.Trainer.step` calls the stages one by one, because a reward
+function runs on the host between them. What a method computes is a function handed to a stage or
+named by a setting, so a new estimator or loss needs no change here: see `ppo.choices`.
 """
 
 from collections.abc import Callable

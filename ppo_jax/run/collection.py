@@ -13,7 +13,7 @@ from ppo_jax.distributed import compilation, placement, processes, replicas, sep
 from ppo_jax.distributed.compilation import Steps
 from ppo_jax.errors import Fault
 from ppo_jax.ops.rewards import ScaleState
-from ppo_jax.ppo.iteration import Agent, PPOState
+from ppo_jax.ppo.state import Agent, PPOState
 from ppo_jax.reward_functions import RewardFn, TaskScores, require_scores
 from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner

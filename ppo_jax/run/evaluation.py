@@ -10,8 +10,8 @@ import numpy as np
 
 from ppo_jax import data
 from ppo_jax.distributed import placement
-from ppo_jax.ppo.iteration import PPOState
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.state import PPOState
 from ppo_jax.ppo.task_scores import clip_scores, scores_by_rules
 from ppo_jax.reward_functions import TaskScores
 from ppo_jax.run.collection import Collector

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ppo_jax import data
 from ppo_jax.distributed import compilation, placement, processes
 from ppo_jax.errors import Fault, NonFiniteParametersError
-from ppo_jax.ppo.iteration import PPOState
+from ppo_jax.ppo.state import PPOState
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
@@ -24,9 +24,9 @@ from ppo_jax.run.logging import PAIRS, SKIPPED
 from ppo_jax.run.loop import Display, RunLoop
 from ppo_jax.run.opening import claim_folder, open_run
 from ppo_jax.run.parts import initial_reference
-from ppo_jax.run.pending import Schedule, with_pending
 from ppo_jax.run.remote import Mirror
 from ppo_jax.run.resume import start_config
+from ppo_jax.run.schedule import Schedule, with_pending
 from ppo_jax.run.settings import LoopConfig, Resume
 from ppo_jax.types import AdvantageFn, LossFn, Rollout
 

@@ -1,9 +1,10 @@
-"""Sample responses some updates before the update that learns from them.
+"""Which policy samples the responses of an update: that before it, or one some updates older.
 
-With a staleness of `k`, update `u` learns from responses of the policy after `max(u - k, 0)`
-updates. Update `u` therefore samples the responses of update `u + k` and learns from the oldest of
-those that are pending; the first update samples those of all updates up to `k`. Prompts and keys
-are those of the update that learns, so that the staleness changes only the policy that samples.
+Without staleness, each update learns from responses of the policy before it. With a staleness of
+`k`, update `u` learns from responses of the policy after `max(u - k, 0)` updates. It therefore
+samples the responses of update `u + k` and learns from the oldest of those that are pending; the
+first update samples those of all updates up to `k`. Prompts and keys are those of the update that
+learns, so that the staleness changes only the policy that samples.
 """
 
 from functools import partial
