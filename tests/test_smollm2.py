@@ -11,7 +11,7 @@ from ppo_jax.models.transformer import language_model
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_test_openings_are_not_in_training_data(seed):
-    scored, prompts, test = smollm2.split(seed, 5)
+    scored, prompts, test = smollm2.split(seed, 4)
     assert len(test) == smollm2.N_TEST and len(prompts) > 0.8 * smollm2.N_PPO
     assert 0.99 * smollm2.N_REWARD < len(scored) <= smollm2.N_REWARD
     assert not set(test) & set(prompts)
@@ -19,7 +19,7 @@ def test_test_openings_are_not_in_training_data(seed):
 
 
 def test_rewards_prefer_positive_texts(tmp_path):
-    scored, _, _ = smollm2.split(0, 5)
+    scored, _, _ = smollm2.split(0, 4)
     for like in (None, "a wonderful film"):
         reward = smollm2.make_reward(smollm2.Settings(out=tmp_path, like=like), scored[:300])
         good, bad = reward.function(["The film is", "The film is"], [" wonderful", " awful"])
