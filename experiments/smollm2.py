@@ -66,7 +66,7 @@ PPO = PPOConfig(
     min_new_tokens=6,
     temperature=0.8,
     missing_eos=MissingEOS.PENALIZE,
-    kl_coef=0.04,
+    kl_coef=0.055,
     learning_rate=1.2e-3,
     decay_learning_rate=True,
     vf_coef=0.1,
@@ -86,7 +86,7 @@ class Settings:
     """A language model (folder, Hugging Face id or .gguf file) to use instead of SmolLM2."""
     like: str | None = None
     """Reward similarity to this sentence instead of human scores."""
-    updates: int = 24
+    updates: int = 20
     """Number of PPO updates."""
     opening: int = 4
     """Number of words of an opening."""
