@@ -85,10 +85,11 @@ def test_an_adaptive_weight_of_0_is_refused():
 def test_a_loop_may_donate_its_state():
     """The policy that the state starts from stays, for example as the reference."""
     agent, params = problem()[0], {"policy": init_params(CONFIG, jax.random.key(0)), "critic": {}}
-    state = init_state(agent, params, jax.random.key(2), updates=3)
+    key = jax.random.key(2)
+    state = init_state(agent, params, key, updates=3)
     jax.jit(lambda state: state.replace(update=state.update + 1), donate_argnums=0)(state)
     assert state.policy["embedding"].is_deleted()
-    assert not params["policy"]["embedding"].is_deleted()
+    assert not params["policy"]["embedding"].is_deleted() and not key.is_deleted()
 
 
 @pytest.mark.slow

@@ -45,6 +45,10 @@ def with_rows(prompts, responses, given):
     return [row["answer"] for row in given]
 
 
+def responses_first(responses, prompts):
+    return ["xy".index(response) + 1 for response in responses]
+
+
 async def waits(prompts, responses):
     await asyncio.sleep(0)
     return [1.0, 2.0]
@@ -101,6 +105,7 @@ def two_prompts():
         (columns_by_name, [3, 2]),
         (of_trl, [9, 10]),
         (with_rows, [7, 8]),
+        (responses_first, [1, 2]),
         (functools.partial(columns_by_name, answer=[8, 7]), [2, 3]),
         (waits, [1, 2]),
     ],

@@ -173,7 +173,7 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
         start(params, policy_optimizer(config, updates)),
         kl_controller(config).init(),
         running_scale().init(),
-        key,
+        jnp.copy(key),
         jnp.int32(0),
         critic=critic,
         entropy=entropy and entropy.init(),

@@ -17,7 +17,8 @@ class TextReward(NamedTuple):
     """A reward that calls a function of texts.
 
     Attributes:
-      function: `function(prompts, responses)` with two lists of `B` texts. A third parameter that
+      function: `function(prompts, responses)` with two lists of `B` texts, in the other order if
+        the parameters have these names in the other order. A third parameter that
         is called `rows`, or must be given and is not the name of a column, gets the prompts' rows.
         Any other parameter with the name of a column gets the `B` values of that column, and
         `**kwargs` gets all columns. A function with a parameter `completions`, as in TRL, is called
@@ -107,6 +108,8 @@ def arguments(
     by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
     args: list[Any] = [prompts.texts, responses]
+    if [p.name for p in parameters[:2]] == ["responses", "prompts"]:
+        args.reverse()
     named: dict[str, Any] = {}
     if "completions" in by_name:
         texts = _as_trl(prompts, responses)
