@@ -113,9 +113,10 @@ def test_batches_use_every_row_before_repeating_one(n, size):
     "scores, message",
     [
         ([1.0], "shape"),
-        (["a", "b"], "numbers"),
+        (["a", "b"], "'a' for response 0, which is no number"),
         ([1.0, float("nan")], "nan for response 1"),
-        ([[1.0], [2.0]], "shape"),
+        ([[1.0], [2.0]], r"\[1.0\] for response 0, which is no number"),
+        (np.ones((2, 1)), "shape"),
         (None, "numbers"),
     ],
 )
