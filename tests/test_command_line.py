@@ -213,6 +213,7 @@ def files_in(folder: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_configuration_of_a_run_and_dry_runs(tmp_path, capsys):
     pretrained.save_policy(tmp_path / "model", tiny_policy(), word_tokenizer())
     (tmp_path / "prompts.txt").write_text("a b\nc\nd\ne\n")

@@ -127,6 +127,7 @@ def test_a_critic_makes_more_passes_and_decays_by_itself():
     assert digest(constant.critic.params) == digest(states[1].critic.params)
 
 
+@pytest.mark.slow
 def test_attention_layers_of_the_critic_can_be_frozen():
     """With the settings of SAO, weight decay moves no parameter of attention either."""
     critic = dataclasses.replace(PRESETS["sao"].critic, learning_rate=1e-2, weight_decay=0.1)

@@ -115,6 +115,7 @@ def test_a_reward_that_keeps_failing_stops_the_run_after_a_checkpoint(
     assert not (tmp_path / "run/faults.jsonl").exists()  # its update was repeated
 
 
+@pytest.mark.slow
 def test_a_reward_failing_in_an_evaluation_stops_the_run_after_a_checkpoint(tmp_path):
     again = {"updates": 3, "save_every": 0, "eval_every": 1}
     with pytest.raises(RewardError, match="KeyError"):

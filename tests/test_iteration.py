@@ -45,6 +45,7 @@ def step(agent, state, rollout, scores, task_scores=None):
     return learn(agent, state, rollout, scores, task_scores)
 
 
+@pytest.mark.slow
 def test_without_a_critic_the_loss_has_no_value_term():
     """Its values of 0 differ from the returns, and would count with the weight `vf_coef`."""
     settings = {"vf_coef": 0.5, "advantage": Advantage.MONTE_CARLO, "epochs": 1}

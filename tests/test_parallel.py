@@ -261,6 +261,7 @@ def sizes(state):
     return sorted(x.size for x in jax.tree.leaves(state.train.params))
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_a_layer_at_a_time():
     hlo, state = compiled_update({"fsdp": 8})
     gathered = [n for part in collectives(hlo, "all-gather").values() for n in part]

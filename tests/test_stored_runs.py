@@ -153,6 +153,7 @@ def shown(run):
     return [{k: x for k, x in row.items() if not k.startswith(("time", "perf"))} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_fork_starts_from_a_checkpoint_and_says_so(place, tmp_path, capsys):
     """Without another setting it repeats the run; with another one it differs from there on."""
     source = {"resume": "fork", "fork-from": place / "whole", "fork-update": 2, "critic": "shared"}
@@ -209,6 +210,7 @@ def test_a_fork_that_is_impossible_is_refused(place, tmp_path, capsys, changes, 
     assert not (tmp_path / "out/config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_and_its_reference_is_the_adapted_model(place, tmp_path):
     adapter, model = place / "adapted/adapter", tiny_policy(layers=1)
     further = train(place, tmp_path / "further", adapter=adapter, **{"loop.updates": 2})
@@ -225,6 +227,7 @@ def test_a_run_starts_from_an_adapter_and_its_reference_is_the_adapted_model(pla
     assert before["layer_0"]["attn"]["q"]["kernel"] > 1e-4
 
 
+@pytest.mark.slow
 def test_another_reference_may_have_another_architecture(place, tmp_path, capsys):
     """The KL of the first update is that of the two models on the sampled texts."""
     deeper = tiny_policy(layers=2, width=8)

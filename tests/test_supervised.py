@@ -57,6 +57,7 @@ def pairs_case():
     return loss_fn, init_scorer(CONFIG, jax.random.key(0)), (*chosen, *rejected), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [sft_case, pairs_case])
 def test_a_step_on_the_parts_of_a_batch_is_that_of_the_whole_batch(case):
     loss_fn, params, arrays, weight = case()
@@ -195,6 +196,7 @@ def test_the_progress_bar_fits_80_columns(tmp_path, monkeypatch):
     assert len(line) <= 80
 
 
+@pytest.mark.slow
 def test_a_model_from_scratch_learns_is_reported_and_loads_in_transformers(tmp_path, capsys):
     rows = [{"prompt": f"{i} and {i} is", "response": f" {2 * i}, as you know"} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

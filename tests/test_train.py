@@ -48,7 +48,7 @@ from ppo_jax.run.files import read_lines
 from ppo_jax.types import Rollout
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_learns_and_writes_its_folder(tmp_path, shared):
     run = simple_trainer(tmp_path / "run", shared=shared, updates=40)
     seen = []
@@ -257,6 +257,7 @@ def loss(*arrays, aggregate):
 """
 
 
+@pytest.mark.slow
 def test_the_command_takes_methods_of_your_own(folder, capsys):
     """They do what the settings do, and a run goes on with the same ones only."""
     file = folder / "own.py"
@@ -353,6 +354,7 @@ def save_scorer(path, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_label_of_a_classifier_is_the_reward(folder, capsys):
     """A score is the logit of the chosen label, which is required and cannot change on resume."""
     config = transformers.DistilBertConfig(
