@@ -9,9 +9,8 @@ from experiments.benchmarks import long, peer_ours, phases, tpu
 from experiments.benchmarks import work as work_
 from ppo_jax.plan.topology import CHIPS
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_phases_writes_every_figure(tmp_path):
     found = phases.main(phases.Phases(out=tmp_path, work="tiny", runs=1))
     assert json.loads((tmp_path / "summary.json").read_text()) == found
@@ -41,17 +40,20 @@ def test_phases_writes_every_figure(tmp_path):
     assert found["update_gflop"] * 1e9 > work.epochs * 2 * 6 * work.width**2 * rows
 
 
+@pytest.mark.slow
 def test_peer_ours_times_every_run():
     settings = {**vars(work_.WORKS["tiny"]), "runs": 2}
     found = peer_ours.main(settings)
     assert len(found["iteration_s"]) == 2 and min(found["rollout_s"]) > 0
 
 
+@pytest.mark.slow
 def test_long_reports_memory_and_time_over_the_run(tmp_path):
     found = long.main(long.Long(out=tmp_path, updates=10))
     assert len(found["resident_bytes/by_fifth"]) == 5 and found["iteration_s/last_fifth"] > 0
 
 
+@pytest.mark.slow
 def test_higher_precision_is_closer_to_float32(tmp_path):
     found = precision.main(precision.Precision(out=tmp_path, texts=2))
     assert 1e-4 < found["default"]["mean"] < 0.1
