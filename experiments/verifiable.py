@@ -5,7 +5,7 @@ the first number in a response is the answer, and 0 otherwise. Accuracy is measu
 PPO on held-out questions.
 
     python -m experiments.verifiable --out runs/verifiable
-    python -m experiments.verifiable --out runs/sao --method SAO
+    python -m experiments.verifiable --out runs/sao --method sao
 """
 
 import dataclasses
@@ -174,4 +174,4 @@ def report(summary: dict[str, float], test: Prompts, before: list[str], after: l
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main(tyro.cli(Settings, config=(tyro.conf.EnumChoicesFromValues,)))
