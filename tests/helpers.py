@@ -176,6 +176,7 @@ def full_trainer(
     adapters=True,
     mesh=None,
     sampling=None,
+    pmap=False,
     held_out=None,
     mirror=None,
     **loop,
@@ -199,7 +200,7 @@ def full_trainer(
     agent = Agent(language_model(config), heads.separate_critic(config), ppo, (0,), 0)
     defaults = {"updates": 4, "progress": False, "tensorboard": False}
     return Trainer(
-        Learner(agent, params, tokenizer, frozen, mesh=mesh, sampling=sampling),
+        Learner(agent, params, tokenizer, frozen, mesh=mesh, sampling=sampling, pmap=pmap),
         prompts,
         TextReward(reward),
         out=Path(out),

@@ -174,6 +174,13 @@ def test_two_processes_give_the_result_of_one_reproducibly(folder, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_learn_from_the_older_responses_of_one(folder):
+    late = {"mesh": "data=2,fsdp=2", "updates": 3, "loop.staleness": 1}
+    two = run(folder, "late2", 2, **late)
+    assert_same_run(two, run(folder, "late1", 1, devices=4, **late))
+
+
+@pytest.mark.slow
 def test_four_processes_and_a_resume_with_fewer(folder, alone):
     four = run(folder, "four", 4, mesh="data=2,fsdp=4", updates=2)
     run(folder, "four", 2, mesh="data=2,fsdp=2", updates=3, resume="yes")

@@ -1,5 +1,7 @@
 """Responses that are sampled some updates before the update that learns from them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from helpers import FULL_PPO, full_trainer, likes_b
 
 from ppo_jax import data
+from ppo_jax.distributed import placement
 from ppo_jax.errors import SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.run.collection import response_texts
@@ -72,6 +75,20 @@ def test_no_staleness_is_the_default(tmp_path):
     assert not (given.out / "checkpoints/2/pending").exists()
     with pytest.raises(SettingError, match="staleness must not be negative, but is -1"):
         LoopConfig(staleness=-1)
+
+
+@pytest.mark.slow
+def test_replicas_learn_from_the_older_responses_of_one_device(tmp_path):
+    ppo = dataclasses.replace(FULL_PPO, micro_batch=None)  # A replica has a single row.
+    one, many = (
+        full_trainer(tmp_path / name, ppo=ppo, updates=3, staleness=1, pmap=name == "many")
+        for name in ("one", "many")
+    )
+    one.run(), many.run()
+    tokens = [read_lines(tmp_path / name / "samples.jsonl") for name in ("one", "many")]
+    assert [row["response"] for row in tokens[0]] == [row["response"] for row in tokens[1]]
+    params, same = (placement.to_host(run.state.train.params) for run in (one, many))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), params, same)
 
 
 def test_the_next_responses_are_sampled_while_the_reward_scores(tmp_path):
