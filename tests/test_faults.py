@@ -337,6 +337,7 @@ def behind(folder):
     return folder / "behind"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run, update", [("folder", 0), ("folder", 3), ("folder", 4), ("behind", 0), ("behind", 5)]
 )

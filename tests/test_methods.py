@@ -105,6 +105,7 @@ def test_an_estimator_that_reads_logits_may_be_a_partial_function():
     np.testing.assert_allclose(exact.sum(), scored(kl.kl_k1).sum(), rtol=0.5)
 
 
+@pytest.mark.slow
 def test_a_kl_estimator_of_a_wrong_shape_is_refused():
     with pytest.raises(AssertionError):
         scored(lambda logprobs, ref_logprobs: (logprobs - ref_logprobs).sum(axis=1))

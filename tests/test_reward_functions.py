@@ -41,8 +41,8 @@ def of_trl(completions, answer, **kwargs):
     ]
 
 
-def with_rows(prompts, responses, given):
-    return [row["answer"] for row in given]
+def with_rows(prompts, responses, rows):
+    return [row["answer"] for row in rows]
 
 
 def responses_first(responses, prompts):
@@ -146,6 +146,16 @@ def test_what_is_no_score_is_named_with_its_row(returned, rows, message):
 def test_numbers_of_any_type_are_scores(returned):
     scores = TextReward(lambda prompts, responses: returned)(None, two_prompts(), ["x", "y"])
     np.testing.assert_array_equal(scores.response, [1.5, np.nan])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda prompts, responses, anser: [0, 0], lambda completions, anser, **kwargs: [0, 0]],
+)
+def test_a_reward_whose_column_is_missing_is_refused(function):
+    message = "needs the column 'anser', but the columns of the prompts are: answer, level, prompt"
+    with pytest.raises(RewardError, match=message):
+        TextReward(function)(None, two_prompts(), ["x", "y"])
 
 
 def test_named_parts_are_added_up():

@@ -18,6 +18,7 @@ def test_test_openings_are_not_in_training_data(seed):
     assert not [row for row in scored for opening in test if row.sentence.startswith(opening)]
 
 
+@pytest.mark.slow
 def test_rewards_prefer_positive_texts(tmp_path):
     scored, _, _ = smollm2.split(0, 4)
     for like in (None, "a wonderful film"):

@@ -168,6 +168,11 @@ def apply_template(
         # Data sets hold None where a message lacks a field that another one has.
         given = {name: value for name, value in message.items() if value is not None}
         turns.append({**given, "content": content})
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "Messages need a tokenizer with a chat template; this one has none. Put the template "
+            "of another model, chat_template.jinja, into the model's folder, or use texts."
+        )
     try:
         return tokenizer.apply_chat_template(
             turns,

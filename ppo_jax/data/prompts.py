@@ -153,7 +153,8 @@ def _encode_prompt(
     if in_chat:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
-                "Prompts of messages need a tokenizer with a chat template; this one has none."
+                "Prompts of messages need a tokenizer with a chat template; this one has none. "
+                "Put the template of another model, chat_template.jinja, into the model's folder."
             )
         text = chat.render_prompt(row["prompt"], tokenizer, **chat.template_options(row))
         row = {**row, "prompt": text, "messages": row["prompt"]}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ppo_jax import data
 from ppo_jax.data.chat import content_of
+from ppo_jax.errors import RewardError
 from ppo_jax.reward_functions.protocol import TaskScores, as_reward_error, as_task_scores
 from ppo_jax.types import Rollout
 
@@ -18,14 +19,14 @@ class TextReward(NamedTuple):
 
     Attributes:
       function: `function(prompts, responses)` with two lists of `B` texts, in the other order if
-        the parameters have these names in the other order. A third parameter that
-        is called `rows`, or must be given and is not the name of a column, gets the prompts' rows.
-        Any other parameter with the name of a column gets the `B` values of that column, and
-        `**kwargs` gets all columns. A function with a parameter `completions`, as in TRL, is called
-        by the names `prompts` and `completions`; for a prompt that was a list of messages, it gets
-        those, and the response as a list of one message of the assistant. It returns `B` numbers,
-        with None for a response that cannot be scored, or a dictionary of named parts with `B`
-        numbers each, whose sum is the score. It may be an `async def`.
+        the parameters have these names in the other order. A third parameter called `rows` gets the
+        prompts' rows. Any other parameter gets the `B` values of the column of its name, which must
+        exist unless it has a default, and `**kwargs` gets all columns. A function with a parameter
+        `completions`, as in TRL, is called by the names `prompts` and `completions`; for a prompt
+        that was a list of messages, it gets those, and the response as a list of one message of the
+        assistant. It returns `B` numbers, with None for a response that cannot be scored, or a
+        dictionary of named parts with `B` numbers each, whose sum is the score. It may be an
+        `async def`.
 
     Example:
       >>> import numpy as np
@@ -51,10 +52,11 @@ class TextReward(NamedTuple):
           A score for each response.
 
         Raises:
-          RewardError: if the function raises an exception, or does not return `B` finite numbers.
+          RewardError: if the function needs a column that does not exist, raises an exception, or
+            does not return `B` finite numbers.
         """
+        args, named = arguments(self.function, prompts, list(responses))
         try:
-            args, named = arguments(self.function, prompts, list(responses))
             scores = self.function(*args, **named)
             if inspect.isawaitable(scores):
                 scores = in_event_loop(scores)
@@ -116,13 +118,19 @@ def arguments(
         args, named = [], {n: text for n, text in texts.items() if takes_all or n in by_name}
         taken = set(texts)
     else:
-        third = [p for p in parameters[2:3] if p.kind <= p.POSITIONAL_OR_KEYWORD]
-        if any(p.name == "rows" or (p.default is p.empty and p.name not in columns) for p in third):
+        if any(p.name == "rows" and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters[2:3]):
             args.append(copy.deepcopy(rows))
         taken = {p.name for p in parameters[: len(args)]}
     taken |= set(getattr(function, "keywords", {}))  # What a functools.partial has bound.
     if not takes_all:
         columns &= set(by_name)
+    given = taken | columns | {p.name for p in parameters if p.default is not p.empty}
+    if lacking := [name for name in by_name if name not in given]:
+        raise RewardError(
+            f"The reward function needs the column {lacking[0]!r}, but the columns of the prompts "
+            f"are: {', '.join(sorted({name for row in rows for name in row}))}. A third parameter "
+            "called rows gets the whole rows."
+        )
     for name in sorted(columns - taken):
         named[name] = copy.deepcopy([row.get(name) for row in rows])
     return args, named

@@ -77,7 +77,7 @@ def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
     except Exception as error:  # The Hub raises many types; each means that there is no model.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{str(model)!r} is not a local folder, and the Hugging Face Hub has no such model: "
+            f"{str(model)!r} is not a local folder, and the Hugging Face Hub gave no such model: "
             f"{reason}"
         ) from error
 
