@@ -630,7 +630,7 @@ def run_supervised(folder, command, rows, **given):
             "reward",
             [{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}] * 2,
             {},
-            "chat template does not take",
+            "Messages need a tokenizer with a chat template",
         ),
     ],
 )
