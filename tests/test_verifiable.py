@@ -40,7 +40,7 @@ def test_the_reward_agrees_with_the_task():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", verifiable.Method)
 def test_each_method_trains(tmp_path, method):
-    """Only the critic of SAO has an optimizer of its own."""
+    """Only the critic of SAO has an optimizer of its own, and only GRPO samples groups."""
     pretrained.save_policy(tmp_path / "model", tiny_policy(positions=64), word_tokenizer())
     summary = verifiable.main(
         verifiable.Settings(
@@ -50,3 +50,4 @@ def test_each_method_trains(tmp_path, method):
     assert 0 <= summary["accuracy/after"] <= 1
     (row,) = read_lines(tmp_path / "run/ppo/metrics.jsonl")
     assert ("critic/steps" in row) == (method is verifiable.Method.SAO)
+    assert ("groups/uninformative" in row) == (method is verifiable.Method.GRPO)

@@ -171,10 +171,8 @@ def _first_error(text: str, number: int, error: Exception) -> tuple[int, Excepti
     """Return where a text that should be one JSON value is none, and why."""
     try:
         json.loads(text)
-    except json.JSONDecodeError as found:
-        return found.lineno, found
-    except (ValueError, RecursionError):
-        pass
+    except (ValueError, RecursionError) as found:
+        return getattr(found, "lineno", number), found
     return number, error
 
 
