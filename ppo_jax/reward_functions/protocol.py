@@ -129,8 +129,8 @@ def _check_entries(scores: Sequence[Any]) -> None:
     wrong = [i for i, x in enumerate(scores) if not (x is None or numeric(x))]
     if wrong:
         raise RewardError(
-            f"The reward function returned {scores[wrong[0]]!r:.80} for response {wrong[0]}, which is "
-            f"no number ({len(wrong)} of {len(scores)} scores).",
+            f"The reward function returned {scores[wrong[0]]!r:.80} for response {wrong[0]}, which "
+            f"is no number ({len(wrong)} of {len(scores)} scores).",
             tuple(wrong),
         )
 
