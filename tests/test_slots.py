@@ -13,6 +13,7 @@ from ppo_jax.errors import SettingError
 from ppo_jax.models.cache import empty_cache
 from ppo_jax.models.config import Rotary
 from ppo_jax.models.transformer import language_model
+from ppo_jax.plan import hlo
 from ppo_jax.ppo import decoding
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.settings import PPOConfig
@@ -85,6 +86,20 @@ def test_heads_are_grouped_for_the_platform_of_the_mesh():
     assert shape() == (2, 3, 6, 64)
 
 
+def test_the_plan_counts_the_steps_of_a_cache_that_is_larger_than_needed():
+    """On a TPU the last of the sizes may have positions that are never filled."""
+    prompt, length = 64, 512
+    positions = prompt + length - 1
+    sizes = decoding.stages(prompt, positions, "tpu")
+    assert sizes[-1] > positions and all(size % 128 == 0 for size in sizes)
+    first = decoding.Drawn(jnp.zeros(2, jnp.int32), jnp.zeros(2), jnp.zeros(2, bool))
+    state = decoding.start(first, jnp.arange(2), None, length=length, pad_id=0, groups=1)
+    step = lambda state: decoding.append(state, first)
+    loops = jax.jit(lambda state: decoding.decode(state, step, prompt, positions, sizes))
+    *_, steps = hlo.count_runs(hlo.parse(loops.lower(state).compile().as_text()))
+    assert steps == length - 1
+
+
 @pytest.mark.slow
 def test_a_cache_that_grows_changes_no_sample():
     """A cache for 200 new tokens has 128 positions until a row is longer."""
@@ -92,7 +107,7 @@ def test_a_cache_that_grows_changes_no_sample():
     model, params = language_model(config), init_params(config, jax.random.key(0))
     without = model._replace(init_cache=lambda rows, slots: None)  # reads all tokens at each step
     options = {"max_new_tokens": 200, "stop_ids": (0,), "prompts": PROMPTS[:5], "mask": MASK[:5]}
-    assert decoding.stages(P, P + 199) == [128, P + 199]
+    assert decoding.stages(P, P + 199, "cpu") == [128, P + 199]
     expected = sampled(without, params, **options)
     assert expected.response_mask.sum(axis=1).max() > 128 > expected.response_mask.sum(axis=1).min()
     for slots in (None, 2):

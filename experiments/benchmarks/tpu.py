@@ -2,12 +2,13 @@
 
     python -m experiments.benchmarks.tpu --out DIR
 
-Each case is compiled at two small depths, one program at a time, and its figures are extrapolated
-linearly to the full depth. They are estimates (see `ppo_jax.plan.compile.Program`): an operation
-takes the compiler's cycles or the time to move its bytes, whichever is longer, and nothing
-overlaps. Figures in DIR are not made again, and the text of each program is kept there as well.
+Each case is compiled with all its layers, one program at a time: a model of few layers keeps its
+parameters in the memory of the core while it decodes, so its figures say little about a deep one.
+They are estimates (see `ppo_jax.plan.compile.Program`): an operation takes the compiler's cycles or
+the time to move its bytes, whichever is longer, and nothing overlaps. Figures in DIR are not made
+again, and the text of each program is kept there as well.
 
-It takes 1 to 2 minutes of one core per program, of which there are two for each case.
+It takes 2 to 5 minutes of one core per case.
 """
 
 import dataclasses
@@ -26,8 +27,7 @@ from ppo_jax.models.config import Rotary
 from ppo_jax.models.sizes import SIZES
 from ppo_jax.plan import hlo, traffic
 from ppo_jax.plan.account import operation_seconds
-from ppo_jax.plan.compile import Programs, compile_iteration
-from ppo_jax.plan.extrapolation import extrapolate
+from ppo_jax.plan.compile import compile_iteration
 from ppo_jax.plan.report import plan_figures
 from ppo_jax.plan.topology import CHIPS, Chip, make_topology
 
@@ -83,8 +83,6 @@ class Options:
     """Folder for summary.json and the programs' texts."""
     only: str = ""
     """Only cases whose names contain this."""
-    depths: tuple[int, int] = (2, 3)
-    """The two compiled depths in layers."""
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -103,30 +101,26 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def run(name: str, case: Case, options: Options) -> dict[str, Any]:
-    """Compile a case at both depths and return the figures of the whole model."""
+    """Compile a case and return its figures."""
     chip = CHIPS[case.topology.partition(":")[0]]
     mesh = make_mesh(parse_mesh(case.mesh), make_topology(case.topology))
     logits: list[float] = []
 
-    def compile_model(config: TransformerConfig) -> Programs:
-        def inspect(_: str, text: str) -> None:
-            (options.out / f"{name}-{config.layers}.hlo.txt").write_text(text)
-            logits.append(logits_seconds(text, chip))
+    def inspect(_: str, text: str) -> None:
+        (options.out / f"{name}.hlo.txt").write_text(text)
+        logits.append(logits_seconds(text, chip))
 
-        return compile_iteration(
-            config,
-            PPOConfig(batch_size=case.rows, max_new_tokens=case.tokens[1]),
-            mesh,
-            chip,
-            prompt_tokens=case.tokens[0],
-            phases=(case.phase,),
-            inspect=inspect,
-        )
-
-    config = dataclasses.replace(MODELS[case.model](), dtype=jnp.bfloat16)
-    programs = extrapolate(compile_model, config, options.depths)
+    programs = compile_iteration(
+        dataclasses.replace(MODELS[case.model](), dtype=jnp.bfloat16),
+        PPOConfig(batch_size=case.rows, max_new_tokens=case.tokens[1]),
+        mesh,
+        chip,
+        prompt_tokens=case.tokens[0],
+        phases=(case.phase,),
+        inspect=inspect,
+    )
     found = plan_figures(programs, chip)[case.phase]
-    return {**case._asdict(), **found, "logits_s": logits[-1]}
+    return {**case._asdict(), **found, "logits_s": logits[0]}
 
 
 def logits_seconds(text: str, chip: Chip) -> float:

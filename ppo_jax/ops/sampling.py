@@ -210,7 +210,10 @@ def _first_beyond(weights: Array, target: Array) -> Array:
     If rounding leaves the whole sum at or below the target, it is the last index of positive
     weight.
     """
+    n, index = weights.size, jnp.arange(weights.size)
     positive = weights > 0
-    beyond = (jnp.cumsum(weights) > target) & positive
-    last = weights.size - 1 - jnp.argmax(jnp.flip(positive))
-    return jnp.where(beyond.any(), jnp.argmax(beyond), last)
+    beyond = positive & (jnp.cumsum(weights) > target)
+    # Those beyond come first, in their order; then the other positive ones, the last one first.
+    order = jnp.where(beyond, index, jnp.where(positive, 2 * n - 1 - index, 2 * n))
+    first = jnp.min(order)
+    return jnp.where(first < n, first, (2 * n - 1 - first) % n)

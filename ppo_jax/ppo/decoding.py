@@ -18,7 +18,10 @@ from ppo_jax.types import KVCache, LanguageModel, Params
 _SMALLEST = 128
 # A larger cache grows in at most this many stages, each of which is compiled on its own.
 _STAGES = 4
+_STAGES_ON_TPU = 5
 _ALIGNED = 64
+# The compiler for TPUs fuses softmax with the product before it if the positions fill the lanes.
+_LANES = 128
 
 
 class Drawn(NamedTuple):
@@ -101,28 +104,41 @@ def start(
     )
 
 
-def stages(prompt_length: int, positions: int) -> list[int]:
+def stages(prompt_length: int, positions: int, platform: str) -> list[int]:
     """Return the sizes of the cache in turn, in positions.
 
     Args:
       prompt_length: number of positions that are filled at first.
-      positions: largest number of positions.
+      positions: largest number of positions that are filled.
+      platform: what the program runs on, such as `tpu` or `cpu`. On a TPU, sizes above 128 are
+        multiples of 128, so the last one may be larger than `positions`.
 
     Example:
-      >>> stages(64, 575), stages(256, 575), stages(16, 63)
+      >>> stages(64, 575, "cpu"), stages(256, 575, "cpu"), stages(16, 63, "cpu")
       ([192, 384, 575], [384, 575], [63])
+      >>> stages(64, 575, "tpu"), stages(16, 63, "tpu")
+      ([128, 256, 384, 512, 640], [63])
     """
-    size = max(_SMALLEST, -(-positions // (_STAGES * _ALIGNED)) * _ALIGNED)
-    return [
-        *(x for x in range(size, positions - size // 2, size) if x > prompt_length),
-        positions,
-    ]
+    if platform == "tpu":
+        count, aligned, last = _STAGES_ON_TPU, _LANES, _multiple(positions, _LANES)
+    else:
+        count, aligned, last = _STAGES, _ALIGNED, positions
+    if positions <= _SMALLEST:
+        return [positions]
+    size = max(_SMALLEST, _multiple(-(-positions // count), aligned))
+    return [*(x for x in range(size, last - size // 2, size) if x > prompt_length), last]
+
+
+def _multiple(n: int, of: int) -> int:
+    """Return the smallest multiple of `of` that is at least `n`."""
+    return -(-n // of) * of
 
 
 def decode(
     state: Decoding,
     step: Callable[[Decoding], Decoding],
     prompt_length: int,
+    positions: int,
     sizes: Sequence[int],
     waves: int = 1,
 ) -> Decoding:
@@ -135,16 +151,17 @@ def decode(
       state: the state, whose cache has `sizes[0]` positions.
       step: adds a token to the response of each slot.
       prompt_length: `P`.
+      positions: largest number of positions that are filled.
       sizes: from `stages`.
       waves: how often each slot is used if all responses have the greatest length.
 
     Returns:
       The state at the end.
     """
-    filled, steps = prompt_length, (waves - 1) * (sizes[-1] - prompt_length)
+    filled, steps = prompt_length, (waves - 1) * (positions - prompt_length)
     for size in sizes:
         state = state._replace(cache=_enlarged(state.cache, size))
-        trips = size - filled + (steps if size == sizes[-1] else 0)
+        trips = min(size, positions) - filled + (steps if size == sizes[-1] else 0)
         fits = partial(_fits, prompt_length=prompt_length, size=size)
         # The plan reads from this name how many steps to count.
         with jax.named_scope(f"trips={trips}"):

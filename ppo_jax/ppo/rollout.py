@@ -19,7 +19,7 @@ from ppo_jax.ppo.decoding import (
     start,
 )
 from ppo_jax.ppo.slots import make_room, refill, share
-from ppo_jax.sharding import BATCH, constrain, constrain_params, row_shards
+from ppo_jax.sharding import BATCH, constrain, constrain_params, platform, row_shards
 from ppo_jax.sharding_rules import DECODING_RULES
 from ppo_jax.types import LanguageModel, Params, Rollout
 
@@ -154,7 +154,8 @@ def _decode(
     """Read the prompts and sample a response to each; the result is the state at the end."""
     B, P = prompts.shape
     # The last token is never read, so the cache needs no position for it.
-    sizes = stages(P, P + length - 1)
+    positions = P + length - 1
+    sizes = stages(P, positions, platform())
     empty = model.init_cache(B, sizes[0] if slots == B else P)
     hidden, cache = model.hidden(params, prompts, prompt_mask, empty, last=1)
     chex.assert_shape(hidden, (B, 1, None))
@@ -173,7 +174,7 @@ def _decode(
         return append(state._replace(cache=cache), drawn)
 
     if slots == B:
-        return decode(state, step, P, sizes if cache is not None else sizes[-1:])
+        return decode(state, step, P, positions, sizes if cache is not None else sizes[-1:])
     if cache is None:
         raise ValueError(
             f"slots={slots} must be {B}, the number of prompts, because the model's init_cache "
@@ -181,7 +182,7 @@ def _decode(
         )
     state, queue = share(state, slots)
     refilled = lambda state: refill(step(make_room(state, P)), queue)
-    return decode(state, refilled, P, sizes, waves=-(-B // slots))
+    return decode(state, refilled, P, positions, sizes, waves=-(-B // slots))
 
 
 def _forbid_stops(logits: Array, stop_ids: tuple[int, ...], t: Array, min_new_tokens: int) -> Array:
