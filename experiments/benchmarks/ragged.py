@@ -1,4 +1,4 @@
-"""Scoring and update of responses of different lengths, packed and unpacked in turn."""
+"""Iterations with responses of different lengths: slots and packing, and neither, in turn."""
 
 import dataclasses
 import statistics
@@ -8,33 +8,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from experiments.benchmarks import slots
 from experiments.benchmarks import work as work_
 from experiments.benchmarks.work import Work
-from ppo_jax import Rollout
+from ppo_jax import jit_steps
+
+PHASES = ("rollout", "scoring", "reward", "update", "iteration")
 
 
-def lengths(work: Work) -> np.ndarray:
-    """Return response lengths with a lognormal distribution, or the greatest length for all."""
-    if work.median is None:
-        return np.full(work.prompts, work.new_tokens)
-    drawn = np.random.default_rng(0).lognormal(np.log(work.median), 1, work.prompts)
-    return np.clip(np.rint(drawn), 1, work.new_tokens).astype(int)
+def packed(work: Work) -> Work:
+    """Return the work with 16 slots, and with scoring and update in bins."""
+    room = work.prompt_tokens + work.new_tokens
+    return dataclasses.replace(work, pack=room, micro_batch=None, slots=16)
 
 
-def rollout(work: Work) -> Rollout:
-    """Return responses of random tokens and of these lengths."""
-    prompts, mask = map(jnp.asarray, work_.prompts(work))
-    real = jnp.arange(work.new_tokens)[None] < lengths(work)[:, None]
-    tokens = jax.random.randint(jax.random.key(3), real.shape, 1, work.vocab_size)
-    return Rollout(
-        tokens=jnp.concatenate([prompts, jnp.where(real, tokens, 0)], axis=1),
-        mask=jnp.concatenate([mask, real], axis=1),
-        response_mask=real,
-        logprobs=jnp.zeros(real.shape, jnp.float32),
-        ended=jnp.asarray(lengths(work) < work.new_tokens),
-    )
+def sampler(work: Work) -> Callable:
+    """Return the compiled rollout of responses whose lengths are lognormal."""
+    agent = work_.agent(work)
+    model = slots.with_lengths(agent.model, work.prompt_tokens)
+    config = dataclasses.replace(agent.config, pack=None)
+    return jit_steps(agent._replace(model=model, config=config, stop_ids=(0,))).sample
 
 
 def timed(found: dict[str, list[float]], name: str, function: Callable, *args: Any) -> Any:
@@ -47,31 +41,39 @@ def timed(found: dict[str, list[float]], name: str, function: Callable, *args: A
 
 
 def measure(work: Work, runs: int) -> dict[str, Any]:
-    """Return the medians of the seconds of scoring and update, packed and unpacked, in turn."""
-    room = work.prompt_tokens + work.new_tokens
-    packed = dataclasses.replace(work, pack=room, micro_batch=None)
-    ways = {"unpacked": work_.programs(work), "packed": work_.programs(packed)}
-    state, reference, _ = work_.start(work)
-    batch, task = rollout(work), jax.random.normal(jax.random.key(4), (work.prompts,))
+    """Return the medians of the seconds of each phase and of the whole iteration, in turn."""
+    ways = {"unpacked": work, "packed": packed(work)}
+    samplers = {way: sampler(x) for way, x in ways.items()}
+    programs = {way: work_.programs(x) for way, x in ways.items()}
+    state, reference, reward = work_.start(work)
+    batch = tuple(map(jnp.asarray, work_.prompts(work)))
     found: dict[str, list[float]] = {}
     errors = {}
     for _ in range(runs + 1):
-        for way, programs in ways.items():
-            scores = timed(found, f"scoring_{way}", programs.score, state, reference, batch)
+        for way, steps in programs.items():
+            run = lambda phase, *call, way=way: timed(found, f"{phase}_{way}", *call)
+            rollout = run("rollout", samplers[way], state, *batch)
+            scores = run("scoring", steps.score, state, reference, rollout)
+            task = run("reward", steps.reward, reward, rollout.tokens, rollout.mask)
             copy = jax.tree.map(jnp.copy, state)  # the update donates its state
-            _, metrics = timed(found, f"update_{way}", programs.learn, copy, batch, scores, task)
+            _, metrics = run("update", steps.learn, copy, rollout, scores, task)
             errors[f"first_ratio_error_{way}"] = float(metrics["policy/first_ratio_error_max"])
+    for way in ways:
+        for kind in ("s", "cpu_s"):
+            phases = (found[f"{phase}_{way}_{kind}"] for phase in PHASES[:-1])
+            found[f"iteration_{way}_{kind}"] = [sum(x) for x in zip(*phases, strict=True)]
     median = {name: statistics.median(x[1:]) for name, x in found.items()}  # the first one compiles
     ratios = {
         f"{phase}_ratio{kind}": median[f"{phase}_packed{kind}_s"]
         / median[f"{phase}_unpacked{kind}_s"]
-        for phase in ("scoring", "update")
+        for phase in PHASES
         for kind in ("", "_cpu")
     }
     return {
-        "work": dataclasses.asdict(packed),
+        "work": dataclasses.asdict(ways["packed"]),
         "device": jax.devices()[0].device_kind,
-        "real_share": float(batch.mask.mean()),
+        "lengths": rollout.response_mask.sum(axis=1).tolist(),
+        "real_share": float(rollout.mask.mean()),
         **median,
         **ratios,
         **errors,
