@@ -136,6 +136,8 @@ def fine_tune(settings: Settings, tokenizer, model: Pretrained, texts: Sequence[
         batch_size=32,
         learning_rate=2e-3 if settings.model is None else 5e-5,
         weight_decay=0.1,
+        lengths=mask.sum(axis=1),
+        weight=lambda tokens, mask: mask[:, 1:].sum(),
         on_epoch=lambda e, loss, _: print(
             f"  epoch {e + 1}: {loss:.3f} nats per token", flush=True
         ),
@@ -176,6 +178,7 @@ def train_reward(
         batch_size=32,
         learning_rate=6e-4 if settings.model is None else 5e-5,
         weight_decay=0.1,
+        lengths=mask.sum(axis=1),
         on_epoch=lambda _, loss, __: print(f"  squared error {loss:.3f}", flush=True),
     )
     return ModelReward(
