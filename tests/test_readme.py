@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, code_blocks, documented_metrics, run_python_blocks, save_tiny_gpt2
@@ -85,15 +86,35 @@ def test_own_model_and_reward(tmp_path):
     save_tiny_gpt2(tmp_path)
     (reward,) = [x for x in code_blocks(README, "python") if x.startswith("# my_reward.py")]
     (tmp_path / "my_reward.py").write_text(reward)
-    (commands,) = [x for x in code_blocks(README, "bash") if "my_reward.py" in x]
+    assert "The film is|" in run_block("my_reward.py", tmp_path)
+    assert json.loads((tmp_path / "runs/mine/summary.json").read_text())["updates"] == 50
+
+
+@pytest.mark.slow
+def test_from_tables_to_a_report(tmp_path):
+    """The commands of all stages run as they stand, on two tables and a tiny model as GPT-2."""
+    save_tiny_gpt2(tmp_path)
+    words = [f"film {i}" for i in range(40)]
+    answers = [f"What is {x}?,It is a {x}." for x in words]
+    (tmp_path / "answers.csv").write_text("\n".join(["prompt,response", *answers]))
+    reviews = [f"The {x} is good,{i % 5}" for i, x in enumerate(words)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *reviews]))
+    run_block("ppo-jax sft", tmp_path)
+    assert "eval/scores" in (tmp_path / "runs/ppo/metrics.jsonl").read_text()
+    assert (tmp_path / "runs/evaluation/responses.jsonl").is_file()
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def run_block(text: str, folder: Path) -> str:
+    """Run the README's block of commands that contains the text, and return what they print."""
+    (commands,) = [x for x in code_blocks(README, "bash") if text in x]
     commands = commands.replace(".venv/bin/ppo-jax", f"{sys.executable} -m ppo_jax.cli")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True
+        ["bash", "-ec", commands], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "The film is|" in done.stdout
-    assert json.loads((tmp_path / "runs/mine/summary.json").read_text())["updates"] == 50
+    return done.stdout
 
 
 def test_what_is_imported_is_declared():
