@@ -26,6 +26,8 @@ from ppo_jax.ops.group_advantages import (
     maxrl_advantages,
     rloo_advantages,
 )
+from ppo_jax.ops.masked import masked_whiten
+from ppo_jax.ops.scores import informative
 
 B, R = 16, 5
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
@@ -71,6 +73,26 @@ def test_equal_scores_have_no_advantage():
     rewards, mask = jnp.full((7, 1), 0.1), jnp.ones((7, 1), bool)
     for function in map(jax.jit, GROUPED):
         np.testing.assert_array_equal(function(rewards, mask, jnp.zeros(7, int))[0], 0)
+
+
+@pytest.mark.parametrize("function", GROUPED)
+def test_scores_that_are_equal_up_to_rounding_have_no_advantage(function):
+    """Seven rewards of 0.1 add up to another float than one of 0.7."""
+    rewards = jnp.full((4, 7), 0.1).at[1].set(jnp.array([0.7, *[0] * 6]))
+    assert len(set(np.asarray(rewards.sum(axis=1)).tolist())) == 2
+    rewards = rewards.at[2].set(0.1 + 1e-5)
+    mask, groups = jnp.ones((4, 7), bool), jnp.array([0, 0, 1, 1])
+    advantages, _ = function(rewards, mask, groups)
+    np.testing.assert_array_equal(advantages[:2], 0)
+    assert np.all(np.asarray(advantages)[2] > 0) and np.all(np.asarray(advantages)[3] < 0)
+
+
+def test_an_infinite_score_is_equal_to_no_other():
+    scores, mask = jnp.array([jnp.inf, 1.0, jnp.inf, jnp.inf]), jnp.ones(4, bool)
+    found = informative(scores, jnp.array([0, 0, 1, 1]))
+    np.testing.assert_array_equal(found, [True, True, False, False])
+    white = masked_whiten(scores, mask)
+    assert not np.isfinite(white).any()  # so that the fault is seen
 
 
 def test_whitened_returns(batch):
@@ -152,6 +174,29 @@ def test_groups_split_over_devices(batch, how):
         sharded(*arrays),
         jax.jit(every)(*arrays),
     )
+
+
+def test_responses_without_a_position_have_no_advantages():
+    empty, mask = jnp.zeros((2, 0)), jnp.zeros((2, 0), bool)
+    for advantages, returns in every(empty, empty, mask, jnp.zeros(2, int)).values():
+        assert advantages.shape == returns.shape == (2, 0)
+
+
+def test_integer_rewards_count_as_floats(batch):
+    _, mask, groups = batch
+    rewards = np.arange(B * R).reshape(B, R) % 4
+    now, expected = (every(x, x, mask, groups) for x in (rewards, rewards.astype(np.float32)))
+    jax.tree.map(np.testing.assert_array_equal, now, expected)
+
+
+def test_a_mask_or_groups_of_another_type_are_named(batch):
+    rewards, mask, groups = batch
+    for name, function in ALL.items():
+        with pytest.raises(AssertionError, match=r"^mask must be of type bool, but is of int32\.$"):
+            function(rewards, rewards, mask.astype(np.int32), groups)
+        if name in {f.__name__ for f in GROUPED}:
+            with pytest.raises(AssertionError, match=r"^groups must be of type int, but is of fl"):
+                function(rewards, rewards, mask, groups.astype(np.float32))
 
 
 def test_masked_entries_have_no_influence(batch):

@@ -42,6 +42,11 @@ def test_weights_of_each_level(batch, level):
     mask = batch[-1]
     expected = weights_of(*batch, level)
     close(importance_weights(*batch, level=level), expected)
+    for function in (truncated_weights, bounded_weights, importance_mask):
+        by_member, by_name = (
+            function(*batch, low=0.8, high=1.2, level=x) for x in (level, level.value)
+        )
+        np.testing.assert_array_equal(by_name, by_member)
     truncated = truncated_weights(*batch, level=level, low=0.8, high=1.2)
     close(truncated, np.where(mask, expected.clip(0.8, 1.2), 0))
     inside = (expected >= 0.8) & (expected <= 1.2)
@@ -51,6 +56,11 @@ def test_weights_of_each_level(batch, level):
     np.testing.assert_array_equal(kept, inside & mask)
     whole = importance_mask(*batch, level=level, low=0.8, high=1.2, whole=True)
     np.testing.assert_array_equal(whole, mask & (inside | ~mask).all(axis=1, keepdims=True))
+
+
+def test_an_unknown_level_is_refused(batch):
+    with pytest.raises(ValueError, match="level must be one of token, sequence, geometric, but is"):
+        importance_weights(*batch, level="response")
 
 
 def test_weights_are_constants_and_ignore_masked_entries(batch):

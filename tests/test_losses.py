@@ -39,6 +39,7 @@ def policy():
     rng = np.random.default_rng(0)
     old = -np.abs(oracles.normal(rng, B, R))
     mask = oracles.ragged_mask(rng, B, R, holes=True)
+    mask[3] = False  # a row without a real token
     return old + oracles.normal(rng, B, R) / 2, old, oracles.normal(rng, B, R), mask
 
 
@@ -402,5 +403,8 @@ def test_bfloat16_is_computed_in_float32(policy, critic, name):
 def test_masks_must_be_bool(policy, critic, dtype):
     for name, function in (OF_POLICY | OF_VALUES).items():
         arrays = policy if name in OF_POLICY else critic
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=r"^mask must be of type bool, but is of "):
             function(*arrays[:-1], arrays[-1].astype(dtype))
+    of, learned = make_ppo_loss(policy, critic, critic[-1].astype(dtype))
+    with pytest.raises(AssertionError, match=r"^value_mask must be of type bool"):
+        of(*learned)

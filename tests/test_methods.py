@@ -1,5 +1,6 @@
 """Methods as functions: those that settings name, and a user's own in their place."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,7 +14,8 @@ from ppo_jax.errors import SettingError
 from ppo_jax.ops import kl
 from ppo_jax.ops.masked import masked_mean
 from ppo_jax.ops.policy_losses import dis_loss
-from ppo_jax.ppo.choices import Advantage, KLEstimator, Loss, Weighting
+from ppo_jax.ops.score_rules import MissingEOS
+from ppo_jax.ppo.choices import Advantage, KLEstimator, Loss, OldLogprobs, Weighting
 from ppo_jax.ppo.estimators import gae
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
@@ -174,3 +176,25 @@ def test_every_advantage_of_the_settings():
 def test_a_dual_clip_needs_the_loss_of_ppo():
     with pytest.raises(SettingError, match="needs loss=ppo"):
         PPOConfig(loss=Loss.CISPO, dual_clip=3.0)
+
+
+def test_the_range_of_clip_low_is_that_of_the_loss():
+    """It bounds a log-ratio, a KL or a weight in some losses, and a ratio in the others."""
+    for member in Loss:
+        if member in (Loss.GMPO, Loss.DPPO_KL, Loss.CISPO):
+            member.function(PPOConfig(loss=member, clip_low=1.5))
+        else:
+            with pytest.raises(SettingError, match=f"0 .. 1 with loss={member.value}, but is 1.5"):
+                PPOConfig(loss=member, clip_low=1.5)
+        with pytest.raises(SettingError, match="clip_low must not be negative"):
+            PPOConfig(loss=member, clip_low=-0.1)
+
+
+def test_settings_take_the_names_of_methods():
+    config = PPOConfig(loss="gmpo", old_logprobs="sampler", missing_eos="replace")
+    assert config == PPOConfig(
+        loss=Loss.GMPO, old_logprobs=OldLogprobs.SAMPLER, missing_eos=MissingEOS.REPLACE
+    )
+    assert dataclasses.replace(config, advantage="vapo").advantage is Advantage.VAPO
+    with pytest.raises(SettingError, match=r"loss must be one of ppo, cispo, .*, but is 'pppo'"):
+        PPOConfig(loss="pppo")

@@ -4,6 +4,7 @@
 that rounding does not hide a difference. Masks are ragged and have holes.
 """
 
+import re
 from functools import cache, partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ppo_jax
 from ppo_jax.ops import (
     advantages,
     baselines,
@@ -30,7 +32,8 @@ from ppo_jax.ops import (
 from ppo_jax.ops.aggregation import SEQUENCE_SUM, TOKEN_SUM, constant_length
 from ppo_jax.ops.entropy_control import adaptive_entropy
 from ppo_jax.ops.kl_loss import kl_loss
-from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, sequence_mean
+from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN, masked_mean, sequence_mean
+from ppo_jax.ppo import methods
 
 GOLDEN = Path(__file__).parent / "golden" / "methods"
 
@@ -39,6 +42,17 @@ GOLDEN = Path(__file__).parent / "golden" / "methods"
 def recorded(family: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"{family}.npz") as file:
         return dict(file)
+
+
+def test_every_listed_method_is_compared_or_says_why_not():
+    text = (Path(__file__).parents[1] / "docs/methods.md").read_text()
+    table = text.split("| topic |")[1].split("\n\n")[0]
+    names = re.findall(r"`(\w+)`", table)
+    assert len(names) > 40
+    here = Path(__file__).read_text()
+    missing = [name for name in names if not re.search(rf"\b{name}\b", here)]
+    said = [x for x in missing if "No released implementation" in getattr(ppo_jax, x).__doc__]
+    assert missing == said
 
 
 def assert_equal_cases(ours, theirs, rtol=1e-6):
@@ -114,6 +128,13 @@ def test_advantages(peer):
     assert_equal_cases(ours, theirs, rtol=1e-3 if peer == "skyrl_maxrl" else 1e-6)
 
 
+def test_generalized_advantage_estimation():
+    gae = partial(advantages.generalized_advantage_estimation, gamma=0.97, lam=0.9)
+    ours, data = each_case(gae, "advantages", *GAE)[0], recorded("advantages")
+    theirs = np.where(data["mask"], data["nemo_decoupled_advantages"], 0)
+    assert_equal_cases(np.where(data["mask"], ours, 0), theirs)
+
+
 # --- losses ---
 
 
@@ -179,6 +200,8 @@ KL_LOSSES = {  # their numbers: (our loss, names of its arguments)
     "verl_kl_k2": (kl_loss, AGAINST),
     "verl_kl_k1_straight": (partial(kl_loss, estimator=kl.kl_k1), AGAINST),
     "verl_kl_k3_straight": (partial(kl_loss, estimator=kl.kl_k3), AGAINST),
+    # The loss k3 of the settings is the estimate itself, and its gradient is that of k3.
+    "verl_kl_k3": (partial(methods.plain_k3, old_logprobs=None, aggregate=masked_mean), AGAINST),
     "slime_kl_k3_weighted": (
         lambda x, ref, mask, old: kl_loss(x, ref, mask, estimator=kl.kl_k3, old_logprobs=old),
         (*AGAINST, "old_logprobs"),
@@ -228,6 +251,8 @@ IMPORTANCE = {
     "skyrl_mask_outlier": partial(KEPT, level=TOKEN, whole=True),
     "skyrl_mask_sequence": partial(KEPT, level=SEQUENCE),
     "skyrl_mask_geometric": partial(importance.importance_mask, low=0.97, high=1.02),
+    "openrlhf_tis_unbounded": importance.importance_weights,
+    "openrlhf_seq_mask_tis": partial(importance.sequence_masked_weights, low=0.97, high=1.02),
 }
 
 
@@ -237,7 +262,7 @@ def test_importance_weights(peer):
     assert_equal_cases(ours, recorded("importance")[peer])
 
 
-# --- scores, entropy ---
+# --- scores, controllers ---
 
 
 def overlong(max_length, buffer, weight):
@@ -249,6 +274,13 @@ def entropy_path(entropies):
     controller = adaptive_entropy(0.002, target=0.2, step=0.0004, most=0.003)
     step = lambda state, entropy: (new := controller.update(state, entropy), jnp.stack(new))
     return jax.lax.scan(step, controller.init(), entropies.astype(jnp.float32))[1]
+
+
+def kl_path(kl_per_response):
+    """Return the weight of the KL penalty after each update."""
+    controller = kl.adaptive_kl(0.2, target=6.0, horizon=1000)
+    step = lambda state, x: (new := controller.update(state, x, 64), new.coef)
+    return jax.lax.scan(step, controller.init(), kl_per_response.astype(jnp.float32))[1]
 
 
 def named(parts):
@@ -265,14 +297,15 @@ SCORES = {
     "coste_uncertainty": (partial(scores.uncertainty_weighted_score, coef=0.4), ("ensemble",)),
     "trl_weighted": (named, ("parts",)),
     "skywork_entropy": (entropy_path, ("entropy",)),
+    "openrlhf_adaptive_kl": (kl_path, ("kl",)),
 }
 
 
 @pytest.mark.parametrize("peer", SCORES)
-def test_scores_and_entropy(peer):
+def test_scores_and_controllers(peer):
     function, names = SCORES[peer]
-    # The state of a controller is float32, and theirs adds up float64.
-    rtol = 1e-5 if peer == "skywork_entropy" else 1e-6
+    # The state of a controller is float32, and theirs is float64.
+    rtol = 1e-5 if peer in ("skywork_entropy", "openrlhf_adaptive_kl") else 1e-6
     assert_equal_cases(each_case(function, "scores", *names), recorded("scores")[peer], rtol)
 
 

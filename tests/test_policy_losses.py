@@ -18,16 +18,22 @@ from ppo_jax.ops.policy_losses import cispo_loss, dis_loss, sapo_loss
 from ppo_jax.ops.sequence_losses import gmpo_loss, gspo_loss, vespo_loss
 
 B, R = 16, 6
+EMPTY = [3, 9]  # The rows without a real token, and how many there are with one.
+RESPONSES = B - len(EMPTY)
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 WIDE = {"clip_low": 0.15, "clip_high": 0.25}
 
 
 @pytest.fixture
 def batch():
-    """Return `logprobs, old_logprobs, advantages, mask` with ratios from about 0.1 to 8."""
+    """Return `logprobs, old_logprobs, advantages, mask` with ratios from about 0.1 to 8.
+
+    Two responses have no real token.
+    """
     rng = np.random.default_rng(0)
     mask = oracles.ragged_mask(rng, B, R, holes=True)
     mask[:, 0] = True
+    mask[EMPTY] = False
     old = -np.abs(oracles.normal(rng, B, R)) - 0.01
     new = np.minimum(old + oracles.normal(rng, B, R) / 2, -0.01).astype(np.float32)
     return new, old, oracles.normal(rng, B, R), mask
@@ -115,14 +121,14 @@ def test_loss_and_gradient_equal_the_numpy_oracle(batch, name, by_sequence):
     new, old, advantages, mask = batch
     loss, oracle = CASES[name]
     terms, slopes = np.zeros((B, R)), np.zeros((B, R))
-    for b in range(B):
+    for b in np.flatnonzero(mask.any(axis=1)):
         at = mask[b]
         x, q, a = (np.float64(z[b, at]) for z in (new, old, advantages))
         terms[b, at], slopes[b, at] = oracle(x, q, a)
     aggregate = sequence_mean if by_sequence else masked_mean
     value, gradient = jax.jit(jax.value_and_grad(partial(loss, aggregate=aggregate)))(*batch)
-    lengths = mask.sum(axis=1, keepdims=True)
-    weights = mask / lengths / B if by_sequence else mask / mask.sum()
+    lengths = np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    weights = mask / lengths / RESPONSES if by_sequence else mask / mask.sum()
     close(value, np.sum(terms * weights))
     if name == "gmpo":  # Each term depends on all tokens of its response.
         slopes = (
@@ -180,6 +186,9 @@ def test_likelihood_of_good_responses(batch):
     close(value, -oracles.mean(new, kept))
     close(slope, -(kept / kept.sum()))
     np.testing.assert_array_equal(positive_nll_loss(new, good & False, mask), 0)
+    for name, arrays in (("mask", (good, np.float32(mask))), ("good", (np.float32(good), mask))):
+        with pytest.raises(AssertionError, match=f"^{name} must be of type bool, but"):
+            positive_nll_loss(new, *arrays)
 
 
 # All losses as functions of the same arrays.
@@ -201,7 +210,7 @@ def test_at_a_ratio_of_1_the_gradient_is_that_of_the_policy_gradient(batch):
     slopes = jax.jit(jax.jacobian(partial(every, aggregate=sequence_mean)))(
         new, new, advantages, mask
     )
-    expected = -advantages * mask / mask.sum(axis=1, keepdims=True) / B
+    expected = -advantages * mask / np.maximum(mask.sum(axis=1, keepdims=True), 1) / RESPONSES
     for name in slopes.keys() - {"positive_nll"}:
         close(slopes[name], expected, err_msg=name)
 

@@ -17,8 +17,10 @@ from ppo_jax.models import heads, lora
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import iteration
+from ppo_jax.ppo.choices import Importance
 from ppo_jax.ppo.optimizers import policy_optimizer
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.run.files import read_lines
 
 CONFIG = TransformerConfig(
     vocab_size=61, positions=40, width=32, layers=1, heads=4, mlp_width=64, init_std=0.2
@@ -147,6 +149,34 @@ def test_no_split_changes_the_result_with_everything_on(split):
         steps_now == steps and min(steps) < PPO.epochs * PPO.minibatches
     )  # the target KL stopped an update early
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params_now, params)
+
+
+@pytest.mark.slow
+def test_no_split_changes_the_result_of_a_sampler_that_is_behind(tmp_path):
+    """The rollouts that wait for their update are sampled and learned from in parts as well."""
+    ppo = dataclasses.replace(
+        FULL_PPO,
+        micro_batch=None,
+        importance=Importance.TIS,
+        adam_eps=1.0,  # so that Adam does not scale rounding errors up to its learning rate
+    )
+
+    def run(**split):
+        out = tmp_path / "_".join(["run", *split])
+        options = {"updates": 5, "staleness": 2, "eval_every": 0, "save_every": 0}
+        made = full_trainer(out, ppo=dataclasses.replace(ppo, **split), **options)
+        start = jax.device_get(made.state.train.params)
+        params, metrics = made.run().train.params, read_lines(out / "metrics.jsonl")
+        tokens = [row["tokens"] for row in read_lines(out / "samples.jsonl")]
+        return start, params, tokens, [row.get("importance/max") for row in metrics]
+
+    start, params, tokens, weights = run()
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), start, params)
+    assert max(jax.tree.leaves(moved)) > 1e-3 and max(filter(None, weights)) > 1.001
+    for split in ({"micro_batch": 2, "rollout_rows": 4}, {"rollout_slots": 3}):
+        _, params_now, tokens_now, _ = run(**split)
+        assert tokens_now == tokens
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params_now, params)
 
 
 def test_the_three_updates_change_parameters_and_samples():

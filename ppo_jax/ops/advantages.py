@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.masked import check_mask
+from ppo_jax.ops.options import check_positive, check_unit
+
 _Step = tuple[Array, Array]
 
 
@@ -34,9 +37,10 @@ def generalized_advantage_estimation(
       rewards: `[..., R]` float32, `r_t`, received after action `t`.
       values: `[..., R]` float32, `V(s_t)`, before action `t`, in units of reward.
       mask: `[..., R]` bool, true for real steps. By default all steps are real.
-      gamma: γ, the discount per token: a number, or `[..., R]` float32 with 0 at steps that end an
-        episode.
-      lam: λ, the trade-off between bias (0) and variance (1): a number or `[..., R]` float32.
+      gamma: γ, the discount per token: a number in 0 .. 1, or `[..., R]` float32 with 0 at steps
+        that end an episode.
+      lam: λ, the trade-off between bias (0) and variance (1): a number in 0 .. 1 or `[..., R]`
+        float32.
       bootstrap_value: `[...]` float32, the value of the state after step `R - 1`, by default 0.
 
     Returns:
@@ -44,7 +48,8 @@ def generalized_advantage_estimation(
       value that were carried over them.
 
     Raises:
-      AssertionError: if shapes differ, or if the arrays are not float, float and bool.
+      AssertionError: if shapes differ, or `mask` is not bool.
+      ValueError: if γ or λ is a number outside 0 .. 1.
 
     Source:
       Schulman et al. 2015 (https://arxiv.org/abs/1506.02438), eq. 11-16.
@@ -59,11 +64,12 @@ def generalized_advantage_estimation(
       Array([0.625, 0.75 , 1.   ], dtype=float32)
     """
     mask = jnp.ones(rewards.shape, bool) if mask is None else mask
-    chex.assert_equal_shape([rewards, values, mask])
-    chex.assert_type([rewards, values, mask], [float, float, bool])
+    check_unit(gamma=gamma, lam=lam)
+    check_mask(mask, rewards, values)
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(rewards, values))
-    after = jnp.zeros_like(values[..., 0]) if bootstrap_value is None else bootstrap_value
-    chex.assert_equal_shape([after, values[..., 0]])
+    zeros = jnp.zeros_like(values[..., :1]).sum(axis=-1)  # also if there is no step
+    after = zeros if bootstrap_value is None else bootstrap_value
+    chex.assert_equal_shape([after, zeros])
 
     def step(carry: _Step, inputs: tuple[Array, ...]) -> tuple[_Step, _Step]:
         value_tp1, advantage_tp1 = carry
@@ -117,7 +123,8 @@ def decoupled_gae(
       return of the next real step.
 
     Raises:
-      AssertionError: if shapes differ, or if the arrays are not float, float and bool.
+      AssertionError: if shapes differ, or `mask` is not bool.
+      ValueError: if γ or λ is a number outside 0 .. 1.
 
     Source:
       Yuan et al. 2025, VC-PPO (https://arxiv.org/abs/2503.01491), decoupled GAE; Yue et al. 2025,
@@ -128,6 +135,7 @@ def decoupled_gae(
       >>> decoupled_gae(rewards, values, gamma=1.0, lam_policy=0.5)
       (Array([[0.25, 0.5 ]], dtype=float32), Array([[1., 1.]], dtype=float32))
     """
+    check_unit(lam_policy=lam_policy, lam_value=lam_value)
     estimate = partial(
         generalized_advantage_estimation,
         rewards,
@@ -157,6 +165,7 @@ def length_adaptive_lambda(mask: Array, *, alpha: float) -> Array:
 
     Raises:
       AssertionError: if `mask` is not `[B, R]` bool.
+      ValueError: if `alpha` is not positive.
 
     Source:
       Yue et al. 2025, VAPO (https://arxiv.org/abs/2504.05118), length-adaptive GAE. Checked against
@@ -167,8 +176,9 @@ def length_adaptive_lambda(mask: Array, *, alpha: float) -> Array:
       Array([[0.5],
              [0. ]], dtype=float32)
     """
+    check_positive(alpha=alpha)
     chex.assert_rank(mask, 2)
-    chex.assert_type(mask, bool)
+    check_mask(mask)
     length = mask.sum(axis=1, keepdims=True).astype(jnp.float32)
     return 1 - 1 / jnp.maximum(alpha * length, 1)
 
@@ -181,13 +191,14 @@ def discounted_returns(rewards: Array, mask: Array, *, gamma: float) -> Array:
     Args:
       rewards: `[B, R]` float32, `r_t`; those of masked steps are ignored.
       mask: `[B, R]` bool, true for real steps. The next step is the next real one.
-      gamma: γ, the discount per token.
+      gamma: γ, the discount per token, in 0 .. 1.
 
     Returns:
       `[B, R]` float32; 0 outside the mask.
 
     Raises:
       AssertionError: if shapes differ, or `mask` is not bool.
+      ValueError: if γ is not in 0 .. 1.
 
     Source:
       Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist

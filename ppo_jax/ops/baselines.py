@@ -32,9 +32,9 @@ def reinforce_plus_plus_advantages(
       rewards: `[B, R]` float32, received at each step, with the KL penalty.
       mask: `[B, R]` bool, true for real steps.
       groups: `[B]` int32, the number of the prompt of each row. `None` for no baseline.
-      gamma: γ, the discount per token.
+      gamma: γ, the discount per token, in 0 .. 1.
       unbiased: divide by `n - 1` instead of `n` in the variance.
-      eps: added to the variance.
+      eps: added to the variance; not negative.
       axis_name: the mapped axis over which mean and variance are taken as well.
 
     Returns:
@@ -42,6 +42,7 @@ def reinforce_plus_plus_advantages(
 
     Raises:
       AssertionError: if the shapes are not those above, or `mask` is not bool.
+      ValueError: if γ is not in 0 .. 1, or `eps` is negative.
 
     Source:
       Hu et al. 2025 (https://arxiv.org/abs/2501.03262). Checked against verl.
@@ -113,8 +114,8 @@ def evpo_advantages(
       rewards: `[B, R]` float32, received at each step.
       values: `[B, R]` float32, V, in units of reward.
       mask: `[B, R]` bool, true for real steps.
-      gamma: γ, the discount per token.
-      lam: λ of the advantages and returns.
+      gamma: γ, the discount per token, in 0 .. 1.
+      lam: λ of the advantages and returns, in 0 .. 1.
       axis_name: the mapped axis over which the variances and the mean are taken as well.
 
     Returns:
@@ -123,6 +124,7 @@ def evpo_advantages(
 
     Raises:
       AssertionError: if the shapes differ, or `mask` is not bool.
+      ValueError: if γ or λ is not in 0 .. 1.
 
     Source:
       Pan et al. 2026, EVPO (https://arxiv.org/abs/2604.19485): the criterion and the two estimators

@@ -7,6 +7,7 @@ from jax import Array
 
 from ppo_jax.ops.losses import clipped_policy_loss
 from ppo_jax.ops.masked import masked_mean, widen
+from ppo_jax.ops.options import check_positive
 from ppo_jax.ops.ratios import hide_masked, policy_ratio
 from ppo_jax.types import Aggregate
 
@@ -39,7 +40,7 @@ def decoupled_policy_loss(
       clip_low: see `clipped_policy_loss`.
       clip_high: see `clipped_policy_loss`.
       dual_clip: see `clipped_policy_loss`.
-      weight_max: the largest `w`. `None` sets no bound.
+      weight_max: the largest `w`; positive. `None` sets no bound.
       aggregate: reduces the terms to one number.
 
     Returns:
@@ -47,6 +48,7 @@ def decoupled_policy_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is out of its range.
 
     Source:
       Hilton et al. 2021 (https://arxiv.org/abs/2110.00641); AReaL 2025
@@ -59,6 +61,7 @@ def decoupled_policy_loss(
       ...     clip_high=0.1).round(4)
       Array(-2.2, dtype=float32)
     """
+    check_positive(weight_max=weight_max)
     proximal_logprobs = jax.lax.stop_gradient(proximal_logprobs)
     weights = policy_ratio(proximal_logprobs, jax.lax.stop_gradient(old_logprobs), mask)
     (advantages,) = hide_masked(mask, advantages)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.masked import masked_mean, widen
+from ppo_jax.ops.options import check_not_negative, check_positive
 from ppo_jax.ops.ratios import hide_masked, policy_ratio
 from ppo_jax.types import Aggregate
 
@@ -95,11 +96,13 @@ def dppo_loss(
       old_logprobs: `[B, R]` float32, log π_old(a|s) of the policy that sampled the tokens, in nats.
       advantages: `[B, R]` float32.
       mask: `[B, R]` bool, true for the tokens that count.
-      clip_low: largest divergence of a token with a negative advantage that has become less likely.
+      clip_low: largest divergence of a token with a negative advantage that has become less likely;
+        not negative.
       clip_high: largest divergence of a token with a positive advantage that has become more
-        likely.
+        likely; not negative.
       divergence: `binary_tv`, `binary_kl` or a function of the same form.
-      ratio_max: the largest weight of a token; its gradient goes on above. `None` sets no bound.
+      ratio_max: the largest weight of a token; its gradient goes on above. It is positive; `None`
+        sets no bound.
       aggregate: reduces the terms to one number. Dropped tokens count in its denominator.
 
     Returns:
@@ -107,6 +110,7 @@ def dppo_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is out of its range.
 
     Source:
       DPPO 2026 (https://arxiv.org/abs/2602.04879), eq. 13-14. Checked against verl, SkyRL and
@@ -120,6 +124,8 @@ def dppo_loss(
       >>> jax.grad(loss)(x)  # Both ratios are 2.
       Array([[-1.,  0.]], dtype=float32)
     """
+    check_not_negative(clip_low=clip_low, clip_high=clip_high)
+    check_positive(ratio_max=ratio_max)
     weights = jax.lax.stop_gradient(policy_ratio(logprobs, old_logprobs, mask))
     logprobs, old, advantages = hide_masked(mask, logprobs, old_logprobs, advantages)
     now = jax.lax.stop_gradient(logprobs)

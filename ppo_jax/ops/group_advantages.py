@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.advantages import discounted_returns
-from ppo_jax.ops.masked import check_mask, widen
+from ppo_jax.ops.masked import check_dtype, check_mask, nearly_equal, widen
+from ppo_jax.ops.options import check_not_negative
 from ppo_jax.types import AxisName
 
 
@@ -25,7 +26,7 @@ class _Groups(NamedTuple):
     size: Array
     mean: Array
     std: Array  # the unbiased standard deviation
-    differ: Array  # bool, whether the scores of the group are not all equal
+    differ: Array  # bool, whether the scores of the group are not all equal up to rounding
 
 
 def group_statistics(
@@ -44,7 +45,7 @@ def group_statistics(
     """
     chex.assert_rank([scores, members, groups], 1)
     check_mask(members, scores, groups)
-    chex.assert_type(groups, int)
+    check_dtype(int, groups=groups)
     scores = widen(jnp.where(members, scores, 0))
     everywhere = (scores, members, groups)
     if axis_name is not None:
@@ -54,7 +55,11 @@ def group_statistics(
     count = jnp.maximum(same.sum(axis=1), 1).astype(scores.dtype)
     mean = jnp.where(same, all_scores[None, :], 0).sum(axis=1) / count
     squares = jnp.where(same, (all_scores[None, :] - mean[:, None]) ** 2, 0).sum(axis=1)
-    differ = (same & (all_scores[None, :] != scores[:, None])).any(axis=1) & members
+    largest, least = (
+        jax.lax.stop_gradient(extreme(all_scores[None, :], axis=1, where=same, initial=initial))
+        for extreme, initial in ((jnp.max, -jnp.inf), (jnp.min, jnp.inf))
+    )
+    differ = ~nearly_equal(largest, least) & members
     # The square root of 0 has no gradient.
     variance = jnp.where(differ, squares / jnp.maximum(count - 1, 1), 1)
     return _Groups(scores, count, mean, jnp.where(differ, jnp.sqrt(variance), 0), differ)
@@ -89,15 +94,16 @@ def grpo_advantages(
       rewards: `[B, R]` float32, received at each step.
       mask: `[B, R]` bool, true for real steps.
       groups: `[B]` int32, the number of the prompt of each row.
-      eps: added to the standard deviation, which is the unbiased one.
+      eps: added to the standard deviation, which is the unbiased one; not negative.
       axis_name: the mapped axis over which the rows are split.
 
     Returns:
-      Advantages and undiscounted returns, `[B, R]` float32; 0 outside the mask, and in groups with
-      equal scores.
+      Advantages and undiscounted returns, `[B, R]` float32; 0 outside the mask, and in groups whose
+      scores are equal up to rounding.
 
     Raises:
       AssertionError: if the shapes are not those above, or `mask` is not bool.
+      ValueError: if `eps` is negative.
 
     Source:
       Shao et al. 2024 (https://arxiv.org/abs/2402.03300), section 4.1. Checked against verl.
@@ -108,6 +114,7 @@ def grpo_advantages(
       Array([[ 0.707,  0.707],
              [-0.707, -0.707]], dtype=float32)
     """
+    check_not_negative(eps=eps)
     of = _statistics(rewards, mask, groups, axis_name)
     return _spread(jnp.where(of.differ, (of.scores - of.mean) / (of.std + eps), 0), rewards, mask)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.kl import MAX_LOG_RATIO
+from ppo_jax.ops.options import check_range, choose
 from ppo_jax.ops.ratios import hide_masked
 
 
@@ -35,7 +36,7 @@ class Level(enum.Enum):
 
 
 def importance_weights(
-    logprobs: Array, sampler_logprobs: Array, mask: Array, *, level: Level = Level.TOKEN
+    logprobs: Array, sampler_logprobs: Array, mask: Array, *, level: Level | str = Level.TOKEN
 ) -> Array:
     """Compute the weights of tokens that another policy has sampled.
 
@@ -46,7 +47,7 @@ def importance_weights(
       logprobs: `[B, R]` float32, of the trainer before the update, in nats.
       sampler_logprobs: `[B, R]` float32, of the sampler, in nats.
       mask: `[B, R]` bool, true for real tokens.
-      level: what a weight is computed for.
+      level: what a weight is computed for, or its name.
 
     Returns:
       `[B, R]` float32, the same for all tokens of a response unless `level` is `TOKEN`; 0 outside
@@ -54,10 +55,11 @@ def importance_weights(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if there is no such level.
 
     Source:
       Precup et al. 2000, "Eligibility Traces for Off-Policy Policy Evaluation". Checked against
-      verl and SkyRL.
+      verl, SkyRL and OpenRLHF.
 
     Example:
       >>> logprobs, mask = jnp.log(jnp.array([[0.5, 0.9]])), jnp.ones((1, 2), bool)
@@ -65,6 +67,7 @@ def importance_weights(
       >>> importance_weights(logprobs, sampler_logprobs, mask, level=Level.SEQUENCE).round(4)
       Array([[6., 6.]], dtype=float32)
     """
+    level = choose(Level, level, "level")
     logprobs, sampler_logprobs = hide_masked(mask, logprobs, sampler_logprobs)
     log_weights = jax.lax.stop_gradient(logprobs - sampler_logprobs)
     if level is not Level.TOKEN:
@@ -82,7 +85,7 @@ def truncated_weights(
     *,
     high: float,
     low: float = 0.0,
-    level: Level = Level.TOKEN,
+    level: Level | str = Level.TOKEN,
 ) -> Array:
     """Truncate the importance weights (truncated importance sampling, TIS).
 
@@ -94,13 +97,14 @@ def truncated_weights(
       mask: `[B, R]` bool, true for real tokens.
       high: the largest weight, such as 2.
       low: the smallest weight of a real token.
-      level: what a weight is computed for.
+      level: what a weight is computed for, or its name.
 
     Returns:
       `[B, R]` float32; 0 outside the mask.
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: unless 0 ≤ low ≤ high, or if there is no such level.
 
     Source:
       Ionides 2008, "Truncated Importance Sampling"; `rollout_is` of verl, against which it was
@@ -111,6 +115,7 @@ def truncated_weights(
       >>> truncated_weights(logprobs, jnp.log(jnp.array([[0.25, 0.3]])), mask, high=2.5)
       Array([[2. , 2.5]], dtype=float32)
     """
+    check_range(low, high)
     weights = importance_weights(logprobs, sampler_logprobs, mask, level=level)
     return jnp.where(mask, jnp.clip(weights, low, high), 0)
 
@@ -122,7 +127,7 @@ def importance_mask(
     *,
     low: float,
     high: float,
-    level: Level = Level.GEOMETRIC,
+    level: Level | str = Level.GEOMETRIC,
     whole: bool = False,
 ) -> Array:
     """Keep the tokens or responses whose importance weight lies in a range.
@@ -135,7 +140,7 @@ def importance_mask(
       mask: `[B, R]` bool, true for real tokens.
       low: the smallest weight that is kept.
       high: the largest weight that is kept.
-      level: what a weight is computed for.
+      level: what a weight is computed for, or its name.
       whole: drop a response if any of its tokens is dropped.
 
     Returns:
@@ -143,6 +148,7 @@ def importance_mask(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: unless 0 ≤ low ≤ high, or if there is no such level.
 
     Source:
       Masks of tokens, of responses and of responses with an outlier in `compute_token_mask`,
@@ -156,6 +162,7 @@ def importance_mask(
       ...     logprobs, sampler_logprobs, mask, low=0.5, high=2.0, level=Level.TOKEN)
       Array([[ True, False]], dtype=bool)
     """
+    check_range(low, high)
     weights = importance_weights(logprobs, sampler_logprobs, mask, level=level)
     inside = (low <= weights) & (weights <= high)
     if whole:
@@ -170,7 +177,7 @@ def bounded_weights(
     *,
     low: float,
     high: float,
-    level: Level = Level.TOKEN,
+    level: Level | str = Level.TOKEN,
 ) -> Array:
     """Set the importance weights outside a range to 0 (IcePop).
 
@@ -182,13 +189,14 @@ def bounded_weights(
       mask: `[B, R]` bool, true for real tokens.
       low: the smallest weight that is kept, such as 0.5.
       high: the largest weight that is kept, such as 5.
-      level: what a weight is computed for.
+      level: what a weight is computed for, or its name.
 
     Returns:
       `[B, R]` float32; 0 outside the mask.
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: unless 0 ≤ low ≤ high, or if there is no such level.
 
     Source:
       IcePop in verl (`rollout_is_threshold="0.5_5"`), against which it was checked.
@@ -198,6 +206,7 @@ def bounded_weights(
       >>> bounded_weights(logprobs, jnp.log(jnp.array([[0.25, 0.3]])), mask, low=0.5, high=2.5)
       Array([[2., 0.]], dtype=float32)
     """
+    check_range(low, high)
     weights = importance_weights(logprobs, sampler_logprobs, mask, level=level)
     return jnp.where((low <= weights) & (weights <= high), weights, 0)
 
@@ -221,9 +230,10 @@ def sequence_masked_weights(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: unless 0 ≤ low ≤ high.
 
     Source:
-      The correction `seq-mask-tis` of OpenRLHF.
+      The correction `seq-mask-tis` of OpenRLHF, against which it was checked.
 
     Example:
       >>> logprobs, mask = jnp.log(jnp.array([[0.5, 0.9]])), jnp.ones((1, 2), bool)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.masked import widen
+from ppo_jax.ops.options import check_not_negative, check_positive
 
 MAX_LOG_RATIO = 20.0  # In nats: exp(20) is 4.9e8, beyond which one token would be the whole batch.
 
@@ -175,6 +176,7 @@ def kl_full(logits: Array, ref_logits: Array, *, temperature: float = 1.0) -> Ar
 
     Raises:
       AssertionError: if the shapes differ.
+      ValueError: if `temperature` is not positive.
 
     Source:
       Kullback & Leibler 1951, "On Information and Sufficiency".
@@ -183,6 +185,7 @@ def kl_full(logits: Array, ref_logits: Array, *, temperature: float = 1.0) -> Ar
       >>> kl_full(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])).round(4)
       Array(0.1201, dtype=float32)
     """
+    check_positive(temperature=temperature)
     chex.assert_equal_shape([logits, ref_logits])
     logp, logq = (
         jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, ref_logits)
@@ -236,11 +239,15 @@ def fixed_kl(coef: float) -> KLController:
     Returns:
       A controller whose `update` returns the state unchanged.
 
+    Raises:
+      ValueError: if `coef` is negative.
+
     Example:
       >>> controller = fixed_kl(0.05)
       >>> controller.update(controller.init(), jnp.array(9.0), 64).coef
       Array(0.05, dtype=float32)
     """
+    check_not_negative(coef=coef)
     return KLController(lambda: KLState(jnp.float32(coef)), lambda state, kl, episodes: state)
 
 
@@ -267,7 +274,8 @@ def adaptive_kl(init_coef: float, *, target: float, horizon: float) -> KLControl
 
     Source:
       Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.2. As in their code,
-      `episodes / horizon` takes the place of the paper's K_β.
+      `episodes / horizon` takes the place of the paper's K_β. Checked against OpenRLHF, which sets
+      no bounds.
 
     Example:
       >>> controller = adaptive_kl(0.2, target=6.0, horizon=10000)

@@ -2,7 +2,8 @@
 
 from jax import Array
 
-from ppo_jax.ops.masked import masked_mean
+from ppo_jax.ops.masked import check_dtype, check_mask, masked_mean
+from ppo_jax.ops.options import check_positive
 from ppo_jax.ops.ratios import hide_masked
 from ppo_jax.types import Aggregate
 
@@ -33,6 +34,7 @@ def dro_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if `beta` is not positive.
 
     Source:
       Richemond et al. 2024 (https://arxiv.org/abs/2405.19107), with one term per token as in verl,
@@ -44,6 +46,7 @@ def dro_loss(
       >>> dro_loss(x, x - 1, x + 3, mask, beta=0.5)
       Array(2.25, dtype=float32)
     """
+    check_positive(beta=beta)
     logprobs, old, advantages = hide_masked(mask, logprobs, old_logprobs, advantages)
     return -aggregate(advantages * logprobs - 0.5 * beta * (logprobs - old) ** 2, mask)
 
@@ -78,6 +81,8 @@ def positive_nll_loss(
       >>> positive_nll_loss(logprobs, jnp.array([True, False]), mask)
       Array(2., dtype=float32)
     """
+    check_dtype(bool, good=good)
+    check_mask(mask, logprobs)
     kept = mask & good[:, None]
     (logprobs,) = hide_masked(kept, logprobs)
     return -aggregate(logprobs, kept)

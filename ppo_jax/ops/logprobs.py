@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.options import check_positive
+
 _UNDERFLOW = -128.0  # exp(x) is 0 in float32 for every x up to this.
 
 
@@ -41,6 +43,7 @@ def response_view(x: Array, prompt_length: int) -> Array:
 
 def _tempered(logits: Array, temperature: float, largest: Array | None = None) -> Array:
     """Divide by the temperature, in float32, and subtract the largest logit to keep precision."""
+    check_positive(temperature=temperature)
     logits = logits.astype(jnp.float32) / temperature
     if largest is None:
         largest = jnp.max(logits, axis=-1, keepdims=True)
@@ -62,6 +65,7 @@ def token_logprobs(logits: Array, tokens: Array, *, temperature: float = 1.0) ->
 
     Raises:
       AssertionError: if `tokens` does not have the leading shape of `logits`.
+      ValueError: if `temperature` is not positive.
 
     Example:
       >>> token_logprobs(jnp.array([[0.0, 0.0, 0.0]]), jnp.array([2])).round(4)
@@ -88,6 +92,9 @@ def entropy(logits: Array, *, temperature: float = 1.0) -> Array:
 
     Returns:
       `[...]` float32, in nats.
+
+    Raises:
+      ValueError: if `temperature` is not positive.
 
     Example:
       >>> entropy(jnp.zeros((1, 4))).round(4)
@@ -130,7 +137,7 @@ def chunked_logprobs_and_entropy(
 
     Raises:
       AssertionError: if `tokens` is not `[B, R]`.
-      ValueError: if `chunk` is less than 1.
+      ValueError: if `chunk` is less than 1, or `temperature` is not positive.
 
     Example:
       >>> hidden, tokens = jnp.ones((1, 3, 2)), jnp.array([[0, 1, 2]])

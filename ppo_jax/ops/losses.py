@@ -9,11 +9,11 @@ micro-batches then add up to the loss of the minibatch.
 from functools import partial
 from typing import Protocol
 
-import chex
 import jax.numpy as jnp
 from jax import Array
 
-from ppo_jax.ops.masked import masked_mean, widen
+from ppo_jax.ops.masked import check_mask, masked_mean, widen
+from ppo_jax.ops.options import check_not_negative, check_over_one, check_unit
 from ppo_jax.ops.ratios import policy_ratio
 from ppo_jax.ops.value_losses import clipped_value_loss, entropy_bonus
 from ppo_jax.types import Aggregate, Metrics
@@ -43,9 +43,9 @@ def clipped_policy_loss(
       old_logprobs: `[B, R]` float32, log π_old(a|s) of the policy that sampled the tokens, in nats.
       advantages: `[B, R]` float32.
       mask: `[B, R]` bool, true for the tokens that count.
-      clip_low: the ratio is clipped from below at `1 - clip_low`; in [0, 1).
+      clip_low: the ratio is clipped from below at `1 - clip_low`; in 0 .. 1.
       clip_high: the ratio is clipped from above at `1 + clip_high`. PPO sets both to its ε, and
-        "clip-higher" sets this one to more.
+        "clip-higher" sets this one to more. It is not negative.
       dual_clip: `c`, greater than 1. `None` sets no bound.
       aggregate: reduces the terms to one number.
 
@@ -54,6 +54,7 @@ def clipped_policy_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is out of its range.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 7. Dual clip: Ye et al. 2020
@@ -68,7 +69,10 @@ def clipped_policy_loss(
       ... )
       Array(-1.125, dtype=float32)
     """
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
+    check_unit(clip_low=clip_low)
+    check_not_negative(clip_high=clip_high)
+    check_over_one(dual_clip=dual_clip)
+    check_mask(mask, logprobs, old_logprobs, advantages)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     advantages = widen(advantages)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
@@ -167,6 +171,7 @@ def actor_critic_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is out of its range.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 9.
@@ -181,6 +186,7 @@ def actor_critic_loss(
       >>> loss
       Array(1.05, dtype=float32)
     """
+    check_mask(value_mask, values, name="value_mask")
     policy = policy_loss(logprobs, old_logprobs, advantages, mask, aggregate=aggregate)
     value = clipped_value_loss(
         values,
@@ -248,6 +254,7 @@ def ppo_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is out of its range.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 9.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.axes import share, sum_shards
+from ppo_jax.ops.options import check_not_negative
 from ppo_jax.types import AxisName
 
 
@@ -24,10 +25,24 @@ def widen(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def check_mask(mask: Array, *arrays: Array) -> None:
+def check_dtype(kind: type[bool] | type[int], **arrays: Array) -> None:
+    """Raise AssertionError unless all arrays are of a kind; the keywords name them."""
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.bool_ if kind is bool else jnp.integer):
+            raise AssertionError(f"{name} must be of type {kind.__name__}, but is of {x.dtype}.")
+
+
+def check_mask(mask: Array, *arrays: Array, name: str = "mask") -> None:
     """Raise AssertionError unless a mask is boolean and has the shape of each of the arrays."""
-    chex.assert_type(mask, bool)
+    check_dtype(bool, **{name: mask})
     chex.assert_equal_shape([mask, *arrays])
+
+
+def nearly_equal(largest: Array, least: Array) -> Array:
+    """Whether the extremes of some numbers differ by the rounding of a few operations at most."""
+    rounding = 8 * jnp.finfo(largest.dtype).eps * jnp.maximum(jnp.abs(largest), jnp.abs(least))
+    # An infinite number is not close to any other, although the rounding is infinite then.
+    return (largest <= least) | ((largest - least <= rounding) & jnp.isfinite(rounding))
 
 
 def _constant(x: Array, mask: Array, axis_name: AxisName | None) -> Array:
@@ -37,8 +52,7 @@ def _constant(x: Array, mask: Array, axis_name: AxisName | None) -> Array:
     least = jnp.min(x, where=mask, initial=jnp.inf)
     if axis_name is not None:
         largest, least = jax.lax.pmax(largest, axis_name), jax.lax.pmin(least, axis_name)
-    rounding = 8 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(largest), jnp.abs(least))
-    return largest - least <= rounding
+    return nearly_equal(largest, least)
 
 
 def masked_sum(x: Array, mask: Array, *, axis_name: AxisName | None = None) -> Array:
@@ -243,7 +257,7 @@ def masked_whiten(
       mask: `[...]` bool, of the shape of `x`.
       shift_mean: whether to shift the mean to 0. Rewards are whitened without the shift.
       unbiased: which variance to use; see `masked_var`.
-      eps: added to the variance.
+      eps: added to the variance; not negative.
       axis_name: the mapped axis over which mean and variance are taken as well.
 
     Returns:
@@ -252,6 +266,7 @@ def masked_whiten(
 
     Raises:
       AssertionError: if `x` and `mask` have different shapes, or `mask` is not bool.
+      ValueError: if `eps` is negative.
 
     Source:
       `whiten` in the code of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593).
@@ -260,6 +275,7 @@ def masked_whiten(
       >>> masked_whiten(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))
       Array([-1.,  1.,  0.], dtype=float32)
     """
+    check_not_negative(eps=eps)
     check_mask(mask, x)
     x = widen(jnp.where(mask, x, 0))
     mean = share(masked_mean(x, mask, axis_name=axis_name), axis_name)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.masked import masked_mean
+from ppo_jax.ops.options import check_not_negative, check_positive
 from ppo_jax.ops.ratios import hide_masked, policy_ratio
 from ppo_jax.types import Aggregate
 
@@ -38,9 +39,9 @@ def cispo_loss(
       old_logprobs: `[B, R]` float32, log π_old(a|s) of the policy that sampled the tokens, in nats.
       advantages: `[B, R]` float32.
       mask: `[B, R]` bool, true for the tokens that count.
-      clip_low: the weight is at least `1 - clip_low`; 1 or more for no lower bound, as in the
-        paper.
-      clip_high: the weight is at most `1 + clip_high`.
+      clip_low: the weight is at least `1 - clip_low`; not negative, and 1 or more for no lower
+        bound, as in the paper.
+      clip_high: the weight is at most `1 + clip_high`; not negative.
       aggregate: reduces the terms to one number.
 
     Returns:
@@ -48,6 +49,7 @@ def cispo_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is negative.
 
     Source:
       MiniMax-M1 2025 (https://arxiv.org/abs/2506.13585), eq. 4-5. Checked against verl and slime.
@@ -59,6 +61,7 @@ def cispo_loss(
       >>> jax.grad(loss)(jnp.log(jnp.array([[0.8]])))  # The ratio of 4 is clipped to 1.5.
       Array([[-1.5]], dtype=float32)
     """
+    check_not_negative(clip_low=clip_low, clip_high=clip_high)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     logprobs, advantages = hide_masked(mask, logprobs, advantages)
     weights = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
@@ -88,8 +91,8 @@ def dis_loss(
       old_logprobs: `[B, R]` float32, in nats, of the sampler.
       advantages: `[B, R]` float32.
       mask: `[B, R]` bool, true for the tokens that count.
-      clip_low: tokens with a ratio of `1 - clip_low` or less are dropped.
-      clip_high: tokens with a ratio of `1 + clip_high` or more are dropped.
+      clip_low: tokens with a ratio of `1 - clip_low` or less are dropped; not negative.
+      clip_high: tokens with a ratio of `1 + clip_high` or more are dropped; not negative.
       aggregate: reduces the terms to one number. Dropped tokens count in its denominator.
 
     Returns:
@@ -97,6 +100,7 @@ def dis_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is negative.
 
     Source:
       Single-rollout asynchronous optimization, 2026 (https://arxiv.org/abs/2607.07508), eq. 3.
@@ -110,6 +114,7 @@ def dis_loss(
       >>> jax.grad(loss)(x)
       Array([[-0.5, -0. ]], dtype=float32)
     """
+    check_not_negative(clip_low=clip_low, clip_high=clip_high)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     logprobs, advantages = hide_masked(mask, logprobs, advantages)
     weights = jnp.where((ratio > 1 - clip_low) & (ratio < 1 + clip_high), ratio, 0)
@@ -147,6 +152,7 @@ def sapo_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a τ is not positive.
 
     Source:
       Soft adaptive policy optimization 2025 (https://arxiv.org/abs/2511.20347). Checked against
@@ -157,6 +163,7 @@ def sapo_loss(
       >>> sapo_loss(x, x, x + 1, mask)
       Array(-2., dtype=float32)
     """
+    check_positive(tau_positive=tau_positive, tau_negative=tau_negative)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     (advantages,) = hide_masked(mask, advantages)
     tau = jnp.where(advantages > 0, tau_positive, tau_negative).astype(ratio.dtype)

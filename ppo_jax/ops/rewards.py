@@ -15,22 +15,24 @@ from jax import Array
 
 from ppo_jax.ops.axes import share
 from ppo_jax.ops.masked import check_mask, masked_mean, masked_sum, widen
+from ppo_jax.ops.options import check_not_negative, choose
 from ppo_jax.ops.score_rules import MissingEOS, ScoreAt
 from ppo_jax.types import AxisName
 
 
-def score_index(mask: Array, score_at: ScoreAt) -> Array:
+def score_index(mask: Array, score_at: ScoreAt | str) -> Array:
     """Find the step that receives the score of each response.
 
     Args:
       mask: `[B, R]` bool, true for real tokens.
-      score_at: which step to choose.
+      score_at: which step to choose, or its name.
 
     Returns:
       `[B]` int32; 0 for a response without a real token, except with `LAST_INDEX`.
 
     Raises:
       AssertionError: if `mask` is not `[B, R]` bool.
+      ValueError: if there is no such step.
 
     Example:
       >>> mask = jnp.array([[True, True, False, False]])
@@ -41,7 +43,7 @@ def score_index(mask: Array, score_at: ScoreAt) -> Array:
     check_mask(mask)
     length = mask.shape[1]
     after = jnp.where(mask.any(axis=1), length - jnp.argmax(mask[:, ::-1], axis=1), 0)
-    match score_at:
+    match choose(ScoreAt, score_at, "score_at"):
         case ScoreAt.LAST_TOKEN:
             return jnp.maximum(after - 1, 0)
         case ScoreAt.AFTER_LAST_TOKEN:
@@ -51,14 +53,14 @@ def score_index(mask: Array, score_at: ScoreAt) -> Array:
 
 
 def apply_missing_eos(
-    scores: Array, ended: Array, *, rule: MissingEOS, penalty: float = 1.0
+    scores: Array, ended: Array, *, rule: MissingEOS | str, penalty: float = 1.0
 ) -> Array:
     """Change the scores of the responses that have no end token.
 
     Args:
       scores: `[B]` float32.
       ended: `[B]` bool, true if the response holds a stop token.
-      rule: whether to keep, lower or replace the scores of the other responses.
+      rule: whether to keep, lower or replace the scores of the other responses, or its name.
       penalty: at least 0, in units of score.
 
     Returns:
@@ -66,6 +68,7 @@ def apply_missing_eos(
 
     Raises:
       AssertionError: if the shapes differ, or `ended` is not bool.
+      ValueError: if there is no such rule, or `penalty` is negative.
 
     Source:
       Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593) and Huang et al. 2024
@@ -76,9 +79,10 @@ def apply_missing_eos(
       >>> apply_missing_eos(scores, ended, rule=MissingEOS.PENALIZE)
       Array([2., 1.], dtype=float32)
     """
-    check_mask(ended, scores)
+    check_not_negative(penalty=penalty)
+    check_mask(ended, scores, name="ended")
     scores = widen(scores)
-    match rule:
+    match choose(MissingEOS, rule, "rule"):
         case MissingEOS.KEEP:
             return scores
         case MissingEOS.PENALIZE:
@@ -134,11 +138,14 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
     added, nor is a batch whose scores are so large that the moments would overflow.
 
     Args:
-      eps: added to the variance.
+      eps: added to the variance; not negative.
 
     Returns:
       A pair of functions. `update` takes scores `[B]` float32 and returns the new state and the
       scaled scores, `[B]` float32. It raises AssertionError for scores of another rank.
+
+    Raises:
+      ValueError: if `eps` is negative.
 
     Source:
       Chan et al. 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
@@ -149,6 +156,7 @@ def running_scale(*, eps: float = 1e-8) -> RewardScaling:
       >>> scaled
       Array([-1.,  1.], dtype=float32)
     """
+    check_not_negative(eps=eps)
 
     def update(
         state: ScaleState, scores: Array, *, axis_name: AxisName | None = None
@@ -181,7 +189,7 @@ def token_rewards(
     mask: Array,
     *,
     kl_coef: float | Array,
-    score_at: ScoreAt = ScoreAt.LAST_TOKEN,
+    score_at: ScoreAt | str = ScoreAt.LAST_TOKEN,
     token_scores: Array | None = None,
 ) -> tuple[Array, Array]:
     """Compute the reward of each token from the score of the response and the KL penalty.
@@ -195,7 +203,7 @@ def token_rewards(
       mask: `[B, R]` bool, true for real tokens. The KL penalty and `token_scores` are ignored
         elsewhere.
       kl_coef: β, at least 0, a number or `[]` float32.
-      score_at: which step `t_score` receives the score.
+      score_at: which step `t_score` receives the score, or its name.
       token_scores: `[B, R]` float, a score of each token in addition to that of the response.
 
     Returns:
@@ -205,6 +213,7 @@ def token_rewards(
 
     Raises:
       AssertionError: if the shapes are not those above, or `mask` is not bool.
+      ValueError: if `kl_coef` is a negative number, or there is no such step.
 
     Source:
       Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), eq. 2.
@@ -217,6 +226,7 @@ def token_rewards(
       >>> rewards
       Array([[-0.05,  0.95,  0.  ]], dtype=float32)
     """
+    check_not_negative(kl_coef=kl_coef)
     chex.assert_rank([scores, kl, mask], [1, 2, 2])
     check_mask(mask, kl)
     rewards = jnp.where(mask, -kl_coef * widen(kl), 0)

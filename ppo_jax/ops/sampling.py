@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.masked import widen
+from ppo_jax.ops.options import check_positive
 
 # A token is drawn in two stages, first a block of this many tokens and then a token of the block.
 # That takes two cumulative sums of about √V numbers instead of one of V.
@@ -97,12 +98,14 @@ def process_logits(
       `[..., V]` float32, the logits of the distribution to sample from.
 
     Raises:
-      ValueError: if `top_k` is less than 1 or `top_p` is not in (0, 1].
+      ValueError: if `temperature` is not positive, `top_k` is less than 1 or `top_p` is not in
+        (0, 1].
 
     Example:
       >>> process_logits(jnp.array([1.0, 3.0, 2.0]), temperature=0.5, top_k=2)
       Array([-inf,   6.,   4.], dtype=float32)
     """
+    check_positive(temperature=temperature)
     logits = logits.astype(jnp.float32) / temperature
     logits = logits if top_k is None else filter_top_k(logits, top_k)
     return logits if top_p is None else filter_top_p(logits, top_p)

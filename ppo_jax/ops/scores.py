@@ -8,6 +8,7 @@ from jax import Array
 
 from ppo_jax.ops.group_advantages import group_statistics
 from ppo_jax.ops.masked import check_mask, widen
+from ppo_jax.ops.options import check_not_negative
 from ppo_jax.types import AxisName
 
 
@@ -21,14 +22,14 @@ def overlong_penalty(mask: Array, *, max_length: int, buffer: int, weight: float
       mask: `[B, R]` bool, true for real tokens.
       max_length: the length in tokens from which on the penalty is the whole `weight`.
       buffer: how many tokens before `max_length` the penalty begins; positive.
-      weight: the largest penalty, in units of score.
+      weight: the largest penalty, in units of score; not negative.
 
     Returns:
       `[B]` float32, 0 or negative, to be added to the scores.
 
     Raises:
       AssertionError: if `mask` is not `[B, R]` bool.
-      ValueError: if `buffer` does not lie in 1 .. max_length.
+      ValueError: if `buffer` does not lie in 1 .. max_length, or `weight` is negative.
 
     Source:
       Yu et al. 2025, DAPO (https://arxiv.org/abs/2503.14476), eq. 13. Checked against AReaL and
@@ -39,6 +40,7 @@ def overlong_penalty(mask: Array, *, max_length: int, buffer: int, weight: float
       >>> overlong_penalty(mask, max_length=8, buffer=4)
       Array([ 0. , -0.5, -1. ], dtype=float32)
     """
+    check_not_negative(weight=weight)
     if not 1 <= buffer <= max_length:
         raise ValueError(f"buffer={buffer} must lie in 1 .. max_length={max_length}.")
     chex.assert_rank(mask, 2)
@@ -50,7 +52,7 @@ def overlong_penalty(mask: Array, *, max_length: int, buffer: int, weight: float
 def informative(
     scores: Array, groups: Array, mask: Array | None = None, *, axis_name: AxisName | None = None
 ) -> Array:
-    """Tell which responses belong to a group whose scores are not all equal.
+    """Tell which responses belong to a group whose scores are not all equal up to rounding.
 
     The other groups have advantages of 0. DAPO samples further prompts in their place; to leave
     them out of the denominator of a loss, use `mask & informative(...)[:, None]` as its mask.

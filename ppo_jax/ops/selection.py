@@ -11,6 +11,7 @@ from jax import Array
 
 from ppo_jax.ops.axes import share
 from ppo_jax.ops.masked import masked_count, masked_mean
+from ppo_jax.ops.options import check_not_negative, check_unit
 from ppo_jax.ops.ratios import hide_masked, log_ratio
 from ppo_jax.types import Aggregate, AxisName
 
@@ -50,7 +51,7 @@ def m2po_mask(
       logprobs: `[B, R]` float32, of the policy at the start of the update, in nats.
       old_logprobs: `[B, R]` float32, of the policy that sampled the tokens, in nats.
       mask: `[B, R]` bool, true for real tokens.
-      threshold: the bound of M₂, in nats².
+      threshold: the bound of M₂, in nats²; not negative.
       axis_name: the mapped axis over which the rows are split.
 
     Returns:
@@ -58,6 +59,7 @@ def m2po_mask(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if `threshold` is negative.
 
     Source:
       Zheng et al. 2025 (https://arxiv.org/abs/2510.01161). Checked against AReaL.
@@ -67,6 +69,7 @@ def m2po_mask(
       >>> m2po_mask(jnp.array([[0.1, 0.5, -0.2]]), x, mask)
       Array([[ True, False,  True]], dtype=bool)
     """
+    check_not_negative(threshold=threshold)
     new, old = hide_masked(mask, logprobs, old_logprobs)
     square = _gather(jnp.where(mask, (new - old) ** 2, jnp.inf), axis_name)
     ordered = jnp.sort(square)
@@ -140,7 +143,7 @@ def clip_cov_mask(
       mask: `[B, R]` bool, true for real tokens.
       clip_low: see `clipped_policy_loss`.
       clip_high: see `clipped_policy_loss`.
-      part: the share of the tokens that is dropped.
+      part: the share of the tokens that is dropped, in 0 .. 1.
       least: a token is only dropped if its covariance is above this.
       most: a token is only dropped if its covariance is below this.
       axis_name: the mapped axis over which the rows are split; `key` is the same on all shards.
@@ -150,6 +153,7 @@ def clip_cov_mask(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound or `part` is out of its range.
 
     Source:
       Cui et al. 2025 (https://arxiv.org/abs/2505.22617), Clip-Cov. Checked against verl where all
@@ -160,6 +164,8 @@ def clip_cov_mask(
       >>> clip_cov_mask(jax.random.key(0), x, x, x, mask, clip_low=0.2, clip_high=0.2, part=1.0)
       Array([[False, False,  True]], dtype=bool)
     """
+    check_unit(clip_low=clip_low, part=part)
+    check_not_negative(clip_high=clip_high)
     covariance = covariances(logprobs, advantages, mask, axis_name=axis_name)
     ratio = jnp.exp(log_ratio(logprobs, old_logprobs, mask))
     clipped = ((ratio > 1 + clip_high) & (advantages > 0)) | (
@@ -193,8 +199,8 @@ def kl_cov_loss(
       old_logprobs: `[B, R]` float32, log π_old(a|s) of the policy that sampled the tokens, in nats.
       advantages: `[B, R]` float32.
       mask: `[B, R]` bool, true for the tokens that count.
-      part: the share of the tokens that is held.
-      coef: the weight of the penalty.
+      part: the share of the tokens that is held, in 0 .. 1.
+      coef: the weight of the penalty; not negative.
       axis_name: the mapped axis over which the covariances are ranked as well.
       aggregate: reduces the terms to one number.
 
@@ -203,6 +209,7 @@ def kl_cov_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if `part` is not in 0 .. 1, or `coef` is negative.
 
     Source:
       Cui et al. 2025 (https://arxiv.org/abs/2505.22617), KL-Cov. Checked against verl.
@@ -212,6 +219,8 @@ def kl_cov_loss(
       >>> kl_cov_loss(x, x - 0.5, jnp.zeros((1, 2)), mask, part=0.5)
       Array(0.25, dtype=float32)
     """
+    check_unit(part=part)
+    check_not_negative(coef=coef)
     covariance = _gather(covariances(logprobs, advantages, mask, axis_name=axis_name), axis_name)
     count = jnp.maximum(jnp.floor(part * masked_count(mask, axis_name=axis_name)), 1)
     held = _own(_ranks(-covariance), mask.shape, axis_name) < count

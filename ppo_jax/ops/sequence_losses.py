@@ -10,6 +10,7 @@ from jax import Array
 
 from ppo_jax.ops.kl import MAX_LOG_RATIO
 from ppo_jax.ops.masked import masked_mean, sequence_mean
+from ppo_jax.ops.options import check_not_negative, check_positive, check_unit
 from ppo_jax.ops.ratios import hide_masked, log_ratio
 from ppo_jax.types import Aggregate
 
@@ -46,8 +47,8 @@ def gspo_loss(
       advantages: `[B, R]` float32.
       mask: `[B, R]` bool, true for the tokens that count.
       clip_low: `s` is clipped from below at `1 - clip_low`. The range is much narrower than that of
-        PPO, because `s` is a mean.
-      clip_high: `s` is clipped from above at `1 + clip_high`.
+        PPO, because `s` is a mean. It is in 0 .. 1.
+      clip_high: `s` is clipped from above at `1 + clip_high`; not negative.
       aggregate: reduces the terms to one number.
 
     Returns:
@@ -55,6 +56,7 @@ def gspo_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is out of its range.
 
     Source:
       Group sequence policy optimization, 2025 (https://arxiv.org/abs/2507.18071), eq. 14-15.
@@ -66,6 +68,8 @@ def gspo_loss(
       >>> jax.grad(gspo_loss)(logprobs, x, jnp.ones((1, 2)), mask)
       Array([[-0.5, -0.5]], dtype=float32)
     """
+    check_unit(clip_low=clip_low)
+    check_not_negative(clip_high=clip_high)
     logprobs, old, advantages = hide_masked(mask, logprobs, old_logprobs, advantages)
     mean = jax.lax.stop_gradient(_row_mean(logprobs - old, mask))
     # The value is that of the response, and the gradient that of the token.
@@ -104,6 +108,7 @@ def gmpo_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a bound is negative.
 
     Source:
       Geometric-mean policy optimization, 2025 (https://arxiv.org/abs/2507.20673). Checked against
@@ -114,6 +119,7 @@ def gmpo_loss(
       >>> gmpo_loss(jnp.array([[1.0, -0.4]]), x, jnp.ones((1, 2)), mask)
       Array(-1., dtype=float32)
     """
+    check_not_negative(clip_low=clip_low, clip_high=clip_high)
     logprobs, old, advantages = hide_masked(mask, logprobs, old_logprobs, advantages)
     change, sign = logprobs - old, jnp.sign(advantages)
     clipped = jnp.clip(change, -clip_low, clip_high)
@@ -159,6 +165,7 @@ def vespo_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if a λ is not positive.
 
     Source:
       VESPO 2026 (https://arxiv.org/abs/2602.10693), section 3.4; the defaults are those of TRL.
@@ -169,6 +176,7 @@ def vespo_loss(
       >>> jax.grad(vespo_loss)(x, x, x + 1, mask)
       Array([[-1.]], dtype=float32)
     """
+    check_positive(lambda_positive=lambda_positive, lambda_negative=lambda_negative)
     change = log_ratio(logprobs, old_logprobs, mask).sum(axis=1, keepdims=True)
     log_w = jnp.clip(change, jnp.log(1e-8), MAX_LOG_RATIO)
     logprobs, advantages = hide_masked(mask, logprobs, advantages)

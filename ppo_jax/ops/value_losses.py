@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops.masked import check_mask, masked_mean, widen
+from ppo_jax.ops.options import check_positive
 from ppo_jax.types import Aggregate
 
 
@@ -35,6 +36,7 @@ def clipped_value_loss(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if `clip` is not positive.
 
     Source:
       `ppo2` of OpenAI Baselines, and the code of Ziegler et al. 2019
@@ -45,6 +47,7 @@ def clipped_value_loss(
       >>> clipped_value_loss(one, 0 * one, 2 * one, one > 0, clip=0.5)
       Array(1.125, dtype=float32)
     """
+    check_positive(clip=clip)
     check_mask(mask, values, old_values, returns)
     # Masking before the arithmetic keeps a NaN outside the mask out of the gradient.
     values, old_values, returns = (
@@ -107,6 +110,7 @@ def value_clipfrac(
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
+      ValueError: if `clip` is not positive.
 
     Source:
       `vf_clipfrac` of verl and TRL.
@@ -117,6 +121,7 @@ def value_clipfrac(
       >>> value_clipfrac(values, 0 * one, 2 * one, one > 0, clip=0.5)
       Array(0.5, dtype=float32)
     """
+    check_positive(clip=clip)
     check_mask(mask, values, old_values, returns)
     values, old_values, returns = (widen(x) for x in (values, old_values, returns))
     if clip is None:

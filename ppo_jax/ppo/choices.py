@@ -117,17 +117,30 @@ class Advantage(_Method):
 
 
 class Loss(_Method):
-    """The loss of a minibatch and its metrics; `function` makes both from the settings."""
+    """The loss of a minibatch and its metrics; `function` makes both from the settings.
+
+    `clip_low` may be over 1 only in a loss that has "any clip_low" after its function. In the
+    others it is the bound of a ratio or of a probability.
+    """
 
     PPO = "ppo", lambda: methods.clipped_ppo
-    CISPO = "cispo", lambda: methods.clipped(policy_losses.cispo_loss)
+    CISPO = "cispo", lambda: methods.clipped(policy_losses.cispo_loss), "any clip_low"
     DIS = "dis", lambda: methods.clipped(policy_losses.dis_loss)
     DPPO_TV = "dppo_tv", lambda: methods.clipped(dppo.dppo_loss)
-    DPPO_KL = "dppo_kl", lambda: methods.clipped(dppo.dppo_loss, divergence=dppo.binary_kl)
+    DPPO_KL = (
+        "dppo_kl",
+        lambda: methods.clipped(dppo.dppo_loss, divergence=dppo.binary_kl),
+        "any clip_low",
+    )
     SAPO = "sapo", lambda: methods.unclipped(policy_losses.sapo_loss)
     GSPO = "gspo", lambda: methods.clipped(sequence_losses.gspo_loss)
-    GMPO = "gmpo", lambda: methods.clipped(sequence_losses.gmpo_loss)
+    GMPO = "gmpo", lambda: methods.clipped(sequence_losses.gmpo_loss), "any clip_low"
     VESPO = "vespo", lambda: methods.unclipped(sequence_losses.vespo_loss)
+
+    @property
+    def any_clip_low(self) -> bool:
+        """Whether `clip_low` may be over 1."""
+        return "any clip_low" in self.reads
 
 
 class Weighting(_Method):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ppo_jax.ops import sampling
+from ppo_jax.ops.masked import check_dtype
 from ppo_jax.ppo.decoding import (
     Decoding,
     DrawFn,
@@ -96,7 +97,8 @@ def generate(
     """
     chex.assert_rank([prompts, prompt_mask], 2)
     chex.assert_equal_shape([prompts, prompt_mask])
-    chex.assert_type([prompts, prompt_mask], [int, bool])
+    check_dtype(int, prompts=prompts)
+    check_dtype(bool, prompt_mask=prompt_mask)
     if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens or temperature <= 0:
         raise ValueError(
             "generate needs max_new_tokens >= 1, 0 <= min_new_tokens <= max_new_tokens and "

@@ -155,7 +155,7 @@ def make_experience(
     *,
     kl_coef: float | Array,
     advantage_fn: AdvantageFn,
-    score_at: ScoreAt = ScoreAt.LAST_TOKEN,
+    score_at: ScoreAt | str = ScoreAt.LAST_TOKEN,
     token_scores: Array | None = None,
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
@@ -172,7 +172,7 @@ def make_experience(
       kl_coef: weight of the KL penalty; a number or `[]` float32.
       advantage_fn: estimator, such as `estimators.gae(gamma=1.0, lam=0.95)`. Its mask holds
         the response tokens and the step of the score.
-      score_at: the step whose reward includes the score.
+      score_at: the step whose reward includes the score, or its name.
       token_scores: `[B, R]` float32, scores of single tokens, added to the rewards; `None` for
         none.
       whiten_rewards: scale the rewards to variance 1 and keep their mean.
@@ -189,6 +189,7 @@ def make_experience(
 
     Raises:
       AssertionError: if shapes disagree, those that `advantage_fn` returns included.
+      ValueError: if `kl_coef` is a negative number, or there is no such step.
 
     Example:
       >>> from ppo_jax.ppo.estimators import gae

@@ -1,9 +1,12 @@
 """Checks of the settings of a PPO iteration, before anything is compiled."""
 
+import enum
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.ops.options import choose
 from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo.choices import Importance, Loss, OldLogprobs
 
@@ -31,14 +34,29 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "not be negative",
         lambda x: x >= 0,
-        "truncate_after clip_high vf_coef entropy_coef kl_coef missing_eos_penalty warmup_steps "
-        "adam_eps weight_decay kl_loss_coef positive_nll_coef overlong_penalty",
+        "truncate_after clip_low clip_high vf_coef entropy_coef kl_coef missing_eos_penalty "
+        "warmup_steps adam_eps weight_decay kl_loss_coef positive_nll_coef overlong_penalty",
     ),
-    ("lie in 0 .. 1", lambda x: 0 <= x <= 1, "clip_low gamma lam"),
+    ("lie in 0 .. 1", lambda x: 0 <= x <= 1, "gamma lam"),
     ("lie in 0 .. 1 and be above 0", lambda x: 0 < x <= 1, "top_p"),
     ("lie in 0 .. 1 and be below 1", lambda x: 0 <= x < 1, "adam_b1 adam_b2"),
     ("be over 1, or none", lambda x: x > 1, "dual_clip"),
 )
+
+
+def look_up_names(config: "PPOConfig") -> None:
+    """Replace each method that is given by its name by the member of its enumeration.
+
+    Raises:
+      SettingError: if there is no method of this name.
+    """
+    for field in fields(config):
+        if isinstance(field.default, enum.Enum):
+            try:
+                member = choose(type(field.default), getattr(config, field.name), field.name)
+            except ValueError as error:
+                raise SettingError(str(error)) from None
+            object.__setattr__(config, field.name, member)  # The settings are frozen.
 
 
 def check_settings(config: "PPOConfig") -> None:
@@ -85,6 +103,10 @@ def _check_methods(config: "PPOConfig") -> None:
         raise SettingError(
             f"kl_coef must be positive with kl_target={config.kl_target}, because a weight of 0 "
             "cannot adapt."
+        )
+    if config.clip_low > 1 and not config.loss.any_clip_low:
+        raise SettingError(
+            f"clip_low must lie in 0 .. 1 with loss={config.loss.value}, but is {config.clip_low}."
         )
     if config.dual_clip is not None and config.loss is not Loss.PPO:
         raise SettingError(

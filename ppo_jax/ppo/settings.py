@@ -19,7 +19,7 @@ from ppo_jax.ppo.choices import (
     Weighting,
 )
 from ppo_jax.ppo.critic_settings import CriticConfig
-from ppo_jax.ppo.setting_checks import check_settings
+from ppo_jax.ppo.setting_checks import check_settings, look_up_names
 
 if TYPE_CHECKING:
     from ppo_jax.ppo.packing import Bins
@@ -30,7 +30,8 @@ class PPOConfig:
     """The settings of a PPO iteration.
 
     Raises:
-      SettingError: if a setting is out of range, or one that must divide another does not.
+      SettingError: if a setting is out of range, one that must divide another does not, or there is
+        no method of a name that is given in place of a member, as in `PPOConfig(loss="gspo")`.
 
     Example:
       >>> config = PPOConfig(batch_size=32, minibatches=2, micro_batch=4)
@@ -233,7 +234,8 @@ class PPOConfig:
     """How the critic is trained, if it has an optimizer of its own."""
 
     def __post_init__(self) -> None:
-        """Check every setting."""
+        """Look up the methods that are given by name, and check every setting."""
+        look_up_names(self)
         check_settings(self)
 
     @property

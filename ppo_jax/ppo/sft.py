@@ -51,7 +51,7 @@ def sft_loss(
     """
     chex.assert_rank(tokens, 2)
     check_mask(mask, tokens)
-    check_mask(loss_mask, tokens)
+    check_mask(loss_mask, tokens, name="loss_mask")
     hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
     logits, marked = model.logits(params, hidden), (loss_mask & mask)[:, 1:]
     loss = -masked_mean(token_logprobs(logits, tokens[:, 1:]), marked)
