@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import full_trainer, small_problem
+from helpers import full_trainer, small_problem, tiny_config
 
 from ppo_jax.errors import SettingError
+from ppo_jax.models.config import NormKind
 from ppo_jax.ops import kl
 from ppo_jax.ops.masked import masked_mean
 from ppo_jax.ops.policy_losses import dis_loss
+from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo.choices import Advantage, KLEstimator, Loss, Weighting
 from ppo_jax.ppo.estimators import gae
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.files import read_json, write_json
 from ppo_jax.run.serialize import to_json
+from ppo_jax.run.settings import Faults
 from ppo_jax.types import Rollout, Scores
 
 
@@ -29,6 +32,39 @@ def test_a_name_stands_in_json_and_finds_its_method(kind):
         assert json.dumps(to_json(member)) == f'"{member.value}"'
         assert repr(member) == f"<{kind.__name__}.{member.name}: {member.value!r}>"
         assert member.function is not None
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: PPOConfig(advantage="grp"),
+            "advantage must be gae, .* or batch_mean, not 'grp'",
+        ),
+        (lambda: PPOConfig(loss=Advantage.GRPO), "loss must be ppo, .* not 'grpo'"),
+        (lambda: PPOConfig(weighting=["token"]), "weighting must be token, "),
+        (lambda: Faults(reward="skp"), "faults.reward must be stop or skip, not 'skp'"),
+        (lambda: tiny_config(norm="batch"), "norm must be layer, .* not 'batch'"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(make, message):
+    with pytest.raises(SettingError, match=message):
+        make()
+
+
+def test_the_name_of_a_choice_stands_for_it():
+    config = PPOConfig(
+        loss="cispo", weighting="sequence", advantage="grpo", group_size=2, score_at="last_index"
+    )
+    same = PPOConfig(
+        loss=Loss.CISPO,
+        weighting=Weighting.SEQUENCE,
+        advantage=Advantage.GRPO,
+        group_size=2,
+        score_at=ScoreAt.LAST_INDEX,
+    )
+    assert config == same and hash(config) == hash(same)
+    assert tiny_config(norm="rms").norm is NormKind.RMS
 
 
 @functools.cache

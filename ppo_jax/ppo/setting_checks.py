@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.errors import SettingError, check_choices, check_numbers
 from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo.choices import Importance, Loss, OldLogprobs
 
@@ -47,6 +47,7 @@ def check_settings(config: "PPOConfig") -> None:
     Raises:
       SettingError: if a setting is out of range, or one that must divide another does not.
     """
+    check_choices(config)
     check_numbers(config)
     for rule, holds, names in _RANGES:
         for name in names.split():
