@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from ppo_jax.errors import SettingError, check_choices, check_numbers
 from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo.choices import Importance, Loss, OldLogprobs
+from ppo_jax.ppo.unread import check_read
 
 _BLOCK = 64  # A sequence begins at a multiple of so many slots of a bin, as in `ppo.packing`.
 
@@ -70,6 +71,7 @@ def check_settings(config: "PPOConfig") -> None:
             "responses that are sampled at a time."
         )
     _check_length(config.pack, config.score_at)
+    check_read(config)
     _check_methods(config)
     _check_importance(config)
     if not 0 <= config.min_new_tokens <= config.max_new_tokens:
@@ -86,11 +88,6 @@ def _check_methods(config: "PPOConfig") -> None:
         raise SettingError(
             f"kl_coef must be positive with kl_target={config.kl_target}, because a weight of 0 "
             "cannot adapt."
-        )
-    if config.dual_clip is not None and config.loss is not Loss.PPO:
-        raise SettingError(
-            f"dual_clip={config.dual_clip} needs loss=ppo, because loss={config.loss.value} has no "
-            "dual clip."
         )
     if advantage.reads_groups and config.group_size == 1:
         raise SettingError(
@@ -122,8 +119,6 @@ def _check_importance(config: "PPOConfig") -> None:
             f"importance={importance.value} needs old_logprobs=scored, because the ratio to the "
             "sampler's log-probs holds the same weight already."
         )
-    if bounds is not None and importance is Importance.NONE:
-        raise SettingError("importance_range needs importance, which is none.")
     if bounds is not None and not 0 <= bounds[0] <= bounds[1]:
         raise SettingError(
             f"importance_range must be two numbers with 0 <= lower <= upper, not {bounds}."

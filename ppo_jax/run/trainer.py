@@ -13,7 +13,9 @@ from tqdm import tqdm
 from ppo_jax import data
 from ppo_jax.distributed import compilation, placement, processes
 from ppo_jax.errors import Fault, NonFiniteParametersError
+from ppo_jax.ppo.own_functions import check_advantage_fn, own_name
 from ppo_jax.ppo.state import PPOState
+from ppo_jax.ppo.unread import check_loss_fn
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
@@ -88,7 +90,9 @@ class Trainer:
           loss_fn: replaces the loss that `ppo.loss` names.
 
         Raises:
-          SettingError: if the settings do not fit the devices or the run that is resumed.
+          SettingError: if the settings do not fit the devices or the run that is resumed, if one
+            has no effect because `loss_fn` does not read it, or if `advantage_fn` fails or returns
+            arrays of other shapes.
           ValueError: if the folder cannot be used, or the run in it cannot be resumed.
         """
         if eval_prompts is not None:  # padded to the same length, so that one program samples both
@@ -98,6 +102,14 @@ class Trainer:
         self.loop, self.out = loop, out
         agent, mesh = learner.agent, learner.mesh
         learner.check(prompts)
+        check_loss_fn(agent.config, loss_fn)
+        if advantage_fn is not None and not learner.pmap:  # There it may use the mapped axis.
+            check_advantage_fn(
+                advantage_fn,
+                agent.config,
+                prompt_tokens=prompts.tokens.shape[1],
+                name=own_name("advantage_fn", advantage_fn),
+            )
         claim = claim_folder(out, resume)
         params, frozen, ref_params = (
             placement.place(tree, mesh)
