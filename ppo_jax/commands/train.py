@@ -73,7 +73,8 @@ class Train:
     loss: str | None = None
     """A loss of the policy of your own, my_file.py:function, instead of the one that ppo.loss
     names; it is called as loss(logprobs, old_logprobs, advantages, mask, aggregate=...) with arrays
-    of shape [responses, tokens], and returns aggregate(terms, mask)."""
+    of shape [responses, tokens], and returns aggregate(terms, mask). With a keyword-only parameter
+    experience it gets the minibatch too."""
     chat: bool = False
     """Treat each prompt as a user's message and apply the tokenizer's chat template. Prompts that
     are lists of messages always go through it."""

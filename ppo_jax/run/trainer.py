@@ -102,14 +102,7 @@ class Trainer:
         self.loop, self.out = loop, out
         agent, mesh = learner.agent, learner.mesh
         learner.check(prompts)
-        check_loss_fn(agent.config, loss_fn)
-        if advantage_fn is not None and not learner.pmap:  # There it may use the mapped axis.
-            check_advantage_fn(
-                advantage_fn,
-                agent.config,
-                prompt_tokens=prompts.tokens.shape[1],
-                name=own_name("advantage_fn", advantage_fn),
-            )
+        _check_functions(learner, prompts.tokens.shape[1], advantage_fn, loss_fn)
         claim = claim_folder(out, resume)
         params, frozen, ref_params = (
             placement.place(tree, mesh)
@@ -279,3 +272,17 @@ class Trainer:
     def _warn(self, update: int, fault: Fault) -> None:
         if processes.is_first():
             tqdm.write(f"ppo-jax: Update {update}: {fault}", file=sys.stderr)
+
+
+def _check_functions(
+    learner: Learner,
+    prompt_tokens: int,
+    advantage_fn: AdvantageFn | None,
+    loss_fn: LossFn | None,
+) -> None:
+    """Check the functions that replace methods of the settings."""
+    config = learner.agent.config
+    check_loss_fn(config, loss_fn)
+    if advantage_fn is not None and not learner.pmap:  # There it may use the mapped axis.
+        name = own_name("advantage_fn", advantage_fn)
+        check_advantage_fn(advantage_fn, config, prompt_tokens=prompt_tokens, name=name)
