@@ -20,10 +20,12 @@ Errors of the files of a run:
 This module imports only the standard library, so that it is cheap to import.
 """
 
+import enum
+import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 
 class SettingError(Exception):
@@ -60,6 +62,52 @@ def check_numbers(settings: object, prefix: str = "") -> None:
             raise SettingError(f"{prefix}{name} must lie within ±{bound:.2g}, but is {value:.2g}.")
         if name == "seed" and value < 0:
             raise SettingError(f"{prefix}seed must not be negative, but is {value}.")
+
+
+def check_choices(settings: object, prefix: str = "") -> None:
+    """Check the settings that have a fixed set of values; texts become members of enumerations.
+
+    Args:
+      settings: a dataclass, which may be frozen, but not yet in use.
+      prefix: text before the name of a setting in the message.
+
+    Raises:
+      SettingError: if the type of a setting is an enumeration or a `Literal`, and its value is not
+        one of those.
+
+    Example:
+      >>> from ppo_jax import PPOConfig
+      >>> PPOConfig(loss="cispo").loss
+      <Loss.CISPO: 'cispo'>
+      >>> PPOConfig(weighting="words")
+      Traceback (most recent call last):
+      ppo_jax.errors.SettingError: weighting must be token, sequence, sequence_sum, \
+constant_length or token_sum, not 'words'.
+    """
+    settings_class: Any = type(settings)
+    for name, (kind, choices) in _choices(settings_class).items():
+        value = getattr(settings, name)
+        if isinstance(value, enum.Enum) and isinstance(value, kind):
+            continue
+        if value not in choices:
+            words = [str(x) for x in choices]
+            listed = f"{', '.join(words[:-1])} or {words[-1]}"
+            given = value.value if isinstance(value, enum.Enum) else value
+            raise SettingError(f"{prefix}{name} must be {listed}, not {given!r}.")
+        if kind is not object:
+            object.__setattr__(settings, name, kind(value))
+
+
+@functools.cache
+def _choices(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return the enumeration, or object for a Literal, and the values of each such setting."""
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for name, of in get_type_hints(kind).items():
+        if isinstance(of, type) and issubclass(of, enum.Enum):
+            found[name] = of, tuple(member.value for member in of)
+        elif get_origin(of) is Literal:
+            found[name] = object, get_args(of)
+    return found
 
 
 class Fault(ValueError):

@@ -33,7 +33,8 @@ from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.value_losses import value_clipfrac
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.choices import Advantage
-from ppo_jax.ppo.critic_settings import CriticConfig
+from ppo_jax.ppo.critic import no_critic
+from ppo_jax.ppo.critic_settings import CriticConfig, choose_critic
 from ppo_jax.ppo.presets import PRESETS
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state
@@ -234,17 +235,50 @@ def test_a_critic_is_trained_before_ppo(tmp_path, monkeypatch):
     assert not Path("other").exists()
 
 
-def test_a_method_without_a_critic_has_none():
-    learner = assemble(
-        tiny_policy(), tokenizer(), PPOConfig(advantage=Advantage.MONTE_CARLO), critic="none"
-    )
-    assert learner.params["critic"] == {}
-    for settings, message in (
-        ({}, "critic=none needs an advantage estimator that reads no values, but advantage=gae"),
+GROUPS = {"advantage": Advantage.GRPO, "group_size": 4}
+
+
+def test_a_method_that_reads_no_values_has_no_critic():
+    for settings in ({"advantage": Advantage.MONTE_CARLO}, GROUPS):
+        for critic in ("auto", "none"):
+            assert choose_critic(critic, PPOConfig(**settings)) == "none"
+    learner = assemble(tiny_policy(), tokenizer(), PPOConfig(**GROUPS))
+    assert learner.params["critic"] == {} and learner.agent.critic is no_critic
+    assert choose_critic("auto", PPOConfig()) == "separate"
+    # Whether a function of one's own reads values is not known.
+    assert choose_critic("auto", PPOConfig(**GROUPS), own_advantage=True) == "separate"
+    own = assemble(tiny_policy(), tokenizer(), PPOConfig(), critic="none", own_advantage=True)
+    assert own.params["critic"] == {}
+
+
+@pytest.mark.parametrize(
+    "critic, settings, message",
+    [
         (
-            {"advantage": Advantage.MONTE_CARLO, "critic": OWN},
-            "critic.learning_rate=0.01 needs a critic, but critic=none",
+            "none",
+            {},
+            "critic=none needs an advantage estimator that reads no values, but advantage",
         ),
-    ):
-        with pytest.raises(SettingError, match=message):
-            assemble(tiny_policy(), tokenizer(), PPOConfig(**settings), critic="none")
+        ("shared", GROUPS, "critic=shared needs .* reads values, but advantage=grpo reads none"),
+        ("a/folder", GROUPS, "critic=a/folder needs an advantage estimator that reads values"),
+        (
+            "auto",
+            GROUPS | {"critic": OWN},
+            "critic.learning_rate=0.01 has no effect with critic",
+        ),
+        ("auto", GROUPS | {"value_clip": 0.1}, "value_clip=0.1 has no effect with critic=none"),
+        (
+            "shared",
+            {"critic": dataclasses.replace(OWN, freeze_attention=True)},
+            "critic.freeze_attention=True has no effect with critic=shared; leave it at False",
+        ),
+    ],
+)
+def test_a_critic_that_does_not_go_with_the_settings_is_refused(critic, settings, message):
+    with pytest.raises(SettingError, match=message):
+        choose_critic(critic, PPOConfig(**settings))
+
+
+def test_no_value_loss_goes_with_no_critic():
+    for config in (PPOConfig(**GROUPS, vf_coef=0.0, value_clip=None), PRESETS["grpo"]):
+        assert choose_critic("auto", config) == "none"

@@ -8,19 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import full_trainer, small_problem
+from helpers import full_trainer, small_problem, tiny_config
 
 from ppo_jax.errors import SettingError
+from ppo_jax.models.config import NormKind
 from ppo_jax.ops import kl
 from ppo_jax.ops.masked import masked_mean
 from ppo_jax.ops.policy_losses import dis_loss
-from ppo_jax.ops.score_rules import MissingEOS
-from ppo_jax.ppo.choices import Advantage, KLEstimator, Loss, OldLogprobs, Weighting
+from ppo_jax.ops.score_rules import ScoreAt
+from ppo_jax.ppo.choices import Advantage, KLEstimator, KLLoss, Loss, Weighting
 from ppo_jax.ppo.estimators import gae
+from ppo_jax.ppo.loss import ppo_loss_fn
+from ppo_jax.ppo.loss_terms import loss_terms
+from ppo_jax.ppo.methods import clipped_ppo
+from ppo_jax.ppo.presets import PRESETS
 from ppo_jax.ppo.scoring import make_experience, score_rollout
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.unread import check_loss_fn, check_replaced
 from ppo_jax.run.files import read_json, write_json
-from ppo_jax.run.serialize import to_json
+from ppo_jax.run.resume import read_config
+from ppo_jax.run.serialize import from_json, to_json
+from ppo_jax.run.settings import Faults
 from ppo_jax.types import Rollout, Scores
 
 
@@ -31,6 +39,39 @@ def test_a_name_stands_in_json_and_finds_its_method(kind):
         assert json.dumps(to_json(member)) == f'"{member.value}"'
         assert repr(member) == f"<{kind.__name__}.{member.name}: {member.value!r}>"
         assert member.function is not None
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: PPOConfig(advantage="grp"),
+            "advantage must be gae, .* or batch_mean, not 'grp'",
+        ),
+        (lambda: PPOConfig(loss=Advantage.GRPO), "loss must be ppo, .* not 'grpo'"),
+        (lambda: PPOConfig(weighting=["token"]), "weighting must be token, "),
+        (lambda: Faults(reward="skp"), "faults.reward must be stop or skip, not 'skp'"),
+        (lambda: tiny_config(norm="batch"), "norm must be layer, .* not 'batch'"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(make, message):
+    with pytest.raises(SettingError, match=message):
+        make()
+
+
+def test_the_name_of_a_choice_stands_for_it():
+    config = PPOConfig(
+        loss="cispo", weighting="sequence", advantage="grpo", group_size=2, score_at="last_index"
+    )
+    same = PPOConfig(
+        loss=Loss.CISPO,
+        weighting=Weighting.SEQUENCE,
+        advantage=Advantage.GRPO,
+        group_size=2,
+        score_at=ScoreAt.LAST_INDEX,
+    )
+    assert config == same and hash(config) == hash(same)
+    assert tiny_config(norm="rms").norm is NormKind.RMS
 
 
 @functools.cache
@@ -173,14 +214,9 @@ def test_every_advantage_of_the_settings():
     np.testing.assert_allclose(short, one_step, rtol=1e-5)
 
 
-def test_a_dual_clip_needs_the_loss_of_ppo():
-    with pytest.raises(SettingError, match="needs loss=ppo"):
-        PPOConfig(loss=Loss.CISPO, dual_clip=3.0)
-
-
 def test_the_range_of_clip_low_is_that_of_the_loss():
     """It bounds a log-ratio, a KL or a weight in some losses, and a ratio in the others."""
-    for member in Loss:
+    for member in [loss for loss in Loss if "clip_low" in loss.reads]:
         if member in (Loss.GMPO, Loss.DPPO_KL, Loss.CISPO):
             member.function(PPOConfig(loss=member, clip_low=1.5))
         else:
@@ -190,11 +226,92 @@ def test_the_range_of_clip_low_is_that_of_the_loss():
             PPOConfig(loss=member, clip_low=-0.1)
 
 
-def test_settings_take_the_names_of_methods():
-    config = PPOConfig(loss="gmpo", old_logprobs="sampler", missing_eos="replace")
-    assert config == PPOConfig(
-        loss=Loss.GMPO, old_logprobs=OldLogprobs.SAMPLER, missing_eos=MissingEOS.REPLACE
-    )
-    assert dataclasses.replace(config, advantage="vapo").advantage is Advantage.VAPO
-    with pytest.raises(SettingError, match=r"loss must be one of ppo, cispo, .*, but is 'pppo'"):
-        PPOConfig(loss="pppo")
+class Recorder:
+    """Settings that note which of them are read."""
+
+    def __init__(self, config):
+        self.config, self.names = config, set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(self.config, name)
+
+
+@pytest.mark.parametrize("kind", Advantage)
+def test_an_advantage_declares_the_settings_that_it_reads(kind):
+    config = Recorder(PPOConfig())
+    experience(kind.function(config))
+    assert config.names == set(kind.reads) - {"values", "groups"}
+
+
+@pytest.mark.parametrize("kind", Loss)
+def test_a_loss_declares_the_settings_that_it_reads(kind):
+    loss, _ = kind.function(PPOConfig())
+    inner = loss.keywords.get("policy_loss")
+    bound = {**loss.keywords, **getattr(inner, "keywords", {})}
+    assert {x for x in Loss.settings() if x in bound} == set(kind.reads) - {"any clip_low"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"loss": Loss.CISPO, "dual_clip": 3.0}, "dual_clip=3.0 has no effect with loss=cispo; "),
+        ({"loss": Loss.SAPO, "clip_high": 3.0}, "clip_high=3.0 has no effect with loss=sapo; "),
+        ({"advantage": Advantage.VAPO, "lam": 0.5}, "with advantage=vapo; leave it at 0.95."),
+        ({"advantage": Advantage.GRPO, "group_size": 2, "gamma": 0.9}, "gamma=0.9 has no effect"),
+        ({"kl_loss": KLLoss.K3}, "kl_loss=k3 has no effect with kl_loss_coef=0.0; leave it at k2"),
+        ({"overlong_penalty": 3.0}, "overlong_penalty=3.0 has no effect with overlong_buffer=non"),
+        ({"kl_horizon": 9.0}, "kl_horizon=9.0 has no effect with kl_target=none"),
+        ({"missing_eos_penalty": 2.0}, "missing_eos_penalty=2.0 has no effect with missing_eos=k"),
+        ({"importance_range": (0.0, 2.0)}, "importance_range=.* has no effect with importance=no"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(changes, message):
+    with pytest.raises(SettingError, match=message):
+        PPOConfig(**changes)
+
+
+def test_a_stored_run_may_have_settings_that_nothing_reads(tmp_path):
+    """Older versions accepted them; the run goes on without them."""
+    ppo = to_json(PPOConfig(advantage=Advantage.GRPO, group_size=2)) | {"gamma": 0.9}
+    stored = {"settings": {"ppo": ppo, "command": {"ppo": ppo}}, "hashes": {}, "processes": []}
+    write_json(tmp_path / "config.json", stored)
+    settings = read_config(tmp_path)["settings"]
+    for found in (settings["ppo"], settings["command"]["ppo"]):
+        assert from_json(PPOConfig, found).gamma == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": Loss.CISPO},
+        {"dual_clip": 3.0},
+        {"entropy_coef": 0.001},
+        {"entropy_target": 0.2},
+        {"kl_loss_coef": 10.0},
+        {"positive_nll_coef": 0.1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_loss_of_your_own_must_hold_what_the_settings_ask_for(changes):
+    model, critic, *_ = small_problem()
+    make = functools.partial(ppo_loss_fn, model, critic, temperature=1.0)
+    config = PPOConfig(**changes)
+    check_loss_fn(PPOConfig(), make(*clipped_ppo(PPOConfig())))
+    for loss_fn in (make(*clipped_ppo(PPOConfig())), lambda params, batch, counts: None):
+        with pytest.raises(SettingError, match=f"{next(iter(changes))}=.* has no effect with this"):
+            check_loss_fn(config, loss_fn)
+    if config.entropy_target is None:
+        check_loss_fn(config, make(*config.loss.function(config), terms=loss_terms(config)))
+
+
+def test_functions_in_files_replace_what_a_setting_was_changed_for():
+    check = functools.partial(check_replaced, usual=PRESETS["sao"])
+    check(PRESETS["sao"], advantage="m.py:f", loss="m.py:g")
+    for changes, given, message in (
+        ({"loss": "cispo"}, {"loss": "m.py:g"}, "ppo.loss=cispo has no effect with loss=m.py:g"),
+        ({"clip_high": 3.0}, {"loss": "m.py:g"}, "ppo.clip_high=3.0 has no effect with loss=m.py"),
+        ({"gamma": 0.9}, {"advantage": "m.py:f"}, "ppo.gamma=0.9 has no effect with advantage=m"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            check(dataclasses.replace(PRESETS["sao"], **changes), **given)

@@ -1,5 +1,6 @@
 """Checkpoints of a run become models, and new runs start from models, adapters and checkpoints."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,6 +14,7 @@ import transformers
 from helpers import options, tiny_policy, word_tokenizer
 
 from ppo_jax import cli
+from ppo_jax.commands.training import build
 from ppo_jax.models import heads
 from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.run.files import read_lines
@@ -21,7 +23,7 @@ CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 TOKENS = np.array([[1, 2, 3, 4, 5]])
 
 
-def train(place, out, **more):
+def train_arguments(place, out, **more):
     given = {
         "model": place / "model",
         "prompts": place / "prompts.txt",
@@ -34,7 +36,11 @@ def train(place, out, **more):
         "ppo.max-new-tokens": 4,
         "ppo.learning-rate": 0.01,
     } | more
-    cli.main(["train", "--loop.no-progress", "--mesh", "data=1", *options(given)])
+    return ["train", "--loop.no-progress", "--mesh", "data=1", *options(given)]
+
+
+def train(place, out, **more):
+    cli.main(train_arguments(place, out, **more))
     return place / out
 
 
@@ -247,3 +253,19 @@ def test_another_reference_may_have_another_architecture(place, tmp_path, capsys
         with pytest.raises(SystemExit):
             train(place, tmp_path / "refused", reference=tmp_path / name)
         assert message in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+def test_a_run_from_before_critics_were_left_out_goes_on_with_its_critic(place, tmp_path):
+    """Every run had a separate critic by default, which a resumed run still has."""
+    given = {"ppo.advantage": "grpo", "ppo.group-size": 2, "loop.updates": 1}
+    arguments = train_arguments(place, tmp_path / "old", **given)
+    command = dataclasses.replace(cli.parse(arguments), critic="separate")
+    build(command, tmp_path / "old").run()
+    train(place, tmp_path / "old", **given | {"loop.updates": 2, "resume": "yes"})
+    assert (tmp_path / "old/critic").is_dir()
+    assert len(read_lines(tmp_path / "old/metrics.jsonl")) == 2
+    new = train(place, tmp_path / "new", **given)
+    assert not (new / "critic").exists()
+    config = json.loads((new / "config.json").read_text())
+    assert config["settings"]["command"]["critic"] == "none"

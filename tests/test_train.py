@@ -279,6 +279,23 @@ def test_the_command_takes_methods_of_your_own(folder, capsys):
     assert "The loss must be like my_file.py:function" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_mistake_in_a_method_of_your_own_is_found_before_a_folder_is_made(folder, capsys, more):
+    file = folder / "own.py"
+    file.write_text(
+        "def one(rewards, values, mask, *, rollout, scores):\n    return rewards\n"
+        "def terms(logprobs, old_logprobs, advantages, mask, *, aggregate):\n    return logprobs\n"
+    )
+    for given, message in (
+        ({"advantage": f"{file}:one"}, "one must return two arrays of [8, 4], not one of [8, 4]."),
+        ({"loss": f"{file}:terms"}, "terms must return one number"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*train_command(folder, **given), *more])
+        assert message in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
 def test_an_existing_run_is_found_before_the_model_is_loaded(folder, capsys):
     (folder / "out").mkdir()
     (folder / "out/config.json").write_text("{}")

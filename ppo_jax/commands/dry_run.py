@@ -10,7 +10,7 @@ from ppo_jax.commands.learner import make_devices
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.commands.supervised_rows import encode_examples, read_examples
 from ppo_jax.commands.train import Train
-from ppo_jax.commands.training import read_fork, read_function, read_prompts
+from ppo_jax.commands.training import read_fork, read_functions, read_prompts, with_critic
 from ppo_jax.commands.value import Value, value_training
 from ppo_jax.data import Prompts, Row, examples
 from ppo_jax.errors import SettingError
@@ -24,7 +24,7 @@ from ppo_jax.reward_functions import load_rewards
 from ppo_jax.run import provenance
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.run.files import check_free, store_url
-from ppo_jax.run.parts import check_critic, check_vocabulary
+from ppo_jax.run.parts import check_vocabulary
 from ppo_jax.run.remote import local_copy
 from ppo_jax.run.resume import read_config, setting_differences
 from ppo_jax.run.serialize import to_json
@@ -52,6 +52,7 @@ def _train(options: Train) -> None:
     if options.deterministic:
         provenance.make_deterministic()
     options.processes.start()
+    options = with_critic(options, options.out)
     make_devices(options)
     ppo, (rows, held_out_rows) = options.ppo, read_prompts(options)
     policy, tokenizer = _read_model(options.model, dtype=options.dtype, remat=options.remat)
@@ -62,8 +63,6 @@ def _train(options: Train) -> None:
     stop_ids(tokenizer, policy, options.stop_tokens)
     adapters = _read_other_models(options, tokenizer)
     load_rewards(options.reward, options.reward_given, options.reward_label, options.reward_timeout)
-    for purpose, spec in (("advantage", options.advantage), ("loss", options.loss)):
-        read_function(options, purpose, spec)
     limits = options.data_options.limits()
 
     def encode(rows: list[Row]) -> Prompts:
@@ -74,9 +73,10 @@ def _train(options: Train) -> None:
     if (note := options.data_options.report(prompts, options.prompts)) is not None:
         print(note)
     longest = max(p.tokens.shape[1] for p in (prompts, held_out) if p is not None)
+    read_functions(options, longest)
     done = _updates_done(options, longest)
     _report_steps(options, done, len(prompts), 0 if held_out is None else len(held_out), longest)
-    critic = "separate" if options.critic not in ("shared", "none") else "shared"
+    critic = options.critic if options.critic in ("shared", "none") else "separate"
     _report_memory(
         "a PPO step on one device, before anything is sharded",
         estimate_memory(config, ppo, prompt_tokens=longest, critic=critic, adapters=adapters),
@@ -99,7 +99,6 @@ def _shapes(config: TransformerConfig) -> Any:
 
 def _read_other_models(options: Train, tokenizer: Any) -> LoRA | None:
     """Read the configs of critic, reference and adapter; return the settings of the adapters."""
-    check_critic(options.critic, options.ppo)
     if options.critic not in ("shared", "separate", "none"):
         stored.read_config(options.critic)
     if options.reference is not None:

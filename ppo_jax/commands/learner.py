@@ -42,7 +42,7 @@ def read_learner(options: "Train") -> Learner:
     """Read the policy, the reference, the adapters and the critic, and assemble what is trained.
 
     Args:
-      options: the options of the command.
+      options: the options of the command, whose critic is not "auto".
 
     Returns:
       The learner.
@@ -70,6 +70,7 @@ def read_learner(options: "Train") -> Learner:
         tokenizer,
         options.ppo,
         critic=options.critic,
+        own_advantage=True,  # The critic was checked when it was chosen.
         lora=lora,
         adapters=adapters,
         reference=reference,

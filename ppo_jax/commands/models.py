@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import tyro
 
 from ppo_jax.models.lora_settings import NO_LORA, LoRA
+from ppo_jax.ppo.critic_settings import choose_critic
 from ppo_jax.ppo.settings import PPOConfig
 
 
@@ -21,8 +22,9 @@ class Info:
     max_prompt_tokens: int | None = None
     """Number of tokens of the longest prompt. By default 64, or fewer if the model has no more room
     before the response."""
-    critic: Literal["shared", "separate"] = "separate"
-    """shared: a value head on the policy's trunk. separate: a model of its own."""
+    critic: Literal["auto", "none", "shared", "separate"] = "auto"
+    """auto: none if the advantage estimator reads no values, otherwise separate. none: no critic.
+    shared: a value head on the policy's trunk. separate: a model of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in. Parameters are always float32."""
     remat: bool = False
@@ -51,7 +53,7 @@ class Info:
             config,
             self.ppo,
             prompt_tokens=prompt_tokens,
-            critic=self.critic,
+            critic=str(choose_critic(self.critic, self.ppo)),
             adapters=self.lora if self.lora.rank else None,
         )
         print(

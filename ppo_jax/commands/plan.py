@@ -29,8 +29,9 @@ class Plan:
     max_prompt_tokens: int | None = None
     """Number of tokens of the longest prompt. By default 64, or fewer if the model has no more room
     before the response."""
-    critic: Literal["shared", "separate"] = "separate"
-    """shared: a value head on the policy's trunk. separate: a model of its own."""
+    critic: Literal["auto", "none", "shared", "separate"] = "auto"
+    """auto: none if the advantage estimator reads no values, otherwise separate. none: no critic.
+    shared: a value head on the policy's trunk. separate: a model of its own."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type to compute in. Parameters are always float32."""
     matmul_precision: Literal["default", "high", "highest"] = "default"

@@ -60,19 +60,21 @@ class Train:
     """Held-out prompts for evaluation, in the same formats."""
     eval_fraction: float = 0.0
     """Share of the prompts that is held out for evaluation, chosen at random by the seed."""
-    critic: str = "separate"
-    """The critic. shared: a value head on the policy's trunk. separate: a critic with its own trunk
-    that starts from the policy. none: no critic, for an advantage estimator that reads no values.
-    Otherwise the folder or Hugging Face id of a reward model with one label that a separate critic
-    starts from."""
+    critic: str = "auto"
+    """The critic. auto: none if the advantage estimator reads no values, otherwise separate, and as
+    it was in a run that is resumed or forked. none: no critic. shared: a value head on the policy's
+    trunk. separate: a critic with its own trunk that starts from the policy. Otherwise the folder
+    or Hugging Face id of a reward model with one label that a separate critic starts from."""
     advantage: str | None = None
     """An advantage estimator of your own, my_file.py:function, instead of the one that
     ppo.advantage names; it is called as advantage(rewards, values, mask, rollout=..., scores=...)
-    with arrays of shape [responses, tokens], and returns advantages and returns."""
+    with arrays of shape [responses, tokens], and returns advantages and returns. If it reads no
+    values, critic=none saves the critic."""
     loss: str | None = None
     """A loss of the policy of your own, my_file.py:function, instead of the one that ppo.loss
     names; it is called as loss(logprobs, old_logprobs, advantages, mask, aggregate=...) with arrays
-    of shape [responses, tokens], and returns aggregate(terms, mask)."""
+    of shape [responses, tokens], and returns aggregate(terms, mask). With a keyword-only parameter
+    experience it gets the minibatch too."""
     chat: bool = False
     """Treat each prompt as a user's message and apply the tokenizer's chat template. Prompts that
     are lists of messages always go through it."""
@@ -144,6 +146,6 @@ class Train:
 
     def build(self, out: Path) -> "Trainer":
         """Read model, prompts and reward, and make a trainer that writes to `out`."""
-        from ppo_jax.commands.training import build
+        from ppo_jax.commands.training import build, with_critic
 
-        return build(self, out)
+        return build(with_critic(self, out), out)

@@ -1,9 +1,8 @@
 """What `ppo-jax train` does."""
 
 import contextlib
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -15,7 +14,12 @@ from ppo_jax.commands.train import Train
 from ppo_jax.data.chat import as_user_messages
 from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError
+from ppo_jax.ops.losses import PolicyLossFn
+from ppo_jax.ppo.critic_settings import choose_critic
 from ppo_jax.ppo.loss import agent_loss_fn
+from ppo_jax.ppo.own_functions import check_advantage_fn, check_policy_loss
+from ppo_jax.ppo.presets import PRESETS
+from ppo_jax.ppo.unread import check_replaced
 from ppo_jax.reward_functions import load_function, load_rewards
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
@@ -28,6 +32,7 @@ from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.summary import print_before_and_after, write_summary
 from ppo_jax.run.trainer import Trainer
+from ppo_jax.types import AdvantageFn
 
 
 def train(options: Train) -> None:
@@ -47,6 +52,7 @@ def train(options: Train) -> None:
     out = options.out if mirror is None else mirror.folder
     check_free(out, resume=options.resume in ("yes", "auto"))
     fork = read_fork(options)
+    options = with_critic(options, out)
     trainer = build(options, out, fork=fork, mirror=mirror)
     with contextlib.ExitStack() as stack:
         if mirror is not None:
@@ -73,6 +79,27 @@ def read_fork(options: Train) -> Fork | None:
     return Fork(options.fork_from, options.fork_update)
 
 
+def with_critic(options: Train, out: Path) -> Train:
+    """Return the options with the critic that a new run, or the run that it continues, has.
+
+    Args:
+      options: the options of the command.
+      out: the folder of the run on this machine.
+
+    Raises:
+      SettingError: if the settings do not go with the critic that the options name.
+    """
+    if options.critic == "auto" and options.resume != "no":
+        run = options.fork_from or out
+        exists = store_url(run) is None and (run / "config.json").is_file()
+        command = read_config(run)["settings"].get("command") if exists else None
+        if command and "critic" in command:
+            return replace(options, critic=command["critic"])
+    own = options.advantage is not None
+    critic = choose_critic(options.critic, options.ppo, own_advantage=own)
+    return replace(options, critic=str(critic))
+
+
 def build(
     options: Train,
     out: Path,
@@ -83,7 +110,7 @@ def build(
     """Read model, prompts and reward, and make a trainer.
 
     Args:
-      options: the options of the command.
+      options: the options of the command, as `with_critic` returns them.
       out: the folder that the trainer writes to.
       loop: settings that replace `options.loop`, or None.
       fork: the checkpoint of another run that the run starts from, or None.
@@ -101,11 +128,11 @@ def build(
     reward = load_rewards(
         options.reward, options.reward_given, options.reward_label, options.reward_timeout
     )
-    policy_loss = read_function(options, "loss", options.loss)
     prompts = encode_prompts(options.data_options, learner, rows, options.prompts)
     held_source = options.eval_prompts or f"the held-out part of {options.prompts}"
     held_out = encode_prompts(options.data_options, learner, held_out_rows, held_source)
     assert prompts is not None  # There are rows to learn from.
+    advantage_fn, policy_loss = read_functions(options, prompts.tokens.shape[1])
     return Trainer(
         learner,
         prompts,
@@ -116,20 +143,42 @@ def build(
         settings=options,
         resume="no" if options.resume == "fork" else options.resume,
         fork=fork,
-        advantage_fn=read_function(options, "advantage", options.advantage),
+        advantage_fn=advantage_fn,
         loss_fn=agent_loss_fn(learner.agent, policy_loss=policy_loss) if policy_loss else None,
         mirror=mirror,
     )
 
 
-def read_function(options: Train, purpose: str, spec: str | None) -> Callable[..., Any] | None:
-    """Return the user's own function for a purpose, or None if no option names one."""
-    if spec is not None and purpose == "loss" and options.ppo.entropy_target is not None:
-        raise SettingError(
-            f"loss={spec} does not read the weight that entropy_target adapts; leave out one "
-            "of the two."
-        )
-    return None if spec is None else load_function(spec, purpose)
+def read_functions(
+    options: Train, prompt_tokens: int
+) -> tuple[AdvantageFn | None, PolicyLossFn | None]:
+    """Return the user's own advantage estimator and loss, or None where no option names one.
+
+    Args:
+      options: the options of the command.
+      prompt_tokens: the length of the longest prompt.
+
+    Raises:
+      SettingError: if a function does not return what it must, or a setting is for the method that
+        it replaces.
+      ValueError: if there is no such function.
+    """
+    ppo, advantage_fn, policy_loss = options.ppo, None, None
+    check_replaced(ppo, PRESETS[options.preset], advantage=options.advantage, loss=options.loss)
+    if options.advantage is not None:
+        advantage_fn = load_function(options.advantage, "advantage")
+        if options.mesh != "pmap":  # There it may use the mapped axis.
+            name = f"advantage={options.advantage}"
+            check_advantage_fn(advantage_fn, ppo, prompt_tokens=prompt_tokens, name=name)
+    if options.loss is not None:
+        if ppo.entropy_target is not None:
+            raise SettingError(
+                f"loss={options.loss} does not read the weight that entropy_target adapts; leave "
+                "out one of the two."
+            )
+        policy_loss = load_function(options.loss, "loss")
+        check_policy_loss(policy_loss, ppo, name=f"loss={options.loss}")
+    return advantage_fn, policy_loss
 
 
 def read_prompts(options: Train) -> tuple[list[data.Row], list[data.Row]]:

@@ -52,6 +52,7 @@ def value_training(train: Train) -> Train:
             f"critic={train.critic} cannot be trained before PPO; use critic=separate or name a "
             "reward model."
         )
+    start = "separate" if train.critic == "auto" else train.critic
     ppo = train.ppo
     if not ppo.advantage.reads_values:
         raise SettingError(
@@ -62,4 +63,6 @@ def value_training(train: Train) -> Train:
         learning_rate=ppo.critic.learning_rate or ppo.learning_rate,
         warmup_updates=train.loop.updates,
     )
-    return replace(train, ppo=replace(ppo, critic=critic, lam=1.0))
+    # The other estimators have such returns already.
+    lam = ppo.lam if "lam" in ppo.advantage.unread else 1.0
+    return replace(train, critic=start, ppo=replace(ppo, critic=critic, lam=lam))

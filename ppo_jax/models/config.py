@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from ppo_jax.errors import check_choices
+
 
 class Activation(enum.Enum):
     """The activation function of the MLP, by its name in a Hugging Face config.
@@ -181,6 +183,7 @@ class TransformerConfig:
         rounded. None means on TPUs, with many layers.
 
     Raises:
+      SettingError: if `activation`, `norm` or `norm_at` is none of the choices.
       ValueError: if `heads` does not divide `width` and no `head_size` is given, if `kv_heads` does
         not divide `heads`, or if `windows` has not one entry per layer.
 
@@ -235,6 +238,7 @@ class TransformerConfig:
     loop_layers: bool | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.head_size is None and self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}.")
         if self.heads % self.key_heads:

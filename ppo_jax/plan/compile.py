@@ -25,6 +25,8 @@ from ppo_jax.plan.flops import jaxpr_flops
 from ppo_jax.plan.memory import size_of, start_params
 from ppo_jax.plan.topology import Chip
 from ppo_jax.ppo import iteration
+from ppo_jax.ppo.critic import no_critic
+from ppo_jax.ppo.critic_settings import choose_critic
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import overlay
 from ppo_jax.sharding import placed, rows_sharding
@@ -102,7 +104,7 @@ def compile_iteration(
     chip: Chip,
     *,
     prompt_tokens: int,
-    critic: str = "separate",
+    critic: str = "auto",
     adapters: lora.LoRA | None = None,
     stop_ids: tuple[int, ...] = (0,),
     phases: Sequence[str] = ("rollout", "scoring", "update"),
@@ -116,7 +118,7 @@ def compile_iteration(
       mesh: a mesh of the devices of `make_topology`.
       chip: what each device offers.
       prompt_tokens: `P`, the length of every prompt.
-      critic: `shared` for a value head on the policy's trunk, `separate` for a model of its own.
+      critic: `auto`, `none`, `shared` or `separate`, as in `assemble`.
       adapters: low-rank adapters to train instead of all parameters.
       stop_ids: tokens that end a response. The figures assume that every response has its greatest
         length.
@@ -127,7 +129,8 @@ def compile_iteration(
       For each of the phases, the program or the reason why there is none.
 
     Raises:
-      SettingError: if the batch does not divide over the mesh, or there are no phases.
+      SettingError: if the batch does not divide over the mesh, if there are no phases, or if the
+        settings do not go with the critic.
 
     Example::
 
@@ -143,12 +146,15 @@ def compile_iteration(
     meshes.check_rows(ppo, meshes.batch_shards(mesh))
     if adapters is not None:
         config = replace(config, lora_scale=adapters.scale)
-    critic_fn = heads.shared_critic() if critic == "shared" else heads.separate_critic(config)
+    critic = str(choose_critic(critic, ppo))
+    critics = {"none": no_critic, "shared": heads.shared_critic()}
+    critic_fn = critics.get(critic) or heads.separate_critic(config)
     agent = iteration.Agent(language_model(config), critic_fn, ppo, stop_ids, 0)
     shapes = _state_shapes(agent, config, critic, adapters, mesh)
     state, frozen, reference = shapes
     # With adapters, policy and critic share a frozen trunk, which a program takes as two arguments.
-    shared = 0 if frozen is None or critic == "shared" else size_of(frozen["critic"]["trunk"])
+    own_trunk = frozen is not None and critic == "separate"
+    shared = size_of(frozen["critic"]["trunk"]) if own_trunk else 0
     resident = size_of((state, frozen, reference if frozen is None else None)) - shared
     measure = partial(_measure, mesh=mesh, chip=chip, resident=resident, inspect=inspect)
     with jax.set_mesh(mesh):

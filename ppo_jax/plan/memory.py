@@ -81,7 +81,8 @@ def estimate_memory(
       config: the model of policy, reference and critic.
       ppo: settings of the iteration.
       prompt_tokens: `P`, the length of every prompt.
-      critic: `shared` for a value head on the policy's trunk, `separate` for a model of its own.
+      critic: `shared` for a value head on the policy's trunk, `separate` for a model of its own,
+        `none` for no critic.
       adapters: low-rank adapters to train instead of all parameters.
 
     Returns:
@@ -106,7 +107,7 @@ def estimate_memory(
     micro_tokens = at_once * length
     token = 10 * config.width + 3 * config.mlp_width + config.heads * length
     block = micro_tokens * token * itemsize
-    models = 1 if critic == "shared" else 2
+    models = 2 if critic == "separate" else 1
     kept = config.layers * (micro_tokens * config.width * itemsize if config.remat else block)
     logit_tokens = ppo.max_new_tokens if ppo.bins is None else length
     logits = at_once * (ppo.logit_chunk or logit_tokens) * config.vocab_size
@@ -132,12 +133,10 @@ def start_params(
     The arguments are those of `estimate_memory`.
     """
     key = jax.random.key(0)
-    params = {
-        "policy": init_params(config, key),
-        "critic": {"head": heads.zero_head(config.width)}
-        if critic == "shared"
-        else heads.init_scorer(config, key),
-    }
+    value: Params = heads.init_scorer(config, key) if critic == "separate" else {}
+    if critic == "shared":
+        value = {"head": heads.zero_head(config.width)}
+    params = {"policy": init_params(config, key), "critic": value}
     if adapters is None:
         return params, None, params["policy"]
     params, frozen = lora.adapt(params, key, adapters)

@@ -1,9 +1,8 @@
 """The methods that a setting can choose by name.
 
-A method is one line: its name, its function and, for an advantage estimator, what it reads. To add
-one to the package, write its function in a file of its own and add its line here. A method that
-only one program uses needs no line: hand the function itself to `learn`, `make_experience`,
-`score_rollout` or `ppo_loss_fn`.
+A method is one line: its name, its function and what it reads. To add one to the package, write its
+function in a file of its own and add its line here. A method that only one program uses needs no
+line: hand the function itself to `learn`, `make_experience`, `score_rollout` or `ppo_loss_fn`.
 
 The functions are looked up when they are first needed, because their modules import JAX, and the
 command line should list the names quickly.
@@ -38,9 +37,19 @@ masked, policy_losses = _ops("masked"), _ops("policy_losses")
 sequence_losses = _ops("sequence_losses")
 estimators, methods = _Module("ppo_jax.ppo.estimators"), _Module("ppo_jax.ppo.methods")
 
+_CLIP = ("clip_low", "clip_high")
+_ANY = "any clip_low"
+_BOUNDS = ("importance_range",)
+_OTHERS = ("values", "groups", _ANY)  # What a line may hold that is no setting.
 
-class _Method(enum.Enum):
-    """An enumeration of methods; the value of a member is its name in JSON files and options."""
+
+class Method(enum.Enum):
+    """An enumeration of methods; the value of a member is its name in JSON files and options.
+
+    The items after its function are what it reads: settings, by which the check in `unread` refuses
+    those that the chosen method does not read, the inputs `values` and `groups`, and what else the
+    enumeration says.
+    """
 
     reads: tuple[str, ...]
     look_up: Callable[[], Any]
@@ -58,8 +67,19 @@ class _Method(enum.Enum):
         """The function of the method, always the same object."""
         return self.look_up()
 
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        """The settings that some method of this kind reads."""
+        read = dict.fromkeys(name for member in cls for name in member.reads)
+        return tuple(name for name in read if name not in _OTHERS)
 
-class KLEstimator(_Method):
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The settings that other methods of this kind read, but not this one."""
+        return tuple(name for name in self.settings() if name not in self.reads)
+
+
+class KLEstimator(Method):
     """The per-token estimate of the KL divergence that is penalized; `function` computes it."""
 
     K1 = "k1", lambda: kl.kl_k1
@@ -69,7 +89,7 @@ class KLEstimator(_Method):
     FULL = "full", lambda: kl.kl_full
 
 
-class KLLoss(_Method):
+class KLLoss(Method):
     """The KL in the loss; `function` computes it from log-probs and a mask.
 
     Names with "+" have the estimator's value but the gradient of the true KL.
@@ -81,27 +101,28 @@ class KLLoss(_Method):
     K3 = "k3", lambda: methods.plain_k3
 
 
-class Advantage(_Method):
+class Advantage(Method):
     """The advantage estimator; `function` makes it from the settings and a mapped axis.
 
-    The items after the function name what it reads besides rewards: the `values` of a critic, or
-    the `groups` of responses to the same prompt.
+    Besides rewards, it may read the `values` of a critic, the `groups` of responses to the same
+    prompt, and settings.
     """
 
-    GAE = "gae", lambda: methods.with_settings(estimators.gae, "gamma", "lam"), "values"
-    VAPO = "vapo", lambda: methods.with_settings(estimators.vapo_gae, "gamma"), "values"
-    SAO = "sao", lambda: methods.with_settings(estimators.sao_gae, "gamma"), "values"
-    EVPO = "evpo", lambda: estimators.evpo, "values"
-    MONTE_CARLO = "monte_carlo", lambda: methods.with_settings(estimators.monte_carlo, "gamma")
+    GAE = "gae", lambda: methods.with_settings(estimators.gae), "values", "gamma", "lam"
+    VAPO = "vapo", lambda: methods.with_settings(estimators.vapo_gae), "values", "gamma"
+    SAO = "sao", lambda: methods.with_settings(estimators.sao_gae), "values", "gamma"
+    EVPO = "evpo", lambda: estimators.evpo, "values", "gamma", "lam"
+    MONTE_CARLO = "monte_carlo", lambda: methods.with_settings(estimators.monte_carlo), "gamma"
     GRPO = "grpo", lambda: estimators.of_groups(groups.grpo_advantages), "groups"
     DR_GRPO = "dr_grpo", lambda: estimators.of_groups(groups.dr_grpo_advantages), "groups"
     RLOO = "rloo", lambda: estimators.of_groups(groups.rloo_advantages), "groups"
     MAXRL = "maxrl", lambda: estimators.of_groups(groups.maxrl_advantages), "groups"
-    REINFORCE_PP = "reinforce_pp", lambda: estimators.reinforce_pp(baseline=False)
+    REINFORCE_PP = "reinforce_pp", lambda: estimators.reinforce_pp(baseline=False), "gamma"
     REINFORCE_PP_BASELINE = (
         "reinforce_pp_baseline",
         lambda: estimators.reinforce_pp(baseline=True),
         "groups",
+        "gamma",
     )
     BATCH_MEAN = "batch_mean", lambda: estimators.batch_mean
 
@@ -116,34 +137,35 @@ class Advantage(_Method):
         return "groups" in self.reads
 
 
-class Loss(_Method):
+class Loss(Method):
     """The loss of a minibatch and its metrics; `function` makes both from the settings.
 
-    `clip_low` may be over 1 only in a loss that has "any clip_low" after its function. In the
-    others it is the bound of a ratio or of a probability.
+    `clip_low` may be over 1 only in a loss that has "any clip_low" in its line. In the others it is
+    the bound of a ratio or of a probability.
     """
 
-    PPO = "ppo", lambda: methods.clipped_ppo
-    CISPO = "cispo", lambda: methods.clipped(policy_losses.cispo_loss), "any clip_low"
-    DIS = "dis", lambda: methods.clipped(policy_losses.dis_loss)
-    DPPO_TV = "dppo_tv", lambda: methods.clipped(dppo.dppo_loss)
+    PPO = "ppo", lambda: methods.clipped_ppo, *_CLIP, "dual_clip"
+    CISPO = "cispo", lambda: methods.clipped(policy_losses.cispo_loss), *_CLIP, _ANY
+    DIS = "dis", lambda: methods.clipped(policy_losses.dis_loss), *_CLIP
+    DPPO_TV = "dppo_tv", lambda: methods.clipped(dppo.dppo_loss), *_CLIP
     DPPO_KL = (
         "dppo_kl",
         lambda: methods.clipped(dppo.dppo_loss, divergence=dppo.binary_kl),
-        "any clip_low",
+        *_CLIP,
+        _ANY,
     )
     SAPO = "sapo", lambda: methods.unclipped(policy_losses.sapo_loss)
-    GSPO = "gspo", lambda: methods.clipped(sequence_losses.gspo_loss)
-    GMPO = "gmpo", lambda: methods.clipped(sequence_losses.gmpo_loss), "any clip_low"
+    GSPO = "gspo", lambda: methods.clipped(sequence_losses.gspo_loss), *_CLIP
+    GMPO = "gmpo", lambda: methods.clipped(sequence_losses.gmpo_loss), *_CLIP, _ANY
     VESPO = "vespo", lambda: methods.unclipped(sequence_losses.vespo_loss)
 
     @property
     def any_clip_low(self) -> bool:
         """Whether `clip_low` may be over 1."""
-        return "any clip_low" in self.reads
+        return _ANY in self.reads
 
 
-class Weighting(_Method):
+class Weighting(Method):
     """How the loss weighs tokens; `function` computes the mean or sum and its divisor."""
 
     TOKEN = "token", lambda: masked.BY_TOKEN
@@ -153,7 +175,7 @@ class Weighting(_Method):
     TOKEN_SUM = "token_sum", lambda: aggregation.TOKEN_SUM
 
 
-class Importance(_Method):
+class Importance(Method):
     """The weights of tokens that a sampler drew whose log-probs differ from the trainer's.
 
     `function` computes them from the log-probs of both and a mask; its keywords `low` and `high`
@@ -161,13 +183,14 @@ class Importance(_Method):
     """
 
     NONE = "none", lambda: None
-    TIS = "tis", lambda: methods.truncated(0.0, 2.0)
-    SEQUENCE_TIS = "sequence_tis", lambda: methods.truncated(0.0, 2.0, by_response=True)
-    ICEPOP = "icepop", lambda: methods.bounded(0.5, 5.0)
-    SEQUENCE_MASK = "sequence_mask", lambda: methods.bounded(0.0, 3.0, by_response=True)
+    TIS = "tis", lambda: methods.truncated(0.0, 2.0), *_BOUNDS
+    SEQUENCE_TIS = "sequence_tis", lambda: methods.truncated(0.0, 2.0, by_response=True), *_BOUNDS
+    ICEPOP = "icepop", lambda: methods.bounded(0.5, 5.0), *_BOUNDS
+    SEQUENCE_MASK = "sequence_mask", lambda: methods.bounded(0.0, 3.0, by_response=True), *_BOUNDS
     GEOMETRIC_MASK = (
         "geometric_mask",
         lambda: partial(importance.sequence_masked_weights, low=0.5, high=5.0),
+        *_BOUNDS,
     )
 
     @property

@@ -1,8 +1,14 @@
-"""The settings of a critic with an optimizer of its own."""
+"""Which critic a run has, and the settings of a critic with an optimizer of its own."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.ppo.unread import check_critic_settings
+
+if TYPE_CHECKING:
+    from ppo_jax.ppo.settings import PPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +67,46 @@ class CriticConfig:
                 f"critic.{changed[0]}={getattr(self, changed[0])} is for a critic with its own "
                 "optimizer; set critic.learning_rate as well."
             )
+
+
+def choose_critic(
+    critic: str | Path, ppo: "PPOConfig", *, own_advantage: bool = False
+) -> str | Path:
+    """Return the critic that "auto" stands for, and check that the settings go with the critic.
+
+    Args:
+      critic: "auto", or another critic that `assemble` takes.
+      ppo: the settings.
+      own_advantage: whether a function of one's own replaces `ppo.advantage`. It may read values or
+        not, so that every critic goes with it, and "auto" is a separate one.
+
+    Returns:
+      The critic; "auto" becomes "none" if the advantage estimator reads no values, and "separate"
+      otherwise.
+
+    Raises:
+      SettingError: if the estimator reads values and there is no critic, or the other way round, or
+        if a setting has no effect with the critic.
+
+    Example:
+      >>> from ppo_jax import PPOConfig
+      >>> choose_critic("auto", PPOConfig())
+      'separate'
+      >>> choose_critic("auto", PPOConfig(advantage="grpo", group_size=2))
+      'none'
+    """
+    reads = own_advantage or ppo.advantage.reads_values
+    if critic == "auto":
+        critic = "separate" if reads else "none"
+    if critic == "none" and reads and not own_advantage:
+        raise SettingError(
+            "critic=none needs an advantage estimator that reads no values, but "
+            f"advantage={ppo.advantage.value} reads them."
+        )
+    if critic != "none" and not reads:
+        raise SettingError(
+            f"critic={critic} needs an advantage estimator that reads values, but "
+            f"advantage={ppo.advantage.value} reads none; leave out the critic."
+        )
+    check_critic_settings(ppo, str(critic))
+    return critic

@@ -2,28 +2,10 @@
 
 from jax import Array
 
-from ppo_jax.errors import SettingError
 from ppo_jax.ops.entropy_control import EntropyState
 from ppo_jax.ppo.controllers import entropy_controller
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.types import LossFn, Metrics
-
-
-def entropy_weight(
-    config: PPOConfig, state: EntropyState | None, loss_fn: LossFn | None = None
-) -> Array | None:
-    """Return the adaptive weight of the entropy, `[]` float32, or None if the weight is constant.
-
-    Raises:
-      SettingError: if the weight adapts, but a loss that does not read it replaces that of the
-        settings.
-    """
-    if state is not None and loss_fn is not None:
-        raise SettingError(
-            f"entropy_target={config.entropy_target} adapts a weight that a loss_fn of your own "
-            "does not read; leave out one of them."
-        )
-    return None if state is None else state.weight
+from ppo_jax.types import Metrics
 
 
 def next_entropy(

@@ -23,6 +23,7 @@ from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import score_rollout
 from ppo_jax.ppo.state import SAMPLE, Agent, PPOState, overlay
 from ppo_jax.ppo.state import init_state as init_state
+from ppo_jax.ppo.unread import check_loss_fn
 from ppo_jax.types import AdvantageFn, AxisName, LossFn, Metrics, Params, Rollout, Scores
 
 
@@ -231,7 +232,7 @@ def learn(
 
     Raises:
       SettingError: if there are `token_scores` and the settings scale or clip scores, if a group of
-        responses is not intact, or if `loss_fn` cannot read an adaptive weight of the entropy.
+        responses is not intact, or if a setting has no effect because `loss_fn` does not read it.
       ValueError: if the minibatches and micro-batches do not divide the number of rows.
       AssertionError: if shapes disagree, those that `advantage_fn` returns included.
 
@@ -252,6 +253,7 @@ def learn(
       Array(16., dtype=float32)
     """
     c = agent.config
+    check_loss_fn(c, loss_fn)
     scale, rollout, experience, before = prepare(
         c,
         state,

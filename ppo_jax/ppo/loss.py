@@ -13,9 +13,12 @@ from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.forward import forward_fn
 from ppo_jax.ppo.loss_terms import LossTerm, loss_terms
 from ppo_jax.ppo.methods import with_policy_loss
+from ppo_jax.ppo.own_functions import takes_experience
 from ppo_jax.ppo.packing import Bins
 from ppo_jax.ppo.state import Agent
+from ppo_jax.ppo.unread import held_values, hold
 from ppo_jax.types import (
+    Aggregate,
     Counts,
     CriticFn,
     Experience,
@@ -111,7 +114,7 @@ def ppo_loss_fn(
         )
         return total, LossMetrics({"loss/total": total, **named, **moved.mean}, moved.max)
 
-    return loss_fn
+    return hold(loss_fn, held_values(loss, terms))
 
 
 def agent_loss_fn(
@@ -124,7 +127,8 @@ def agent_loss_fn(
 
     Args:
       agent: model, critic and settings.
-      policy_loss: loss of the policy to use instead of the one that the settings name.
+      policy_loss: loss of the policy to use instead of the one that the settings name. If it has a
+        keyword-only parameter `experience`, it gets the `Experience` of the micro-batch as well.
       entropy_coef: `[]` float32, weight of the entropy to use instead of that of the settings.
 
     Returns:
@@ -132,6 +136,11 @@ def agent_loss_fn(
       loss unless there is no critic.
     """
     config = agent.config
+    # A weight that adapts is the argument `entropy_coef`.
+    held = vars(config) | {"entropy_target": None}
+    if policy_loss is not None and takes_experience(policy_loss):
+        make = partial(agent_loss_fn, agent, entropy_coef=entropy_coef)
+        return hold(_with_experience(make, policy_loss), held)
     if agent.critic is no_critic:
         config = replace(config, vf_coef=0.0)
     own, metrics = (
@@ -140,7 +149,7 @@ def agent_loss_fn(
         else with_policy_loss(config, policy_loss)
     )
     loss: Callable[..., tuple[Array, Metrics]] = own
-    return ppo_loss_fn(
+    loss_fn = ppo_loss_fn(
         agent.model,
         agent.critic,
         loss if entropy_coef is None else partial(loss, entropy_coef=entropy_coef),
@@ -151,3 +160,20 @@ def agent_loss_fn(
         bins=config.bins,
         terms=loss_terms(config),
     )
+    return hold(loss_fn, held)
+
+
+def _with_experience(make: Callable[..., LossFn], policy_loss: Callable[..., Array]) -> LossFn:
+    """Make a loss whose loss of the policy gets the micro-batch as `experience`."""
+
+    def loss_fn(params: Params, batch: Experience, counts: Counts) -> tuple[Array, LossMetrics]:
+        alone: PolicyLossFn = partial(_without_keyword, policy_loss, batch)
+        return make(policy_loss=alone)(params, batch, counts)
+
+    return loss_fn
+
+
+def _without_keyword(
+    policy_loss: Callable[..., Array], experience: Experience, *arrays: Array, aggregate: Aggregate
+) -> Array:
+    return policy_loss(*arrays, experience=experience, aggregate=aggregate)

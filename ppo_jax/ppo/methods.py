@@ -1,5 +1,6 @@
 """Helpers that build the methods listed in `ppo_jax.ppo.choices`."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,13 @@ def unclipped(policy_loss: losses.PolicyLossFn) -> Callable[["PPOConfig"], Any]:
     return lambda config: with_policy_loss(config, policy_loss)
 
 
-def with_settings(make: Callable[..., AdvantageFn], *names: str) -> Callable[..., AdvantageFn]:
-    """Make a function of the settings from a maker of estimators that takes some of them."""
+def with_settings(make: Callable[..., AdvantageFn]) -> Callable[..., AdvantageFn]:
+    """Make a function of the settings from a maker of estimators that takes some of them.
+
+    Those are the parameters of the maker that have no default.
+    """
+    parameters = inspect.signature(make).parameters.items()
+    names = [name for name, parameter in parameters if parameter.default is parameter.empty]
     return lambda config, axis_name=None: make(**{name: getattr(config, name) for name in names})
 
 

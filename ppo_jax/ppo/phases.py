@@ -9,7 +9,6 @@ from flax.training.train_state import TrainState
 
 from ppo_jax.ops.metrics import explained_variance
 from ppo_jax.ppo.critic import no_critic, value_loss_fn
-from ppo_jax.ppo.entropy import entropy_weight
 from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.scoring import score_rollout
 from ppo_jax.ppo.settings import PPOConfig
@@ -71,7 +70,7 @@ def _train_policy(
     """Train the policy, and with it the critic if the critic has no optimizer of its own."""
     c = agent.config
     earlier_updates = jnp.maximum(state.update - c.critic.warmup_updates, 0)
-    entropy_coef = entropy_weight(c, state.entropy, loss_fn)
+    entropy_coef = None if state.entropy is None else state.entropy.weight
     return ppo_update(
         schedule_at(state.train, earlier_updates * (c.epochs * c.minibatches)),
         experience,

@@ -1,14 +1,12 @@
 """Checks of the settings of a PPO iteration, before anything is compiled."""
 
-import enum
 from collections.abc import Callable
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from ppo_jax.errors import SettingError, check_numbers
-from ppo_jax.ops.options import choose
+from ppo_jax.errors import SettingError, check_choices, check_numbers
 from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo.choices import Importance, Loss, OldLogprobs
+from ppo_jax.ppo.unread import check_read
 
 _BLOCK = 64  # A sequence begins at a multiple of so many slots of a bin, as in `ppo.packing`.
 
@@ -44,27 +42,13 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 
 
-def look_up_names(config: "PPOConfig") -> None:
-    """Replace each method that is given by its name by the member of its enumeration.
-
-    Raises:
-      SettingError: if there is no method of this name.
-    """
-    for field in fields(config):
-        if isinstance(field.default, enum.Enum):
-            try:
-                member = choose(type(field.default), getattr(config, field.name), field.name)
-            except ValueError as error:
-                raise SettingError(str(error)) from None
-            object.__setattr__(config, field.name, member)  # The settings are frozen.
-
-
 def check_settings(config: "PPOConfig") -> None:
     """Check every setting, and the settings that go together.
 
     Raises:
       SettingError: if a setting is out of range, or one that must divide another does not.
     """
+    check_choices(config)
     check_numbers(config)
     for rule, holds, names in _RANGES:
         for name in names.split():
@@ -87,6 +71,7 @@ def check_settings(config: "PPOConfig") -> None:
             "responses that are sampled at a time."
         )
     _check_length(config.pack, config.score_at)
+    check_read(config)
     _check_methods(config)
     _check_importance(config)
     if not 0 <= config.min_new_tokens <= config.max_new_tokens:
@@ -107,11 +92,6 @@ def _check_methods(config: "PPOConfig") -> None:
     if config.clip_low > 1 and not config.loss.any_clip_low:
         raise SettingError(
             f"clip_low must lie in 0 .. 1 with loss={config.loss.value}, but is {config.clip_low}."
-        )
-    if config.dual_clip is not None and config.loss is not Loss.PPO:
-        raise SettingError(
-            f"dual_clip={config.dual_clip} needs loss=ppo, because loss={config.loss.value} has no "
-            "dual clip."
         )
     if advantage.reads_groups and config.group_size == 1:
         raise SettingError(
@@ -143,8 +123,6 @@ def _check_importance(config: "PPOConfig") -> None:
             f"importance={importance.value} needs old_logprobs=scored, because the ratio to the "
             "sampler's log-probs holds the same weight already."
         )
-    if bounds is not None and importance is Importance.NONE:
-        raise SettingError("importance_range needs importance, which is none.")
     if bounds is not None and not 0 <= bounds[0] <= bounds[1]:
         raise SettingError(
             f"importance_range must be two numbers with 0 <= lower <= upper, not {bounds}."

@@ -19,7 +19,7 @@ from ppo_jax.ppo.choices import (
     Weighting,
 )
 from ppo_jax.ppo.critic_settings import CriticConfig
-from ppo_jax.ppo.setting_checks import check_settings, look_up_names
+from ppo_jax.ppo.setting_checks import check_settings
 
 if TYPE_CHECKING:
     from ppo_jax.ppo.packing import Bins
@@ -234,8 +234,7 @@ class PPOConfig:
     """How the critic is trained, if it has an optimizer of its own."""
 
     def __post_init__(self) -> None:
-        """Look up the methods that are given by name, and check every setting."""
-        look_up_names(self)
+        """Check every setting, and look up the methods that are given by name."""
         check_settings(self)
 
     @property

@@ -18,11 +18,12 @@ from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora import adapt
 from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.models.transformer import language_model
+from ppo_jax.ppo.critic_settings import choose_critic
 from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_key, overlay
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
-from ppo_jax.run.parts import check_critic, make_critic, reference_model
+from ppo_jax.run.parts import make_critic, reference_model
 from ppo_jax.types import Params
 
 _CRITIC, _ADAPTERS = 0, 1  # each part of the new parameters has a key of its own
@@ -143,7 +144,8 @@ def assemble(
     tokenizer: Any,
     ppo: PPOConfig,
     *,
-    critic: str | Path = "separate",
+    critic: str | Path = "auto",
+    own_advantage: bool = False,
     lora: LoRA | None = None,
     adapters: Params | None = None,
     reference: Pretrained | None = None,
@@ -158,10 +160,12 @@ def assemble(
       policy: the policy, as `load_model` returns it.
       tokenizer: its tokenizer.
       ppo: the settings of the PPO iteration.
-      critic: "shared" for a value head on the policy's trunk, "separate" for a critic with its own
-        trunk that starts from the policy, "none" for an advantage estimator that reads no values,
-        or the folder or Hugging Face id of a reward model with one label that the critic starts
-        from.
+      critic: "auto" for no critic if `ppo.advantage` reads no values and a separate one otherwise,
+        "none" for no critic, "shared" for a value head on the policy's trunk, "separate" for a
+        critic with its own trunk that starts from the policy, or the folder or Hugging Face id of a
+        reward model with one label that the critic starts from.
+      own_advantage: `Trainer` or `learn` will get an `advantage_fn` in place of `ppo.advantage`.
+        Every critic goes with it, and "auto" is a separate one.
       lora: low-rank adapters to train instead of the whole model; the model itself is then frozen
         and serves as the reference policy.
       adapters: trained adapters of the policy to start from, of the settings `lora`. The reference
@@ -179,7 +183,7 @@ def assemble(
 
     Raises:
       SettingError: if a number of rows in `ppo` does not divide evenly over the devices, or the
-        settings need a critic and there is none.
+        settings do not go with the critic.
       ValueError: if the critic or the reference cannot read the policy's tokens, if a stop token is
         not a single token, or if `top_k` exceeds the vocabulary.
 
@@ -195,7 +199,7 @@ def assemble(
       (0, 2)
     """
     check_top_k(ppo.top_k, policy.config)
-    check_critic(critic, ppo)
+    critic = choose_critic(critic, ppo, own_advantage=own_advantage)
     ref_model, ref_positions = reference_model(reference, policy.config)
     stops = stop_ids(tokenizer, policy, stop_tokens)
     if lora is not None:

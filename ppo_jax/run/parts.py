@@ -10,7 +10,6 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import Mesh
 
-from ppo_jax.errors import SettingError
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import scorers
@@ -19,23 +18,7 @@ from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.critic import no_critic
-from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.types import CriticFn, LanguageModel, Params
-
-
-def check_critic(critic: str | Path, ppo: PPOConfig) -> None:
-    """Raise SettingError if a run without a critic has settings that need one."""
-    if critic != "none":
-        return
-    if ppo.advantage.reads_values:
-        raise SettingError(
-            "critic=none needs an advantage estimator that reads no values, but "
-            f"advantage={ppo.advantage.value} reads them."
-        )
-    if ppo.critic.learning_rate is not None:
-        raise SettingError(
-            f"critic.learning_rate={ppo.critic.learning_rate} needs a critic, but critic=none."
-        )
 
 
 def make_critic(

@@ -13,7 +13,7 @@ from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.files import read_json, write_json
-from ppo_jax.run.serialize import to_json
+from ppo_jax.run.serialize import to_json, without_unread
 from ppo_jax.run.settings import LoopConfig
 
 _LOG = logging.getLogger(__name__)
@@ -201,6 +201,9 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
     parts = {"loop": LoopConfig()} | ({} if file == SUPERVISED else {"ppo": PPOConfig()})
     for part, defaults in parts.items():
         config["settings"][part] = to_json(defaults) | (config["settings"].get(part) or {})
+    if file != SUPERVISED:
+        for group in (config["settings"], config["settings"].get("command") or {}):
+            group["ppo"] = without_unread(group.get("ppo") or {})
     return config
 
 

@@ -1,5 +1,6 @@
 """Convert settings to the types that JSON has, and back."""
 
+import contextlib
 import json
 from typing import Any, TypeVar
 
@@ -7,6 +8,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from ppo_jax.errors import SettingError
+from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.ppo.unread import find_unread
 
 Settings = TypeVar("Settings")
 
@@ -53,3 +56,22 @@ def from_json(kind: type[Settings], stored: Any) -> Settings:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise SettingError(f"{name}: {first['msg']}.") from error
+
+
+def without_unread(ppo: dict[str, Any]) -> dict[str, Any]:
+    """Return stored settings of PPO with the defaults of those that have no effect.
+
+    Older versions accepted other values of these.
+
+    Args:
+      ppo: the settings in the types of JSON; some may be missing.
+
+    Example:
+      >>> without_unread({"advantage": "grpo", "gamma": 0.9, "group_size": 2})
+      {'advantage': 'grpo', 'gamma': 1.0, 'group_size': 2}
+    """
+    usual = to_json(PPOConfig())
+    with contextlib.suppress(ValueError):  # A method that does not exist is refused elsewhere.
+        unread = {name for name, _ in find_unread(usual | ppo, PPOConfig)}
+        return {name: usual[name] if name in unread else x for name, x in ppo.items()}
+    return ppo

@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.errors import SettingError, check_choices, check_numbers
 
 OnFault = Literal["stop", "skip"]
 Resume = Literal["no", "yes", "auto"]
@@ -38,6 +38,7 @@ class Faults:
     """Seconds after which a call of the reward counts as failed; none sets no limit."""
 
     def __post_init__(self) -> None:
+        check_choices(self, prefix="faults.")
         check_numbers(self)
         if self.reward_retries < 0:
             raise SettingError(

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from ppo_jax import data
 from ppo_jax.distributed import compilation, placement, processes
 from ppo_jax.errors import Fault, NonFiniteParametersError
+from ppo_jax.ppo.own_functions import check_advantage_fn, own_name
 from ppo_jax.ppo.state import PPOState
+from ppo_jax.ppo.unread import check_loss_fn
 from ppo_jax.reward_functions import RewardFn
 from ppo_jax.run import faults
 from ppo_jax.run.assembly import Learner
@@ -88,7 +90,9 @@ class Trainer:
           loss_fn: replaces the loss that `ppo.loss` names.
 
         Raises:
-          SettingError: if the settings do not fit the devices or the run that is resumed.
+          SettingError: if the settings do not fit the devices or the run that is resumed, if one
+            has no effect because `loss_fn` does not read it, or if `advantage_fn` fails or returns
+            arrays of other shapes.
           ValueError: if the folder cannot be used, or the run in it cannot be resumed.
         """
         if eval_prompts is not None:  # padded to the same length, so that one program samples both
@@ -98,6 +102,7 @@ class Trainer:
         self.loop, self.out = loop, out
         agent, mesh = learner.agent, learner.mesh
         learner.check(prompts)
+        _check_functions(learner, prompts.tokens.shape[1], advantage_fn, loss_fn)
         claim = claim_folder(out, resume)
         params, frozen, ref_params = (
             placement.place(tree, mesh)
@@ -267,3 +272,17 @@ class Trainer:
     def _warn(self, update: int, fault: Fault) -> None:
         if processes.is_first():
             tqdm.write(f"ppo-jax: Update {update}: {fault}", file=sys.stderr)
+
+
+def _check_functions(
+    learner: Learner,
+    prompt_tokens: int,
+    advantage_fn: AdvantageFn | None,
+    loss_fn: LossFn | None,
+) -> None:
+    """Check the functions that replace methods of the settings."""
+    config = learner.agent.config
+    check_loss_fn(config, loss_fn)
+    if advantage_fn is not None and not learner.pmap:  # There it may use the mapped axis.
+        name = own_name("advantage_fn", advantage_fn)
+        check_advantage_fn(advantage_fn, config, prompt_tokens=prompt_tokens, name=name)
