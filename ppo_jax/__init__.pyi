@@ -30,6 +30,7 @@ from .ppo.packing import (
 )
 from .ppo.scoring import score_rollout as score_rollout, make_experience as make_experience
 from .ppo.update import ppo_update as ppo_update
+from .ppo.reference import follow_reference as follow_reference
 from .ppo.gradients import minibatch_gradient as minibatch_gradient
 from .ppo.loss import ppo_loss_fn as ppo_loss_fn
 from .ppo.critic_settings import CriticConfig as CriticConfig

@@ -261,3 +261,11 @@ def attention(q, k, v, seen, weight, cap=None):
         in_k[b, g, see] += np.outer(of_raw, q[b, h, s])
         in_v[b, g, see] += np.outer(weights, weight[b, h, s])
     return out, in_q, in_k, in_v
+
+
+def follow_reference(reference, policy, *, update, every, decay):
+    """Return an array of the reference after an update: the same, or mixed with the policy's."""
+    if update % every:
+        return reference
+    old, new = np.float64(reference), np.float64(policy)
+    return (decay * old + (1 - decay) * new).astype(reference.dtype)

@@ -334,6 +334,30 @@ def test_parameters_and_moments_are_sharded():
             assert x.addressable_shards[0].data.size * 8 == x.size, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("on", [MESHES[3], "pmap"], ids=str)
+def test_a_moving_reference_is_that_of_one_device(on):
+    """It is sharded as the policy, and moves between the second and the third update."""
+    moving = {"reference_every": 2, "reference_decay": 0.5, "kl_loss_coef": 1.0}
+    expected = three_updates("gpt2", "sgd", **moving)
+    assert_same(three_updates("gpt2", "sgd", on=on, **moving), expected, "sgd")
+    fixed = three_updates("gpt2", "sgd", kl_loss_coef=1.0)
+    apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), expected[1], fixed[1])
+    assert max(jax.tree.leaves(apart["policy"])) > 1e-5
+
+
+def test_a_moving_reference_is_sharded_as_the_policy():
+    mesh = meshes.make_mesh({"fsdp": 4, "tensor": 2})
+    _, state, _, _ = start("llama", "adamw", mesh=mesh, reference_decay=0.5)
+    layout = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+    assert layout(state.reference) == layout(state.policy)
+    buffers = [
+        x.addressable_data(0).unsafe_buffer_pointer()
+        for x in jax.tree.leaves((state.reference, state.policy))
+    ]
+    assert len(set(buffers)) == len(buffers)
+
+
 # --- sharding rules, meshes, loading ---
 
 
@@ -382,10 +406,12 @@ def test_invalid_groups_of_devices_are_refused(text, message):
 
 
 @pytest.mark.slow
-def test_devices_that_only_sample_change_no_bit(tmp_path):
+@pytest.mark.parametrize("every", [None, 1])
+def test_devices_that_only_sample_change_no_bit(tmp_path, every):
     learning, sampling = meshes.make_meshes({"data": 2, "rollout": 2})
     assert not set(learning.devices.flat) & set(sampling.devices.flat)
-    options = {"updates": 2, "staleness": 1, "mesh": learning}
+    ppo = dataclasses.replace(FULL_PPO, reference_every=every)
+    options = {"ppo": ppo, "updates": 2, "staleness": 1, "mesh": learning}
     plain = full_trainer(tmp_path / "plain", **options)
     plain.run()
     first = full_trainer(tmp_path / "apart", sampling=sampling, **options)
@@ -400,11 +426,13 @@ def test_devices_that_only_sample_change_no_bit(tmp_path):
     apart = full_trainer(tmp_path / "apart", sampling=sampling, resume="yes", **options)
     apart.run()
     assert digest(apart.state.train) == digest(plain.state.train)
+    assert digest(apart.state.reference) == digest(plain.state.reference)
     assert digest(apart.state.pending) == digest(plain.state.pending)
     assert compare(tmp_path / "plain", tmp_path / "apart") == []
     on = lambda tree: {device for x in jax.tree.leaves(tree) for device in x.devices()}
     assert on(apart.state.pending) == set(sampling.devices.flat)
     assert on(apart.state.train.params) == set(learning.devices.flat)
+    assert every is None or on(apart.state.reference) == set(learning.devices.flat)
     three = meshes.make_mesh({"data": 3}, jax.devices()[5:])
     with pytest.raises(SettingError, match="batch_size=16 rows do not divide evenly over the 3"):
         full_trainer(tmp_path / "three", sampling=three, **options)

@@ -23,7 +23,7 @@ CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 TOKENS = np.array([[1, 2, 3, 4, 5]])
 
 
-def train_arguments(place, out, **more):
+def train_arguments(place, out, *flags, **more):
     given = {
         "model": place / "model",
         "prompts": place / "prompts.txt",
@@ -36,11 +36,11 @@ def train_arguments(place, out, **more):
         "ppo.max-new-tokens": 4,
         "ppo.learning-rate": 0.01,
     } | more
-    return ["train", "--loop.no-progress", "--mesh", "data=1", *options(given)]
+    return ["train", "--loop.no-progress", "--mesh", "data=1", *options(given), *flags]
 
 
-def train(place, out, **more):
-    cli.main(train_arguments(place, out, **more))
+def train(place, out, *flags, **more):
+    cli.main(train_arguments(place, out, *flags, **more))
     return place / out
 
 
@@ -193,6 +193,35 @@ def test_a_fork_starts_from_a_checkpoint_and_says_so(place, tmp_path, capsys):
     assert "update=1 must lie in 2 .. 3" in refused(
         capsys, ["replay", half, "--update", 1, "--out", tmp_path / "before"]
     )
+
+
+@pytest.mark.slow
+def test_a_run_with_a_moving_reference_is_repeated_and_converted(place, tmp_path, capsys):
+    """The reference after two updates is the policy, in a fork and a replay from there too."""
+    moving = {"ppo.reference-every": 2, "ppo.kl-loss-coef": 0.1}
+    run = train(place, tmp_path / "run", **moving)
+    kl = [row["objective/kl"] for row in shown(run)]
+    assert kl[0] == kl[2] == 0 != kl[1]
+    source = {"resume": "fork", "fork-from": run, "fork-update": 1}
+    assert shown(train(place, tmp_path / "fork", **moving, **source)) == shown(run)[1:]
+    source |= {"fork-from": place / "whole", "critic": "shared"}
+    fork = train(place, tmp_path / "other", **moving, **source)
+    assert shown(fork)[0]["objective/kl"] == shown(place / "whole")[1]["objective/kl"] != 0
+    for update in (1, 2):
+        out = tmp_path / str(update)
+        cli.main(["replay", str(run), "--update", str(update), "--out", str(out)])
+        assert "All its metrics are those of the run." in capsys.readouterr().out
+    convert(run, tmp_path / "converted", update=3)
+    want, got = (pretrained.load_policy(x) for x in (run, tmp_path / "converted"))
+    jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_another_reference_cannot_move(place, tmp_path, capsys, flags):
+    given = {"reference": place / "model", "ppo.reference-decay": 0.9}
+    with pytest.raises(SystemExit):
+        train(place, tmp_path / "out", *flags, **given)
+    assert "leave out the other reference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from ppo_jax.reward_functions import load_rewards
 from ppo_jax.run import provenance
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.run.files import check_free, store_url
-from ppo_jax.run.parts import check_vocabulary
+from ppo_jax.run.parts import check_reference, check_vocabulary
 from ppo_jax.run.remote import local_copy
 from ppo_jax.run.resume import read_config, setting_differences
 from ppo_jax.run.serialize import to_json
@@ -99,6 +99,7 @@ def _shapes(config: TransformerConfig) -> Any:
 
 def _read_other_models(options: Train, tokenizer: Any) -> LoRA | None:
     """Read the configs of critic, reference and adapter; return the settings of the adapters."""
+    check_reference(options.reference is not None, options.ppo)
     if options.critic not in ("shared", "separate", "none"):
         stored.read_config(options.critic)
     if options.reference is not None:

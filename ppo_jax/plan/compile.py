@@ -205,12 +205,15 @@ def _state_shapes(
     adapters: lora.LoRA | None,
     mesh: Mesh,
 ) -> tuple[Any, Any, Any]:
-    """Return the state, the frozen parameters and the reference as shapes with shardings."""
+    """Return the state, the frozen parameters and the reference as shapes with shardings.
+
+    The reference is None if it moves, because it is then a part of the state.
+    """
 
     def init() -> tuple[Any, Any, Any]:
         params, frozen, reference = start_params(config, critic=critic, adapters=adapters)
         state = iteration.init_state(agent, params, jax.random.key(0), updates=1)
-        return state, frozen, reference
+        return state, frozen, reference if state.reference is None else None
 
     return placed(jax.eval_shape(init), mesh)
 

@@ -101,7 +101,9 @@ def estimate_memory(
     start = partial(start_params, config, critic=critic, adapters=adapters)
     # With adapters, the policy and the critic share the frozen trunk of the reference.
     params, _, reference = jax.eval_shape(start)
-    trained = size_of(params)
+    trained, fixed = size_of(params), size_of(reference)
+    # Without adapters, the reference that moves takes the place of the fixed one.
+    moving = size_of(params["policy"]) if ppo.moves_reference and adapters is not None else 0
     itemsize, tokens = jnp.dtype(config.dtype).itemsize, prompt_tokens + ppo.max_new_tokens
     at_once, length = (ppo.rows_at_a_time, tokens) if ppo.bins is None else ppo.bins[::-1]
     micro_tokens = at_once * length
@@ -116,7 +118,7 @@ def estimate_memory(
     cached = slots * tokens + (prompt_tokens * rows if slots < rows else 0)
     cache = config.layers * cached * config.key_heads * config.head_width
     return {
-        "parameters and reference": trained + size_of(reference),
+        "parameters and reference": trained + fixed + moving,
         "gradients": trained,
         "AdamW's moments": 2 * trained,
         "activations of a micro-batch": models * (kept + config.remat * block),

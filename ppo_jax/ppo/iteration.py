@@ -19,6 +19,7 @@ from ppo_jax.ppo.entropy import next_entropy
 from ppo_jax.ppo.experience import prepare
 from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.phases import take_steps
+from ppo_jax.ppo.reference import next_reference, reference_params
 from ppo_jax.ppo.rollout import generate
 from ppo_jax.ppo.scoring import score_rollout
 from ppo_jax.ppo.state import SAMPLE, Agent, PPOState, overlay
@@ -31,7 +32,7 @@ from ppo_jax.types import AdvantageFn, AxisName, LossFn, Metrics, Params, Rollou
 def ppo_iteration(
     agent: Agent,
     state: PPOState,
-    ref_params: Params,
+    ref_params: Params | None,
     prompts: Array,
     prompt_mask: Array,
     reward: Callable[[Array, Array, Array], Array],
@@ -41,7 +42,7 @@ def ppo_iteration(
     Args:
       agent: model, critic and settings; static.
       state: the state before the iteration.
-      ref_params: parameters of the reference policy.
+      ref_params: parameters of the reference policy, as in `score`.
       prompts: `[B, P]` int32, padded on the left.
       prompt_mask: `[B, P]` bool, real tokens.
       reward: `reward(tokens [B, T], mask [B, T], response_mask [B, R])` returns scores `[B]`;
@@ -149,7 +150,7 @@ def sampler(agent: Agent) -> Callable[..., Rollout]:
 def score(
     agent: Agent,
     state: PPOState,
-    ref_params: Params,
+    ref_params: Params | None,
     rollout: Rollout,
     *,
     frozen: Params | None = None,
@@ -161,7 +162,8 @@ def score(
     Args:
       agent: model, critic and settings.
       state: the state before the update, which sampled the rollout.
-      ref_params: parameters of the reference policy.
+      ref_params: parameters of the reference policy. They are not read, and may be None, if the
+        state has a `reference` that moves; that of the time of scoring is then used.
       rollout: `B` sampled responses.
       frozen: parameters that are not trained, as in `sample`.
 
@@ -169,6 +171,7 @@ def score(
       The scores under policy, reference and critic.
 
     Raises:
+      ValueError: if there is no reference.
       AssertionError: if the critic does not return values of shape `[B, R]`.
 
     Example:
@@ -188,7 +191,7 @@ def score(
         agent.model,
         agent.critic,
         overlay(frozen, state.params),
-        ref_params,
+        reference_params(state, ref_params, frozen),
         rollout,
         temperature=c.temperature,
         kl_estimator=c.kl_estimator.function,
@@ -272,5 +275,8 @@ def learn(
     metrics = {**before, **learned, "objective/kl_coef": state.kl.coef}
     entropy, more = next_entropy(c, state.entropy, before["objective/entropy"])
     update = state.update + 1
-    state = trained.replace(kl=kl_state, scale=scale, update=update, entropy=entropy)
+    reference = next_reference(c, trained, update)
+    state = trained.replace(
+        kl=kl_state, scale=scale, update=update, entropy=entropy, reference=reference
+    )
     return state, metrics | more

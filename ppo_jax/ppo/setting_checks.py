@@ -27,7 +27,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "be positive, or none",
         lambda x: x > 0,
         "micro_batch rollout_rows rollout_slots pack logit_chunk top_k value_clip "
-        "kl_target score_clip target_kl max_grad_norm overlong_buffer",
+        "kl_target score_clip target_kl max_grad_norm overlong_buffer reference_every",
     ),
     (
         "not be negative",
@@ -37,7 +37,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
     ("lie in 0 .. 1", lambda x: 0 <= x <= 1, "gamma lam"),
     ("lie in 0 .. 1 and be above 0", lambda x: 0 < x <= 1, "top_p"),
-    ("lie in 0 .. 1 and be below 1", lambda x: 0 <= x < 1, "adam_b1 adam_b2"),
+    ("lie in 0 .. 1 and be below 1", lambda x: 0 <= x < 1, "adam_b1 adam_b2 reference_decay"),
     ("be over 1, or none", lambda x: x > 1, "dual_clip"),
 )
 
@@ -88,6 +88,12 @@ def _check_methods(config: "PPOConfig") -> None:
         raise SettingError(
             f"kl_coef must be positive with kl_target={config.kl_target}, because a weight of 0 "
             "cannot adapt."
+        )
+    if config.moves_reference and not config.kl_coef and not config.kl_loss_coef:
+        raise SettingError(
+            f"reference_every={config.reference_every} and reference_decay="
+            f"{config.reference_decay} move a reference that nothing learns from, because kl_coef "
+            "and kl_loss_coef are both 0; set one of the two weights."
         )
     if config.clip_low > 1 and not config.loss.any_clip_low:
         raise SettingError(

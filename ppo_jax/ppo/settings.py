@@ -187,6 +187,14 @@ class PPOConfig:
     """Estimate of the KL in the loss. k2, k1+ and k3+ have the gradient of the
     KL, and the values of the estimators. k3 is as in the released code of
     GRPO, where the gradient is biased (arXiv:2510.01555)."""
+    reference_every: int | None = None
+    """The policy replaces the reference of the KL after every so many updates
+    (TR-DPO, arXiv:2404.09656). None: after each update if reference_decay
+    is set, and never otherwise."""
+    reference_decay: float | None = None
+    """Instead of being replaced, the reference is a moving average of the
+    policy's parameters: it becomes reference_decay times itself plus
+    1 - reference_decay times the policy. None: it is replaced."""
     score_at: ScoreAt = ScoreAt.LAST_TOKEN
     """The step whose reward includes the score: the last token of the
     response, the index after it, or the last index, max_new_tokens - 1."""
@@ -256,6 +264,11 @@ class PPOConfig:
     def critic_epochs(self) -> int:
         """The number of passes that a critic with its own optimizer makes over the responses."""
         return self.critic.epochs or self.epochs
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the reference follows the policy instead of being fixed."""
+        return self.reference_every is not None or self.reference_decay is not None
 
     @property
     def bins(self) -> "Bins | None":

@@ -1,6 +1,7 @@
 """The agent and the state of a PPO iteration. An update changes the state but not the agent."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import flax.struct
@@ -10,6 +11,7 @@ import optax
 from flax.training.train_state import TrainState
 from jax import Array
 
+from ppo_jax.errors import SettingError
 from ppo_jax.ops.entropy_control import EntropyState
 from ppo_jax.ops.kl import KLState
 from ppo_jax.ops.rewards import ScaleState, running_scale
@@ -58,6 +60,9 @@ class PPOState(flax.struct.PyTreeNode):
       pending: rollouts that the next updates learn from, the oldest first. Only a run with a
         staleness has any; `sample`, `score` and `learn` neither read nor return them.
       entropy: state of the controller of the entropy's weight, or None if the weight is constant.
+      reference: parameters of a reference policy that moves, in the structure of those of the
+        policy that are trained; None if the reference is fixed. `score` reads them, and `learn`
+        moves them at its end.
 
     Example:
       >>> train = TrainState(0, None, {"policy": {}, "critic": {}}, None, None)
@@ -75,6 +80,7 @@ class PPOState(flax.struct.PyTreeNode):
     critic: TrainState | None = None
     pending: tuple[Rollout, ...] = ()
     entropy: EntropyState | None = None
+    reference: Params | None = None
 
     @property
     def params(self) -> Params:
@@ -146,7 +152,10 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
         so.
 
     Returns:
-      The state.
+      The state. If the settings move the reference, it starts as the policy.
+
+    Raises:
+      SettingError: if the settings move the reference, and its functions are not the policy's.
 
     Example:
       >>> from ppo_jax import *
@@ -159,7 +168,15 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
       Array(0.05, dtype=float32)
     """
     config = agent.config
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    if config.moves_reference and agent.ref_model is not None:
+        raise SettingError(
+            f"reference_every={config.reference_every} and reference_decay="
+            f"{config.reference_decay} need a reference with the policy's functions, but the agent "
+            "has a ref_model; leave one of them out."
+        )
+    copied = partial(jax.tree.map, lambda x: jnp.array(x, copy=True))
+    reference = copied(params["policy"]) if config.moves_reference else None
+    params = copied(params)
 
     def start(params: Params, tx: optax.GradientTransformation) -> TrainState:
         state = TrainState.create(apply_fn=agent.model.hidden, params=params, tx=tx)
@@ -177,4 +194,5 @@ def init_state(agent: Agent, params: Params, key: Array, *, updates: int) -> PPO
         jnp.int32(0),
         critic=critic,
         entropy=entropy and entropy.init(),
+        reference=reference,
     )

@@ -23,7 +23,7 @@ from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_key, overlay
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
-from ppo_jax.run.parts import make_critic, reference_model
+from ppo_jax.run.parts import check_reference, make_critic, reference_model
 from ppo_jax.types import Params
 
 _CRITIC, _ADAPTERS = 0, 1  # each part of the new parameters has a key of its own
@@ -41,7 +41,8 @@ class Learner(NamedTuple):
       tokenizer: a `transformers` tokenizer.
       frozen: parameters of the same structure that are not trained; `params` take precedence.
       ref_params: the reference policy's parameters; None uses the frozen policy if there is one
-        (the model below the adapters), and the initial policy otherwise.
+        (the model below the adapters), and the initial policy otherwise. It must be None if the
+        settings move the reference, which then starts as the initial policy.
       mesh: the devices, or None for a single device.
       pmap: run a replica on each local device with `jax.pmap` instead of using a mesh.
       sampling: the devices that sample, as `make_meshes` returns them; None for those of `mesh`.
@@ -81,12 +82,18 @@ class Learner(NamedTuple):
         return jax.local_device_count() if self.pmap else meshes.batch_shards(self.mesh)
 
     def check(self, prompts: data.Prompts) -> None:
-        """Raise SettingError if the settings do not fit the devices, or packing the prompts."""
+        """Raise SettingError if the settings do not fit devices, reference or packed prompts."""
         agent, longest = self.agent, prompts.tokens.shape[1] + self.agent.config.max_new_tokens
+        check_reference(self.ref_params is not None, agent.config)
         meshes.check_rows(agent.config, self.row_devices)
         if self.sampling is not None:
             meshes.check_sampled_rows(agent.config, self.sampling)
         check_packing(agent.model, agent.critic, agent.config.bins, longest)
+
+    def without_params(self) -> "Learner":
+        """Return the learner without the parameters that train, so that their memory is freed."""
+        policy = self.policy and self.policy._replace(params={})
+        return self._replace(params={}, policy=policy)
 
     def encode(
         self,
@@ -171,7 +178,8 @@ def assemble(
       adapters: trained adapters of the policy to start from, of the settings `lora`. The reference
         policy is then the model with these adapters.
       reference: another reference policy, which may be of another architecture but must have the
-        policy's vocabulary.
+        policy's vocabulary. None if the settings move the reference, which then starts as the
+        policy.
       mesh: the devices, as `make_mesh` returns them; None for a single device.
       pmap: run a replica on each local device with `jax.pmap` instead.
       seed: seed of the new parameters, those of the value head and the adapters.
@@ -200,6 +208,7 @@ def assemble(
     """
     check_top_k(ppo.top_k, policy.config)
     critic = choose_critic(critic, ppo, own_advantage=own_advantage)
+    check_reference(reference is not None, ppo)
     ref_model, ref_positions = reference_model(reference, policy.config)
     stops = stop_ids(tokenizer, policy, stop_tokens)
     if lora is not None:
@@ -213,7 +222,8 @@ def assemble(
         params, frozen = adapt(params, init_key(seed, _ADAPTERS), lora)
         if adapters is not None:
             params["policy"] = adapters
-            ref_params = ref_params or overlay(policy.params, adapters)
+            if not ppo.moves_reference:
+                ref_params = ref_params or overlay(policy.params, adapters)
     learner = Learner(
         agent,
         params,

@@ -64,7 +64,8 @@ class Collector(NamedTuple):
     Attributes:
       learner: the agent, the tokenizer and the devices.
       steps: the compiled steps.
-      ref_params: the reference policy's parameters.
+      ref_params: the reference policy's parameters; None if the state holds those of a reference
+        that moves.
       frozen: the parameters that are not trained, or None.
       reward: the reward.
       limits: the number of retries and the time limit of a call of the reward.
@@ -72,7 +73,7 @@ class Collector(NamedTuple):
 
     learner: Learner
     steps: Steps
-    ref_params: Params
+    ref_params: Params | None
     frozen: Params | None
     reward: RewardFn
     limits: Faults

@@ -39,7 +39,8 @@ def start_from(
 
     Parameters, the optimizer's state, the moments of the scores and the number of updates are those
     of the checkpoint. The random key is the new run's. The KL controller keeps its state unless
-    one of its settings has changed.
+    one of its settings has changed. A moving reference is that of the checkpoint if both runs move
+    it, and starts as in a new run otherwise.
 
     Args:
       fork: the checkpoint.
@@ -57,7 +58,8 @@ def start_from(
     """
     run = local_copy(fork.run)
     before = read_config(run)
-    stored = read_checkpoint(run, state, fork.which)
+    like = state.replace(reference=state.policy if _moves(before["settings"]) else None)
+    stored = read_checkpoint(run, like, fork.which)
     update = int(stored.update)
     if update >= updates:
         raise SettingError(
@@ -67,6 +69,8 @@ def start_from(
     old, new = before["settings"]["ppo"], config.settings["ppo"]
     if any(old[name] != new[name] for name in _CONTROLLER):
         stored = stored.replace(kl=state.kl)
+    if state.reference is None or stored.reference is None:
+        stored = stored.replace(reference=state.reference)
     changes = [
         *setting_differences(before["settings"], config.settings),
         *provenance.differences(before["hashes"], config.hashes, "hash of"),
@@ -78,3 +82,9 @@ def start_from(
         "changes": {name: [a, b] for name, a, b in changes},
     }
     return stored.replace(key=state.key), origin
+
+
+def _moves(settings: dict[str, Any]) -> bool:
+    """Return whether the reference of a run with these settings moves."""
+    ppo = settings["ppo"]
+    return ppo["reference_every"] is not None or ppo["reference_decay"] is not None

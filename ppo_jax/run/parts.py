@@ -83,6 +83,15 @@ def reference_model(
     return None if same else language_model(reference.config), reference.config.positions
 
 
+def check_reference(given: bool, ppo: PPOConfig) -> None:
+    """Raise SettingError if another reference is given to settings that move the reference."""
+    if given and ppo.moves_reference:
+        raise SettingError(
+            f"reference_every={ppo.reference_every} and reference_decay={ppo.reference_decay} move "
+            "a reference that starts as the policy; leave out the other reference."
+        )
+
+
 def initial_reference(params: Params, frozen: Params | None, ref_params: Params | None) -> Params:
     """Return the reference policy's parameters; see `Learner.ref_params`."""
     return ref_params or (frozen or {}).get("policy") or params["policy"]

@@ -132,6 +132,9 @@ class Trainer:
         )
         self.state, self.checkpoints, self.log = opened.state, opened.checkpoints, opened.log
         steps = compiled_steps(learner, state, frozen, advantage_fn=advantage_fn, loss_fn=loss_fn)
+        if state.reference is not None:  # No copy of the initial policy has to stay in memory.
+            ref_params = None
+            self.learner = learner = learner.without_params()
         self.collector = Collector(learner, steps, ref_params, frozen, reward, loop.faults)
         self.schedule = Schedule(self.collector, prompts, loop.seed, loop.staleness)
 
