@@ -120,13 +120,16 @@ class Loss(_Method):
     """The loss of a minibatch and its metrics; `function` makes both from the settings."""
 
     PPO = "ppo", lambda: methods.clipped_ppo
-    CISPO = "cispo", lambda: methods.clipped(policy_losses.cispo_loss)
-    DIS = "dis", lambda: methods.clipped(policy_losses.dis_loss)
-    DPPO_TV = "dppo_tv", lambda: methods.clipped(dppo.dppo_loss)
-    DPPO_KL = "dppo_kl", lambda: methods.clipped(dppo.dppo_loss, divergence=dppo.binary_kl)
+    CISPO = "cispo", lambda: methods.clipped(policy_losses.cispo_loss, policy_losses.cispo_clip)
+    DIS = "dis", lambda: methods.clipped(policy_losses.dis_loss, policy_losses.dis_clip)
+    DPPO_TV = "dppo_tv", lambda: methods.clipped(dppo.dppo_loss, dppo.dppo_clip)
+    DPPO_KL = (
+        "dppo_kl",
+        lambda: methods.clipped(dppo.dppo_loss, dppo.dppo_clip, divergence=dppo.binary_kl),
+    )
     SAPO = "sapo", lambda: methods.unclipped(policy_losses.sapo_loss)
-    GSPO = "gspo", lambda: methods.clipped(sequence_losses.gspo_loss)
-    GMPO = "gmpo", lambda: methods.clipped(sequence_losses.gmpo_loss)
+    GSPO = "gspo", lambda: methods.clipped(sequence_losses.gspo_loss, sequence_losses.gspo_clip)
+    GMPO = "gmpo", lambda: methods.clipped(sequence_losses.gmpo_loss, sequence_losses.gmpo_clip)
     VESPO = "vespo", lambda: methods.unclipped(sequence_losses.vespo_loss)
 
 
