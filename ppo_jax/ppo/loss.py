@@ -111,7 +111,8 @@ def ppo_loss_fn(
             count=counts.tokens,
         )
         if critic is not no_critic:
-            named |= value_errors(out.values, batch.returns, batch.value_mask, count=counts.steps)
+            errors = value_errors(out.values, batch.returns, batch.value_mask, count=counts.steps)
+            named = {**named, **errors}
         return total, LossMetrics({"loss/total": total, **named, **moved.mean}, moved.max)
 
     return loss_fn
