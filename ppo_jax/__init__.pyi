@@ -84,8 +84,11 @@ from .ops.baselines import (
 
 # Losses of the policy by token and by response, of the values, and of both.
 from .ops.ratios import policy_ratio as policy_ratio
+from .ops.clips import Clip as Clip, ClipFn as ClipFn, ratio_clip as ratio_clip
 from .ops.policy_losses import (
+    cispo_clip as cispo_clip,
     cispo_loss as cispo_loss,
+    dis_clip as dis_clip,
     dis_loss as dis_loss,
     sapo_loss as sapo_loss,
 )
@@ -93,6 +96,7 @@ from .ops.dppo import (
     Divergence as Divergence,
     binary_kl as binary_kl,
     binary_tv as binary_tv,
+    dppo_clip as dppo_clip,
     dppo_loss as dppo_loss,
 )
 from .ops.decoupled import (
@@ -100,7 +104,9 @@ from .ops.decoupled import (
     interpolated_logprobs as interpolated_logprobs,
 )
 from .ops.sequence_losses import (
+    gmpo_clip as gmpo_clip,
     gmpo_loss as gmpo_loss,
+    gspo_clip as gspo_clip,
     gspo_loss as gspo_loss,
     vespo_loss as vespo_loss,
 )

@@ -254,6 +254,7 @@ class Counts(NamedTuple):
       policy: `[]` float32, the denominator of the policy loss.
       value: `[]` float32, the denominator of the value loss.
       good: `[]` float32, the number of tokens of responses with a score above 0, or None.
+      steps: `[]` float32, the number of steps in the value mask, or None.
 
     Example:
       >>> Counts(tokens=30.0, policy=4.0, value=4.0).policy  # The loss averages over 4 responses.
@@ -264,6 +265,7 @@ class Counts(NamedTuple):
     policy: Array
     value: Array
     good: Array | None = None
+    steps: Array | None = None
 
 
 class LossFn(Protocol):

@@ -31,6 +31,7 @@ from ppo_jax.models.io.families import gpt2
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ops import losses
+from ppo_jax.ops.clips import ratio_clip
 from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ppo import rollout
 from ppo_jax.ppo.estimators import gae
@@ -583,7 +584,9 @@ LOSS = (  # with its metrics, as `ppo_loss_fn` takes them
     functools.partial(
         losses.ppo_loss, clip_low=0.2, clip_high=0.2, value_clip=0.2, vf_coef=0.1, entropy_coef=0.01
     ),
-    functools.partial(policy_metrics, clip_low=0.2, clip_high=0.2),
+    functools.partial(
+        policy_metrics, clip=functools.partial(ratio_clip, clip_low=0.2, clip_high=0.2)
+    ),
 )
 
 

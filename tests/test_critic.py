@@ -25,7 +25,7 @@ from helpers import word_tokenizer as tokenizer
 
 from ppo_jax import cli
 from ppo_jax.distributed import meshes, placement
-from ppo_jax.errors import SettingError
+from ppo_jax.errors import GradientError, SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.models.heads import separate_critic, shared_critic, zero_head
 from ppo_jax.models.io.pretrained import load_policy
@@ -35,11 +35,15 @@ from ppo_jax.ppo import iteration
 from ppo_jax.ppo.choices import Advantage
 from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.critic_settings import CriticConfig, choose_critic
+from ppo_jax.ppo.experience import prepare
 from ppo_jax.ppo.presets import PRESETS
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state
 from ppo_jax.run.assembly import assemble
+from ppo_jax.run.faults import check_steps
 from ppo_jax.run.files import read_lines
+from ppo_jax.run.logging import measured
+from ppo_jax.run.report import make_report
 from ppo_jax.run.resume import setting_differences
 
 compiled = partial(jax.jit, static_argnames="agent")
@@ -106,6 +110,10 @@ def test_the_policy_waits_for_the_critic_to_warm_up():
     assert [float(x["optimizer/steps"]) for x in found] == [0, 0, 2]
     assert [float(x["critic/steps"]) for x in found] == [2, 2, 2]
     assert all(x["optimizer/finite"] == 1 for x in found)
+    for x, waits in zip(found, (True, True, False), strict=True):
+        for name in ("policy/ratio", "policy/entropy", "loss/policy", "optimizer/grad_norm"):
+            assert np.isnan(x[name]) == waits, name
+        assert np.isfinite([x["loss/value"], x["value/clipfrac"], x["critic/grad_norm"]]).all()
     for x in found:
         assert x["value/explained_variance_after"] > x["value/explained_variance"]
     # The policy then learns as in a first update, with its own warm-up of the learning rate.
@@ -149,6 +157,46 @@ def test_a_head_on_the_trunk_of_the_policy_leaves_the_trunk_alone():
     assert metrics["value/explained_variance_after"] > 0.1
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_joint_update_says_what_the_values_of_its_last_epoch_explain(shared):
+    """With one minibatch, the values of the second epoch are those after the first."""
+    config, policy = PPOConfig(**PLAIN), init_params(MODEL_CONFIG, jax.random.key(0))
+    states, (first,) = updates(epochs=1, shared=shared)
+    _, (both,) = updates(epochs=2, shared=shared)
+    name = "value/explained_variance"
+    np.testing.assert_allclose(first[f"{name}_last_epoch"], first[name], atol=1e-4)
+    critic = shared_critic() if shared else separate_critic(MODEL_CONFIG)
+    agent = Agent(language_model(MODEL_CONFIG), critic, config, (0, 1), 0)
+    prompts = jnp.array([[7, 3, 4], [5, 6, 2]] * 4)
+    rollout = sample(agent, states[0], prompts, prompts > 0)
+    task = (rollout.responses == 5).sum(axis=1).astype(jnp.float32)
+    estimate = config.advantage.function(config, None)
+    scores = score(agent, states[0], policy, rollout)
+    made = prepare(
+        config, states[0], rollout, scores, task, None, advantage_fn=estimate, axis_name=None
+    ).experience
+    values = score(agent, states[1], policy, rollout).values
+    returns, mask = np.asarray(made.returns), np.asarray(made.value_mask)
+    left = np.var((returns - values)[mask]) / np.var(returns[mask])
+    np.testing.assert_allclose(both[f"{name}_last_epoch"], 1 - left, atol=1e-4)
+
+
+def test_a_joint_update_counts_the_clipped_values():
+    """The first minibatch has the old values; after it, a narrow range clips nearly all steps."""
+    assert updates(epochs=1, value_clip=1e-6)[1][0]["value/clipfrac"] == 0
+    (metrics,) = updates(epochs=2, value_clip=1e-6)[1]
+    assert 0.2 < metrics["value/clipfrac"] <= 0.5
+    assert "value/clipfrac" not in updates(epochs=1, vf_coef=0.0)[1][0]
+
+
+def test_an_early_stop_leaves_the_values_of_the_steps_that_were_computed():
+    (metrics,) = updates(epochs=4, target_kl=1e-6)[1]
+    assert metrics["optimizer/stopped"] == 1 and metrics["optimizer/steps"] == 1
+    (both,) = updates(epochs=2)[1]
+    name = "value/explained_variance_last_epoch"
+    np.testing.assert_allclose(metrics[name], both[name], atol=1e-4)
+
+
 def test_the_clipped_share_of_values():
     rng = np.random.default_rng(0)
     values, old, returns = rng.normal(size=(3, 4, 5)).astype(np.float32)
@@ -176,6 +224,33 @@ def test_a_resumed_run_and_a_mesh_change_nothing(tmp_path):
         tmp_path / "mesh", ppo=RUN, mesh=meshes.make_mesh({"data": 2, "fsdp": 2}), updates=2
     )
     assert_close(placement.to_host(on.run().params), part.params)
+
+
+def test_an_update_of_the_warm_up_logs_what_it_measures(tmp_path, capfd):
+    """One program serves both kinds of updates; files, report and callbacks hold no zeros."""
+    seen = []
+    run = full_trainer(tmp_path / "run", ppo=RUN, updates=2, eval_every=0, progress=True)
+    run.run(seen.append)
+    rows = [row for row in read_lines(tmp_path / "run/metrics.jsonl") if "loss/value" in row]
+    of_policy = {"loss/total", "loss/policy", "optimizer/grad_norm"}
+    for row in (rows[0], seen[0]):
+        assert not of_policy & row.keys() and not any(x.startswith("policy/") for x in row)
+        assert row["optimizer/steps"] == 0 and row["critic/steps"] == 6
+    for row in (rows[1], seen[1]):
+        assert of_policy | {"policy/ratio", "policy/clipfrac"} <= row.keys()
+    assert rows[0].keys() < rows[1].keys() and None not in rows[0].values()
+    assert run.collector.steps.learn._cache_size() == 1
+    assert "nan" not in capfd.readouterr().err.lower()
+    assert "Share of clipped tokens" in make_report([tmp_path / "run"])
+
+
+def test_a_fault_of_the_critic_is_found_during_its_warm_up():
+    row = {"loss/total": np.nan, "critic/grad_norm": np.nan, "loss/value": np.nan}
+    kept = measured(row, waits=True)
+    assert kept.keys() == {"critic/grad_norm", "loss/value"}
+    with pytest.raises(GradientError):
+        check_steps(kept | {"optimizer/finite": 1.0, "optimizer/skipped": 0.0})
+    assert measured(row, waits=False).keys() == row.keys()
 
 
 def test_a_run_whose_critic_decays_is_not_made_longer():
@@ -222,6 +297,7 @@ def test_a_critic_is_trained_before_ppo(tmp_path, monkeypatch):
     rows = read_lines(Path("value/metrics.jsonl"))
     assert all(row["optimizer/steps"] == 0 and row["critic/steps"] == 4 for row in rows)
     assert rows[2]["loss/value"] < rows[0]["loss/value"]
+    assert not any(name.startswith("policy/") for row in rows for name in row)
     cli.main(
         command_line("train", out="ppo", critic="value/critic", **{"loop.updates": 1}, **given)
     )

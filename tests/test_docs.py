@@ -23,6 +23,7 @@ from helpers import (
 import ppo_jax
 from ppo_jax import cli
 from ppo_jax.ppo.presets import PRESETS
+from ppo_jax.ppo.settings import PPOConfig
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
@@ -155,6 +156,16 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_presets_whose_critic_has_its_own_optimizer():
+    """They set no weight of the value loss, which has no effect, and have a documented warm-up."""
+    own = {name: c for name, c in PRESETS.items() if c.critic.learning_rate is not None}
+    assert own.keys() == {"vapo", "sao"}
+    assert {c.vf_coef for c in own.values()} == {PPOConfig().vf_coef}
+    text = " ".join((ROOT / "docs/presets_and_metrics.md").read_text().split())
+    assert PRESETS["sao"].critic.warmup_steps == 10  # `critic_lr_warmup_iters` of its code
+    assert "which rises over its first 10 steps" in text
 
 
 def test_table_of_presets_with_groups():

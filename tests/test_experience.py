@@ -12,6 +12,7 @@ import pytest
 from helpers import documented_metrics, simple_trainer
 
 from ppo_jax.errors import SettingError
+from ppo_jax.ops.clips import ratio_clip
 from ppo_jax.ops.metrics import importance_metrics, policy_metrics
 from ppo_jax.ops.rewards import running_scale
 from ppo_jax.ppo.choices import Advantage, Importance, KLLoss, Loss, OldLogprobs
@@ -170,8 +171,8 @@ def test_the_likelihood_of_good_responses_does_not_depend_on_micro_batches():
 
 
 def test_the_clipped_share_by_sign_of_the_advantage():
-    clips = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 2.0}
-    found = policy_metrics(NEW, OLD, MASK, **clips, advantages=X).mean
+    clip = partial(ratio_clip, clip_low=0.2, clip_high=0.3, dual_clip=2.0)
+    found = policy_metrics(NEW, OLD, MASK, clip=clip, advantages=X).mean
     ratio = np.exp(NEW - OLD)[MASK]
     close(found["policy/clipfrac_positive"], ((ratio > 1.3) & (X[MASK] > 0)).mean(), rtol=1e-5)
     close(found["policy/clipfrac_negative"], ((ratio < 0.8) & (X[MASK] < 0)).mean(), rtol=1e-5)

@@ -16,6 +16,7 @@ from ppo_jax.models import heads
 from ppo_jax.models.io import pretrained, scorers
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ops import losses
+from ppo_jax.ops.clips import ratio_clip
 from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ops.rewards import MissingEOS, ScoreAt, apply_missing_eos
 from ppo_jax.ppo.estimators import gae
@@ -131,7 +132,7 @@ def test_parameters_after_the_step(step, experience, models):
         functools.partial(
             losses.ppo_loss, **clip, value_clip=META["value_clip"], vf_coef=META["vf_coef"]
         ),
-        functools.partial(policy_metrics, **clip),
+        functools.partial(policy_metrics, clip=functools.partial(ratio_clip, **clip)),
         temperature=TEMPERATURE,
     )
     state = TrainState.create(apply_fn=None, params=params, tx=tx)

@@ -9,13 +9,17 @@ import oracles
 import pytest
 from helpers import assert_mask_hides, on_devices
 
+from ppo_jax.ops.clips import ratio_clip
 from ppo_jax.ops.decoupled import decoupled_policy_loss, interpolated_logprobs
-from ppo_jax.ops.dppo import binary_kl, binary_tv, dppo_loss
+from ppo_jax.ops.dppo import binary_kl, binary_tv, dppo_clip, dppo_loss
 from ppo_jax.ops.likelihood_losses import dro_loss, positive_nll_loss
 from ppo_jax.ops.losses import clipped_policy_loss
 from ppo_jax.ops.masked import masked_mean, sequence_mean
-from ppo_jax.ops.policy_losses import cispo_loss, dis_loss, sapo_loss
-from ppo_jax.ops.sequence_losses import gmpo_loss, gspo_loss, vespo_loss
+from ppo_jax.ops.metrics import policy_metrics
+from ppo_jax.ops.policy_losses import cispo_clip, cispo_loss, dis_clip, dis_loss, sapo_loss
+from ppo_jax.ops.sequence_losses import gmpo_clip, gmpo_loss, gspo_clip, gspo_loss, vespo_loss
+from ppo_jax.ppo.choices import Loss
+from ppo_jax.ppo.settings import PPOConfig
 
 B, R = 16, 6
 EMPTY = [3, 9]  # The rows without a real token, and how many there are with one.
@@ -242,3 +246,73 @@ def test_masked_entries_have_no_influence(batch, name):
     if name == "positive_nll":  # It reads the advantage of the first token, which is real.
         return assert_mask_hides(lambda x: loss(x, x, arrays[2], mask), (arrays[0],), mask)
     assert_mask_hides(lambda *x: loss(*x, mask), tuple(arrays), mask)
+
+
+# --- which tokens a clip drops ---
+
+DUAL = WIDE | {"dual_clip": 2.0}
+NARROW = {"clip_low": 0.03, "clip_high": 0.06}
+CLIPS = {
+    "ppo": (partial(clipped_policy_loss, **WIDE), partial(ratio_clip, **WIDE)),
+    "dual": (partial(clipped_policy_loss, **DUAL), partial(ratio_clip, **DUAL)),
+    "dis": (partial(dis_loss, **WIDE), partial(dis_clip, **WIDE)),
+    "dppo_tv": (partial(dppo_loss, **NARROW), partial(dppo_clip, **NARROW)),
+    "dppo_kl": (
+        partial(dppo_loss, **NARROW, divergence=binary_kl),
+        partial(dppo_clip, **NARROW, divergence=binary_kl),
+    ),
+    "gspo": (partial(gspo_loss, **WIDE), partial(gspo_clip, **WIDE)),
+    "gmpo": (gmpo_loss, gmpo_clip),
+}
+
+
+def one_sign_for_each_response(advantages):
+    """Give the advantages of a response one sign, as GMPO assumes."""
+    return np.sign(advantages[:, :1]) * np.abs(advantages)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_clip_counts_the_tokens_whose_gradient_is_0(batch, name):
+    new, old, advantages, mask = batch
+    advantages = one_sign_for_each_response(advantages)
+    loss, clip = CLIPS[name]
+    slope = jax.grad(loss)(jnp.array(new), old, advantages, mask)
+    dropped = (np.asarray(slope) == 0) & mask
+    found = policy_metrics(new, old, mask, clip=clip, advantages=advantages).mean
+    share = lambda kept: (dropped & kept).sum() / mask.sum()
+    negative = found["policy/clipfrac_negative"] + found.get("policy/clipfrac_dual", 0)
+    close(found["policy/clipfrac_positive"], share(advantages > 0))
+    close(negative, share(advantages < 0))
+    assert 0 < dropped.sum() < mask.sum() and share(advantages > 0) * share(advantages < 0) > 0
+    outside = clip(new, old, mask)
+    close(found["policy/clipfrac"], ((outside.low | outside.high) & mask).sum() / mask.sum())
+
+
+@pytest.mark.parametrize("loss", Loss)
+def test_the_metrics_of_a_loss_count_what_it_drops(batch, loss):
+    """By its settings alone: a loss that drops no token has no share of dropped tokens."""
+    new, old, advantages, mask = batch
+    advantages = one_sign_for_each_response(advantages)
+    response_loss, metrics = loss.function(PPOConfig(loss=loss, vf_coef=0.0))
+    arrays = {"old_logprobs": old, "advantages": advantages, "mask": mask, "value_mask": mask}
+    values = dict.fromkeys(("old_values", "returns"), jnp.zeros((B, R)))
+    mean = {"aggregate": masked_mean, "value_aggregate": masked_mean}
+    of = lambda x: response_loss(x, jnp.zeros((B, R)), 0 * x, **arrays, **values, **mean)[0]
+    dropped = (np.asarray(jax.grad(of)(jnp.array(new))) == 0) & mask
+    found = metrics(new, old, mask, advantages=advantages).mean
+    shares = [
+        found[f"policy/clipfrac_{sign}"]
+        for sign in ("positive", "negative")
+        if f"policy/clipfrac_{sign}" in found
+    ]
+    close(sum(shares), dropped.sum() / mask.sum())
+    assert bool(shares) == (loss not in (Loss.CISPO, Loss.SAPO, Loss.VESPO))
+    assert ("policy/clipfrac" in found) == (loss not in (Loss.SAPO, Loss.VESPO))
+
+
+def test_cispo_counts_the_weights_that_it_bounds(batch):
+    new, old, _, mask = batch
+    found = policy_metrics(new, old, mask, clip=partial(cispo_clip, **WIDE)).mean
+    ratio = np.exp(new - old)[mask]
+    close(found["policy/clipfrac_low"], (ratio < 0.85).mean())
+    close(found["policy/clipfrac_high"], (ratio > 1.25).mean())

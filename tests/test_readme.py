@@ -26,7 +26,6 @@ OPTIONAL_METRICS = {
     "reward/NAME",
     "reward/timeouts",
     "rollout/age",
-    "value/clipfrac",
     "value/explained_variance_after",
     "eval/length_mean",
     "eval/kl",

@@ -11,6 +11,7 @@ from flax.training.train_state import TrainState
 from helpers import small_problem
 
 from ppo_jax.ops import losses
+from ppo_jax.ops.clips import ratio_clip
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ppo.loss import ppo_loss_fn
@@ -25,7 +26,9 @@ LOSS = (
         vf_coef=0.1,
         entropy_coef=0.01,
     ),
-    functools.partial(policy_metrics, clip_low=0.2, clip_high=0.2),
+    functools.partial(
+        policy_metrics, clip=functools.partial(ratio_clip, clip_low=0.2, clip_high=0.2)
+    ),
 )
 
 

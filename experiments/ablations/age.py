@@ -16,11 +16,14 @@ import jax
 from experiments.ablations.training import LossMaker, Variant
 from ppo_jax import (
     AdvantageFn,
+    ClipFn,
     LossFn,
     PPOConfig,
     Rollout,
     Scores,
+    dis_clip,
     dis_loss,
+    dppo_clip,
     dppo_loss,
     importance_weights,
     no_critic,
@@ -54,12 +57,14 @@ def above_group(
     return estimate
 
 
-def with_loss(config: PPOConfig, policy_loss: Callable[..., jax.Array], maker: LossMaker) -> LossFn:
+def with_loss(
+    config: PPOConfig, policy_loss: Callable[..., jax.Array], clip: ClipFn, maker: LossMaker
+) -> LossFn:
     """Make the loss of the settings with another loss of the policy."""
     return ppo_loss_fn(
         maker.model,
         no_critic,
-        *with_policy_loss(config, policy_loss),
+        *with_policy_loss(config, policy_loss, clip),
         temperature=config.temperature,
     )
 
@@ -70,12 +75,14 @@ def variants(base: PPOConfig) -> dict[str, Variant]:
     make = partial(Variant, config, has_critic=False, ages=AGES)
     sampled = partial(make, above_group(), from_sampler=True)
     # A ratio may lie in 0.5 .. 5, and a probability may move by 0.15. Neither was tuned.
-    dis = partial(dis_loss, clip_low=0.5, clip_high=4.0)
-    dppo = partial(dppo_loss, clip_low=0.15, clip_high=0.15)
+    ratios = {"clip_low": 0.5, "clip_high": 4.0}
+    changes = {"clip_low": 0.15, "clip_high": 0.15}
+    dis = partial(with_loss, config, partial(dis_loss, **ratios), partial(dis_clip, **ratios))
+    dppo = partial(with_loss, config, partial(dppo_loss, **changes), partial(dppo_clip, **changes))
     return {
         "clip": sampled(),
-        "dis": sampled(loss_fn=partial(with_loss, config, dis)),
-        "dppo": sampled(loss_fn=partial(with_loss, config, dppo)),
+        "dis": sampled(loss_fn=dis),
+        "dppo": sampled(loss_fn=dppo),
         "tis": make(above_group(partial(truncated_weights, high=2.0))),
         "decoupled": make(above_group(importance_weights)),
     }

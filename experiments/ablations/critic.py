@@ -4,7 +4,8 @@ Plain PPO has one lambda of 0.95 and one optimizer for policy and critic. The re
 critic on the returns of the frozen policy, gives it an optimizer of its own and returns with a
 lambda of 1 (decoupled GAE), lets the lambda of the policy grow with the length of the answer, clips
 the ratio at 1.28 instead of 1.2 from above, averages over tokens and adds the likelihood of good
-answers to the loss. Every other variant leaves one of these parts away.
+answers to the loss. Each variant `no_...` leaves one of these parts away. `fixed_lambda_0.9967` has
+the lambda of an answer of the mean length for all lengths.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from ppo_jax import (
 )
 
 LAMBDA, ALPHA = 0.95, 1.5
+MEAN_LENGTH = 200  # tokens of an answer, of which the study has 100, 200 and 300
 PRETRAINING = 5  # updates
 NLL_COEF, GOOD = 0.1, 0.75  # the weight of the likelihood of the answers above this quantile
 
@@ -48,8 +50,8 @@ class Recipe:
     positive_nll: bool = True
 
 
-def advantages(recipe: Recipe) -> AdvantageFn:
-    """Make the advantage estimator of a recipe."""
+def advantages(recipe: Recipe, fixed_lambda: float) -> AdvantageFn:
+    """Make the advantage estimator of a recipe; `fixed_lambda` is for one without the adaptive."""
 
     def estimate(
         rewards: jax.Array,
@@ -59,7 +61,7 @@ def advantages(recipe: Recipe) -> AdvantageFn:
         rollout: Rollout,
         scores: Scores,
     ) -> tuple[jax.Array, jax.Array]:
-        lam = length_adaptive_lambda(mask, alpha=ALPHA) if recipe.adaptive_lambda else LAMBDA
+        lam = length_adaptive_lambda(mask, alpha=ALPHA) if recipe.adaptive_lambda else fixed_lambda
         return decoupled_gae(
             rewards,
             values,
@@ -104,7 +106,7 @@ def with_positive_nll(config: PPOConfig, maker: LossMaker) -> LossFn:
     )
 
 
-def with_recipe(base: PPOConfig, recipe: Recipe) -> Variant:
+def with_recipe(base: PPOConfig, recipe: Recipe, fixed_lambda: float = LAMBDA) -> Variant:
     """Return PPO with the recipe or a part of it."""
     critic = CriticConfig(
         learning_rate=base.learning_rate, warmup_updates=PRETRAINING if recipe.pretraining else 0
@@ -116,14 +118,17 @@ def with_recipe(base: PPOConfig, recipe: Recipe) -> Variant:
         weighting=Weighting.TOKEN if recipe.token_mean else Weighting.SEQUENCE,
     )
     loss_fn = partial(with_positive_nll, config) if recipe.positive_nll else None
-    return Variant(config, advantages(recipe), loss_fn)
+    return Variant(config, advantages(recipe, fixed_lambda), loss_fn)
 
 
 def variants(base: PPOConfig) -> dict[str, Variant]:
-    """Return plain PPO, the recipe, and the recipe without each of its parts."""
+    """Return plain PPO, the recipe, and the recipe without each part or with a fixed lambda."""
     without = {
         f"no_{field.name}": with_recipe(base, Recipe(**{field.name: False}))
         for field in dataclasses.fields(Recipe)
     }
     plain = Variant(dataclasses.replace(base, lam=LAMBDA))
-    return {"ppo": plain, "recipe": with_recipe(base, Recipe()), **without}
+    near_1 = 1 - 1 / (ALPHA * MEAN_LENGTH)
+    fixed = with_recipe(base, Recipe(adaptive_lambda=False), near_1)
+    variants = {"ppo": plain, "recipe": with_recipe(base, Recipe()), **without}
+    return {**variants, f"fixed_lambda_{near_1:.4f}": fixed}

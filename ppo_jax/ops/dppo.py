@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.clips import Clip
 from ppo_jax.ops.masked import masked_mean, widen
 from ppo_jax.ops.options import check_not_negative, check_positive
 from ppo_jax.ops.ratios import hide_masked, policy_ratio
@@ -129,13 +130,55 @@ def dppo_loss(
     weights = jax.lax.stop_gradient(policy_ratio(logprobs, old_logprobs, mask))
     logprobs, old, advantages = hide_masked(mask, logprobs, old_logprobs, advantages)
     now = jax.lax.stop_gradient(logprobs)
-    distance = divergence(now, old)
-    chex.assert_equal_shape([distance, mask])
-    far = jnp.where(
-        advantages > 0, (now > old) & (distance > clip_high), (now < old) & (distance > clip_low)
-    )
+    low, high = _beyond(now, old, clip_low, clip_high, divergence)
+    far = jnp.where(advantages > 0, high, low)
     if ratio_max is not None:
         weights = jnp.minimum(weights, ratio_max)
     # exp(x - sg(x)) is 1 and has the gradient of x.
     terms = weights * jnp.exp(logprobs - now) * advantages
     return -aggregate(jnp.where(far, 0, terms), mask)
+
+
+def _beyond(
+    now: Array, old: Array, clip_low: float, clip_high: float, divergence: Divergence
+) -> tuple[Array, Array]:
+    """Return which tokens have become less likely, and which more likely, than is allowed."""
+    distance = divergence(now, old)
+    chex.assert_equal_shape([distance, now])
+    return (now < old) & (distance > clip_low), (now > old) & (distance > clip_high)
+
+
+def dppo_clip(
+    logprobs: Array,
+    old_logprobs: Array,
+    mask: Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+    divergence: Divergence = binary_tv,
+) -> Clip:
+    """Say which tokens `dppo_loss` drops, by the divergence and the direction of their change.
+
+    Args:
+      logprobs: `[B, R]` float32, see `dppo_loss`.
+      old_logprobs: `[B, R]` float32, see `dppo_loss`.
+      mask: `[B, R]` bool, true for the tokens that count.
+      clip_low: see `dppo_loss`.
+      clip_high: see `dppo_loss`.
+      divergence: see `dppo_loss`.
+
+    Returns:
+      The tokens that have become less likely and more likely than is allowed.
+
+    Raises:
+      AssertionError: if the shapes differ, or the mask is not bool.
+
+    Example:
+      >>> x, mask = jnp.log(jnp.array([[0.1, 0.6]])), jnp.ones((1, 2), bool)
+      >>> old_logprobs = jnp.log(jnp.array([[0.05, 0.3]]))
+      >>> dppo_clip(x, old_logprobs, mask, clip_low=0.2, clip_high=0.2).positive
+      Array([[False,  True]], dtype=bool)
+    """
+    now, old = hide_masked(mask, logprobs, old_logprobs)
+    low, high = _beyond(now, old, clip_low, clip_high, divergence)
+    return Clip(low, high, high, low)

@@ -15,7 +15,7 @@ from jax import Array
 from ppo_jax.ops.masked import check_mask, masked_mean, widen
 from ppo_jax.ops.options import check_not_negative, check_over_one, check_unit
 from ppo_jax.ops.ratios import policy_ratio
-from ppo_jax.ops.value_losses import clipped_value_loss, entropy_bonus
+from ppo_jax.ops.value_losses import clipped_value_loss, entropy_bonus, value_clipfrac
 from ppo_jax.types import Aggregate, Metrics
 
 
@@ -166,8 +166,8 @@ def actor_critic_loss(
       value_aggregate: reduces the terms of the value to one number. By default it is `aggregate`.
 
     Returns:
-      The loss, `[]` float32, and its terms by name: `loss/policy`, `loss/value` and
-      `policy/entropy`, `[]` float32 each.
+      The loss, `[]` float32, and its terms by name: `loss/policy`, `loss/value`,
+      `policy/entropy` and, if `vf_coef` is not 0, `value/clipfrac`, `[]` float32 each.
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.
@@ -188,19 +188,20 @@ def actor_critic_loss(
     """
     check_mask(value_mask, values, name="value_mask")
     policy = policy_loss(logprobs, old_logprobs, advantages, mask, aggregate=aggregate)
+    average = value_aggregate or aggregate
     value = clipped_value_loss(
-        values,
-        old_values,
-        returns,
-        value_mask,
-        clip=value_clip,
-        aggregate=value_aggregate or aggregate,
+        values, old_values, returns, value_mask, clip=value_clip, aggregate=average
     )
     bonus = entropy_bonus(entropies, mask, aggregate=aggregate)
     loss = policy + vf_coef * value
     if isinstance(entropy_coef, Array) or entropy_coef:  # A weight of 0 needs no gradient.
         loss = loss - entropy_coef * bonus
-    return loss, {"loss/policy": policy, "loss/value": value, "policy/entropy": bonus}
+    terms = {"loss/policy": policy, "loss/value": value, "policy/entropy": bonus}
+    if vf_coef:
+        terms["value/clipfrac"] = value_clipfrac(
+            values, old_values, returns, value_mask, clip=value_clip, aggregate=average
+        )
+    return loss, terms
 
 
 def ppo_loss(
@@ -249,8 +250,8 @@ def ppo_loss(
       value_aggregate: reduces the terms of the value to one number. By default it is `aggregate`.
 
     Returns:
-      The loss, `[]` float32, and its terms by name: `loss/policy`, `loss/value` and
-      `policy/entropy`, `[]` float32 each.
+      The loss, `[]` float32, and its terms by name: `loss/policy`, `loss/value`,
+      `policy/entropy` and, if `vf_coef` is not 0, `value/clipfrac`, `[]` float32 each.
 
     Raises:
       AssertionError: if the shapes differ, or a mask is not bool.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.clips import Clip, ClipFn
 from ppo_jax.ops.kl import kl_k1
 from ppo_jax.ops.masked import masked_count, masked_mean, masked_sum, masked_var, widen
 from ppo_jax.ops.options import check_not_negative, check_over_one
@@ -34,9 +35,7 @@ def policy_metrics(
     old_logprobs: Array,
     mask: Array,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
+    clip: ClipFn | None = None,
     advantages: Array | None = None,
     count: Array | None = None,
 ) -> LossMetrics:
@@ -52,20 +51,19 @@ def policy_metrics(
       logprobs: `[B, R]` float32, of the policy that trains, in nats.
       old_logprobs: `[B, R]` float32, of the policy that sampled the tokens, in nats.
       mask: `[B, R]` bool, true for the tokens in the policy loss.
-      clip_low: a token whose ratio is below `1 - clip_low` counts as clipped.
-      clip_high: a token whose ratio is above `1 + clip_high` counts as clipped.
-      dual_clip: with `advantages`, a token whose ratio is above this and whose advantage is below 0
-        counts as clipped by the dual clip. `None` for no dual clip.
+      clip: says what the clip of the loss does to tokens, such as `functools.partial(ratio_clip,
+        clip_low=0.2, clip_high=0.2)`. `None` for a loss that clips nothing.
       advantages: `[B, R]` float32, for the shares of tokens that the clip takes the gradient from.
       count: `[]` float32, the number of tokens in the whole minibatch if this is a micro-batch.
 
     Returns:
-      The means `policy/clipfrac`, `policy/clipfrac_low`, `policy/clipfrac_high`,
-      `policy/approx_kl` (k3), `policy/approx_kl_k1` and `policy/ratio`, and the maxima
-      `policy/ratio_max` and `policy/ratio_error_max` (of `|ρ - 1|`), `[]` float32 each. With
-      `advantages` also the means `policy/clipfrac_positive` (ratio above the range, advantage above
-      0) and `policy/clipfrac_negative` (ratio below the range, advantage below 0), and with
-      `dual_clip` the mean `policy/clipfrac_dual`.
+      The means `policy/approx_kl` (k3), `policy/approx_kl_k1` and `policy/ratio`, and the maxima
+      `policy/ratio_max` and `policy/ratio_error_max` (of `|ρ - 1|`), `[]` float32 each. With `clip`
+      also the means `policy/clipfrac`, `policy/clipfrac_low` and `policy/clipfrac_high`, the shares
+      of tokens outside, below and above the range of the loss. With `advantages` as well, for a
+      loss that drops tokens, the means `policy/clipfrac_positive` and `policy/clipfrac_negative`,
+      the shares of tokens that lose their gradient, by the sign of their advantage, and with a dual
+      clip the mean `policy/clipfrac_dual`.
 
     Raises:
       AssertionError: if the shapes differ.
@@ -76,7 +74,9 @@ def policy_metrics(
 
     Example:
       >>> x, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
-      >>> metrics = policy_metrics(x + 0.5, x, mask, clip_low=0.2, clip_high=0.2)
+      >>> from ppo_jax import ratio_clip
+      >>> clip = partial(ratio_clip, clip_low=0.2, clip_high=0.2)
+      >>> metrics = policy_metrics(x + 0.5, x, mask, clip=clip)
       >>> metrics.mean["policy/clipfrac"]
       Array(1., dtype=float32)
     """
@@ -84,22 +84,13 @@ def policy_metrics(
     check_over_one(dual_clip=dual_clip)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     moved = log_ratio(logprobs, old_logprobs, mask)
-    low, high = (x.astype(jnp.float32) for x in (ratio < 1 - clip_low, ratio > 1 + clip_high))
     means = {
-        "policy/clipfrac": low + high,
-        "policy/clipfrac_low": low,
-        "policy/clipfrac_high": high,
         "policy/approx_kl": jnp.expm1(moved) - moved,
         "policy/approx_kl_k1": -moved,
         "policy/ratio": ratio,
     }
-    if advantages is not None:
-        (advantages,) = hide_masked(mask, advantages)
-        means["policy/clipfrac_positive"] = jnp.where(advantages > 0, high, 0)
-        means["policy/clipfrac_negative"] = jnp.where(advantages < 0, low, 0)
-        if dual_clip is not None:
-            dual = (advantages < 0) & (ratio > dual_clip)
-            means["policy/clipfrac_dual"] = dual.astype(jnp.float32)
+    if clip is not None:
+        means |= _clipped(clip(logprobs, old_logprobs, mask), advantages, mask)
     return LossMetrics(
         {name: masked_mean(x, mask, count=count) for name, x in means.items()},
         {
@@ -107,6 +98,26 @@ def policy_metrics(
             "policy/ratio_error_max": jnp.max(jnp.abs(ratio - 1)),
         },
     )
+
+
+def _clipped(clip: Clip, advantages: Array | None, mask: Array) -> Metrics:
+    """Return which tokens are out of range and lose their gradient, `[B, R]` float32 by name."""
+    found: dict[str, Array | None] = {
+        "": clip.low | clip.high,
+        "_low": clip.low,
+        "_high": clip.high,
+    }
+    if advantages is not None:
+        (advantages,) = hide_masked(mask, advantages)
+        signs = (advantages > 0, advantages < 0, advantages < 0)
+        dropped = (clip.positive, clip.negative, clip.dual)
+        for name, sign, x in zip(("_positive", "_negative", "_dual"), signs, dropped, strict=True):
+            found[name] = None if x is None else sign & x
+    return {
+        f"policy/clipfrac{name}": x.astype(jnp.float32)
+        for name, x in found.items()
+        if x is not None
+    }
 
 
 def importance_metrics(
@@ -172,12 +183,29 @@ def explained_variance(
       >>> explained_variance(returns - 5, returns, mask)
       Array(1., dtype=float32)
     """
-    returns, values = widen(returns), widen(values)
+    residual = masked_var(widen(returns) - widen(values), mask, axis_name=axis_name)
+    return explained_share(residual, returns, mask, axis_name=axis_name)
+
+
+def explained_share(
+    residual: Array, returns: Array, mask: Array, *, axis_name: AxisName | None = None
+) -> Array:
+    """Compute `explained_variance` from the variance `[]` that is left, `Var[G - V]`."""
+    returns = widen(returns)
     var = masked_var(returns, mask, axis_name=axis_name)
-    residual = masked_var(returns - values, mask, axis_name=axis_name)
     # A variance below the rounding error counts as 0.
     varies = var > 1e-10 * masked_mean(returns * returns, mask, axis_name=axis_name)
     return jnp.where(varies, 1 - residual / jnp.where(varies, var, 1), 0)
+
+
+def value_errors(values: Array, returns: Array, mask: Array, *, count: Array | None) -> Metrics:
+    """Return the mean and the mean square of `G - V`, from which its variance follows."""
+    returns, values = hide_masked(mask, returns, values)
+    error = returns - values
+    return {
+        "value/error": masked_mean(error, mask, count=count),
+        "value/squared_error": masked_mean(error**2, mask, count=count),
+    }
 
 
 def experience_metrics(

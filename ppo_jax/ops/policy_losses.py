@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.clips import Clip, ratio_clip
 from ppo_jax.ops.masked import masked_mean
 from ppo_jax.ops.options import check_not_negative, check_positive
 from ppo_jax.ops.ratios import hide_masked, policy_ratio
@@ -68,6 +69,34 @@ def cispo_loss(
     return -aggregate(_weighted_logprobs(weights, logprobs, advantages), mask)
 
 
+def cispo_clip(
+    logprobs: Array, old_logprobs: Array, mask: Array, *, clip_low: float, clip_high: float
+) -> Clip:
+    """Say which weights `cispo_loss` bounds. It drops no token.
+
+    Args:
+      logprobs: `[B, R]` float32, see `cispo_loss`.
+      old_logprobs: `[B, R]` float32, see `cispo_loss`.
+      mask: `[B, R]` bool, true for the tokens that count.
+      clip_low: see `cispo_loss`.
+      clip_high: see `cispo_loss`.
+
+    Returns:
+      The tokens whose ratio is below and above the bounds.
+
+    Raises:
+      AssertionError: if the shapes differ, or the mask is not bool.
+
+    Example:
+      >>> x, mask = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
+      >>> clip = cispo_clip(x + 1, x, mask, clip_low=1.0, clip_high=0.5)
+      >>> clip.high, clip.positive
+      (Array([[ True]], dtype=bool), None)
+    """
+    outside = ratio_clip(logprobs, old_logprobs, mask, clip_low=clip_low, clip_high=clip_high)
+    return Clip(outside.low, outside.high)
+
+
 def dis_loss(
     logprobs: Array,
     old_logprobs: Array,
@@ -119,6 +148,34 @@ def dis_loss(
     logprobs, advantages = hide_masked(mask, logprobs, advantages)
     weights = jnp.where((ratio > 1 - clip_low) & (ratio < 1 + clip_high), ratio, 0)
     return -aggregate(_weighted_logprobs(weights, logprobs, advantages), mask)
+
+
+def dis_clip(
+    logprobs: Array, old_logprobs: Array, mask: Array, *, clip_low: float, clip_high: float
+) -> Clip:
+    """Say which tokens `dis_loss` drops: all outside the range, for any advantage.
+
+    Args:
+      logprobs: `[B, R]` float32, see `dis_loss`.
+      old_logprobs: `[B, R]` float32, see `dis_loss`.
+      mask: `[B, R]` bool, true for the tokens that count.
+      clip_low: see `dis_loss`.
+      clip_high: see `dis_loss`.
+
+    Returns:
+      The tokens that the range concerns.
+
+    Raises:
+      AssertionError: if the shapes differ, or the mask is not bool.
+
+    Example:
+      >>> x, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
+      >>> dis_clip(x.at[0, 0].set(1.0), x, mask, clip_low=0.5, clip_high=0.5).negative
+      Array([[ True, False]], dtype=bool)
+    """
+    ratio = policy_ratio(logprobs, old_logprobs, mask)
+    low, high = ratio <= 1 - clip_low, ratio >= 1 + clip_high
+    return Clip(low, high, low | high, low | high)
 
 
 def sapo_loss(

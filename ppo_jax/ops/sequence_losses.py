@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.ops.clips import Clip
 from ppo_jax.ops.kl import MAX_LOG_RATIO
 from ppo_jax.ops.masked import masked_mean, sequence_mean
 from ppo_jax.ops.options import check_not_negative, check_positive, check_unit
@@ -79,6 +80,41 @@ def gspo_loss(
     return -aggregate(jnp.minimum(ratio * advantages, clipped * advantages), mask)
 
 
+def gspo_clip(
+    logprobs: Array,
+    old_logprobs: Array,
+    mask: Array,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Clip:
+    """Say which tokens `gspo_loss` drops: those of responses whose mean ratio is out of range.
+
+    Args:
+      logprobs: `[B, R]` float32, see `gspo_loss`.
+      old_logprobs: `[B, R]` float32, see `gspo_loss`.
+      mask: `[B, R]` bool, true for the tokens that count.
+      clip_low: see `gspo_loss`.
+      clip_high: see `gspo_loss`.
+
+    Returns:
+      The tokens that the clip concerns, all or none of a response for an advantage of one sign.
+
+    Raises:
+      AssertionError: if the shapes differ, or the mask is not bool.
+
+    Example:
+      >>> x, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
+      >>> gspo_clip(x.at[0, 0].set(1.0), x, mask).high
+      Array([[ True,  True]], dtype=bool)
+    """
+    logprobs, old = hide_masked(mask, logprobs, old_logprobs)
+    log_s = jnp.broadcast_to(_row_mean(logprobs - old, mask), mask.shape)
+    ratio = jnp.exp(jnp.clip(log_s, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    return Clip(low, high, high, low)
+
+
 def gmpo_loss(
     logprobs: Array,
     old_logprobs: Array,
@@ -127,6 +163,39 @@ def gmpo_loss(
     mean = jnp.clip(_row_mean(one_sided, mask), -MAX_LOG_RATIO, MAX_LOG_RATIO)
     terms = jnp.exp(mean) * _row_mean(advantages, mask)
     return -aggregate(jnp.broadcast_to(terms, mask.shape), mask)
+
+
+def gmpo_clip(
+    logprobs: Array,
+    old_logprobs: Array,
+    mask: Array,
+    *,
+    clip_low: float = 0.4,
+    clip_high: float = 0.4,
+) -> Clip:
+    """Say which tokens `gmpo_loss` drops: those whose log-ratio is out of range.
+
+    Args:
+      logprobs: `[B, R]` float32, see `gmpo_loss`.
+      old_logprobs: `[B, R]` float32, see `gmpo_loss`.
+      mask: `[B, R]` bool, true for the tokens that count.
+      clip_low: see `gmpo_loss`.
+      clip_high: see `gmpo_loss`.
+
+    Returns:
+      The tokens that the clip concerns.
+
+    Raises:
+      AssertionError: if the shapes differ, or the mask is not bool.
+
+    Example:
+      >>> x, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
+      >>> gmpo_clip(x.at[0, 0].set(1.0), x, mask).high
+      Array([[ True, False]], dtype=bool)
+    """
+    logprobs, old = hide_masked(mask, logprobs, old_logprobs)
+    low, high = logprobs - old < -clip_low, logprobs - old > clip_high
+    return Clip(low, high, high, low)
 
 
 def vespo_loss(

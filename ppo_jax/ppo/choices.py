@@ -145,18 +145,32 @@ class Loss(Method):
     """
 
     PPO = "ppo", lambda: methods.clipped_ppo, *_CLIP, "dual_clip"
-    CISPO = "cispo", lambda: methods.clipped(policy_losses.cispo_loss), *_CLIP, _ANY
-    DIS = "dis", lambda: methods.clipped(policy_losses.dis_loss), *_CLIP
-    DPPO_TV = "dppo_tv", lambda: methods.clipped(dppo.dppo_loss), *_CLIP
+    CISPO = (
+        "cispo",
+        lambda: methods.clipped(policy_losses.cispo_loss, policy_losses.cispo_clip),
+        *_CLIP,
+        _ANY,
+    )
+    DIS = "dis", lambda: methods.clipped(policy_losses.dis_loss, policy_losses.dis_clip), *_CLIP
+    DPPO_TV = "dppo_tv", lambda: methods.clipped(dppo.dppo_loss, dppo.dppo_clip), *_CLIP
     DPPO_KL = (
         "dppo_kl",
-        lambda: methods.clipped(dppo.dppo_loss, divergence=dppo.binary_kl),
+        lambda: methods.clipped(dppo.dppo_loss, dppo.dppo_clip, divergence=dppo.binary_kl),
         *_CLIP,
         _ANY,
     )
     SAPO = "sapo", lambda: methods.unclipped(policy_losses.sapo_loss)
-    GSPO = "gspo", lambda: methods.clipped(sequence_losses.gspo_loss), *_CLIP
-    GMPO = "gmpo", lambda: methods.clipped(sequence_losses.gmpo_loss), *_CLIP, _ANY
+    GSPO = (
+        "gspo",
+        lambda: methods.clipped(sequence_losses.gspo_loss, sequence_losses.gspo_clip),
+        *_CLIP,
+    )
+    GMPO = (
+        "gmpo",
+        lambda: methods.clipped(sequence_losses.gmpo_loss, sequence_losses.gmpo_clip),
+        *_CLIP,
+        _ANY,
+    )
     VESPO = "vespo", lambda: methods.unclipped(sequence_losses.vespo_loss)
 
     @property

@@ -62,6 +62,7 @@ def minibatch_gradient(
         policy=aggregation.count(batch.response_mask, axis_name=axis_name),
         value=aggregation.count(batch.value_mask, axis_name=axis_name),
         good=None if good is None else BY_TOKEN.count(good, axis_name=axis_name),
+        steps=BY_TOKEN.count(batch.value_mask, axis_name=axis_name),
     )
 
     # Each device differentiates with respect to its own copy and reduces the gradients itself.

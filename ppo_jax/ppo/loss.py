@@ -9,6 +9,7 @@ from jax import Array
 
 from ppo_jax.ops.losses import PolicyLossFn, ResponseLossFn
 from ppo_jax.ops.masked import BY_TOKEN, Aggregation
+from ppo_jax.ops.metrics import value_errors
 from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.forward import forward_fn
 from ppo_jax.ppo.loss_terms import LossTerm, loss_terms
@@ -52,7 +53,7 @@ def ppo_loss_fn(
         vf_coef=0.1)`.
       metrics: metrics of how far the policy has moved, called with the log-probs `[B, R]` of the
         policy now and at the rollout, their mask, and the keywords `advantages` and `count`; such
-        as `functools.partial(policy_metrics, clip_low=0.2, clip_high=0.2)`.
+        as `policy_metrics`, with its `clip` bound for a loss that clips.
       temperature: sampling temperature; positive.
       aggregation: mean over tokens that the loss uses, `BY_TOKEN` or `BY_SEQUENCE`.
       chunk: number of response positions whose logits are in memory at a time; `None` for all.
@@ -112,6 +113,9 @@ def ppo_loss_fn(
             advantages=batch.advantages,
             count=counts.tokens,
         )
+        if critic is not no_critic:
+            errors = value_errors(out.values, batch.returns, batch.value_mask, count=counts.steps)
+            named = {**named, **errors}
         return total, LossMetrics({"loss/total": total, **named, **moved.mean}, moved.max)
 
     return hold(loss_fn, held_values(loss, terms))

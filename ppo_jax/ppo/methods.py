@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jax import Array
 
 from ppo_jax.ops import kl, losses
+from ppo_jax.ops.clips import ClipFn, ratio_clip
 from ppo_jax.ops.importance import Level, bounded_weights, truncated_weights
 from ppo_jax.ops.metrics import policy_metrics
 from ppo_jax.ops.ratios import hide_masked
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 
 
 def with_policy_loss(
-    config: "PPOConfig", policy_loss: losses.PolicyLossFn
+    config: "PPOConfig", policy_loss: losses.PolicyLossFn, clip: ClipFn | None = None
 ) -> tuple[losses.ResponseLossFn, Callable[..., LossMetrics]]:
     """Combine a loss of the policy with the value loss, entropy and metrics of the settings.
 
     Args:
       config: the settings.
       policy_loss: the loss of the policy with its hyper-parameters bound.
+      clip: says what the clip of that loss does to tokens, such as `functools.partial(dis_clip,
+        clip_low=0.3, clip_high=5.0)`. By default no share of clipped tokens is reported.
 
     Returns:
       The loss of `[B, R]` arrays and its metrics, as `ppo_loss_fn` takes them.
@@ -42,19 +45,27 @@ def with_policy_loss(
         vf_coef=config.vf_coef,
         entropy_coef=config.entropy_coef,
     )
-    return loss, partial(policy_metrics, clip_low=config.clip_low, clip_high=config.clip_high)
+    return loss, partial(policy_metrics, clip=clip)
 
 
-def clipped(policy_loss: Callable[..., Array], **options: Any) -> Callable[["PPOConfig"], Any]:
-    """Make a loss from a loss of the policy whose bounds are the clip of the settings."""
-    return lambda config: with_policy_loss(
-        config,
-        partial(policy_loss, clip_low=config.clip_low, clip_high=config.clip_high, **options),
-    )
+def clipped(
+    policy_loss: Callable[..., Array], clip: Callable[..., Any], **options: Any
+) -> Callable[["PPOConfig"], Any]:
+    """Make a loss from a loss of the policy and its clip, with the bounds of the settings."""
+
+    def make(config: "PPOConfig") -> Any:
+        bounds: dict[str, Any] = {
+            "clip_low": config.clip_low,
+            "clip_high": config.clip_high,
+            **options,
+        }
+        return with_policy_loss(config, partial(policy_loss, **bounds), partial(clip, **bounds))
+
+    return make
 
 
 def unclipped(policy_loss: losses.PolicyLossFn) -> Callable[["PPOConfig"], Any]:
-    """Make a loss from a loss of the policy that reads no setting."""
+    """Make a loss from a loss of the policy that reads no setting and clips nothing."""
     return lambda config: with_policy_loss(config, policy_loss)
 
 
@@ -80,10 +91,10 @@ def clipped_ppo(config: "PPOConfig") -> tuple[losses.ResponseLossFn, Callable[..
     Example:
       >>> from ppo_jax import PPOConfig
       >>> loss, metrics = clipped_ppo(PPOConfig(clip_high=0.28))
-      >>> loss.keywords["clip_high"], metrics.keywords["clip_high"]
+      >>> loss.keywords["clip_high"], metrics.keywords["clip"].keywords["clip_high"]
       (0.28, 0.28)
     """
-    low, high = config.clip_low, config.clip_high
+    low, high, dual = config.clip_low, config.clip_high, config.dual_clip
     loss = partial(
         losses.ppo_loss,
         clip_low=low,
@@ -91,12 +102,10 @@ def clipped_ppo(config: "PPOConfig") -> tuple[losses.ResponseLossFn, Callable[..
         value_clip=config.value_clip,
         vf_coef=config.vf_coef,
         entropy_coef=config.entropy_coef,
-        dual_clip=config.dual_clip,
+        dual_clip=dual,
     )
-    metrics = partial(policy_metrics, clip_low=low, clip_high=high)
-    return loss, metrics if config.dual_clip is None else partial(
-        metrics, dual_clip=config.dual_clip
-    )
+    clip = partial(ratio_clip, clip_low=low, clip_high=high, dual_clip=dual)
+    return loss, partial(policy_metrics, clip=clip)
 
 
 def plain_k3(

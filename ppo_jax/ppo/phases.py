@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
-from ppo_jax.ops.metrics import explained_variance
+from ppo_jax.ops.metrics import explained_share, explained_variance
 from ppo_jax.ppo.critic import no_critic, value_loss_fn
 from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.ppo.scoring import score_rollout
@@ -43,7 +43,9 @@ def take_steps(
       axis_name: mapped axis over which the batch is split.
 
     Returns:
-      The state with the new parameters and optimizer states, and the metrics of the steps.
+      The state with the new parameters and optimizer states, and the metrics of the steps. In an
+      update of the critic's warm-up, those of the policy's steps are NaN, apart from the counts
+      `optimizer/*`.
     """
     if state.critic is None:
         train, metrics = _train_policy(agent, state, experience, loss_fn, frozen, axis_name)
@@ -71,7 +73,7 @@ def _train_policy(
     c = agent.config
     earlier_updates = jnp.maximum(state.update - c.critic.warmup_updates, 0)
     entropy_coef = None if state.entropy is None else state.entropy.weight
-    return ppo_update(
+    train, metrics = ppo_update(
         schedule_at(state.train, earlier_updates * (c.epochs * c.minibatches)),
         experience,
         state.key_for(SHUFFLE),
@@ -82,6 +84,22 @@ def _train_policy(
         axis_name=axis_name,
         **_step_settings(c),
     )
+    return train, _explained_in_last_epoch(metrics, experience, axis_name)
+
+
+def _explained_in_last_epoch(
+    metrics: Metrics, experience: Experience, axis_name: AxisName | None
+) -> Metrics:
+    """Replace the errors of the values by the share of the variance that the values explain."""
+    errors = {"value/error", "value/squared_error"}
+    if not errors <= metrics.keys():
+        return metrics
+    residual = metrics["value/squared_error"] - metrics["value/error"] ** 2
+    explained = explained_share(
+        residual, experience.returns, experience.value_mask, axis_name=axis_name
+    )
+    others = {name: x for name, x in metrics.items() if name not in errors}
+    return {**others, "value/explained_variance_last_epoch": explained}
 
 
 def _train_critic(
@@ -152,8 +170,9 @@ def _after_warmup(
 
     def wait() -> tuple[TrainState, Metrics]:
         shapes = jax.eval_shape(train_policy)[1]
-        metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return state.train, metrics | {"optimizer/finite": jnp.float32(1)}
+        metrics = {name: jnp.full(x.shape, jnp.nan, x.dtype) for name, x in shapes.items()}
+        none = dict.fromkeys(("steps", "skipped", "stopped"), 0.0) | {"finite": 1.0}
+        return state.train, metrics | {f"optimizer/{x}": jnp.float32(n) for x, n in none.items()}
 
     return jax.lax.cond(state.update >= warmup, train_policy, wait)
 

@@ -170,7 +170,6 @@ VAPO = PPOConfig(
     advantage=Advantage.VAPO,
     clip_high=0.28,
     dual_clip=10.0,
-    vf_coef=0.4,
     positive_nll_coef=0.1,
     kl_coef=0.0,
     overlong_buffer=2048,
@@ -192,7 +191,7 @@ SAO = PPOConfig(
     whiten_advantages=False,
     kl_coef=0.0,
     learning_rate=1e-6,
-    critic=CriticConfig(learning_rate=5e-6, epochs=2, warmup_steps=20, freeze_attention=True),
+    critic=CriticConfig(learning_rate=5e-6, epochs=2, warmup_steps=10, freeze_attention=True),
 )
 
 PRESETS = {

@@ -114,7 +114,9 @@ def ppo_update(
       gradients that were not finite (`optimizer/skipped`), and as 0 or 1 whether the update stopped
       early (`optimizer/stopped`) and whether all new parameters are finite (`optimizer/finite`). If
       the loss reports `policy/ratio_error_max` and `policy/clipfrac`, those of the first minibatch
-      are `policy/first_ratio_error_max` and `policy/first_clipfrac`.
+      are `policy/first_ratio_error_max` and `policy/first_clipfrac`. `value/error` and
+      `value/squared_error` are means over the last `minibatches` minibatches that were computed,
+      which are those of the last epoch unless the update stopped early.
 
     Raises:
       ValueError: if `minibatches * micro_batches` does not divide the number of rows.
@@ -177,7 +179,7 @@ def ppo_update(
         return (state, stopped | report.beyond), report
 
     (state, stopped), steps = jax.lax.scan(step, (state, jnp.bool_(False)), order)
-    return state, _summary(state, stopped, steps)
+    return state, _summary(state, stopped, steps, minibatches)
 
 
 class _Step(NamedTuple):
@@ -215,7 +217,7 @@ def _no_step(
     return state, jax.tree.map(jnp.zeros_like, report)
 
 
-def _summary(state: TrainState, stopped: Array, steps: _Step) -> Metrics:
+def _summary(state: TrainState, stopped: Array, steps: _Step, minibatches: int) -> Metrics:
     """Reduce the stacked reports of all minibatches to one number per metric."""
     mean, largest = steps.metrics
     # Minibatches after an early stop report zeros, so they add nothing to the sums.
@@ -223,8 +225,11 @@ def _summary(state: TrainState, stopped: Array, steps: _Step) -> Metrics:
     taken = steps.computed & ~steps.beyond & ~steps.bad
     finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
     first = {"policy/ratio_error_max": largest, "policy/clipfrac": mean}
+    last = steps.computed & (jnp.arange(len(steps.computed)) >= count - minibatches)
+    of_last_epoch = {"value/error", "value/squared_error"} & mean.keys()
     return {
         **{name: jnp.sum(x) / count for name, x in mean.items()},
+        **{name: jnp.mean(mean[name], where=last) for name in sorted(of_last_epoch)},
         **{name: jnp.max(x) for name, x in largest.items()},
         **{
             name.replace("/", "/first_"): found[name][0]

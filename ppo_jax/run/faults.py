@@ -117,7 +117,9 @@ def check_steps(metrics: dict[str, float]) -> None:
             "The new parameters are not finite: a gradient was not (skip_nonfinite leaves such "
             "steps out), or learning_rate is too large. They are not saved."
         )
-    numbers = [metrics["loss/total"], metrics["optimizer/grad_norm"]]
+    # An update of the critic's warm-up has no loss of the policy.
+    names = ("loss/total", "optimizer/grad_norm", "critic/grad_norm")
+    numbers = [metrics[name] for name in names if name in metrics]
     if metrics["optimizer/skipped"] or not np.isfinite(numbers).all():
         raise GradientError(
             "A loss or gradient was not finite; "

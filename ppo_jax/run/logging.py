@@ -22,6 +22,26 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
+def measured(metrics: Mapping[str, float], *, waits: bool) -> dict[str, float]:
+    """Leave out what an update did not measure because the policy waited for its critic.
+
+    Args:
+      metrics: the metrics of an update, by name.
+      waits: whether the update is one of the critic's warm-up.
+
+    Example:
+      >>> metrics = {"loss/total": math.nan, "loss/value": 0.5}
+      >>> measured(metrics, waits=True)
+      {'loss/value': 0.5}
+    """
+    of_critic = ("critic/", "value/", "loss/value")  # A NaN of these is a fault.
+    return {
+        name: x
+        for name, x in metrics.items()
+        if not (waits and math.isnan(x)) or name.startswith(of_critic)
+    }
+
+
 def progress_text(metrics: Mapping[str, float], shown: Mapping[str, str]) -> str:
     """Return the metrics that the progress bar shows, as a text.
 

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import Mesh
 
+from ppo_jax.errors import SettingError
 from ppo_jax.models import heads
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import scorers
@@ -18,6 +19,7 @@ from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.critic import no_critic
+from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.types import CriticFn, LanguageModel, Params
 
 

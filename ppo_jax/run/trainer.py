@@ -22,7 +22,7 @@ from ppo_jax.run.assembly import Learner
 from ppo_jax.run.collection import Collection, Collector, compiled_steps
 from ppo_jax.run.evaluation import Evaluation, evaluate
 from ppo_jax.run.forks import Fork, start_from
-from ppo_jax.run.logging import PAIRS, SKIPPED
+from ppo_jax.run.logging import PAIRS, SKIPPED, measured
 from ppo_jax.run.loop import Display, RunLoop
 from ppo_jax.run.opening import claim_folder, open_run
 from ppo_jax.run.parts import initial_reference
@@ -169,6 +169,7 @@ class Trainer:
         )
         self.state = state.replace(pending=rollouts[1:])
         numbers = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        numbers = measured(numbers, waits=update < config.critic.warmup_updates)
         end, tokens = time.perf_counter(), float(batch.host_rollout.response_mask.sum())
         numbers |= task_scores.part_means() | {
             **self.schedule.age(update),
