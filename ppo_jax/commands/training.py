@@ -17,10 +17,11 @@ from ppo_jax.distributed import processes
 from ppo_jax.errors import SettingError
 from ppo_jax.ppo.loss import agent_loss_fn
 from ppo_jax.reward_functions import load_function, load_rewards
+from ppo_jax.reward_functions.loading import check_columns
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.export import export_result
-from ppo_jax.run.files import check_free, lock_folder, store_url
+from ppo_jax.run.files import check_free, lock_folder
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.remote import Mirror
 from ppo_jax.run.resume import read_config
@@ -28,6 +29,7 @@ from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.summary import print_before_and_after, write_summary
 from ppo_jax.run.trainer import Trainer
+from ppo_jax.stores import store_url
 
 
 def train(options: Train) -> None:
@@ -97,15 +99,18 @@ def build(
       ValueError: if the model, the prompts or the reward cannot be read.
     """
     rows, held_out_rows = read_prompts(options)
-    learner = read_learner(options)
-    reward = load_rewards(
+    reward = load_rewards(  # Before the models, which take longer to read.
         options.reward, options.reward_given, options.reward_label, options.reward_timeout
     )
+    learner = read_learner(options)
     policy_loss = read_function(options, "loss", options.loss)
     prompts = encode_prompts(options.data_options, learner, rows, options.prompts)
     held_source = options.eval_prompts or f"the held-out part of {options.prompts}"
     held_out = encode_prompts(options.data_options, learner, held_out_rows, held_source)
     assert prompts is not None  # There are rows to learn from.
+    for part in (prompts, held_out):
+        if part is not None:
+            check_columns(reward, part)
     return Trainer(
         learner,
         prompts,
@@ -168,6 +173,12 @@ def _train(options: Train, trainer: Trainer) -> None:
     processes.on_first_process(
         lambda: print_before_and_after(write_summary(trainer.out, updates, digest))
     )
+    learns = options.ppo.critic.warmup_updates < options.loop.updates  # unlike ppo-jax value
+    if trainer.eval_prompts is None and learns:
+        processes.print_once(
+            "Nothing was evaluated; --eval-fraction 0.1 would hold a tenth of the prompts out, and "
+            "compare the responses to them before and after training."
+        )
     processes.print_once(
         f"The fine-tuned model is in {_place(options)}/model; every update's metrics are in "
         f"{_place(options)}/metrics.jsonl.\nDigest of the final parameters: {digest}"
