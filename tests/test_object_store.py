@@ -190,6 +190,7 @@ def test_what_cannot_be_in_a_store_is_refused_in_one_sentence(
 ):
     scheme = store.scheme
     data, text = tmp_path / "rows.jsonl", tmp_path / "prompts.txt"
+    text.write_text("a\n")
     train = ["train", "--model", "none", "--prompts", text, "--reward", "none"]
     cases = {
         f"{scheme}://nothing/runs/a cannot be used": [
@@ -197,11 +198,21 @@ def test_what_cannot_be_in_a_store_is_refused_in_one_sentence(
             "--out",
             f"{scheme}://nothing/runs/a",
         ],
-        f"it must be {scheme}://BUCKET/PATH": [*train, "--out", f"{scheme}://bucket"],
+        f"bucket must be {scheme}://BUCKET/PATH": [*train, "--out", f"{scheme}://bucket"],
         "where only the folder of ppo-jax train can be": [
             *("sft", "--model", "none", "--data", data, "--out", f"{scheme}://bucket/model"),
         ],
         "models are read from local folders": ["info", f"{scheme}://bucket/model"],
+        "choose a local place": ["plan", "--model", "x", "--out", f"{scheme}://bucket/x.json"],
+        "rows are read from local files": [
+            *train,
+            "--out",
+            "a",
+            "--prompts",
+            f"{scheme}://b/p.csv",
+        ],
+        "rewards are read from local": [*train, "--out", "a", "--reward", f"{scheme}://b/r.py:f"],
+        f"config={scheme}://b/c.yaml is in an": [*train, "--config", f"{scheme}://b/c.yaml"],
     }
     for message, arguments in cases.items():
         with pytest.raises(SystemExit):
