@@ -157,6 +157,8 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
     )
     scorer = model._replace(params=heads.init_scorer(model.config, jax.random.key(0), model.params))
     scorers.save_scorer(tmp_path / "scorer", scorer, word_tokenizer())
+    with pytest.raises(ValueError, match=r"scorer is a reward model.*it has score\.weight and no"):
+        pretrained.load_policy(tmp_path / "scorer")
     small = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
