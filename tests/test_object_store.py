@@ -172,6 +172,8 @@ def test_a_run_is_resumed_from_what_is_complete(here, store, tmp_path):
     # Earlier tests of this process may have set the precision of products, as a command does.
     assert [x for x in found if not x.startswith("jax.default_matmul_precision")] == []
     again.close()
+    cli.main(["report", url, "--out", str(tmp_path / "report.html")])
+    assert "/a</" in (tmp_path / "report.html").read_text()  # the name of the run
 
 
 def test_a_later_process_takes_over_a_folder(here, store, tmp_path, monkeypatch):
