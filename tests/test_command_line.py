@@ -291,6 +291,10 @@ def test_completion_knows_the_short_names(tmp_path):
             ["compare", "a", "b", "--zzz=1"],
             "--zzz is no option of ppo-jax compare; ppo-jax compare --help-all lists all.",
         ),
+        (
+            ["--zzz", *TRAIN],
+            "--zzz is no option of ppo-jax train; ppo-jax train --help-all lists all.",
+        ),
         (["info", "gpt2", "b"], "ppo-jax info takes no argument 'b'; options begin with --."),
     ],
 )

@@ -92,21 +92,22 @@ def parse(args: Sequence[str]) -> Any:
             print(_footer(called, brief=brief))
         raise
     if unknown:
-        raise SettingError(_unknown(str(called), command, unknown))
+        raise SettingError(_unknown(command, unknown))
     requests = rules.requests
     if requests.print_config:
         return PrintConfig(command)
     return DryRun(command) if requests.dry_run else command
 
 
-def _unknown(called: str, command: Any, words: Sequence[str]) -> str:
+def _unknown(command: Any, words: Sequence[str]) -> str:
     """Return a sentence about arguments that are no options of a command."""
+    called = type(command).__name__.lower()
     name = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if name is None:
         return f"ppo-jax {called} takes no argument {words[0]!r}; options begin with --."
     from ppo_jax.commands.config_files import option_names
 
-    known = [*option_names(command), *CONFIGURABLE.get(COMMANDS[called], ())]
+    known = [*option_names(command), *CONFIGURABLE.get(type(command), ())]
     options = [f"--{option.replace('_', '-')}" for option in known]
     near = difflib.get_close_matches(name.replace("_", "-"), options, n=3)
     similar = f"similar options are {', '.join(near)}, and " if near else ""
