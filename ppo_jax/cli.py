@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from ppo_jax.commands.named_files import check_named_files
 from ppo_jax.commands.parsing import COMMANDS as COMMANDS
 from ppo_jax.commands.parsing import parse as parse
 from ppo_jax.errors import SettingError
@@ -41,6 +42,7 @@ def _run(args: list[str]) -> None:
     try:
         with _exit_on_interrupt(), _quiet_event_loops():
             command = parse(args)
+            check_named_files(command)  # Before JAX is imported, which takes longer.
             keep_compiled_programs()
             command.run()
     except KeyboardInterrupt:  # A reward function may raise it.

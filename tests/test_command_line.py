@@ -11,6 +11,7 @@ import sys
 import typing
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 from helpers import options, tiny_policy, word_tokenizer
@@ -20,7 +21,10 @@ from ppo_jax import cli
 from ppo_jax.commands.parsing import COMMANDS, PrintConfig
 from ppo_jax.commands.train import Train
 from ppo_jax.errors import SettingError
-from ppo_jax.models.io import pretrained
+from ppo_jax.models import heads
+from ppo_jax.models.io import adapter_files, pretrained, scorers
+from ppo_jax.models.lora import init_lora
+from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.ppo.presets import PRESETS
 
 GIVEN = ["--model", "m", "--prompts", "p.txt", "--reward", "r.py:f", "--out", "o"]
@@ -250,6 +254,7 @@ def test_the_configuration_of_a_run_and_dry_runs(tmp_path, capsys):
     assert "stop_tokens: 'no token' is " in printed(*command, *stop, status=2)
     assert files_in(tmp_path) == before
     cli.main(command)
+    assert "Nothing was evaluated; --eval-fraction 0.1 would hold" in capsys.readouterr().out
     with pytest.raises(SettingError, match="holds the settings of a run; evaluate takes the run"):
         cli.parse(["evaluate", "--config", str(run)])
     # A run's own configuration starts the same run again, in another folder or to resume it.
@@ -272,3 +277,100 @@ def test_completion_knows_the_short_names(tmp_path):
     script = (tmp_path / "ppo-jax").read_text()
     assert "--max-new-tokens" in script and "--ppo.max-new-tokens" in script
     assert os.path.getsize(tmp_path / "ppo-jax") > 1000
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (
+            [*TRAIN, "--update", "3"],
+            "--update is no option of ppo-jax train; similar options are --updates, --fork-update, "
+            "--loop.updates, and ppo-jax train --help-all lists all.",
+        ),
+        (
+            ["compare", "a", "b", "--zzz=1"],
+            "--zzz is no option of ppo-jax compare; ppo-jax compare --help-all lists all.",
+        ),
+        (
+            ["--zzz", *TRAIN],
+            "--zzz is no option of ppo-jax train; ppo-jax train --help-all lists all.",
+        ),
+        (["info", "gpt2", "b"], "ppo-jax info takes no argument 'b'; options begin with --."),
+    ],
+)
+def test_an_unknown_option_is_one_sentence(command, message):
+    assert printed(*command, status=2) == f"ppo-jax: {message}\n"
+
+
+def test_help_fits_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], *([name] for name in COMMANDS)):
+        assert max(map(len, printed(*command, "--help").splitlines())) <= 80
+
+
+def test_missing_files_are_found_before_jax_is_imported(tmp_path):
+    for name in ("prompts.txt", "r.py", "run/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    train = ["train", "--model", "m", "--prompts", "prompts.txt", "--reward", "r.py:f"]
+    more = ["--out", "new", "--model", "m", "--data"]
+    cases = {
+        "nosuch.csv does not exist": [*train, "--out", "new", "--prompts", "nosuch.csv"],
+        "no.csv does not exist": [*train, "--out", "new", "--eval-prompts", "no.csv", "--dry-run"],
+        "reward file nosuch.py does not exist": [*train, "--out", "new", "--reward", "nosuch.py:f"],
+        "run holds another run": [*train, "--out", "run"],
+        "nowhere.csv does not exist": ["value", *train[1:-2], "--reward", "r.py:f", "--out", "new"],
+        "rows.csv does not exist": ["sft", *more, "rows.csv"],
+        "pairs.csv does not exist": ["reward", *more, "pairs.csv"],
+        "is not a size": ["sft", "--from-scratch", "x", "--data", "prompts.txt", "--out", "new"],
+        "tests.txt does not exist": ["evaluate", "--model", "m", "--prompts", "tests.txt"],
+        "because none is not a folder": ["report", "run", "--out", "none/a.html"],
+    }
+    cases["nowhere.csv does not exist"] += ["--prompts", "nowhere.csv"]
+    code = (
+        f"import sys\nfrom ppo_jax import cli\nfor args in {list(cases.values())}:\n"
+        "    try:\n        cli.main(args)\n        raise AssertionError(args)\n"
+        "    except SystemExit:\n        assert 'jax' not in sys.modules, args\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    for message, line in zip(cases, done.stderr.splitlines(), strict=True):
+        assert message in line
+
+
+@pytest.mark.slow
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy = tiny_policy()
+    pretrained.save_policy("model", policy, word_tokenizer())
+    short = tiny_policy(positions=4)
+    head = heads.init_scorer(short.config, jax.random.key(0))
+    scorers.save_scorer("short", short._replace(params=head), word_tokenizer())
+    spec = LoRA(rank=2)
+    adapters = init_lora(policy.params, jax.random.key(0), spec)
+    adapter_files.save_adapter("adapter", adapters, spec, policy.config, "gpt2", "model")
+    Path("prompts.txt").write_text("a b\nc\n")
+    Path("r.py").write_text(
+        "def score(prompts, responses): return [1.0] * len(responses)\n"
+        "def needy(prompts, responses, answer): return score(prompts, responses)\n"
+    )
+    Path("one.csv").write_text("text,label\n" + "a b,pos\n" * 20)
+    given = {"model": "model", "prompts": "prompts.txt", "out": "run", "batch-size": 4}
+    given |= {"max-new-tokens": 8, "mesh": "data=1", "ppo.minibatches": 1}
+    train = ["train", *options(given), "--dry-run", "--reward"]
+    for message, more in {
+        "needs the column 'answer'": ["r.py:needy"],
+        "critic must start from a reward model": ["r.py:score", "--critic", "model"],
+        "The critic has 4 positions": ["r.py:score", "--critic", "short"],
+        "leave out lora.rank=2": ["r.py:score", "--adapter", "adapter", "--lora.rank", "2"],
+        "it has no adapter_config.json": ["r.py:score", "--adapter", "model"],
+        "gs://b must be gs://BUCKET/PATH": ["r.py:score", "--out", "gs://b"],
+    }.items():
+        assert message in printed(*train, *more, status=2)
+    reward = {"model": "model", "data": "one.csv", "out": "run", "batch-size": 4}
+    classes = ["--learn-from", "classes", "--dry-run"]
+    assert "hold a single class" in printed("reward", *options(reward), *classes, status=2)
+    cli.main([*train, "r.py:score", "--adapter", "adapter"])
+    assert not Path("run").exists()

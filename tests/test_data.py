@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from ppo_jax import data
 from ppo_jax.commands.fitting import read_answers
 from ppo_jax.commands.supervised import Reward
+from ppo_jax.data import tables
 from ppo_jax.data.columns import ExampleColumns, PromptColumns
 from ppo_jax.data.examples import encode_demonstrations, encode_judgements
-from ppo_jax.data.files import names_a_file
+from ppo_jax.data.files import is_table, names_a_file
 from ppo_jax.data.labels import label_order, number_labels
 from ppo_jax.data.tables import read_table
 from ppo_jax.errors import SettingError
@@ -394,6 +395,34 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, text, 
     with pytest.raises(ValueError, match=message) as error:
         data.read_rows(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("data/a.xlsx", "none/a.xlsx", "a.csv", "data/a.parquet", "a"):
+        with pytest.raises(ValueError, match=f"^{name} does not exist.$"):
+            data.read_rows(name)
+    with pytest.raises(ValueError, match=r"data/a does not exist.*its split too.*data/a:train"):
+        data.read_rows("data/a")
+    assert is_table("data/a:train") and is_table("none/a")
+
+
+def test_a_file_in_another_encoding_is_told_how_to_be_saved(tmp_path):
+    (tmp_path / "a.csv").write_bytes("prompt\nb\nnaïve\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="because line 3 is not UTF-8; save it as UTF-8"):
+        data.read_rows(tmp_path / "a.csv")
+
+
+def test_an_unreachable_hub_is_told_from_unknown_data(monkeypatch):
+    def load(error):
+        monkeypatch.setattr(tables, "_load", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(ValueError) as raised:
+            data.read_rows("none/a")
+        return str(raised.value)
+
+    assert load(ConnectionError("no route")).startswith("The Hugging Face hub cannot be reached")
+    assert load(ValueError("unknown")).startswith("none/a is neither a file nor a folder here")
 
 
 TURNS = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]

@@ -107,10 +107,43 @@ def test_table_of_presets():
     ]
 
 
+# What `...` stands for in a command.
+LEFT_OUT = shlex.split("--model gpt2 --prompts a.txt --reward b.py:f --out runs/b")
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Return the arguments of each call of `ppo-jax` in a block of code."""
+    lines = text.replace("\\\n", " ").splitlines()
+    calls = [re.search(r"(?:^|[\s/!])ppo-jax ([a-z].*)", line) for line in lines]
+    return [
+        [x for word in shlex.split(call[1]) for x in (LEFT_OUT if word == "..." else [word])]
+        for call in calls
+        if call
+    ]
+
+
 def commands_of(page: Path) -> list[list[str]]:
     """Return the arguments of each call of `ppo-jax` in the shell blocks of a page."""
-    lines = "\n".join(code_blocks(page, "bash", "console")).splitlines()
-    return [shlex.split(line.split("bin/ppo-jax ")[1]) for line in lines if "bin/ppo-jax " in line]
+    return commands_in("\n".join(code_blocks(page, "bash", "console", "text")))
+
+
+def test_commands_are_found():
+    assert [len(commands_of(ROOT / f"docs/{name}.md")) for name in ("tpu", "own_reward")] == [6, 2]
+    assert len(commands_of(ROOT / "docs/own_data.md")) == 5
+
+
+@pytest.mark.slow
+def test_a_file_of_questions_is_enough(folder, capsys):
+    """The block at the top of `own_data.md` runs, with fewer updates."""
+    Path("questions.csv").write_text("question,answer\n" + "a b,c\nd e,f\n" * 20)
+    Path("reviews.csv").write_text("review,sentiment\n" + "a b,positive\nc d,negative\n" * 20)
+    sft, reward, train = commands_in(code_blocks(ROOT / "docs/own_data.md", "console")[0])
+    cli.main([*sft, "--epochs", "1"])
+    cli.main([*reward, "--epochs", "1"])
+    cli.main([*train, "--updates", "1", "--batch-size", "32", "--max-new-tokens", "4"])
+    out = capsys.readouterr().out
+    assert "on held-out prompts" in out and "Nothing was evaluated" not in out
+    assert Path("runs/ppo/model/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -382,7 +382,7 @@ def test_replay_without_an_earlier_checkpoint_starts_at_update_0(folder, tmp_pat
 def test_replay_of_a_folder_or_update_that_does_not_exist_is_refused(folder, tmp_path, capsys):
     for wrong, message in (
         (folder / "model", "is not the configuration of a run"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "is not the folder of a run"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(replay_command(wrong, 1, tmp_path / "new"))

@@ -1,7 +1,9 @@
 """Test the commands `info` and `convert`, and the sizes of GPT-3."""
 
 import functools
+import unittest.mock
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from helpers import noisy_adapters, tiny_config, tiny_policy, word_tokenizer
 
 from ppo_jax import cli
 from ppo_jax.models import heads, lora, sizes
-from ppo_jax.models.io import adapter_files, pretrained, scorers
+from ppo_jax.models.io import adapter_files, pretrained, scorers, stored
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import choose_prompt_tokens, estimate_memory, load_config
 from ppo_jax.ppo.settings import PPOConfig
@@ -157,6 +159,8 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
     )
     scorer = model._replace(params=heads.init_scorer(model.config, jax.random.key(0), model.params))
     scorers.save_scorer(tmp_path / "scorer", scorer, word_tokenizer())
+    with pytest.raises(ValueError, match=r"scorer is a reward model.*it has score\.weight and no"):
+        pretrained.load_policy(tmp_path / "scorer")
     small = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
@@ -173,3 +177,17 @@ def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(["convert", "--model", str(tmp_path / source), "--out", str(tmp_path / out)])
         assert message in capsys.readouterr().err and not (tmp_path / out).exists()
+
+
+def test_an_unreachable_hub_is_told_from_an_unknown_model(monkeypatch):
+    errors = huggingface_hub.errors
+    for error, start in {
+        errors.LocalEntryNotFoundError(
+            "no route"
+        ): "The Hugging Face Hub cannot be reached to look",
+        errors.HFValidationError("no id"): "'no/model' is not a local folder, and the Hugging Face",
+    }.items():
+        answer = unittest.mock.Mock(side_effect=error)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+        with pytest.raises(ValueError, match=f"^{start}.*no "):
+            stored.resolve("no/model")

@@ -172,6 +172,8 @@ def test_a_run_is_resumed_from_what_is_complete(here, store, tmp_path):
     # Earlier tests of this process may have set the precision of products, as a command does.
     assert [x for x in found if not x.startswith("jax.default_matmul_precision")] == []
     again.close()
+    cli.main(["report", url, "--out", str(tmp_path / "report.html")])
+    assert "/a</" in (tmp_path / "report.html").read_text()  # the name of the run
 
 
 def test_a_later_process_takes_over_a_folder(here, store, tmp_path, monkeypatch):
@@ -190,6 +192,7 @@ def test_what_cannot_be_in_a_store_is_refused_in_one_sentence(
 ):
     scheme = store.scheme
     data, text = tmp_path / "rows.jsonl", tmp_path / "prompts.txt"
+    text.write_text("a\n")
     train = ["train", "--model", "none", "--prompts", text, "--reward", "none"]
     cases = {
         f"{scheme}://nothing/runs/a cannot be used": [
@@ -197,11 +200,21 @@ def test_what_cannot_be_in_a_store_is_refused_in_one_sentence(
             "--out",
             f"{scheme}://nothing/runs/a",
         ],
-        f"it must be {scheme}://BUCKET/PATH": [*train, "--out", f"{scheme}://bucket"],
+        f"bucket must be {scheme}://BUCKET/PATH": [*train, "--out", f"{scheme}://bucket"],
         "where only the folder of ppo-jax train can be": [
             *("sft", "--model", "none", "--data", data, "--out", f"{scheme}://bucket/model"),
         ],
         "models are read from local folders": ["info", f"{scheme}://bucket/model"],
+        "choose a local place": ["plan", "--model", "x", "--out", f"{scheme}://bucket/x.json"],
+        "rows are read from local files": [
+            *train,
+            "--out",
+            "a",
+            "--prompts",
+            f"{scheme}://b/p.csv",
+        ],
+        "rewards are read from local": [*train, "--out", "a", "--reward", f"{scheme}://b/r.py:f"],
+        f"config={scheme}://b/c.yaml is in an": [*train, "--config", f"{scheme}://b/c.yaml"],
     }
     for message, arguments in cases.items():
         with pytest.raises(SystemExit):

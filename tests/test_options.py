@@ -8,6 +8,7 @@ import pytest
 from ppo_jax.ops import (
     advantages,
     baselines,
+    clips,
     decoupled,
     dppo,
     group_advantages,
@@ -17,7 +18,6 @@ from ppo_jax.ops import (
     logprobs,
     losses,
     masked,
-    metrics,
     options,
     policy_losses,
     rewards,
@@ -87,10 +87,10 @@ PROPER = {
         {"clip_low": -0.1, "clip_high": float("nan"), "dual_clip": 0.5},
     ),
     masked.masked_whiten: ((X, MASK), {"eps": 0.0}, {"eps": -1.0}),
-    metrics.policy_metrics: (
+    clips.ratio_clip: (
         (X, X, MASK),
-        {"clip_low": 1.5, "clip_high": 0.0, "dual_clip": None},
-        {"clip_low": -0.1, "clip_high": -0.1, "dual_clip": 1.0},
+        {"clip_low": 1.0, "clip_high": 0.0, "dual_clip": 3.0},
+        {"clip_low": 1.5, "clip_high": -0.1, "dual_clip": 1.0},
     ),
     policy_losses.cispo_loss: (
         POLICY,

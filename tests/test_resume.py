@@ -417,6 +417,11 @@ def test_a_full_disk_does_not_harm_earlier_checkpoints(tmp_path):
     assert int(full_trainer(tmp_path / "run", updates=2, resume="yes").state.update) == 1
 
 
+def test_checkpoints_are_opened_for_reading_without_a_warning(uninterrupted, caplog):
+    Checkpoints(uninterrupted.folder / "checkpoints", read_only=True).close()
+    assert caplog.messages == []
+
+
 def test_a_checkpoint_in_the_background_is_not_changed_by_later_updates(uninterrupted, tmp_path):
     """The writing starts only after two more updates, which have donated the saved arrays."""
     run = full_trainer(tmp_path / "run", updates=UPDATES)

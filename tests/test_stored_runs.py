@@ -132,8 +132,10 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(place, t
         "either the folder of a run or --model": [run, "--model", place / "model"],
         "a run has its own adapter": [run, "--adapter", place / "adapted/adapter"],
         "is for the folder of a run, not": ["--model", place / "model", "--update", 2],
-        "cannot be read": [place / "model/nothing"],
-        "is not the configuration of a run": [place / "model"],
+        "is not the folder of a run, because it has no config.json": [place / "model/nothing"],
+        f"but of a model; ppo-jax train and convert take a model as --model {place}": [
+            place / "model"
+        ],
     }
     for message, arguments in cases.items():
         assert message in refused(capsys, ["convert", *arguments, *out])
@@ -228,7 +230,7 @@ def test_another_reference_cannot_move(place, tmp_path, capsys, flags):
     "changes, message",
     [
         ({}, "resume=fork and fork_from go together"),
-        ({"fork-from": "nothing"}, "cannot be read"),
+        ({"fork-from": "nothing"}, "is not the folder of a run"),
         ({"fork-from": "whole", "loop.updates": 3}, "count towards updates=3; set updates above"),
         ({"fork-from": "whole", "fork-update": 9}, "has no checkpoint after 9 updates"),
         ({"fork-from": "whole", "lora.rank": 2}, "and the run now has"),

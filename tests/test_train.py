@@ -184,6 +184,7 @@ def folder(tmp_path):
     (tmp_path / "long.txt").write_text("a " * 40)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": 3}\n')
+    (tmp_path / "needy.py").write_text("def score(prompts, responses, answer): return []")
     (tmp_path / "reward.py").write_text(
         "def score(prompts, responses):\n    return [len(r) / 3 for r in responses]\n"
         "def count(tokens, mask, response_mask):\n    return response_mask.sum(axis=1)\n"
@@ -487,7 +488,7 @@ def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"prompts": "empty.txt"}, "no prompt"),
         ({"prompts": "broken.jsonl"}, "needs a text or messages in its column 'prompt'"),
         ({"prompts": "long.txt"}, "exceeds the model's 16 positions. 1 of 1 prompts"),
@@ -497,6 +498,7 @@ def test_the_exported_model_generates_and_is_evaluated(folder, capsys):
         ({"reward-timeout": 0}, "reward_timeout must be a positive number of seconds"),
         ({"reward": "reward.py:nothing"}, "no function 'nothing'"),
         ({"reward": "none.py:score"}, "does not exist"),
+        ({"reward": "needy.py:score"}, "needs the column 'answer', but the columns of"),
         ({"loop.updates": 0}, "at least 1"),
         ({"ppo.top-k": 999}, "top_k=999 must lie in 1 .. 21"),
     ],
@@ -945,7 +947,7 @@ def test_generate_reads_prompts_from_files(folder, capsys):
     assert [line.partition("|")[0] for line in printed] == ["a b", "c", "g", "d e"]
     with pytest.raises(SystemExit):
         cli.main([*sample, "--prompts", "g", "nowhere.txt"])
-    assert "nowhere.txt cannot be read" in capsys.readouterr().err
+    assert "nowhere.txt does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -142,6 +142,11 @@ def with_settings(command: Command, file: SettingsFile, called: str) -> Command:
     return _replaced(command, tree, file.path)
 
 
+def option_names(command: Any) -> list[str]:
+    """Return the names of the settings of a command, a dataclass, as options have them."""
+    return [name for name, _ in _paths(command, (), ((),))]
+
+
 def _paths(
     settings: Any, path: tuple[str, ...], spellings: tuple[tuple[str, ...], ...]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:

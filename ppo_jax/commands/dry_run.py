@@ -21,14 +21,22 @@ from ppo_jax.models.lora_settings import LoRA
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan.memory import estimate_memory, size_of
 from ppo_jax.reward_functions import load_rewards
+from ppo_jax.reward_functions.loading import check_columns
 from ppo_jax.run import provenance
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
-from ppo_jax.run.files import check_free, store_url
-from ppo_jax.run.parts import check_reference, check_vocabulary
+from ppo_jax.run.files import check_free
+from ppo_jax.run.parts import (
+    check_reference,
+    check_vocabulary,
+    read_critic,
+    reference_model,
+    starting_adapters,
+)
 from ppo_jax.run.remote import local_copy
 from ppo_jax.run.resume import read_config, setting_differences
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.stored import find_checkpoint
+from ppo_jax.stores import split_url, store_url
 
 
 def dry_run(command: Any) -> None:
@@ -61,12 +69,16 @@ def _train(options: Train) -> None:
         raise ValueError(f"{options.model} is an encoder; a policy must be a decoder.")
     check_top_k(ppo.top_k, config)
     stop_ids(tokenizer, policy, options.stop_tokens)
-    adapters = _read_other_models(options, tokenizer)
-    load_rewards(options.reward, options.reward_given, options.reward_label, options.reward_timeout)
-    limits = options.data_options.limits()
+    adapters, others = _read_other_models(options, policy, tokenizer)
+    reward = load_rewards(
+        options.reward, options.reward_given, options.reward_label, options.reward_timeout
+    )
+    limits = options.data_options.limits() | others
 
     def encode(rows: list[Row]) -> Prompts:
-        return encode_for(rows, tokenizer, config, ppo.max_new_tokens, **limits)
+        prompts = encode_for(rows, tokenizer, config, ppo.max_new_tokens, **limits)
+        check_columns(reward, prompts)
+        return prompts
 
     prompts = encode(rows)
     held_out = encode(held_out_rows) if held_out_rows else None
@@ -97,19 +109,26 @@ def _shapes(config: TransformerConfig) -> Any:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def _read_other_models(options: Train, tokenizer: Any) -> LoRA | None:
-    """Read the configs of critic, reference and adapter; return the settings of the adapters."""
+def _read_other_models(
+    options: Train, policy: Pretrained, tokenizer: Any
+) -> tuple[LoRA | None, dict[str, int | None]]:
+    """Read the critic's config and head, the reference's config, and the adapter.
+
+    Returns:
+      The settings of the adapters, or None; and the positions of the other models for `encode_for`.
+    """
+    others: dict[str, int | None] = {}
     check_reference(options.reference is not None, options.ppo)
     if options.critic not in ("shared", "separate", "none"):
-        stored.read_config(options.critic)
+        others["critic_positions"] = read_critic(options.critic, policy.config).config.positions
     if options.reference is not None:
-        stored.read_config(options.reference)
-        other = pretrained.load_tokenizer(options.reference)
-        check_vocabulary(tokenizer, other, options.reference)
+        hf = stored.read_config(options.reference)
+        check_vocabulary(tokenizer, pretrained.load_tokenizer(options.reference), options.reference)
+        reference = Pretrained(families.config_of(hf), {}, hf)
+        others["ref_positions"] = reference_model(reference, policy.config)[1]
     if options.adapter is not None:
-        rank = stored.read_json(options.adapter / "adapter_config.json").get("r")
-        return LoRA(rank=rank) if isinstance(rank, int) else None
-    return options.lora if options.lora.rank else None
+        return starting_adapters(options.adapter, policy)[1], others
+    return options.lora if options.lora.rank else None, others
 
 
 def _updates_done(options: Train, longest: int) -> int:
@@ -121,8 +140,9 @@ def _updates_done(options: Train, longest: int) -> int:
     out, may_resume = options.out, options.resume in ("yes", "auto")
     if (fork := read_fork(options)) is not None:
         return find_checkpoint(local_copy(fork.run), fork.which)
-    if store_url(out) is not None:
-        print(f"{out} is in an object store, which is not opened.")
+    if (url := store_url(out)) is not None:
+        split_url(url)
+        print(f"{url} is in an object store, which is not opened.")
         return 0
     check_free(out, resume=may_resume)
     exists = any((out / "checkpoints").glob("*"))
@@ -187,7 +207,10 @@ def _supervised(command: SFT | Reward) -> None:
     config = start.config
     length = min(options.length, config.positions)
     encode = partial(encode, tokenizer=tokenizer, length=length)
-    train, held_out = encode_examples(command.data, options, rows, encode, reason)
+    train, held_out = arrays = encode_examples(command.data, options, rows, encode, reason)
+    if isinstance(command, Reward):
+        fitting.class_thresholds(command, arrays)
+    fitting.check_tokens(arrays, config.vocab_size)
     count = len(train[0])
     if not (steps := count // options.batch_size):
         raise ValueError(

@@ -13,7 +13,7 @@ from ppo_jax.errors import SettingError, check_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Evaluate one or more models on held-out prompts: score, KL, length and distinct-2.
+    """Evaluate models on held-out prompts: score, KL, length and distinct-2.
 
     The score is the one that training optimizes. If a model is the folder of a run, options that
     are not given are those of the run. A model that is no run uses those of the first run.

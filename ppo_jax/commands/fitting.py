@@ -98,10 +98,7 @@ def train_reward_model(command: Reward) -> None:
         ),
         f"their two texts have the same last {length} tokens",
     )
-    params = dict(start.params)
-    if command.learn_from == "classes":
-        classes = np.concatenate([x[-1] for x in arrays if x is not None])
-        params["thresholds"] = reward_model.initial_thresholds(classes)
+    params = {**start.params, **class_thresholds(command, arrays)}
     loss_fn = reward_model.training_loss(heads.reward_model(config), command.learn_from)
     task = _task(command, loss_fn, arrays, config.vocab_size)
     trainer = _open(command, task, params, config, tokenizer, rows)
@@ -111,6 +108,14 @@ def train_reward_model(command: Reward) -> None:
         scorers.save_scorer(command.out, start._replace(params=scorer), tokenizer)
 
     finish_run(trainer, save)
+
+
+def class_thresholds(command: Reward, arrays: tuple[Arrays, Arrays | None]) -> Params:
+    """Return the thresholds that are learned with classes, and nothing for other rows."""
+    if command.learn_from != "classes":
+        return {}
+    classes = np.concatenate([x[-1] for x in arrays if x is not None])
+    return {"thresholds": reward_model.initial_thresholds(classes)}
 
 
 def read_answers(command: Reward) -> Rows:
@@ -137,9 +142,8 @@ def _task(
     weight: Weight | None = None,
 ) -> Task:
     """Return what the command minimizes, once it is checked that the model has all tokens."""
+    check_tokens(arrays, vocab_size)
     train, held_out = arrays
-    for tokens in (x for x in (*train, *(held_out or ())) if x.ndim == 2 and x.dtype == np.int32):
-        check_ids(tokens, vocab_size)
     options = command.training
     return Task(
         loss_fn=loss_fn,
@@ -152,6 +156,13 @@ def _task(
         weight_decay=options.weight_decay,
         select_by=command.run_options.select_by,
     )
+
+
+def check_tokens(arrays: tuple[Arrays, Arrays | None], vocab_size: int) -> None:
+    """Raise ValueError if the rows to learn from, or those that are held out, have other tokens."""
+    for tokens in (x for part in arrays for x in part or ()):
+        if tokens.ndim == 2 and tokens.dtype == np.int32:
+            check_ids(tokens, vocab_size)
 
 
 def _open(

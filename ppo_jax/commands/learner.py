@@ -7,7 +7,6 @@ import jax
 from jax.sharding import Mesh
 
 from ppo_jax.distributed import meshes
-from ppo_jax.errors import SettingError
 from ppo_jax.run.assembly import Learner, assemble, load_model
 from ppo_jax.run.parts import check_vocabulary, starting_adapters
 
@@ -60,10 +59,6 @@ def read_learner(options: "Train") -> Learner:
         reference, other = load(options.reference)
         check_vocabulary(tokenizer, other, options.reference)
     if options.adapter is not None:
-        if lora is not None:
-            raise SettingError(
-                f"adapter={options.adapter} has its own rank; leave out lora.rank={lora.rank}."
-            )
         adapters, lora = starting_adapters(options.adapter, policy)
     return assemble(
         policy,

@@ -1,8 +1,11 @@
 """From the arguments of `ppo-jax` to the command that they name, with its options."""
 
+import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
+import io
 import itertools
 import operator
 import textwrap
@@ -28,6 +31,7 @@ from ppo_jax.commands.value import Value
 from ppo_jax.errors import SettingError
 from ppo_jax.ppo.presets import PRESETS
 from ppo_jax.ppo.settings import PPOConfig
+from ppo_jax.stores import store_url
 
 COMMANDS: dict[str, type] = {
     kind.__name__.lower(): kind
@@ -39,7 +43,8 @@ COMMANDS: dict[str, type] = {
 _HELP = {"-h", "--help"}
 _DESCRIPTION = """PPO and the stages before and after it, on your own model and data.
 
-ppo-jax COMMAND --help shows the common options of a command and --help-all shows all of them;
+ppo-jax COMMAND --help shows common options, and COMMAND --help-all all of them.
+
 ppo-jax --version shows the version."""
 
 
@@ -55,7 +60,8 @@ def parse(args: Sequence[str]) -> Any:
 
     Raises:
       SystemExit: if the arguments ask for help or the version, or are wrong, after this is printed.
-      SettingError: if a setting is out of range, or the file of settings is wrong.
+      SettingError: if a setting is out of range, an option does not exist, or the file of settings
+        is wrong.
     """
     if list(args) == ["--version"]:
         print(f"ppo-jax {__version__}")
@@ -65,23 +71,49 @@ def parse(args: Sequence[str]) -> Any:
     called = args[0] if args and args[0] in COMMANDS else None
     args = list(_with_one_spelling(called, args))
     rules = OptionRules(all_options=not brief)
+    shown = io.StringIO()
     try:
-        command = tyro.cli(
-            _commands(called, args),
-            config=(tyro.conf.EnumChoicesFromValues,),
-            prog="ppo-jax",
-            description=_DESCRIPTION,
-            args=args,
-            registry=rules.registry,
-        )
+        with (
+            contextlib.redirect_stdout(shown) if brief and not called else contextlib.nullcontext()
+        ):
+            command, unknown = tyro.cli(
+                _commands(called, args),
+                config=(tyro.conf.EnumChoicesFromValues,),
+                prog="ppo-jax",
+                description=_DESCRIPTION,
+                args=args,
+                registry=rules.registry,
+                return_unknown_args=True,
+            )
     except SystemExit as ending:
+        # The names of all commands make the line too long, and the list below has them.
+        print(shown.getvalue().replace(f"{{{','.join(COMMANDS)}}}", "COMMAND"), end="")
         if not ending.code and called and not _HELP.isdisjoint(args):
             print(_footer(called, brief=brief))
         raise
+    if unknown:
+        raise SettingError(_unknown(command, unknown))
     requests = rules.requests
     if requests.print_config:
         return PrintConfig(command)
     return DryRun(command) if requests.dry_run else command
+
+
+def _unknown(command: Any, words: Sequence[str]) -> str:
+    """Return a sentence about arguments that are no options of a command."""
+    called = type(command).__name__.lower()
+    name = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+    if name is None:
+        return f"ppo-jax {called} takes no argument {words[0]!r}; options begin with --."
+    from ppo_jax.commands.config_files import option_names
+
+    known = [*option_names(command), *CONFIGURABLE.get(type(command), ())]
+    options = [f"--{option.replace('_', '-')}" for option in known]
+    near = difflib.get_close_matches(name.replace("_", "-"), options, n=3)
+    similar = f"similar options are {', '.join(near)}, and " if near else ""
+    return (
+        f"{name} is no option of ppo-jax {called}; {similar}ppo-jax {called} --help-all lists all."
+    )
 
 
 def _with_one_spelling(called: str | None, args: Sequence[str]) -> Iterator[str]:
@@ -155,6 +187,10 @@ def _defaults(kind: type, called: str, args: Sequence[str]) -> Any:
     path, preset = _value_of("--config", args), _value_of("--preset", args)
     file = None
     if path is not None and kind in CONFIGURABLE:
+        if url := store_url(path):
+            raise SettingError(
+                f"config={url} is in an object store; copy it to this machine first."
+            )
         from ppo_jax.commands.config_files import read_settings
 
         file = read_settings(Path(path))

@@ -14,7 +14,7 @@ from ppo_jax.commands.training import build
 from ppo_jax.run import provenance
 from ppo_jax.run.checkpoints import Checkpoints
 from ppo_jax.run.compare import compare, metric_differences
-from ppo_jax.run.files import check_free, read_lines, store_url
+from ppo_jax.run.files import check_free, read_lines
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.history import by_settings, read_history
 from ppo_jax.run.logging import SKIPPED, finite
@@ -23,6 +23,7 @@ from ppo_jax.run.resume import read_config
 from ppo_jax.run.score_tables import print_scores
 from ppo_jax.run.stored import newest_good
 from ppo_jax.run.trainer import Trainer
+from ppo_jax.stores import store_url
 
 
 def compare_runs(options: Compare) -> None:

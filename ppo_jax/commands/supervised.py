@@ -10,6 +10,7 @@ from ppo_jax.commands.supervised_rows import TrainingOptions
 from ppo_jax.data.columns import ExampleColumns
 from ppo_jax.data.examples import LearnFrom
 from ppo_jax.errors import SettingError, check_numbers
+from ppo_jax.models.gpt2_sizes import check_new_size
 from ppo_jax.run.settings import Resume, SelectBy
 
 
@@ -73,9 +74,7 @@ class SFT:
                 f"from_scratch={self.from_scratch}."
             )
         if self.from_scratch is not None:
-            from ppo_jax.models.sizes import new_gpt
-
-            new_gpt(self.from_scratch)
+            check_new_size(self.from_scratch)
 
     def run(self) -> None:
         """Train the model and write it to `out`."""

@@ -137,6 +137,10 @@ class Train:
                 f"eval_fraction={self.eval_fraction} holds out a part of the prompts, but "
                 f"eval_prompts={self.eval_prompts} names others; give only one of them."
             )
+        if self.adapter is not None and self.lora.rank:
+            raise SettingError(
+                f"adapter={self.adapter} has its own rank; leave out lora.rank={self.lora.rank}."
+            )
 
     def run(self) -> None:
         """Train, and write the fine-tuned model and the summary."""

@@ -21,10 +21,11 @@ from ppo_jax.ppo.own_functions import check_advantage_fn, check_policy_loss
 from ppo_jax.ppo.presets import PRESETS
 from ppo_jax.ppo.unread import check_replaced
 from ppo_jax.reward_functions import load_function, load_rewards
+from ppo_jax.reward_functions.loading import check_columns
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.export import export_result
-from ppo_jax.run.files import check_free, lock_folder, store_url
+from ppo_jax.run.files import check_free, lock_folder
 from ppo_jax.run.forks import Fork
 from ppo_jax.run.remote import Mirror
 from ppo_jax.run.resume import read_config
@@ -32,6 +33,7 @@ from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.summary import print_before_and_after, write_summary
 from ppo_jax.run.trainer import Trainer
+from ppo_jax.stores import store_url
 from ppo_jax.types import AdvantageFn
 
 
@@ -124,14 +126,17 @@ def build(
       ValueError: if the model, the prompts or the reward cannot be read.
     """
     rows, held_out_rows = read_prompts(options)
-    learner = read_learner(options)
-    reward = load_rewards(
+    reward = load_rewards(  # Before the models, which take longer to read.
         options.reward, options.reward_given, options.reward_label, options.reward_timeout
     )
+    learner = read_learner(options)
     prompts = encode_prompts(options.data_options, learner, rows, options.prompts)
     held_source = options.eval_prompts or f"the held-out part of {options.prompts}"
     held_out = encode_prompts(options.data_options, learner, held_out_rows, held_source)
     assert prompts is not None  # There are rows to learn from.
+    for part in (prompts, held_out):
+        if part is not None:
+            check_columns(reward, part)
     advantage_fn, policy_loss = read_functions(options, prompts.tokens.shape[1])
     return Trainer(
         learner,
@@ -217,6 +222,12 @@ def _train(options: Train, trainer: Trainer) -> None:
     processes.on_first_process(
         lambda: print_before_and_after(write_summary(trainer.out, updates, digest))
     )
+    learns = options.ppo.critic.warmup_updates < options.loop.updates  # unlike ppo-jax value
+    if trainer.eval_prompts is None and learns:
+        processes.print_once(
+            "Nothing was evaluated; --eval-fraction 0.1 would hold a tenth of the prompts out, and "
+            "compare the responses to them before and after training."
+        )
     processes.print_once(
         f"The fine-tuned model is in {_place(options)}/model; every update's metrics are in "
         f"{_place(options)}/metrics.jsonl.\nDigest of the final parameters: {digest}"

@@ -11,12 +11,14 @@ from typing import Any
 from ppo_jax.data.chat import is_messages
 from ppo_jax.data.columns import COMMON_NAMES
 from ppo_jax.data.tables import PARQUET_ENDINGS, is_hub_id, is_saved
+from ppo_jax.stores import check_local
 
 TEXT_ENDINGS = ("", ".txt", ".text")
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 CSV_ENDINGS = (".csv", ".tsv")
 # Files that people may name as rows, and that are refused by their names.
 _OTHER_ENDINGS = (".md", ".rst", ".yaml", ".yml", ".xml", ".html", ".xlsx", ".docx", ".pdf", ".gz")
+_FILE_ENDINGS = (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS, *_OTHER_ENDINGS)
 # Where an item stands in its file, such as "Line 3", and the item: a text or what JSON holds.
 Items = list[tuple[str, Any]]
 
@@ -33,7 +35,6 @@ def names_a_file(text: str) -> bool:
       >>> names_a_file("openai/gsm8k:main:test"), names_a_file("and/or")
       (True, False)
     """
-    endings = (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS, *PARQUET_ENDINGS, *_OTHER_ENDINGS)
     try:
         ending = Path(text).suffix.lower()
         if (ending and Path(text).is_file()) or is_saved(text.partition(":")[0]):
@@ -42,23 +43,54 @@ def names_a_file(text: str) -> bool:
         return False
     if not text.strip() or any(sign.isspace() for sign in text):
         return False
-    return ending in endings or (is_hub_id(text) and ":" in text)
+    return ending in (*_FILE_ENDINGS, *PARQUET_ENDINGS) or (is_hub_id(text) and ":" in text)
 
 
 def is_table(name: str) -> bool:
     """Return whether `datasets` reads what has this name: Parquet, a folder or a hub's data set.
 
+    A name in a folder that exists is that of a file, unless a split follows it.
+
     Example:
-      >>> is_table("a.parquet"), is_table("openai/gsm8k:main:test"), is_table("prompts.csv")
+      >>> is_table("a.parquet"), is_table("openai/gsm8k:main:test"), is_table("data/prompts.xlsx")
       (True, True, False)
     """
     path = Path(name)
     ending = path.suffix.lower()
     if ending in PARQUET_ENDINGS:
         return True
-    if path.is_file() or ending in (*TEXT_ENDINGS[1:], *JSON_ENDINGS, *CSV_ENDINGS):
+    if path.is_file() or ending in _FILE_ENDINGS:
         return False
-    return Path(name.partition(":")[0]).is_dir() or is_hub_id(name)
+    if Path(name.partition(":")[0]).is_dir():
+        return True
+    return is_hub_id(name) and (":" in name or not path.parent.is_dir())
+
+
+def check_exists(name: str) -> None:
+    """Check that rows may be read from a name, without reading them.
+
+    Args:
+      name: the name of a file, a folder or a data set of the hub, which is not looked for.
+
+    Raises:
+      ValueError: if there is no such file, or the name is an address in an object store.
+
+    Example:
+      >>> check_exists("nosuch.csv")
+      Traceback (most recent call last):
+      ValueError: nosuch.csv does not exist.
+    """
+    check_local(name, "rows are read from local files")
+    path = Path(name)
+    one_file = path.suffix.lower() in PARQUET_ENDINGS and not re.search(r"[*?\[:]", name)
+    if path.exists() or (is_table(name) and not one_file):
+        return
+    advice = ""
+    if is_hub_id(name) and not name.lower().endswith((*_FILE_ENDINGS, *PARQUET_ENDINGS)):
+        advice = (
+            f" For a data set of the Hugging Face hub, name its split too, such as {name}:train."
+        )
+    raise ValueError(f"{name} does not exist.{advice}")
 
 
 def read_file(path: Path, columns: Sequence[str]) -> Items:
@@ -86,8 +118,13 @@ def read_file(path: Path, columns: Sequence[str]) -> Items:
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} cannot be read, because line {number} is not UTF-8; save it as UTF-8."
+        ) from error
     if "\0" in text:
         raise ValueError(f"{path} cannot be read, because it is not a file of text in UTF-8.")
     if ending in JSON_ENDINGS:

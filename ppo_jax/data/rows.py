@@ -6,7 +6,7 @@ from typing import Any
 
 from ppo_jax.data.chat import is_messages
 from ppo_jax.data.columns import COMMON_NAMES, choose_columns
-from ppo_jax.data.files import Items, is_table, read_file
+from ppo_jax.data.files import Items, check_exists, is_table, read_file
 from ppo_jax.data.tables import read_table
 
 Row = dict[str, Any]
@@ -83,10 +83,12 @@ def read_rows(
 
 def _items(source: str | Path | Iterable[str | Row], columns: Sequence[str]) -> Items:
     """Return the items of a source, each with the place where it stands."""
-    if isinstance(source, str | Path) and not is_table(str(source)):
+    if not isinstance(source, str | Path):
+        return [(f"Row {i}", item) for i, item in enumerate(source)]
+    check_exists(str(source))
+    if not is_table(str(source)):
         return read_file(Path(source), columns)
-    rows = read_table(str(source)) if isinstance(source, str | Path) else source
-    return [(f"Row {i}", item) for i, item in enumerate(rows)]
+    return [(f"Row {i}", row) for i, row in enumerate(read_table(str(source)))]
 
 
 def _without_answer(value: Any) -> Any:

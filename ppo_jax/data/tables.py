@@ -89,13 +89,17 @@ def _errors(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Errors of many kinds come from the formats below the library.
-        what = "cannot be read"
+        what = f"{source} cannot be read"
         if not Path(source.partition(":")[0]).exists():
+            unreachable = isinstance(error, ConnectionError)
             what = (
-                "is neither a file nor a folder here, and cannot be read as a data set of the "
-                "Hugging Face hub"
+                f"The Hugging Face hub cannot be reached to look for {source}, which is neither a "
+                "file nor a folder here"
+                if unreachable
+                else f"{source} is neither a file nor a folder here, and cannot be read as a data "
+                "set of the Hugging Face hub"
             )
         message = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{source} {what}: {message}.") from error
+        raise ValueError(f"{what}: {message}.") from error
     finally:
         datasets.logging.set_verbosity(before)

@@ -11,19 +11,9 @@ Llama 3.1 has 131,072 positions, whose rotary wavelengths are stretched eightfol
 from dataclasses import replace
 from typing import Any
 
-from ppo_jax.errors import SettingError
 from ppo_jax.models.config import Activation, NormKind, Rotary, TransformerConfig
+from ppo_jax.models.gpt2_sizes import GPT2, NEW, check_new_size
 
-_GPT2 = {  # layers, width, heads
-    "gpt2": (12, 768, 12),
-    "gpt2-medium": (24, 1024, 16),
-    "gpt2-large": (36, 1280, 20),
-    "gpt2-xl": (48, 1600, 25),
-}
-_NEW = {  # layers, width, heads, size of the vocabulary
-    "tiny": (4, 128, 4, 4096),
-    "small": (6, 384, 6, 8192),
-}
 _GPT3 = {  # layers, width, heads, width of a head
     "gpt3-125m": (12, 768, 12, 64),
     "gpt3-350m": (24, 1024, 16, 64),
@@ -42,7 +32,7 @@ _LLAMA3 = {  # layers, width, heads, width of the MLP
 
 def gpt2(size: str) -> TransformerConfig:
     """Return the configuration of a size of GPT-2, such as `gpt2-medium`."""
-    return _gpt(*_GPT2[size], positions=1024)
+    return _gpt(*GPT2[size], positions=1024)
 
 
 def new_gpt(size: str) -> TransformerConfig:
@@ -58,12 +48,10 @@ def new_gpt(size: str) -> TransformerConfig:
       >>> new_gpt("tiny").positions
       512
     """
-    if size in _GPT2:
+    check_new_size(size)
+    if size in GPT2:
         return gpt2(size)
-    if size not in _NEW:
-        names = ", ".join([*_NEW, *_GPT2])
-        raise SettingError(f"from_scratch={size} is not a size; choose one of {names}.")
-    layers, width, heads, vocab_size = _NEW[size]
+    layers, width, heads, vocab_size = NEW[size]
     config = _gpt(layers, width, heads, positions=512)
     return replace(config, vocab_size=vocab_size)
 
@@ -136,7 +124,7 @@ def llama31(size: str) -> TransformerConfig:
 
 
 SIZES = {
-    **dict.fromkeys(_GPT2, gpt2),
+    **dict.fromkeys(GPT2, gpt2),
     **dict.fromkeys(_GPT3, gpt3),
     **dict.fromkeys(_LLAMA3, llama3),
     **{size.replace("3", "3.1", 1): llama31 for size in _LLAMA3},

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from jax import Array
 
+from ppo_jax.ops.options import check_not_negative, check_over_one, check_unit
 from ppo_jax.ops.ratios import policy_ratio
 
 
@@ -74,6 +75,7 @@ def ratio_clip(
 
     Raises:
       AssertionError: if the shapes differ, or the mask is not bool.
+      ValueError: if a bound is out of its range.
 
     Source:
       Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), eq. 7.
@@ -84,6 +86,9 @@ def ratio_clip(
       >>> ratio_clip(x.at[0, 0].set(0.5), x, mask, clip_low=0.2, clip_high=0.2).high
       Array([[ True, False]], dtype=bool)
     """
+    check_unit(clip_low=clip_low)
+    check_not_negative(clip_high=clip_high)
+    check_over_one(dual_clip=dual_clip)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
     return Clip(low, high, high, low, None if dual_clip is None else ratio > dual_clip)

@@ -12,7 +12,6 @@ from jax import Array
 from ppo_jax.ops.clips import Clip, ClipFn
 from ppo_jax.ops.kl import kl_k1
 from ppo_jax.ops.masked import masked_count, masked_mean, masked_sum, masked_var, widen
-from ppo_jax.ops.options import check_not_negative, check_over_one
 from ppo_jax.ops.ratios import hide_masked, log_ratio, policy_ratio
 from ppo_jax.types import AxisName, Experience, LossMetrics, Metrics, Rollout, Scores
 
@@ -67,7 +66,6 @@ def policy_metrics(
 
     Raises:
       AssertionError: if the shapes differ.
-      ValueError: if a bound is out of its range.
 
     Source:
       Schulman 2020 (http://joschu.net/blog/kl-approx.html), k1 and k3.
@@ -80,8 +78,6 @@ def policy_metrics(
       >>> metrics.mean["policy/clipfrac"]
       Array(1., dtype=float32)
     """
-    check_not_negative(clip_low=clip_low, clip_high=clip_high)
-    check_over_one(dual_clip=dual_clip)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     moved = log_ratio(logprobs, old_logprobs, mask)
     means = {

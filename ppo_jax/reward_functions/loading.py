@@ -5,12 +5,16 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from ppo_jax import data
 from ppo_jax.reward_functions.model import load_model_reward
 from ppo_jax.reward_functions.protocol import RewardFn
-from ppo_jax.reward_functions.text import TextReward
+from ppo_jax.reward_functions.text import TextReward, arguments
 from ppo_jax.reward_functions.timed import TimedReward
 from ppo_jax.reward_functions.tokens import TokenReward
 from ppo_jax.reward_functions.weighted import WeightedReward
@@ -133,6 +137,31 @@ def load_rewards(
     if not any(weights):
         raise ValueError(f"All weights of the rewards {', '.join(specs)} are 0.")
     return WeightedReward(tuple(zip(names, rewards, strict=True)), weights)
+
+
+def check_columns(reward: RewardFn, prompts: data.Prompts) -> None:
+    """Check that the columns which functions of texts need exist, without calling the functions.
+
+    Args:
+      reward: a reward; one of another kind is not checked.
+      prompts: the prompts whose responses it will score. A column may be missing in some of them.
+
+    Raises:
+      RewardError: if no prompt has a column that a function needs.
+
+    Example:
+      >>> prompts = data.Prompts([{"prompt": "2 + 2 ="}], np.array([[7]]), np.array([[True]]))
+      >>> check_columns(TextReward(lambda prompts, responses, answer: ...), prompts)
+      Traceback (most recent call last):
+      ppo_jax.errors.RewardError: The reward function needs the column 'answer', but the columns of
+      the prompts are: prompt. A third parameter called rows gets the whole rows.
+    """
+    if isinstance(reward, WeightedReward):
+        for _, part in reward.rewards:
+            check_columns(part, prompts)
+    elif isinstance(reward, TextReward | TimedReward):
+        row = {name: x for row in reversed(prompts.rows) for name, x in row.items()}
+        arguments(reward.function, replace(prompts.take(np.array([0])), rows=[row]), [""])
 
 
 def _is_function(spec: str) -> bool:

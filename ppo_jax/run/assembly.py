@@ -123,27 +123,16 @@ class Learner(NamedTuple):
             raise ValueError(
                 "Learner.encode needs a learner made by assemble; use encode_prompts otherwise."
             )
-        new_tokens = self.agent.config.max_new_tokens
-        positions = None if self.critic is None else self.critic.config.positions
-        if positions is not None and long_prompts != "error":
-            room = positions - new_tokens
-            max_prompt_tokens = room if max_prompt_tokens is None else min(max_prompt_tokens, room)
-        prompts = encode_for(
+        return encode_for(
             rows,
             self.tokenizer,
             self.policy.config,
-            new_tokens,
+            self.agent.config.max_new_tokens,
             long_prompts=long_prompts,
             max_prompt_tokens=max_prompt_tokens,
+            critic_positions=None if self.critic is None else self.critic.config.positions,
+            ref_positions=self.ref_positions,
         )
-        longest = prompts.tokens.shape[1] + new_tokens
-        for name, most in {"critic": positions, "reference": self.ref_positions}.items():
-            if most is not None and most < longest:
-                raise ValueError(
-                    f"The {name} has {most} positions; the longest prompt and "
-                    f"max_new_tokens={new_tokens} need {longest}."
-                )
-        return prompts
 
 
 def assemble(

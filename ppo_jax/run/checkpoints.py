@@ -27,7 +27,6 @@ _SPARE_BYTES = 2**20  # room for the files that Orbax writes besides the arrays
 _CONSEQUENCES = (
     "exception was never retrieved",
     "_SignalingThread.run() raised an exception",
-    "CheckpointManagerOptions.read_only",
     "Given directory is read only",
 )
 
@@ -81,6 +80,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,  # Otherwise Orbax sets it, with a warning.
         )
         for name in ("asyncio", "absl"):
             logging.getLogger(name).addFilter(_is_cause)

@@ -19,8 +19,17 @@ def encode_for(
     *,
     long_prompts: LongPrompts = "error",
     max_prompt_tokens: int | None = None,
+    critic_positions: int | None = None,
+    ref_positions: int | None = None,
 ) -> data.Prompts:
-    """Tokenize prompts for a model, and check its vocabulary and its number of positions."""
+    """Tokenize prompts for a model, and check its vocabulary and its number of positions.
+
+    Prompts that are too long for the critic are left out or cut like those that are too long for
+    the policy. Those that are too long for the reference are an error.
+    """
+    if critic_positions is not None and long_prompts != "error":
+        room = critic_positions - new_tokens
+        max_prompt_tokens = room if max_prompt_tokens is None else min(max_prompt_tokens, room)
     prompts = data.encode_prompts(
         rows,
         tokenizer,
@@ -31,6 +40,13 @@ def encode_for(
         max_prompt_tokens=max_prompt_tokens,
     )
     data.check_ids(prompts.tokens, config.vocab_size)
+    longest = prompts.tokens.shape[1] + new_tokens
+    for name, most in {"critic": critic_positions, "reference": ref_positions}.items():
+        if most is not None and most < longest:
+            raise ValueError(
+                f"The {name} has {most} positions; the longest prompt and "
+                f"max_new_tokens={new_tokens} need {longest}."
+            )
     return prompts
 
 

@@ -4,12 +4,13 @@ import contextlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
+
+from ppo_jax.stores import store_url
 
 LINES = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "faults.jsonl")
 _LOG = logging.getLogger(__name__)
@@ -41,17 +42,6 @@ def check_free(folder: Path, *, resume: bool | None = None) -> None:
         raise ValueError(f"{folder} holds another run; {advice}")
 
 
-def store_url(path: str | Path) -> str | None:
-    """Return the address of a folder in an object store, or None for any other path.
-
-    Example:
-      >>> store_url(Path("s3://bucket/runs/a")), store_url("runs/a")
-      ('s3://bucket/runs/a', None)
-    """
-    match = re.match(r"(gs|s3):/+(.*)", str(path))  # A Path has only one of the slashes.
-    return f"{match[1]}://{match[2].rstrip('/')}" if match else None
-
-
 def check_links(path: Path) -> None:
     """Raise ValueError if a path is, or is below, a link to something that does not exist.
 
@@ -60,7 +50,7 @@ def check_links(path: Path) -> None:
     if url := store_url(path):
         raise ValueError(
             f"{url} is in an object store, where only the folder of ppo-jax train can be; choose a "
-            "local folder."
+            "local place."
         )
     for place in (path, path / "checkpoints", *path.parents):
         if place.is_symlink() and not place.exists():

@@ -7,11 +7,11 @@ from ppo_jax.errors import SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.ppo.state import PPOState
 from ppo_jax.run import provenance
-from ppo_jax.run.files import store_url
 from ppo_jax.run.remote import local_copy
 from ppo_jax.run.resume import RunConfig, read_config, setting_differences
 from ppo_jax.run.settings import Which
 from ppo_jax.run.stored import read_checkpoint
+from ppo_jax.stores import store_url
 
 _CONTROLLER = ("kl_coef", "kl_target", "kl_horizon")  # settings of the KL penalty's controller
 

@@ -2,7 +2,9 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,33 @@ def make_critic(
     if critic == "separate":
         params = heads.init_scorer(config, key, trunk=policy.params)
         return heads.separate_critic(config), params, policy._replace(params={})
+    load = partial(scorers.load_scorer, dtype=config.dtype, remat=config.remat, mesh=mesh)
+    scorer = read_critic(critic, config, load)
+    scorer_config = replace(scorer.config, lora_scale=config.lora_scale)
+    trunk = scorer._replace(config=scorer_config, params={})
+    return heads.separate_critic(scorer_config), scorer.params, trunk
+
+
+def read_critic(
+    critic: str | Path,
+    config: TransformerConfig,
+    read: Callable[[str | Path], Pretrained] = scorers.open_scorer,
+) -> Pretrained:
+    """Read a reward model that a critic starts from.
+
+    Args:
+      critic: its folder or Hugging Face id.
+      config: the config of the policy.
+      read: reads a reward model; by default only its config and its head are read.
+
+    Returns:
+      The reward model.
+
+    Raises:
+      ValueError: if it is none, or cannot read the policy's tokens.
+    """
     try:
-        scorer = scorers.load_scorer(critic, dtype=config.dtype, remat=config.remat, mesh=mesh)
+        scorer = read(critic)
     except ValueError as error:
         raise ValueError(
             f"The critic must start from a reward model with one label: {error}"
@@ -53,9 +80,7 @@ def make_critic(
             f"The critic {critic} has vocab_size={scorer.config.vocab_size} and the policy has "
             f"{config.vocab_size}; choose a critic that reads the policy's tokens."
         )
-    scorer_config = replace(scorer.config, lora_scale=config.lora_scale)
-    trunk = scorer._replace(config=scorer_config, params={})
-    return heads.separate_critic(scorer_config), scorer.params, trunk
+    return scorer
 
 
 def reference_model(

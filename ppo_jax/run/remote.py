@@ -24,7 +24,8 @@ import tensorstore
 
 from ppo_jax.errors import first_line
 from ppo_jax.hashing import text_hash
-from ppo_jax.run.files import lock_folder, store_url
+from ppo_jax.run.files import lock_folder
+from ppo_jax.stores import split_url, store_url
 
 _LOG = logging.getLogger(__name__)
 _WRITER = ".writer"  # names the process that writes to the folder
@@ -54,8 +55,10 @@ class Mirror:
           read_only: whether to change nothing in the store.
 
         Raises:
-          ValueError: if there are several processes, or the folder cannot be reached or written.
+          ValueError: if `url` has another form, there are several processes, or the folder cannot
+            be reached or written.
         """
+        split_url(url)
         if jax.process_count() > 1:
             raise ValueError(
                 f"{url} is in an object store, to which one process writes; "
@@ -65,8 +68,9 @@ class Mirror:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.folder = cache / "ppo_jax" / "runs" / text_hash(url) / url.rpartition("/")[2]
         if read_only:
-            self.folder = Path(tempfile.mkdtemp(prefix="ppo_jax-"))
-            atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+            above = Path(tempfile.mkdtemp(prefix="ppo_jax-"))
+            atexit.register(shutil.rmtree, above, ignore_errors=True)
+            self.folder = above / self.folder.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
         self._id = secrets.token_hex(8).encode()
@@ -189,10 +193,7 @@ def _size(path: Path) -> int:
 
 def _spec(url: str) -> dict[str, Any]:
     """Return TensorStore's description of a folder in a store."""
-    scheme, _, rest = url.partition("://")
-    bucket, _, path = rest.partition("/")
-    if not bucket or not path:
-        raise ValueError(f"it must be {scheme}://BUCKET/PATH.")
+    scheme, bucket, path = split_url(url)
     driver = {"gs": "gcs"}.get(scheme, scheme)
     spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

@@ -188,7 +188,17 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
       folder: the run's folder.
       file: the name of the file; `SUPERVISED` for that of a supervised run.
     """
+    if not (folder / file).is_file():
+        raise ValueError(
+            f"{folder} is not the folder of a run, because it has no {file}; ppo-jax train writes "
+            "a config.json, and ppo-jax sft and reward a run.json."
+        )
     config = read_json(folder / file)
+    if isinstance(config, dict) and "model_type" in config:
+        raise ValueError(
+            f"{folder / file} is not the configuration of a run of ppo-jax train, but of a model; "
+            f"ppo-jax train and convert take a model as --model {folder}."
+        )
     kinds = {"settings": dict, "hashes": dict, "processes": list}
     valid = isinstance(config, dict) and all(
         isinstance(config.get(name), kind) for name, kind in kinds.items()

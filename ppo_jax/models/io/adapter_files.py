@@ -249,6 +249,11 @@ def merge_adapter(
 
 def _read(folder: Path) -> tuple[HFConfig, dict[str, np.ndarray]]:
     """Return the settings and tensors of an adapter, checked to be of plain LoRA."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no adapter in the format of peft, because it has no "
+            "adapter_config.json; that of a run with LoRA is in its folder adapter."
+        )
     try:
         settings = read_json(folder / "adapter_config.json")
         stored = load_file(folder / "adapter_model.safetensors")

@@ -148,6 +148,11 @@ def load_policy(
         # Only classifiers use the pooler, and only TRL's critics use the value head.
         if name in copies or name.startswith((f"{family.prefix}pooler.", "v_head.")):
             del tensors[name]
+    if (head := family.head["kernel"]) in tensors:
+        raise ValueError(
+            f"{stored.path} is a reward model or another classifier: it has {head} and no output "
+            "over the vocabulary. It can be a reward or the start of a critic, but no policy."
+        )
     shapes = placed(shapes_of(config), mesh)
     params = to_params(tensors, rules, shapes, source=stored.path)
     generation = stored.path / "generation_config.json"

@@ -21,7 +21,7 @@ from ppo_jax.models.io.family import HFConfig, shapes_of
 from ppo_jax.models.io.pretrained import Pretrained
 from ppo_jax.models.io.safetensors_format import writing
 from ppo_jax.models.io.stored import StoredModel, read, table_tensors, write
-from ppo_jax.models.io.weights import Rule, from_params, to_params
+from ppo_jax.models.io.weights import Rule, TensorReader, from_params, to_params
 from ppo_jax.sharding import placed
 
 # The head of TRL's AutoModelForCausalLMWithValueHead, beside the tensors of the language model.
@@ -111,6 +111,33 @@ def load_scorer(
       >>> loaded.params["head"]["kernel"].shape
       (4, 1)
     """
+    opened, tensors, stored = _open_scorer(model, label, dtype, remat)
+    rules = stored.family.table(opened.config)
+    shapes = placed(shapes_of(opened.config), mesh)
+    trunk = to_params(tensors, rules, shapes, source=stored.path)
+    return opened._replace(params={"trunk": trunk, **opened.params})
+
+
+def open_scorer(model: str | Path, *, label: str | None = None) -> Pretrained:
+    """Read a model that scores texts without its trunk.
+
+    Args:
+      model: as in `load_scorer`.
+      label: as in `load_scorer`.
+
+    Returns:
+      The model; its `params` are `{"head": ...}`.
+
+    Raises:
+      ValueError: as in `load_scorer`, but the tensors of the trunk are not looked at.
+    """
+    return _open_scorer(model, label, jnp.float32, remat=False)[0]
+
+
+def _open_scorer(
+    model: str | Path, label: str | None, dtype: DTypeLike, remat: bool
+) -> tuple[Pretrained, dict[str, TensorReader], StoredModel]:
+    """Return a scorer with its head only, the readers of the other tensors, and its files."""
     stored = read(model)
     family, full = stored.family, config_of(stored.hf, dtype=dtype, remat=remat)
     config = replace(_trunk_config(full), pad_id=_pad_id(stored.hf))
@@ -124,9 +151,8 @@ def load_scorer(
     for name in family.untied.values():
         tensors.pop(name, None)
     head = _one_label(head, config.width, label, stored)
-    shapes = placed(shapes_of(config), mesh)
-    trunk = to_params(tensors, rules, shapes, source=stored.path)
-    return Pretrained(config, {"trunk": trunk, "head": unflatten_dict(head, sep="/")}, stored.hf)
+    opened = Pretrained(config, {"head": unflatten_dict(head, sep="/")}, stored.hf)
+    return opened, tensors, stored
 
 
 def _pad_id(hf: HFConfig, *others: int | None, vocab_size: int = 0) -> int | None:

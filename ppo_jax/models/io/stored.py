@@ -17,6 +17,7 @@ from ppo_jax.models.io.families import family_of
 from ppo_jax.models.io.family import Family, HFConfig
 from ppo_jax.models.io.safetensors_format import open_tensors, write_safetensors
 from ppo_jax.models.io.weights import Rule, TensorReader
+from ppo_jax.stores import check_local
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _SECOND_COPIES = ["consolidated*", "*/*"]  # The same weights again, in other formats.
@@ -61,11 +62,7 @@ def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    if re.match(r"(gs|s3):/", str(model)):
-        raise ValueError(
-            f"{model} is in an object store, but models are read from local folders; copy it to a "
-            "local folder first."
-        )
+    check_local(model, "models are read from local folders")
     import huggingface_hub
 
     try:
@@ -76,10 +73,13 @@ def resolve(model: str | Path, files: Iterable[str] = _FILES) -> Path:
         )
     except Exception as error:  # The Hub raises many types; each means that there is no model.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{str(model)!r} is not a local folder, and the Hugging Face Hub gave no such model: "
-            f"{reason}"
-        ) from error
+        what = f"{str(model)!r} is not a local folder, and the Hugging Face Hub gave no such model"
+        if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+            what = (
+                f"The Hugging Face Hub cannot be reached to look for {str(model)!r}, which is not "
+                "a local folder"
+            )
+        raise ValueError(f"{what}: {reason}") from error
 
 
 class StoredModel(NamedTuple):
