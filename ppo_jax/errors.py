@@ -46,7 +46,8 @@ def check_numbers(settings: object, prefix: str = "") -> None:
 
     Raises:
       SettingError: if a float is infinite or NaN, if an integer does not fit in 32 bits, if a float
-        is beyond the range of float32, or if an attribute named `seed` is negative.
+        is beyond the range of float32, or if an attribute `seed` or `eval_seed` is
+        negative.
 
     Example:
       >>> from types import SimpleNamespace
@@ -60,8 +61,8 @@ def check_numbers(settings: object, prefix: str = "") -> None:
         bound = 2**31 if isinstance(value, int) else 2.0**127
         if isinstance(value, int | float) and not abs(value) < bound:
             raise SettingError(f"{prefix}{name} must lie within ±{bound:.2g}, but is {value:.2g}.")
-        if name == "seed" and value < 0:
-            raise SettingError(f"{prefix}seed must not be negative, but is {value}.")
+        if name in ("seed", "eval_seed") and value is not None and value < 0:
+            raise SettingError(f"{prefix}{name} must not be negative, but is {value}.")
 
 
 def check_choices(settings: object, prefix: str = "") -> None:

@@ -195,6 +195,13 @@ def test_a_preset_and_a_file(tmp_path):
         ("- a", "must hold names with values"),
         ("a: [", "is not YAML: line"),
         ("a: \0", "is neither YAML nor JSON: unacceptable character"),
+        ("model: a\nmodel: b", "sets model twice; keep one of them."),
+        ("ppo: {lam: 1, lam: 0.9}", "sets lam twice"),
+        ("batch-size: 8\nbatch_size: 9", "sets batch_size twice"),
+        (
+            "batch_size: 8\nppo: {batch_size: 16}",
+            "sets batch_size and ppo.batch_size, which are",
+        ),
         ("kl_coef: -1", "kl_coef must not be negative"),
         ("ppo: {critic: {epochs: 3}}", "critic.epochs=3 is for a critic with its own optimizer"),
     ],
@@ -211,6 +218,23 @@ def test_a_missing_file_is_one_sentence(tmp_path):
     assert error == (
         f"ppo-jax: config={tmp_path / 'none.yaml'} cannot be read: No such file or directory.\n"
     )
+
+
+def test_a_repeated_name_in_json_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text('{"model": "a", "model": "b"}')
+    error = printed(*TRAIN, "--config", str(tmp_path / "run.json"), status=2)
+    assert error.endswith("run.json sets model twice; keep one of them.\n")
+
+
+def test_the_folder_of_a_supervised_run_is_read_by_its_run_json(tmp_path):
+    """The seed of a run without `eval_seed` also chose its held-out rows."""
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0}')
+    training = {"epochs": 7, "seed": 4, "eval_fraction": 0.2}
+    command = {"model": "m", "data": "d", "out": "o", "training": training}
+    run = {"settings": {"command": command, "loop": {"seed": 4}}, "hashes": {}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    read = cli.parse(["sft", "--config", str(tmp_path), "--seed", "5"]).training
+    assert (read.epochs, read.seed, read.eval_seed) == (7, 5, 4)
 
 
 def files_in(folder: Path) -> dict[Path, float]:
@@ -239,10 +263,14 @@ def test_the_configuration_of_a_run_and_dry_runs(tmp_path, capsys):
         "ppo.minibatches": 1,
     }
     command = ["train", "--loop.no-tensorboard", "--loop.no-progress", *options(given)]
+    (tmp_path / "held.txt").write_text("a b\nc\n")
     before = files_in(tmp_path)
     cli.main([*command, "--dry-run", "--eval-fraction", "0.25", "--updates", "3"])
     out = capsys.readouterr().out
     assert "3 prompts and 1 held-out ones of at most 2 tokens" in out
+    limit = ["--long-prompts", "drop", "--max-prompt-tokens", "1"]
+    cli.main([*command, "--dry-run", "--eval-prompts", str(tmp_path / "held.txt"), *limit])
+    assert "1 of 2 prompts of " in capsys.readouterr().out
     assert "3 updates of 4 responses to 4 prompts" in out and "3 optimizer steps on 4" in out
     assert "AdamW's moments" in out and "together" in out
     for name, data in {"sft": "texts.jsonl", "reward": "pairs.jsonl"}.items():

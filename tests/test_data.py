@@ -517,6 +517,10 @@ def test_labels_that_are_words_get_class_numbers(tmp_path):
         label_order(rows)
     with pytest.raises(ValueError, match=r"Row 1 has the label 2.0, which is none of"):
         number_labels(rows, ("ham", "spam"))
+    order = label_order([{"score": "good"}, {"score": None}, {"score": " "}])
+    for empty in (None, " "):
+        with pytest.raises(ValueError, match="Row 1 has no label; add it, or remove the row"):
+            number_labels([{"score": "good"}, {"score": empty}], order)
     with pytest.raises(ValueError, match="To learn from labels instead of pairs, pass --learn"):
         read_answers(Reward(**given))
 

@@ -1,5 +1,6 @@
 """Test evaluation before and after training, comparisons of scores, and the report of runs."""
 
+import io
 import json
 import re
 import shutil
@@ -11,16 +12,21 @@ import html5lib
 import numpy as np
 import pytest
 from helpers import options, tiny_policy, word_tokenizer
+from rich.console import Console
 from scipy import stats
 
 from ppo_jax import cli
+from ppo_jax.commands.stored import stored_command
+from ppo_jax.commands.training import read_prompts
 from ppo_jax.models.io import pretrained
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run import advice, curves
+from ppo_jax.run.evaluation import distinct_2
 from ppo_jax.run.files import append_lines, read_json, read_lines, write_json
 from ppo_jax.run.history import History, by_settings, difference, over_seeds, read_history
 from ppo_jax.run.report import make_report
 from ppo_jax.run.serialize import to_json
+from ppo_jax.run.summary import figures_table
 
 UPDATES = 3
 HOSTILE = "</td><script>alert(1)</script><img src=https://example.com/a.png> \x00\x1b \ud800 &amp;"
@@ -138,6 +144,8 @@ def test_evaluate_takes_models_and_runs_with_the_settings_of_the_run(folder, run
         (["--model", "model", "--prompts", "held.txt"], "evaluate needs --reward"),
         (["--model", "run0", "--greedy", "--responses", "2"], "use responses=1, not 2"),
         (["--model", "run0", "--out", "run1"], "is not empty"),
+        (["--model", "run0", "--model", "run0"], "has --model run0 more than once"),
+        (["--model", "runs/nope"], "'runs/nope' is not a local folder"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_do(folder, monkeypatch, capsys, given, message):
@@ -145,6 +153,53 @@ def test_evaluate_refuses_what_it_cannot_do(folder, monkeypatch, capsys, given, 
     with pytest.raises(SystemExit):
         cli.main(["evaluate", *given])
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def changed_copy(folder, name, **command):
+    """Copy the first run, with other options of its command in its `config.json`."""
+    run = shutil.copytree(folder / "run0", folder / name)
+    config = read_json(run / "config.json")
+    config["settings"]["command"] |= command
+    write_json(run / "config.json", config)
+    return run
+
+
+def test_evaluate_takes_columns_and_limits_of_the_run_and_counts_what_it_drops(folder, capsys):
+    rows = [{"prompt": "h", "text_": "a"}, {"prompt": "h", "text_": "b c"}]
+    (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = read_json(folder / "run0/config.json")["settings"]["command"]["data_options"]
+    options |= {"prompt_column": "text_", "long_prompts": "drop", "max_prompt_tokens": 1}
+    run = changed_copy(folder, "limited", data_options=options)
+    given = ["evaluate", "--model", str(run), "--prompts", str(folder / "held.jsonl")]
+    cli.main([*given, "--out", str(folder / "dropped")])
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{run}: 1 of 2 prompts of {folder / 'held.jsonl'} are too long and are left out." in out
+    assert "1 responses" in out
+    lines = (folder / "dropped/responses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["a"]
+    cli.main([*given, "--prompt-column", "prompt", "--max-prompt-tokens", "9"])
+    assert "2 responses" in capsys.readouterr().out
+
+
+def test_evaluate_says_which_prompts_another_run_was_trained_on(folder, capsys):
+    split = {"eval_prompts": None, "eval_fraction": 0.5}
+    runs = [changed_copy(folder, f"seed{i}", **split, eval_seed=i) for i in (0, 3)]
+    held, other = (read_prompts(stored_command(run)) for run in runs)
+    count = sum(row in other[0] for row in held[1])
+    assert count > 0
+    given = [x for run in runs for x in ("--model", str(run))]
+    cli.main(["evaluate", *given])
+    out = capsys.readouterr().out
+    assert f"{runs[1]} was trained on {count} of the 2 held-out prompts of {runs[0]};" in out
+
+
+def test_numbers_are_shown_without_minus_zero_and_without_nan():
+    output = io.StringIO()
+    figures = {"KL": [-1e-9, 0.5], "distinct-2": [distinct_2(["a", "b"]), distinct_2(["a b"])]}
+    Console(file=output).print(figures_table("figures", ["a", "b"], figures))
+    cells = [line.split() for line in output.getvalue().splitlines()]
+    assert cells[1:] == [["KL", "0.000", "0.500"], ["distinct-2", "–", "1.000"]]
+    assert str(over_seeds([-1e-9])) == "0.000"
 
 
 def test_compare_gives_intervals_over_seeds_and_differences_of_settings(folder, runs, capsys):
@@ -165,6 +220,47 @@ def test_compare_gives_intervals_over_seeds_and_differences_of_settings(folder, 
     with pytest.raises(SystemExit):
         cli.main(["compare", str(runs[0])])
     assert "two runs or more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_seeds_hold_out_the_same_prompts_and_an_older_run_keeps_its_own(folder, capsys):
+    """Runs with three seeds form a group; the seed of an older run also chose its prompts."""
+    (folder / "numbered.jsonl").write_text(
+        "".join(f'{{"prompt": "{"abcdefgh"[i]}", "number": {i}}}\n' for i in range(8))
+    )
+    given = {
+        "prompts": folder / "numbered.jsonl",
+        "eval-prompts": None,
+        "eval-fraction": 0.5,
+        "loop.updates": 1,
+    }
+    runs = [train(folder, f"split{i}", **given, **{"loop.seed": i}) for i in range(3)]
+    cli.main(["compare", *map(str, runs)])
+    assert "B minus A" not in capsys.readouterr().out
+    assert len(by_settings([read_history(run) for run in runs])) == 1
+    assert 'class="band c0"' in make_report(runs)
+    own = {**given, "loop.seed": 1, "eval-seed": 1}
+    old = train(folder, "old", **own)
+    held_out = {row["prompt"] for row in read_lines(old / "evaluations.jsonl")}
+    assert held_out != {row["prompt"] for row in read_lines(runs[0] / "evaluations.jsonl")}
+    config = read_json(old / "config.json")
+    del config["settings"]["command"]["eval_seed"], own["eval-seed"]
+    write_json(old / "config.json", config)
+    train(folder, "old", **own | {"resume": "yes", "loop.updates": 2})
+    fork = {"resume": "fork", "fork-from": old, "loop.seed": 2, "loop.updates": 3}
+    fork = train(folder, "fork", **own | fork)
+    texts = read_lines(fork / "evaluations.jsonl")
+    assert {row["prompt"] for row in texts} == held_out
+    assert [row["update"] for row in texts] == [1] * 4 + [2] * 4
+    summary = read_json(fork / "summary.json")
+    before, after = ({"update": u, **summary[when]} for u, when in ((1, "before"), (2, "after")))
+    rows = read_lines(fork / "metrics.jsonl")
+    assert (rows[0], rows[-1]) == (before, after) and len(summary["responses"]) == 3
+    again = cli.parse(["train", "--config", str(old), "--seed", "5", "--out", "x"])
+    assert again.eval_seed == 1
+    with pytest.raises(SystemExit):
+        train(folder, "old", **own | {"resume": "yes", "eval-seed": 3})
+    assert "eval_seed was 1 in the run" in capsys.readouterr().err
 
 
 def test_intervals_of_differences_are_those_of_welch():

@@ -187,13 +187,16 @@ def test_the_progress_bar_fits_80_columns(tmp_path, monkeypatch):
     # A line that follows a longer one ends with spaces.
     lines = [x.rstrip() for x in shown if x.startswith("fit")]
     assert max(map(len, lines)) <= 80
-    assert re.fullmatch(r"fit 20/20 \|.*\| 00:00 left, loss=\S+, held-out loss=\S+", lines[-1])
+    assert re.fullmatch(r"fit 20/20 \|.*\| 00:00 left, loss=\S+, held-out loss=\S+@20", lines[-1])
     worst = {"objective/scores": -1.234e-5, "objective/kl": -1.23e-7, "eval/scores": -1.234e-5}
     text = progress_text(worst, trainer._DISPLAY.shown)
     bar = {"prefix": "PPO", "bar_format": BAR_FORMAT, "postfix": text, "ncols": 80}
     line = tqdm.format_meter(12345, 99999, 36000, **bar)
     assert re.search(r"\| \d\d:\d\d:\d\d left, score=\S+, kl=\S+, eval=-1.23e-05$", line)
     assert len(line) <= 80
+    usual = {"objective/scores": -12.34, "objective/kl": 123.4, "eval/scores": -12.34}
+    bar["postfix"] = progress_text(usual, trainer._DISPLAY.shown, evaluated=12345)
+    assert tqdm.format_meter(12345, 99999, 36000, **bar).endswith("kl=123, eval=-12.3@12345")
 
 
 @pytest.mark.slow

@@ -215,6 +215,11 @@ def evaluate_command(folder, **given):
     [
         ([{"response": "a"}], "--learn-from scores", "needs a column 'score' or 'label'"),
         (
+            [{"response": "a", "score": 1}],
+            "--learn-from scores --label-column none",
+            "so label_column cannot be none",
+        ),
+        (
             [{"response": "a", "score": 0.5}],
             "--learn-from classes",
             "Row 0 needs a class 0, 1, 2, ... in 'score', not 0.5",

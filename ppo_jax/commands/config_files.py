@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -14,7 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ppo_jax.commands.command_line import FLAT_GROUPS, SHORT_NAMES
 from ppo_jax.errors import SettingError
+from ppo_jax.run.resume import config_file
 from ppo_jax.run.serialize import to_json
+from ppo_jax.run.splits import add_split_seed
 
 Command = TypeVar("Command")
 
@@ -26,8 +28,27 @@ _RESOLVERS = (
 )
 
 
+class _RepeatedName(Exception):
+    """A mapping in a file has a name more than once."""
+
+
+def _without_repeats(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return a mapping of names and values; raise `_RepeatedName` if a name is repeated."""
+    mapping: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise _RepeatedName(name)
+        mapping[name] = value
+    return mapping
+
+
 class _Loader(yaml.SafeLoader):
     """Reads YAML 1.2, where 1e-5 is a number and no is a text, unlike YAML 1.1."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node; raise `_RepeatedName` if a name is repeated."""
+        _without_repeats((key.value, None) for key, _ in node.value if isinstance(key.value, str))
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -62,15 +83,26 @@ def read_settings(path: Path) -> SettingsFile:
     Of a run that was resumed, the option `resume` is left out, because it is about its folder.
 
     Args:
-      path: the file, or a folder with a `config.json`.
+      path: the file, or the folder of a run, with a `run.json` or `config.json`.
 
     Raises:
-      SettingError: if the file cannot be read, or holds no settings.
+      SettingError: if the file cannot be read, holds no settings, or has a name twice.
     """
-    file = path / "config.json" if path.is_dir() else path
+    try:
+        return _settings_in(path)
+    except _RepeatedName as error:
+        raise SettingError(f"config={path} sets {error} twice; keep one of them.") from error
+
+
+def _settings_in(path: Path) -> SettingsFile:
+    file = path / config_file(path) if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.load(text, _Loader)
+        content = (
+            json.loads(text, object_pairs_hook=_without_repeats)
+            if file.suffix == ".json"
+            else yaml.load(text, _Loader)
+        )
     except OSError as error:
         raise SettingError(f"config={path} cannot be read: {error.strerror}.") from error
     except yaml.MarkedYAMLError as error:
@@ -84,13 +116,14 @@ def read_settings(path: Path) -> SettingsFile:
         raise SettingError(f"config={path} must hold names with values, such as batch_size: 64.")
     of_a_run = isinstance(content.get("settings"), Mapping) and "hashes" in content
     if of_a_run:
+        add_split_seed(content["settings"])
         content = content["settings"].get("command")
         if not isinstance(content, Mapping):
             raise SettingError(
                 f"config={path} is of a run that was started from Python and not by ppo-jax train, "
                 "so that it has no options."
             )
-    given = dict(_flatten(content))
+    given = _without_repeats(_flatten(content))
     if of_a_run and given.get("resume") in ("yes", "auto"):
         del given["resume"]
     return SettingsFile(path, given, of_a_run)
@@ -119,12 +152,14 @@ def with_settings(command: Command, file: SettingsFile, called: str) -> Command:
       options, which may replace some.
 
     Raises:
-      SettingError: if a name is not that of a setting, or a value has another type. Of the
-        `config.json` of a run, names that do not exist any more are ignored.
+      SettingError: if a name is not that of a setting, two names are those of one setting, or a
+        value has another type. Of the `config.json` of a run, names that do not exist any more are
+        ignored.
     """
     paths = dict(_paths(command, (), ((),)))
     groups = {name[: m.start()] for name in paths for m in re.finditer(r"\.", name)}
     tree: dict[str, Any] = {}
+    seen: dict[tuple[str, ...], str] = {}
     for name, value in file.given.items():
         if name not in paths:
             if file.of_a_run or (name in groups and value is None):
@@ -133,6 +168,11 @@ def with_settings(command: Command, file: SettingsFile, called: str) -> Command:
             hint = f"did you mean {close[0]}?" if close else "--help-all lists all."
             raise SettingError(
                 f"config={file.path} sets {name}, which is no option of ppo-jax {called}; {hint}"
+            )
+        if (other := seen.setdefault(paths[name], name)) != name:
+            raise SettingError(
+                f"config={file.path} sets {other} and {name}, which are the same setting; keep one "
+                "of them."
             )
         *parents, last = paths[name]
         branch = tree

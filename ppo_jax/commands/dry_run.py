@@ -10,7 +10,14 @@ from ppo_jax.commands.learner import make_devices
 from ppo_jax.commands.supervised import SFT, Reward
 from ppo_jax.commands.supervised_rows import encode_examples, read_examples
 from ppo_jax.commands.train import Train
-from ppo_jax.commands.training import read_fork, read_functions, read_prompts, with_critic
+from ppo_jax.commands.training import (
+    held_out_source,
+    read_fork,
+    read_functions,
+    read_prompts,
+    with_critic,
+    with_split_seed,
+)
 from ppo_jax.commands.value import Value, value_training
 from ppo_jax.data import Prompts, Row, examples
 from ppo_jax.errors import SettingError
@@ -62,6 +69,7 @@ def _train(options: Train) -> None:
     options.processes.start()
     options = with_critic(options, options.out)
     make_devices(options)
+    options = with_split_seed(options, options.out, read_fork(options))
     ppo, (rows, held_out_rows) = options.ppo, read_prompts(options)
     policy, tokenizer = _read_model(options.model, dtype=options.dtype, remat=options.remat)
     config = policy.config
@@ -82,8 +90,9 @@ def _train(options: Train) -> None:
 
     prompts = encode(rows)
     held_out = encode(held_out_rows) if held_out_rows else None
-    if (note := options.data_options.report(prompts, options.prompts)) is not None:
-        print(note)
+    for found, source in ((prompts, options.prompts), (held_out, held_out_source(options))):
+        if found and (note := options.data_options.report(found, source)) is not None:
+            print(note)
     longest = max(p.tokens.shape[1] for p in (prompts, held_out) if p is not None)
     read_functions(options, longest)
     done = _updates_done(options, longest)
@@ -190,6 +199,7 @@ def _report_memory(what: str, parts: dict[str, int]) -> None:
 
 def _supervised(command: SFT | Reward) -> None:
     check_free(command.out, resume=command.run_options.resume != "no")
+    command = fitting.with_split_seed(command)
     options = command.training
     if isinstance(command, SFT):
         rows = read_examples(command.data, options, ("response",), command.columns.names())

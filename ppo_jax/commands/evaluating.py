@@ -1,7 +1,7 @@
 """What `ppo-jax evaluate` does."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from rich.console import Console
 
 from ppo_jax import data
 from ppo_jax.commands.evaluation import Evaluate
+from ppo_jax.commands.prompts import PromptOptions
 from ppo_jax.commands.stored import stored_command
 from ppo_jax.commands.train import Train
-from ppo_jax.commands.training import read_prompts
+from ppo_jax.commands.training import held_out_source, read_prompts
 from ppo_jax.data.chat import as_user_messages
 from ppo_jax.data.rows import Row
 from ppo_jax.data.text import pad_id
 from ppo_jax.models.io.pretrained import Pretrained
+from ppo_jax.models.io.stored import read_config
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.forward import forward_responses
@@ -47,9 +49,11 @@ def evaluate_models(options: Evaluate) -> None:
             raise ValueError(
                 f"{options.out} is not empty; choose another folder for the evaluation."
             )
-    runs = {name: _command_of(name) for name in options.model}
+    runs = _runs(options)
     first = next((run for run in runs.values() if run is not None), None)
     rows, reward = _prompts(options, first), _reward(options, first)
+    if options.prompts is None:
+        _report_trained_on(rows, runs)
     reference = options.reference or (first.model if first else None)
     found = {
         name: _evaluate(options, name, run or first, rows, reward, reference)
@@ -62,15 +66,55 @@ def evaluate_models(options: Evaluate) -> None:
     figures["standard error of the score"] = [
         evaluation.metrics["eval/scores_error"] for evaluation in found.values()
     ]
-    count = len(rows) * options.responses
-    Console(soft_wrap=True).print(figures_table(f"{count} responses", list(found), figures))
+    counts = sorted({len(evaluation.responses) for evaluation in found.values()})
+    title = f"{' to '.join(map(str, counts[:: len(counts) - 1 or 1]))} responses"
+    Console(soft_wrap=True).print(figures_table(title, list(found), figures))
     if options.out is not None:
         _write(options, options.out, found, reference)
 
 
+def _runs(options: Evaluate) -> dict[str, Train | None]:
+    """Return the options of each run, or None for a model that is no run, which must exist."""
+    runs = {name: _command_of(name) for name in options.model}
+    if len(runs) < len(options.model):
+        twice = next(name for name in runs if options.model.count(name) > 1)
+        raise ValueError(f"evaluate has --model {twice} more than once; give each model once.")
+    for name, run in runs.items():
+        if run is None:
+            read_config(name)
+    return runs
+
+
+def _report_trained_on(rows: list[Row], runs: Mapping[str, Train | None]) -> None:
+    """Say which of the held-out prompts of the first run another run was trained on."""
+    (name, first), *others = ((name, run) for name, run in runs.items() if run is not None)
+    split = lambda run: (run.eval_prompts, run.eval_fraction, run.eval_seed)
+    for other, run in others:
+        if run.prompts != first.prompts or split(run) == split(first):
+            continue
+        known = {repr(row["prompt"]) for row in read_prompts(run)[0]}
+        count = sum(repr(row["prompt"]) in known for row in rows)
+        if count:
+            print(
+                f"{other} was trained on {count} of the {len(rows)} held-out prompts of {name}; "
+                "pass others with --prompts."
+            )
+
+
+def _data_options(options: Evaluate, run: Train | None) -> PromptOptions:
+    """Return the run's options about prompts, with those that were given in their place."""
+    if run is None:
+        return options.data_options
+    default = asdict(PromptOptions())
+    given = {k: x for k, x in asdict(options.data_options).items() if x != default[k]}
+    columns = {name: default[name] for name in ("prompt_column", "messages_column")}
+    # A column that was given is not to be combined with the other column of the run.
+    return replace(run.data_options, **(columns if columns.keys() & given.keys() else {}) | given)
+
+
 def _prompts(options: Evaluate, run: Train | None) -> list[Row]:
     if options.prompts is not None:
-        return data.read_rows(options.prompts, names=options.data_options.names())
+        return data.read_rows(options.prompts, names=_data_options(options, run).names())
     held_out = read_prompts(run)[1] if run else []
     if not held_out:
         raise ValueError(
@@ -109,9 +153,13 @@ def _evaluate(
     config = _settings(options, run)
     check_top_k(config.top_k, policy.config)
     rows = as_user_messages(rows) if options.chat or (run and run.chat) else rows
+    data_options = _data_options(options, run)
     prompts = encode_for(
-        rows, tokenizer, policy.config, config.max_new_tokens, **options.data_options.limits()
+        rows, tokenizer, policy.config, config.max_new_tokens, **data_options.limits()
     )
+    source = options.prompts or (held_out_source(run) if run else "")
+    if (note := data_options.report(prompts, source)) is not None:
+        print(f"{model}: {note}")
     stop_tokens = options.stop_tokens or (run.stop_tokens if run else ())
     agent = Agent(
         language_model(policy.config),

@@ -2,15 +2,16 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from ppo_jax import hashing
+from ppo_jax.commands.stored import split_seed
 from ppo_jax.commands.supervised import SFT, Reward, RunOptions
 from ppo_jax.commands.supervised_rows import Rows, encode_examples, read_examples
 from ppo_jax.data import examples
@@ -29,15 +30,19 @@ from ppo_jax.ppo import reward_model, sft
 from ppo_jax.ppo.batch_parts import Arrays, SupervisedLoss, Weight, epoch_rows
 from ppo_jax.run.assembly import load_model
 from ppo_jax.run.files import check_free, lock_folder
+from ppo_jax.run.resume import SUPERVISED
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.summary import print_before_and_after, write_summary
 from ppo_jax.run.supervised import SupervisedTrainer, Task, supervised_config
 from ppo_jax.types import Params
 
+Command = TypeVar("Command", bound=SFT | Reward)
+
 
 def fine_tune(command: SFT) -> None:
     """Train the model and write it to `out`."""
     check_free(command.out, resume=command.run_options.resume != "no")
+    command = with_split_seed(command)
     rows = read_examples(command.data, command.training, ("response",), command.columns.names())
     policy, tokenizer = start_model(command, rows[0])
     config = policy.config
@@ -60,6 +65,16 @@ def fine_tune(command: SFT) -> None:
     )
 
 
+def with_split_seed(command: Command) -> Command:
+    """Return a command whose seed of the split is known: that of the run that goes on, or 0."""
+    options = command.training
+    if not options.eval_fraction or options.eval_seed is not None:
+        return command
+    resumed = command.run_options.resume != "no"
+    seed = split_seed(command.out, SUPERVISED) if resumed else 0
+    return replace(command, training=replace(options, eval_seed=seed))
+
+
 def start_model(command: SFT, rows: Sequence[Row]) -> tuple[Pretrained, Any]:
     """Read the initial model with its tokenizer, or make new ones for the rows."""
     if command.model is not None:
@@ -79,6 +94,7 @@ def start_model(command: SFT, rows: Sequence[Row]) -> tuple[Pretrained, Any]:
 def train_reward_model(command: Reward) -> None:
     """Train the reward model and write it to `out`."""
     check_free(command.out, resume=command.run_options.resume != "no")
+    command = with_split_seed(command)
     rows = read_answers(command)
     tokenizer = pretrained.load_tokenizer(command.model)
     seed = command.training.seed

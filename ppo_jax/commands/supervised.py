@@ -113,6 +113,13 @@ class Reward:
     whose order is known, such as negative and positive."""
     run_options: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
+    def __post_init__(self) -> None:
+        if self.label_column == "none" and self.learn_from != "pairs":
+            raise SettingError(
+                f"learn_from={self.learn_from} needs a column of labels, so label_column cannot be "
+                "none; name the column, or leave out label_column."
+            )
+
     def run(self) -> None:
         """Train the reward model and write it to `out`."""
         from ppo_jax.commands.fitting import train_reward_model

@@ -24,6 +24,9 @@ class TrainingOptions:
     eval_fraction: float = 0.1
     """Share of the training rows that is held out, chosen at random, without eval_data; 0 holds out
     none."""
+    eval_seed: int | None = None
+    """Seed of that choice, so that runs with other seeds hold out the same rows. By default 0, or
+    that of the run that is resumed."""
     length: int = 128
     """Number of tokens that a row is cut to; at most the number of the model's positions. Responses
     to imitate are cut at their end, and texts to score at their beginning."""
@@ -36,7 +39,7 @@ class TrainingOptions:
     weight_decay: float = 0.01
     """Decoupled weight decay of AdamW."""
     seed: int = 0
-    """Seed of the split, of the shuffles and of new parameters."""
+    """Seed of the shuffles and of new parameters."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -109,4 +112,4 @@ def encode_examples(
             f"Only one row of {source} teaches anything; one more is needed to be held out, "
             "or pass --eval-data."
         )
-    return examples.split(arrays, seed=options.seed, fraction=options.eval_fraction)
+    return examples.split(arrays, seed=options.eval_seed or 0, fraction=options.eval_fraction)

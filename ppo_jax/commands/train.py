@@ -9,7 +9,7 @@ import tyro
 from ppo_jax.commands.prompts import PromptOptions
 from ppo_jax.commands.rewards import Several, check_rewards
 from ppo_jax.distributed.joining import Processes
-from ppo_jax.errors import SettingError
+from ppo_jax.errors import SettingError, check_numbers
 from ppo_jax.models.lora_settings import NO_LORA, LoRA
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.settings import LoopConfig, Resume, Which
@@ -59,7 +59,10 @@ class Train:
     eval_prompts: str | None = None
     """Held-out prompts for evaluation, in the same formats."""
     eval_fraction: float = 0.0
-    """Share of the prompts that is held out for evaluation, chosen at random by the seed."""
+    """Share of the prompts that is held out for evaluation, chosen at random by eval_seed."""
+    eval_seed: int | None = None
+    """Seed of that choice, so that runs with other seeds hold out the same prompts. By default 0,
+    or that of the run that is resumed or forked."""
     critic: str = "auto"
     """The critic. auto: none if the advantage estimator reads no values, otherwise separate, and as
     it was in a run that is resumed or forked. none: no critic. shared: a value head on the policy's
@@ -128,6 +131,7 @@ class Train:
 
     def __post_init__(self) -> None:
         check_rewards(self.reward, self.reward_timeout)
+        check_numbers(self)
         if not 0 <= self.eval_fraction < 1:
             raise SettingError(
                 f"eval_fraction must be at least 0 and less than 1, not {self.eval_fraction}."

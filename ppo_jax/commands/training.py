@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from ppo_jax import data, hashing
 from ppo_jax.commands.learner import read_learner
 from ppo_jax.commands.prompts import PromptOptions, hold_out
+from ppo_jax.commands.stored import split_seed
 from ppo_jax.commands.train import Train
 from ppo_jax.data.chat import as_user_messages
 from ppo_jax.distributed import processes
@@ -27,7 +28,7 @@ from ppo_jax.run.assembly import Learner
 from ppo_jax.run.export import export_result
 from ppo_jax.run.files import check_free, lock_folder
 from ppo_jax.run.forks import Fork
-from ppo_jax.run.remote import Mirror
+from ppo_jax.run.remote import Mirror, local_copy
 from ppo_jax.run.resume import read_config
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig
@@ -125,14 +126,15 @@ def build(
       SettingError: if the settings do not fit one another or the devices.
       ValueError: if the model, the prompts or the reward cannot be read.
     """
+    options = with_split_seed(options, out, fork)
     rows, held_out_rows = read_prompts(options)
     reward = load_rewards(  # Before the models, which take longer to read.
         options.reward, options.reward_given, options.reward_label, options.reward_timeout
     )
     learner = read_learner(options)
     prompts = encode_prompts(options.data_options, learner, rows, options.prompts)
-    held_source = options.eval_prompts or f"the held-out part of {options.prompts}"
-    held_out = encode_prompts(options.data_options, learner, held_out_rows, held_source)
+    source = held_out_source(options)
+    held_out = encode_prompts(options.data_options, learner, held_out_rows, source)
     assert prompts is not None  # There are rows to learn from.
     for part in (prompts, held_out):
         if part is not None:
@@ -186,6 +188,18 @@ def read_functions(
     return advantage_fn, policy_loss
 
 
+def with_split_seed(options: Train, out: Path, fork: Fork | None = None) -> Train:
+    """Return options whose seed of the split is known: that of the run that goes on, or 0."""
+    if not options.eval_fraction or options.eval_seed is not None:
+        return options
+    seed = 0
+    if fork is not None:
+        seed = split_seed(local_copy(fork.run, only="config.json"))
+    elif options.resume in ("yes", "auto"):
+        seed = split_seed(out)
+    return replace(options, eval_seed=seed)
+
+
 def read_prompts(options: Train) -> tuple[list[data.Row], list[data.Row]]:
     """Read the prompts to learn from and those that are held out."""
 
@@ -198,7 +212,13 @@ def read_prompts(options: Train) -> tuple[list[data.Row], list[data.Row]]:
         return rows, read(options.eval_prompts)
     if not options.eval_fraction:
         return rows, []
-    return hold_out(rows, options.prompts, fraction=options.eval_fraction, seed=options.loop.seed)
+    fraction, seed = options.eval_fraction, options.eval_seed or 0
+    return hold_out(rows, options.prompts, fraction=fraction, seed=seed)
+
+
+def held_out_source(options: Train) -> str:
+    """Return where the held-out prompts come from, for a message."""
+    return options.eval_prompts or f"the held-out part of {options.prompts}"
 
 
 def _place(options: Train) -> str:

@@ -37,7 +37,7 @@ def label_order(rows: Sequence[Row], given: Sequence[str] = ()) -> tuple[str, ..
     """
     if given:
         return tuple(label.lower() for label in given)
-    labels = [row.get("score") for row in rows if row.get("score") is not None]
+    labels = [row["score"] for row in rows if _has_label(row)]
     found = {_as_word(label): label for label in labels}
     if all(_is_number(label) for label in found):
         return ()
@@ -63,7 +63,7 @@ def number_labels(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
       The rows with class numbers from 0.
 
     Raises:
-      ValueError: if a row has another label.
+      ValueError: if a row has no label, or another one.
 
     Example:
       >>> number_labels([{"score": "Positive"}], ("negative", "positive"))
@@ -73,12 +73,18 @@ def number_labels(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
         return list(rows)
     classes = {label: number for number, label in enumerate(order)}
     for i, row in enumerate(rows):
+        if not _has_label(row):
+            raise ValueError(f"Row {i} has no label; add it, or remove the row.")
         if _as_word(row.get("score")) not in classes:
             raise ValueError(
                 f"Row {i} has the label {row.get('score')!r}, which is none of the labels "
                 f"{', '.join(map(repr, order))}; add it to --labels at its place in their order."
             )
     return [{**row, "score": classes[_as_word(row["score"])]} for row in rows]
+
+
+def _has_label(row: Row) -> bool:
+    return row.get("score") is not None and _as_word(row["score"]) != ""
 
 
 def _as_word(label: Any) -> str:

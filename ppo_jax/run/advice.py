@@ -66,7 +66,7 @@ def _kl_runs_away(run: History) -> str | None:
     if per_token > 0.5 if target is None else kl > 2 * target:
         wanted = "" if target is None else f", with a target of {target:g}"
         return (
-            f"At the end the KL is {kl:.1f} nats per response, {per_token:.2f} per token{wanted}."
+            f"At the end the KL is {kl:z.1f} nats per response, {per_token:z.2f} per token{wanted}."
         )
     return None
 
@@ -74,7 +74,7 @@ def _kl_runs_away(run: History) -> str | None:
 def _entropy_collapses(run: History) -> str | None:
     first, last = _ends(run, "objective/entropy")
     if last < 0.3 * first:
-        return f"The entropy fell from {first:.2f} to {last:.2f} nats per token."
+        return f"The entropy fell from {first:z.2f} to {last:z.2f} nats per token."
     return None
 
 
@@ -116,7 +116,7 @@ def _score_does_not_rise(run: History) -> str | None:
     first, last = (values[0], values[-1]) if name == "eval/scores" else _ends(run, name)
     if len(values) > 1 and last <= first:
         where = "on held-out prompts" if name == "eval/scores" else "in training"
-        return f"The score {where} was {first:.3f} at the beginning and is {last:.3f} at the end."
+        return f"The score {where} was {first:z.3f} at the beginning and is {last:z.3f} at the end."
     return None
 
 

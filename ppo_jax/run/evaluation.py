@@ -67,7 +67,7 @@ def optimized_scores(config: PPOConfig, scores: np.ndarray, rollout: Rollout) ->
 def distinct_2(texts: Sequence[str]) -> float:
     """Return the share of pairs of neighbouring words that are distinct, over all texts.
 
-    Repetition within and between texts lowers it. It is 0 if no text has two words.
+    Repetition within and between texts lowers it. It is NaN if no text has two words.
 
     Source:
       Li et al. 2016 (https://arxiv.org/abs/1510.03055).
@@ -77,7 +77,7 @@ def distinct_2(texts: Sequence[str]) -> float:
       0.5
     """
     pairs = [pair for text in texts for pair in pairwise(text.split())]
-    return len(set(pairs)) / max(len(pairs), 1)
+    return len(set(pairs)) / len(pairs) if pairs else float("nan")
 
 
 def evaluation_metrics(

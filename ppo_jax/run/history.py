@@ -58,8 +58,8 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         """Return the mean with its interval."""
-        known = f" [{self.low:.3f}, {self.high:.3f}]" if np.isfinite(self.low) else ""
-        return f"{self.mean:.3f}{known}"
+        known = f" [{self.low:z.3f}, {self.high:z.3f}]" if np.isfinite(self.low) else ""
+        return f"{self.mean:z.3f}{known}"
 
 
 def read_history(folder: Path) -> History:
@@ -114,7 +114,7 @@ def run_differences(a: History, b: History) -> list[str]:
     found = [
         f"{name} is {x} and {y}"
         for name, x, y in setting_differences(old, new)
-        if name != "loop.seed"
+        if name not in ("loop.seed", "training.eval_seed")
     ]
     model_a, model_b = ((s.get("command") or {}).get("model") for s in (old, new))
     found += [f"model is {model_a} and {model_b}"] if model_a != model_b else []

@@ -42,19 +42,27 @@ def measured(metrics: Mapping[str, float], *, waits: bool) -> dict[str, float]:
     }
 
 
-def progress_text(metrics: Mapping[str, float], shown: Mapping[str, str]) -> str:
+def progress_text(
+    metrics: Mapping[str, float], shown: Mapping[str, str], evaluated: int | None = None
+) -> str:
     """Return the metrics that the progress bar shows, as a text.
 
     Args:
       metrics: the metrics, by name. One that is missing is left out.
       shown: for each short name on the bar, the name of its metric.
+      evaluated: the number of updates before the evaluation whose metrics are shown, if known.
 
     Example:
-      >>> progress_text({"objective/kl": 0.51234}, {"kl": "objective/kl", "eval": "eval/scores"})
-      'kl=0.512'
+      >>> shown = {"kl": "objective/kl", "eval": "eval/scores"}
+      >>> progress_text({"objective/kl": 0.51234, "eval/scores": 2.0}, shown, evaluated=40)
+      'kl=0.512, eval=2@40'
     """
-    known = {short: metrics[name] for short, name in shown.items() if name in metrics}
-    return ", ".join(f"{short}={x:.3g}" for short, x in known.items())
+    at = "" if evaluated is None else f"@{evaluated}"
+    return ", ".join(
+        f"{short}={metrics[name]:z.3g}{at if name.startswith('eval/') else ''}"
+        for short, name in shown.items()
+        if name in metrics
+    )
 
 
 class NoLog:

@@ -52,6 +52,7 @@ class RunLoop(Generic[State]):
       unevaluated: whether an evaluation is due.
       best: the best evaluation so far and the number of updates before it, or None.
       latest: the metrics of the latest evaluation, which the progress bar shows.
+      evaluated: the number of updates before that evaluation, or None if it is not known.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class RunLoop(Generic[State]):
         self.unevaluated: bool = notes.get("unevaluated", False)
         self.best: tuple[float, int] | None = notes.get("best") and tuple(notes["best"])
         self.latest: dict[str, float] = notes.get("latest", {})
+        self.evaluated: int | None = notes.get("evaluated")
         claim.take_over()
 
     def check(self) -> None:
@@ -97,6 +99,7 @@ class RunLoop(Generic[State]):
             "unevaluated": self.unevaluated,
             "best": self.best,
             "latest": self.latest,
+            "evaluated": self.evaluated,
         }
         self.checkpoints.save(state, notes, best=self.best and self.best[1], wait=wait)
 
@@ -125,7 +128,8 @@ class RunLoop(Generic[State]):
         with contextlib.ExitStack() as stack, faults.StopSignals() as signals, bar:
             for end in ends:  # The last one is called first.
                 stack.callback(end)
-            # Before the first update, and again if a fault ended the run while evaluating.
+            # Before the first update, which is that of a fork too, and again if a fault ended the
+            # run while evaluating.
             self.unevaluated |= done == 0
             self._evaluate(trains, done - 1)
             for update in bar:
@@ -155,7 +159,7 @@ class RunLoop(Generic[State]):
 
     def _show(self, bar: tqdm, update: int, metrics: Mapping[str, float]) -> None:
         """Show metrics on the progress bar, or print a line if there is no terminal for it."""
-        text = progress_text({**self.latest, **metrics}, self._display.shown)
+        text = progress_text({**self.latest, **metrics}, self._display.shown, self.evaluated)
         bar.set_postfix_str(text, refresh=False)
         if bar.disable and self._visible and self._display.lines:
             name = self._display.update
@@ -185,7 +189,7 @@ class RunLoop(Generic[State]):
         if not self.unevaluated or self._best_by is None:
             return False
         metrics = trains.measure(update)
-        self.unevaluated, self.latest = False, _numbers(metrics)
+        self.unevaluated, self.latest, self.evaluated = False, _numbers(metrics), update + 1
         name, larger_is_better = self._best_by
         value, sign = metrics[name], 1 if larger_is_better else -1
         is_best = update >= 0 and (self.best is None or sign * value > sign * self.best[0])

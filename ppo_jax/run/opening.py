@@ -142,7 +142,8 @@ def open_run(
     if fork is not None:
         state, origin = fork(state)
         # Saved before anything else, so that the run can be resumed from its very beginning.
-        checkpoints.save(state)
+        notes = {"unevaluated": True}
+        checkpoints.save(state, notes)
     update = int(state.update)
     if update > loop.updates:
         raise SettingError(

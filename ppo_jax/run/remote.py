@@ -46,13 +46,14 @@ class Mirror:
         trainer = Trainer(learner, prompts, reward, out=mirror.folder, mirror=mirror, loop=loop)
     """
 
-    def __init__(self, url: str, *, read_only: bool = False):
+    def __init__(self, url: str, *, read_only: bool = False, only: str | None = None):
         """Claim a folder in a store, and copy what it holds to a local folder.
 
         Args:
           url: the folder, `gs://BUCKET/PATH` or `s3://BUCKET/PATH`. Credentials come from where the
             tools of the store look for them. AWS_ENDPOINT_URL names another store that speaks S3.
           read_only: whether to change nothing in the store.
+          only: the name of the only file to copy, or None to copy all.
 
         Raises:
           ValueError: if `url` has another form, there are several processes, or the folder cannot
@@ -80,14 +81,15 @@ class Mirror:
             self._store = tensorstore.KvStore.open(_spec(url)).result()
             if not read_only:
                 self._store.write(_WRITER, self._id).result()
-            self._pull(read_only)
+            self._pull(read_only, only)
 
-    def _pull(self, read_only: bool) -> None:
+    def _pull(self, read_only: bool, only: str | None) -> None:
         """Copy the store's content, without unfinished checkpoints, to the emptied local folder."""
         for path in self.folder.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         names = [key.decode() for key in self._store.list().result()]
+        names = [name for name in names if only in (None, name)]
         self._complete = {match[1] for name in names if (match := _COMPLETE.fullmatch(name))}
         unfinished = set()
         for name in names:
@@ -168,8 +170,12 @@ class Mirror:
         self._lock.release()
 
 
-def local_copy(path: Path) -> Path:
+def local_copy(path: Path, *, only: str | None = None) -> Path:
     """Return a folder itself, or a local copy of it if it is in an object store.
+
+    Args:
+      path: the folder.
+      only: the name of the only file to copy, or None to copy all.
 
     Raises:
       ValueError: if the store cannot be read.
@@ -177,7 +183,7 @@ def local_copy(path: Path) -> Path:
     url = store_url(path)
     if url is None:
         return path
-    mirror = Mirror(url, read_only=True)
+    mirror = Mirror(url, read_only=True, only=only)
     mirror.close()
     return mirror.folder
 

@@ -128,7 +128,7 @@ def _displayed(x: Any) -> Any:
     if isinstance(x, Markup):
         return x
     if isinstance(x, float):
-        return f"{x:.4g}"
+        return f"{x:z.4g}"
     if x is None:
         return "–"
     return _NOT_IN_HTML.sub("\ufffd", x) if isinstance(x, str) else x

@@ -15,6 +15,7 @@ from ppo_jax.run.assembly import Learner
 from ppo_jax.run.files import read_json, write_json
 from ppo_jax.run.serialize import to_json, without_unread
 from ppo_jax.run.settings import LoopConfig
+from ppo_jax.run.splits import add_split_seed
 
 _LOG = logging.getLogger(__name__)
 
@@ -207,6 +208,7 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
         isinstance(config["settings"].get(part), dict | None) for part in _FREE
     ):
         raise ValueError(f"{folder / file} is not the configuration of a run.")
+    add_split_seed(config["settings"])
     # The run may be older than a setting, which then has its default.
     parts = {"loop": LoopConfig()} | ({} if file == SUPERVISED else {"ppo": PPOConfig()})
     for part, defaults in parts.items():

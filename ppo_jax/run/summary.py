@@ -59,15 +59,17 @@ def before_and_after(run: Path) -> dict[str, Any]:
     Returns:
       `before` and `after` with the metrics of the evaluations, and `responses` with prompt,
       responses and scores of both. A run without held-out prompts has none of them, a supervised
-      run has no responses, and a run of an older version has no `before`.
+      run has no responses, and a run of an older version has no `before`. That of a fork is the
+      evaluation of the checkpoint that it starts from.
     """
     rows = read_lines(run / "metrics.jsonl")
     evaluations = [row for row in rows if row.keys() & {"eval/scores", "eval/loss"}]
     texts = read_lines(run / "evaluations.jsonl")
     ends: dict[str, Row] = {}
-    if evaluations and evaluations[0]["update"] < 0:
+    # The first line of a run, and of a fork, is the evaluation before its first update.
+    if evaluations and evaluations[0] is rows[0]:
         ends["before"] = evaluations[0]
-    if evaluations and evaluations[-1]["update"] >= 0:
+    if evaluations and evaluations[-1] is not rows[0]:
         ends["after"] = evaluations[-1]
     if not ends:
         return {}
@@ -113,7 +115,7 @@ def print_before_and_after(summary: Row, console: Console | None = None) -> None
         console.print(Text(f"\n{pair['prompt']}", style="bold"))
         for when in ("before", "after"):
             score = pair[f"score_{when}"]
-            shown = "none" if score is None else f"{score:.3g}"
+            shown = "none" if score is None else f"{score:z.3g}"
             console.print(Text(f"  {when} ({shown}): {pair[when]}"))
 
 
@@ -143,7 +145,7 @@ def figures_table(
     Args:
       title: the title of the first column.
       columns: the titles of the other columns.
-      rows: the figures by the title of their row. None is shown as a dash.
+      rows: the figures by the title of their row. None and NaN are shown as a dash.
 
     Returns:
       The table.
@@ -152,6 +154,8 @@ def figures_table(
     for name in columns:
         table.add_column(Text(name), justify="right", overflow="fold")
     for name, values in rows.items():
-        cells = [x if isinstance(x, str) else "–" if x is None else f"{x:.3f}" for x in values]
+        cells = [
+            x if isinstance(x, str) else "–" if x is None or x != x else f"{x:z.3f}" for x in values
+        ]
         table.add_row(Text(name), *map(Text, cells))
     return table
