@@ -40,11 +40,11 @@ from ppo_jax.ppo.presets import PRESETS
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import Agent, init_state
 from ppo_jax.run.assembly import assemble
+from ppo_jax.run.differences import setting_differences
 from ppo_jax.run.faults import check_steps
 from ppo_jax.run.files import read_lines
 from ppo_jax.run.logging import measured
 from ppo_jax.run.report import make_report
-from ppo_jax.run.resume import setting_differences
 
 compiled = partial(jax.jit, static_argnames="agent")
 sample, score, learn = (compiled(f) for f in (iteration.sample, iteration.score, iteration.learn))

@@ -30,6 +30,7 @@ from ppo_jax.plan.memory import estimate_memory, size_of
 from ppo_jax.reward_functions import load_rewards
 from ppo_jax.reward_functions.loading import check_columns
 from ppo_jax.run import provenance
+from ppo_jax.run.differences import setting_differences
 from ppo_jax.run.encoding import check_top_k, encode_for, stop_ids
 from ppo_jax.run.files import check_free
 from ppo_jax.run.parts import (
@@ -40,7 +41,7 @@ from ppo_jax.run.parts import (
     starting_adapters,
 )
 from ppo_jax.run.remote import local_copy
-from ppo_jax.run.resume import read_config, setting_differences
+from ppo_jax.run.resume import read_config
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.stored import find_checkpoint
 from ppo_jax.stores import split_url, store_url

@@ -6,13 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.run import provenance
+from ppo_jax.run.differences import environment_differences, setting_differences
 from ppo_jax.run.files import read_json, read_lines
-from ppo_jax.run.resume import (
-    config_file,
-    environment_differences,
-    read_config,
-    setting_differences,
-)
+from ppo_jax.run.resume import config_file, read_config
 
 Row = Mapping[str, Any]
 

@@ -7,8 +7,9 @@ from ppo_jax.errors import SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.ppo.state import PPOState
 from ppo_jax.run import provenance
+from ppo_jax.run.differences import setting_differences
 from ppo_jax.run.remote import local_copy
-from ppo_jax.run.resume import RunConfig, read_config, setting_differences
+from ppo_jax.run.resume import RunConfig, read_config
 from ppo_jax.run.settings import Which
 from ppo_jax.run.stored import read_checkpoint
 from ppo_jax.stores import store_url

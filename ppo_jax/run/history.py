@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from ppo_jax.run.differences import setting_differences
 from ppo_jax.run.files import read_lines
 from ppo_jax.run.provenance import differences
-from ppo_jax.run.resume import config_file, read_config, setting_differences
+from ppo_jax.run.resume import config_file, read_config
 
 # Hashes that depend on the seed, or on the padding of prompts.
 _SEEDED = {"model"}

@@ -1,7 +1,7 @@
 """Write and read `config.json`, and check that a run can be resumed with the current settings."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from ppo_jax.hashing import digest, text_hash
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
+from ppo_jax.run.differences import FREE, environment_differences, setting_differences
 from ppo_jax.run.files import read_json, write_json
 from ppo_jax.run.serialize import to_json, without_unread
 from ppo_jax.run.settings import LoopConfig
@@ -19,62 +20,10 @@ from ppo_jax.run.splits import add_split_seed
 
 _LOG = logging.getLogger(__name__)
 
-# Settings on which the result does not depend, or which name a file or model that is hashed.
-_FREE: dict[str, set[str]] = {
-    "loop": {
-        "updates",
-        "eval_every",
-        "save_every",
-        "keep",
-        "samples",
-        "tensorboard",
-        "wandb_project",
-        "progress",
-        "faults",
-    },
-    "command": {
-        "out",
-        "resume",
-        "preset",
-        "updates",
-        "model",
-        "adapter",
-        "reference",
-        "fork_from",
-        "fork_update",
-        "prompts",
-        "eval_prompts",
-        "eval_fraction",
-        "data_options",
-        "reward",
-        "reward_timeout",
-        "advantage",
-        "loss",
-        "loop",
-        "ppo",
-        "mesh",
-        "processes",
-        "data",
-        "from_scratch",
-        "training",
-        "run_options",
-        "columns",
-        "label_column",
-        "labels",
-    },
-    "training": {"eval_data"},
-    "ppo": set(),
-    "data": set(),
-    "jax": set(),
-}
 # Hashes that a resumed run may have although the run that it continues did not.
 _MAY_BE_ADDED = {"eval_prompts"}
 # The file with the settings of a supervised run, whose folder is a model with a config.json.
 SUPERVISED = "run.json"
-# Parts of the environment that can change the last bits of a result.
-_ENVIRONMENT = ("versions", "xla_flags", "device_kinds", "cpu_cores")
-
-Difference = tuple[str, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -204,9 +153,7 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
     valid = isinstance(config, dict) and all(
         isinstance(config.get(name), kind) for name, kind in kinds.items()
     )
-    if not valid or not all(
-        isinstance(config["settings"].get(part), dict | None) for part in _FREE
-    ):
+    if not valid or not all(isinstance(config["settings"].get(part), dict | None) for part in FREE):
         raise ValueError(f"{folder / file} is not the configuration of a run.")
     add_split_seed(config["settings"])
     # The run may be older than a setting, which then has its default.
@@ -217,54 +164,6 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
         for group in (config["settings"], config["settings"].get("command") or {}):
             group["ppo"] = without_unread(group.get("ppo") or {})
     return config
-
-
-def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Difference]:
-    """Yield the settings that differ between two runs and on which the result depends.
-
-    Args:
-      old: the settings of one run.
-      new: the settings of the other.
-
-    Yields:
-      The name of each such setting, and its two values.
-
-    Example:
-      >>> old = {"ppo": {"lam": 0.9}, "loop": {"save_every": 1}}
-      >>> new = {"ppo": {"lam": 1.0}, "loop": {"save_every": 2}}
-      >>> list(setting_differences(old, new))
-      [('ppo.lam', 0.9, 1.0)]
-    """
-    # The result depends on the number of updates only if the learning rate decays over them.
-    decays = any(_decays(run.get("ppo") or {}) for run in (old, new))
-    for part, free in _FREE.items():
-        for name, a, b in provenance.differences(old.get(part) or {}, new.get(part) or {}):
-            first = name.split(".")[0]
-            if first not in free or (decays and (part, first) == ("loop", "updates")):
-                yield f"{part}.{name}" if part != "command" else name, a, b
-
-
-def _decays(ppo: dict[str, Any]) -> bool:
-    """Whether a learning rate of these settings depends on the number of updates."""
-    critic = ppo.get("critic") or {}
-    return bool(ppo.get("decay_learning_rate") or critic.get("decay_learning_rate"))
-
-
-def environment_differences(old: Sequence[Any], new: Sequence[Any]) -> Iterator[Difference]:
-    """Yield the versions, devices and flags that differ between the last processes of two runs.
-
-    These can change the last bits of a result.
-
-    Args:
-      old: the entry `processes` of one run's `config.json`.
-      new: the entry of the other.
-
-    Yields:
-      The name of each difference, and its two values.
-    """
-    for name, a, b in provenance.differences(old[-1] if old else None, new[-1] if new else None):
-        if name.split(".")[0] in _ENVIRONMENT:
-            yield name, a, b
 
 
 def check_unchanged(folder: Path, now: RunConfig) -> None:
