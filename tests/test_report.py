@@ -145,7 +145,7 @@ def test_evaluate_takes_models_and_runs_with_the_settings_of_the_run(folder, run
         (["--model", "run0", "--greedy", "--responses", "2"], "use responses=1, not 2"),
         (["--model", "run0", "--out", "run1"], "is not empty"),
         (["--model", "run0", "--model", "run0"], "has --model run0 more than once"),
-        (["--model", "runs/nope"], "'runs/nope' is not a local folder"),
+        (["--model", "runs/nope"], "'runs/nope', which is not a local folder"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_do(folder, monkeypatch, capsys, given, message):

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ppo_jax.commands.command_line import FLAT_GROUPS, SHORT_NAMES
 from ppo_jax.errors import SettingError
-from ppo_jax.run.resume import config_file
+from ppo_jax.run.files import config_file
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.splits import add_split_seed
 

@@ -29,8 +29,7 @@ from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import reward_model, sft
 from ppo_jax.ppo.batch_parts import Arrays, SupervisedLoss, Weight, epoch_rows
 from ppo_jax.run.assembly import load_model
-from ppo_jax.run.files import check_free, lock_folder
-from ppo_jax.run.resume import SUPERVISED
+from ppo_jax.run.files import SUPERVISED, check_free, lock_folder
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.summary import print_before_and_after, write_summary
 from ppo_jax.run.supervised import SupervisedTrainer, Task, supervised_config

@@ -7,8 +7,8 @@ from typing import Any
 
 from ppo_jax.run import provenance
 from ppo_jax.run.differences import environment_differences, setting_differences
-from ppo_jax.run.files import read_json, read_lines
-from ppo_jax.run.resume import config_file, read_config
+from ppo_jax.run.files import config_file, read_json, read_lines
+from ppo_jax.run.resume import read_config
 
 Row = Mapping[str, Any]
 

@@ -17,6 +17,14 @@ _LOG = logging.getLogger(__name__)
 # A folder with any of these files holds a run.
 _MARKS = ("config.json", "run.json", "summary.json", "metrics.jsonl", "checkpoints/*")
 
+# The file with the settings of a supervised run, whose folder is a model with a config.json.
+SUPERVISED = "run.json"
+
+
+def config_file(folder: Path) -> str:
+    """Return the name of the file that holds the settings of the run in a folder."""
+    return SUPERVISED if (folder / SUPERVISED).exists() else "config.json"
+
 
 def check_free(folder: Path, *, resume: bool | None = None) -> None:
     """Check that results may be written to a folder, and write nothing.

@@ -8,9 +8,9 @@ import numpy as np
 from scipy import stats
 
 from ppo_jax.run.differences import setting_differences
-from ppo_jax.run.files import read_lines
+from ppo_jax.run.files import config_file, read_lines
 from ppo_jax.run.provenance import differences
-from ppo_jax.run.resume import config_file, read_config
+from ppo_jax.run.resume import read_config
 
 # Hashes that depend on the seed, or on the padding of prompts.
 _SEEDED = {"model"}

@@ -13,7 +13,7 @@ from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run import provenance
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.differences import FREE, environment_differences, setting_differences
-from ppo_jax.run.files import read_json, write_json
+from ppo_jax.run.files import SUPERVISED, read_json, write_json
 from ppo_jax.run.serialize import to_json, without_unread
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.splits import add_split_seed
@@ -22,8 +22,6 @@ _LOG = logging.getLogger(__name__)
 
 # Hashes that a resumed run may have although the run that it continues did not.
 _MAY_BE_ADDED = {"eval_prompts"}
-# The file with the settings of a supervised run, whose folder is a model with a config.json.
-SUPERVISED = "run.json"
 
 
 @dataclass(frozen=True)
@@ -124,11 +122,6 @@ def _prompts_hash(prompts: data.Prompts) -> str:
     """Hash the unpadded tokens and the rows, so that padding does not change the hash."""
     tokens, mask = prompts.tokens, prompts.mask
     return text_hash(tokens[mask], mask.sum(axis=1), list(prompts.rows))
-
-
-def config_file(folder: Path) -> str:
-    """Return the name of the file that holds the settings of the run in a folder."""
-    return SUPERVISED if (folder / SUPERVISED).exists() else "config.json"
 
 
 def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:

@@ -28,9 +28,10 @@ from ppo_jax.ppo.supervised import (
     supervised_optimizer,
 )
 from ppo_jax.run import provenance
+from ppo_jax.run.files import SUPERVISED
 from ppo_jax.run.loop import Display, RunLoop
 from ppo_jax.run.opening import claim_folder, open_run
-from ppo_jax.run.resume import SUPERVISED, RunConfig
+from ppo_jax.run.resume import RunConfig
 from ppo_jax.run.serialize import to_json
 from ppo_jax.run.settings import LoopConfig, Resume, SelectBy
 from ppo_jax.run.stored import read_checkpoint
