@@ -59,7 +59,8 @@ def advantages_of(config, rewards, values, mask, groups, axis_name=None):
 
 def config_of(advantage, **changes):
     size = SIZE if advantage.reads_groups else 1
-    return PPOConfig(advantage=advantage, group_size=size, batch_size=B, gamma=0.9, **changes)
+    gamma = 0.9 if "gamma" in advantage.reads else 1.0
+    return PPOConfig(advantage=advantage, group_size=size, batch_size=B, gamma=gamma, **changes)
 
 
 @pytest.mark.parametrize("advantage", Advantage)

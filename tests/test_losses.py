@@ -242,9 +242,11 @@ def test_ppo_loss_is_the_sum_of_its_terms(policy, critic, aggregate):
     loss, terms = of(*learned)
     clips = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5}
     oracle = AGGREGATES[aggregate]
+    value_losses, slopes = oracles.value_terms(*critic[:3], value_mask, clip=0.3)
     expected = {
         "loss/policy": oracle(oracles.policy_terms(*policy, **clips)[0], policy[-1]),
-        "loss/value": oracle(oracles.value_terms(*critic[:3], value_mask, clip=0.3)[0], value_mask),
+        "loss/value": oracle(value_losses, value_mask),
+        "value/clipfrac": oracle((slopes == 0).astype(float), value_mask),
         "policy/entropy": oracle(learned[2], policy[-1]),
     }
     assert terms.keys() == expected.keys()

@@ -621,7 +621,9 @@ def test_a_signal_during_loading_ends_the_program_at_once(tmp_path, number):
         "gc.collect()\nopen(__file__ + '.read', 'w')\ndef score(prompts, responses): ...\n"
     )
     (tmp_path / "prompts.txt").write_text("a\n")
-    given = {"model": "m", "prompts": tmp_path / "prompts.txt"}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "gpt2"}')
+    given = {"model": tmp_path / "model", "prompts": tmp_path / "prompts.txt"}
     arguments = command_line("evaluate", reward=f"{tmp_path / 'reward.py'}:score", **given)
     done = subprocess.run(
         [sys.executable, "-m", "ppo_jax.cli", *arguments], capture_output=True, text=True

@@ -268,13 +268,14 @@ def test_the_command_takes_methods_of_your_own(folder, capsys):
     """They do what the settings do, and a run goes on with the same ones only."""
     file = folder / "own.py"
     file.write_text(OWN_METHODS)
-    own = {"advantage": f"{file}:advantage", "loss": f"{file}:loss"}
+    own = {"advantage": f"{file}:advantage", "loss": f"{file}:loss", "critic": "none"}
     cli.main(train_command(folder, **own))
     cli.main(train_command(folder, out=folder / "named", **{"ppo.advantage": "monte_carlo"}))
     summaries = [json.loads((folder / x / "summary.json").read_text()) for x in ("out", "named")]
     assert summaries[0]["digest"] == summaries[1]["digest"]
     changed = OWN_METHODS + "\n"
-    for text, given in ((OWN_METHODS, {"advantage": own["advantage"]}), (changed, own)):
+    without_loss = {name: own[name] for name in ("advantage", "critic")}
+    for text, given in ((OWN_METHODS, without_loss), (changed, own)):
         file.write_text(text)
         with pytest.raises(SystemExit):
             cli.main(train_command(folder, resume="yes", **given))

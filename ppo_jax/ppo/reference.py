@@ -39,7 +39,8 @@ def follow_reference(
 
     Source:
       Gorbatovski et al. 2024, TR-DPO (https://arxiv.org/abs/2404.09656), where the weight of
-      the policy is α = 1 − d and the period is τ = N.
+      the policy is α = 1 − d and the period is τ = N. No released implementation has such a
+      function of arrays; TRL's `sync_ref_model` does the same to two modules in place.
 
     Example:
       >>> reference, policy = {"w": jnp.float32(1)}, {"w": jnp.float32(2)}
