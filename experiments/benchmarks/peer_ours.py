@@ -18,7 +18,7 @@ from experiments.benchmarks.work import Work
 def main(settings: dict) -> dict:
     """Return the seconds of each rollout and of each whole iteration, and the responses' lengths.
 
-    Responses of different lengths are sampled in 16 slots and packed.
+    Responses of different lengths are sampled in 8 slots and packed.
     """
     runs = settings.pop("runs")
     work = Work(**settings)

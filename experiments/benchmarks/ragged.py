@@ -18,9 +18,9 @@ PHASES = ("rollout", "scoring", "reward", "update", "iteration")
 
 
 def packed(work: Work) -> Work:
-    """Return the work with 16 slots, and with scoring and update in bins."""
+    """Return the work with 8 slots, and with scoring and update in bins."""
     room = work.prompt_tokens + work.new_tokens
-    return dataclasses.replace(work, pack=room, micro_batch=None, slots=16)
+    return dataclasses.replace(work, pack=room, micro_batch=None, slots=8)
 
 
 def sampler(work: Work) -> Callable:
