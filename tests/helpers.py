@@ -242,7 +242,12 @@ def _call(function, args, log, folder, environment) -> None:
     os.dup2(output, 2)
     os.chdir(folder)
     os.environ.update(environment)
-    function(*args)
+    try:
+        function(*args)
+    finally:
+        # JAX does this at the end of an ordinary process, but multiprocessing leaves it out. Without
+        # it a process that ends first takes the others with it.
+        jax.distributed.shutdown()
 
 
 def run_command(args: list[str]) -> None:
