@@ -30,13 +30,16 @@ from ppo_jax.run.compare import compare
 from ppo_jax.run.files import read_json, read_lines
 
 REWARD = """
-import os, pathlib, time
+import itertools, os, pathlib, time
+calls = itertools.count(1)
 def score(prompts, responses):
     if len(responses) != int(os.environ["ROWS"]):
         raise ValueError(f"{len(responses)} rows")
     if pathlib.Path("fail").exists() and os.environ.get("JAX_PROCESS_ID") == "1":
         return [float("nan")] * len(responses)
-    time.sleep(float(os.environ.get("NAP", 0)))
+    if next(calls) == int(os.environ["WAIT_IN_CALL"]):
+        while not pathlib.Path("go").exists():
+            time.sleep(0.05)
     return [r.count("b") for r in responses]
 """
 
@@ -65,7 +68,7 @@ def start(
     devices=2,
     updates=4,
     rows=None,
-    nap=0.0,
+    waits=False,
     last=None,
     last_in=None,
     **more,
@@ -73,6 +76,7 @@ def start(
     """Start `count` processes of one run.
 
     The last process may have additional options (`last`) or another working folder (`last_in`).
+    If `waits`, the reward of the second update waits until a file `go` exists.
     """
     given = {
         "model": "model",
@@ -95,7 +99,9 @@ def start(
     command = [*command_line("train", **given), "--loop.no-progress", "--loop.no-tensorboard"]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     rows = 16 // count if rows is None else rows
-    env = {"XLA_FLAGS": flags, "NAP": str(nap), "ROWS": str(rows)}
+    env = {"XLA_FLAGS": flags, "ROWS": str(rows)}
+    # Call 1 is the evaluation before the first update, and call 3 the one after it.
+    env["WAIT_IN_CALL"] = "4" if waits else "0"
     if count > 1:
         env["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
         env["JAX_NUM_PROCESSES"] = str(count)
@@ -132,11 +138,6 @@ def run(folder, out, count, **options):
     return folder / out
 
 
-@pytest.fixture(scope="module")
-def alone(folder):
-    return run(folder, "alone", 1, devices=4, mesh="data=2,fsdp=2")
-
-
 def parameters(out):
     return pretrained.load_policy(out / "model").params
 
@@ -162,46 +163,45 @@ def assert_same_run(found, expected):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one_reproducibly(folder, alone):
-    two = run(folder, "two", 2, mesh="data=2,fsdp=2")
-    assert_same_run(two, alone)
-    assert len(read_json(two / "config.json")["processes"]) == 1
-    again = run(folder, "again", 2, mesh="data=2,fsdp=2")
-    assert (
-        compare(two, again) == []
-        and read_json(two / "summary.json")["digest"] == read_json(again / "summary.json")["digest"]
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_learn_from_the_older_responses_of_one(folder):
+def test_two_processes_give_the_result_of_one_even_if_one_of_them_dies(folder):
+    """The run learns from older responses, so that a checkpoint also holds pending rollouts."""
     late = {"mesh": "data=2,fsdp=2", "updates": 3, "loop.staleness": 1}
-    two = run(folder, "late2", 2, **late)
-    assert_same_run(two, run(folder, "late1", 1, devices=4, **late))
+    two = run(folder, "two", 2, **late)
+    assert_same_run(two, run(folder, "one", 1, devices=4, **late))
+    assert len(read_json(two / "config.json")["processes"]) == 1
+    kill_one(folder, "again", 1, **late)
+    again = run(folder, "again", 2, resume="auto", **late)
+    assert compare(two, again) == []
+    assert read_json(two / "summary.json")["digest"] == read_json(again / "summary.json")["digest"]
 
 
 @pytest.mark.slow
-def test_four_processes_and_a_resume_with_fewer(folder, alone):
-    four = run(folder, "four", 4, mesh="data=2,fsdp=4", updates=2)
-    run(folder, "four", 2, mesh="data=2,fsdp=2", updates=3, resume="yes")
-    run(folder, "four", 1, devices=1, mesh="data=1", resume="auto")
-    assert_same_run(four, alone)
+def test_if_the_coordinator_dies_the_others_end(folder):
+    kill_one(folder, "dies", 0, mesh="data=4")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dies", [0, 1])
-def test_if_a_process_dies_the_others_end_and_the_run_can_be_resumed(folder, alone, dies):
-    out = f"dies{dies}"
-    started = start(folder, out, 2, mesh="data=2,fsdp=2", nap=1.0)
-    metrics = folder / out / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+def kill_one(folder, out, dies, **more):
+    """Kill one of two processes in the second update, and check that the other ends."""
+    started = start(folder, out, 2, waits=True, **more)
+    wait_for_the_second_update(folder / out)
     started[dies].kill()
     started[1 - dies].join(60)
     assert started[1 - dies].exitcode not in (0, None)
-    printed = (folder / f"{out}.{1 - dies}.log").read_text()
-    assert "process" in printed.lower()
-    run(folder, out, 1, devices=4, mesh="data=2,fsdp=2", resume="auto")
-    assert_same_run(folder / out, alone)
+    assert "process" in (folder / f"{out}.{1 - dies}.log").read_text().lower()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_four_stops_all_and_fewer_go_on(folder):
+    started = start(folder, "four", 4, devices=1, mesh="data=2,fsdp=2", waits=True)
+    wait_for_the_second_update(folder / "four")
+    os.kill(started[1].pid, signal.SIGTERM)
+    (folder / "go").touch()
+    finish(folder, "four", started, expected=75)
+    (folder / "go").unlink()
+    assert read_lines(folder / "four/metrics.jsonl")[-1]["update"] == 1
+    run(folder, "four", 2, devices=1, mesh="fsdp=2", updates=3, resume="yes")
+    four = run(folder, "four", 1, devices=1, mesh="data=1", resume="auto")
+    assert_same_run(four, run(folder, "alone", 1, devices=4, mesh="data=2,fsdp=2"))
 
 
 @pytest.mark.slow
@@ -310,19 +310,10 @@ def test_processes_exchange_messages_of_any_length_and_script_and_name_differenc
     finish(folder, "exchange", started)
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_process_stops_all(folder):
-    started = start(folder, "signal", 2, mesh="data=4", nap=1.0, updates=30)
-    metrics = folder / "signal/metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text())
-    os.kill(started[1].pid, signal.SIGTERM)
-    finish(folder, "signal", started, expected=75)
-    assert list((folder / "signal/checkpoints").glob("[0-9]*"))
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
+def wait_for_the_second_update(out, seconds=300):
+    """Wait until the evaluations before and after the first update are written."""
+    metrics, end = out / "metrics.jsonl", time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert time.monotonic() < end
         time.sleep(0.1)
 
