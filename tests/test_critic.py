@@ -201,10 +201,12 @@ def test_the_clipped_share_of_values():
     rng = np.random.default_rng(0)
     values, old, returns = rng.normal(size=(3, 4, 5)).astype(np.float32)
     mask = rng.random((4, 5)) < 0.7
-    clipped = old + np.clip(values - old, -0.3, 0.3)
+    clipped = np.clip(values, old - 0.3, old + 0.3)
     want = (((clipped - returns) ** 2 > (values - returns) ** 2) & mask).sum() / mask.sum()
     np.testing.assert_allclose(value_clipfrac(values, old, returns, mask, clip=0.3), want)
     assert value_clipfrac(values, old, returns, mask, clip=None) == 0
+    # Values that have moved less are not clipped, whatever their rounding.
+    assert value_clipfrac(values, old, returns, mask, clip=np.abs(values - old).max() + 0.1) == 0
 
 
 RUN = dataclasses.replace(
