@@ -20,6 +20,7 @@ from ppo_jax.ops.kl import kl_full, kl_k1
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo.forward import forward_packed, forward_responses
+from ppo_jax.ppo.gradients import minibatch_gradient
 from ppo_jax.ppo.loss import ppo_loss_fn
 from ppo_jax.ppo.packing import BLOCK, Bins, check_packing, pack_rows, place_rows, sum_bins
 from ppo_jax.ppo.scoring import score_rollout
@@ -29,7 +30,7 @@ from ppo_jax.ppo.update import ppo_update
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.trainer import Trainer
-from ppo_jax.types import Rollout
+from ppo_jax.types import Experience, Rollout
 
 LENGTH = 5 * BLOCK
 
@@ -225,6 +226,35 @@ def test_a_kl_estimator_may_read_the_logits_of_packed_rows():
         )
         np.testing.assert_allclose(kl, same, atol=1e-5)
         assert abs(kl).max() > 0.01
+
+
+@pytest.mark.parametrize("multiple, full", [(1, 4), (2, 2)])
+def test_full_rows_fit_the_shortest_bins(multiple, full):
+    """The last token of a row is not computed, so a bin may be one shorter than a full row."""
+    length = multiple * BLOCK
+    config = dataclasses.replace(PLAIN, positions=length + 1, layers=1)
+    model, critic = language_model(config), heads.shared_critic()
+    policy = init_params(config, jax.random.key(0))
+    params = {"policy": policy, "critic": {"head": heads.zero_head(32)}}
+    tokens = jax.random.randint(jax.random.key(1), (4, length + 1), 0, 97)
+    mask = (jnp.arange(4)[:, None] < full) | (jnp.arange(length + 1)[None] < 9)
+    x = jnp.ones((4, length - 1))
+    rollout = Rollout(tokens, mask, mask[:, 2:], x, mask[:, 0])
+    batch = Experience(tokens, mask, mask[:, 2:], mask[:, 2:], -x, x, x, x)
+    bins = Bins(length)
+    check_packing(model, critic, bins, length + 1)
+
+    def numbers(bins):
+        by = {"temperature": 0.7, "bins": bins}
+        scores = score_rollout(model, critic, params, policy, rollout, **by)
+        loss_fn = ppo_loss_fn(model, critic, *LOSS, **by)
+        gradient, _ = minibatch_gradient(loss_fn, params, batch, bins=bins)
+        return scores.logprobs, scores.entropies, gradient
+
+    packed, rows = (jax.jit(numbers, static_argnums=0)(x) for x in (bins, None))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), packed, rows)
+    with pytest.raises(ValueError, match=f"length={length} must .* hold {length + 1} tokens"):
+        sum_bins(jnp.sum, mask, bins)
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path):

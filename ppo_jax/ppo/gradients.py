@@ -80,7 +80,7 @@ def minibatch_gradient(
 
     if bins is not None:
         of_bins = lambda chosen: part(_only(batch, chosen))
-        grads, metrics = sum_bins(of_bins, batch.mask, bins, add=add, axis_name=axis_name)
+        grads, metrics = sum_bins(of_bins, batch.mask[:, :-1], bins, add=add, axis_name=axis_name)
     elif micro_batches == 1:
         grads, metrics = part(batch)
     else:

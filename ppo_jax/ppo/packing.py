@@ -177,11 +177,7 @@ def pack_rows(mask: Array, bins: Bins) -> Packing:
              [1, 1, 1, 2]], dtype=int32)
     """
     (count, width), slots = mask.shape, bins.number * bins.length
-    if bins.length % BLOCK or bins.length < width:
-        raise ValueError(
-            f"A bin of length={bins.length} must be a multiple of {BLOCK} and hold {width} tokens."
-        )
-    first, last, lengths = _spans(mask)
+    first, last, lengths = _spans(mask, bins)
     place = place_rows(lengths, length=bins.length, count=bins.number)
     columns = jnp.arange(width, dtype=jnp.int32)[None]
     starts = place.bins * bins.length + place.starts - first
@@ -196,8 +192,17 @@ def pack_rows(mask: Array, bins: Bins) -> Packing:
     return Packing(source // width, source % width, at, place.fits)
 
 
-def _spans(mask: Array) -> tuple[Array, Array, Array]:
-    """Return the first and the last real token of each row, and how many positions they span."""
+def _spans(mask: Array, bins: Bins) -> tuple[Array, Array, Array]:
+    """Return the first and the last real token of each row, and how many positions they span.
+
+    Raises:
+      ValueError: if a bin cannot hold a row whose tokens are all real, or has no possible length.
+    """
+    if bins.length % BLOCK or bins.length < mask.shape[1]:
+        raise ValueError(
+            f"A bin of length={bins.length} must be a multiple of {BLOCK} and hold {mask.shape[1]} "
+            "tokens."
+        )
     first = jnp.argmax(mask, axis=1).astype(jnp.int32)
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
     return first, last, jnp.where(mask.any(axis=1), last + 1 - first, 0)
@@ -216,7 +221,8 @@ def sum_bins(
     Args:
       function: `function(chosen)` returns a pytree of arrays, computed from the rows where
         `chosen [B]` bool is true, which fit `bins`.
-      mask: `[B, S]` bool, real tokens.
+      mask: `[B, S]` bool, real tokens. A `function` that calls `forward_packed` needs it without
+        the last of the `T` columns, because that places the `T - 1` tokens that are computed.
       bins: the shape of the bins.
       add: adds two results. It starts with zeros.
       axis_name: mapped axis over which the rows are split. Each device packs its own rows, and all
@@ -225,6 +231,9 @@ def sum_bins(
     Returns:
       The sum.
 
+    Raises:
+      ValueError: if a bin is shorter than `S`, or its length is not a multiple of `BLOCK`.
+
     Example:
       >>> mask = jnp.arange(100)[None] < jnp.array([[100], [20], [90]])
       >>> lengths = mask.sum(axis=1)
@@ -232,7 +241,7 @@ def sum_bins(
       >>> sum_bins(longest, mask, Bins(length=192))
       Array(190, dtype=int32)
     """
-    _, _, lengths = _spans(mask)
+    _, _, lengths = _spans(mask, bins)
     place = place_rows(lengths, length=bins.length, count=len(mask))
     steps = -(-place.used // bins.number)
     if axis_name is not None:
