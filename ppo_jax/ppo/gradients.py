@@ -40,7 +40,7 @@ def minibatch_gradient(
       micro_batches: number of micro-batches; it must divide `B`.
       aggregation: the mean over tokens that `loss_fn` uses.
       bins: the shape of the bins that rows are packed into; `None` for no packing. A
-        micro-batch is then the rows of `bins.number` bins: `loss_fn` gets the whole minibatch each
+        micro-batch is then the rows of `bins.total` bins: `loss_fn` gets the whole minibatch each
         time, with the masks of all other rows false. `micro_batches` has no effect.
 
     Returns:
