@@ -19,6 +19,7 @@ from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.kl import kl_full, kl_k1
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.score_rules import ScoreAt
+from ppo_jax.ppo import iteration
 from ppo_jax.ppo.forward import forward_packed, forward_responses
 from ppo_jax.ppo.gradients import minibatch_gradient
 from ppo_jax.ppo.loss import ppo_loss_fn
@@ -257,10 +258,33 @@ def test_full_rows_fit_the_shortest_bins(multiple, full):
         sum_bins(jnp.sum, mask, bins)
 
 
+def test_sampling_needs_no_model_that_can_be_packed():
+    """Nor does it need as many prompts as slots."""
+    model, critic = language_model(PLAIN), heads.shared_critic()
+    hidden = lambda params, tokens, mask, cache=None, last=None: model.hidden(
+        params, tokens, mask, cache, last
+    )
+    config = PPOConfig(batch_size=8, pack=64, rollout_slots=4, max_new_tokens=3)
+    agent = Agent(model._replace(hidden=hidden), critic, config, (0,), 0)
+    policy = init_params(PLAIN, jax.random.key(0))
+    params = {"policy": policy, "critic": {"head": heads.zero_head(32)}}
+    state = iteration.init_state(agent, params, jax.random.key(1), updates=1)
+    prompts = jnp.ones((2, 5), int)
+    rollout = jax.eval_shape(
+        functools.partial(iteration.sample, agent), state, prompts, prompts > 0
+    )
+    assert rollout.response_mask.shape == (2, 3)
+    with pytest.raises(SettingError, match=r"pack=64 needs a model\.hidden function"):
+        iteration.score(agent, state, policy, rollout)
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path):
     for setting in ({"pack": 100}, {"pack": 0}, {"pack": 128, "score_at": ScoreAt.LAST_INDEX}):
         with pytest.raises(SettingError, match=f"pack.*{setting['pack']}"):
             PPOConfig(**setting)
+    with pytest.raises(SettingError, match=r"micro_batch=3 must divide"):
+        PPOConfig(micro_batch=3)
+    assert PPOConfig(micro_batch=3, pack=128).bins == Bins(128, 3)  # Bins need not divide rows.
     model, critic = language_model(PLAIN), heads.shared_critic()
     check_packing(model, critic, Bins(128), 129)
     with pytest.raises(SettingError, match=r"pack=128 must be at least 192 to hold .* 130 tokens"):

@@ -460,7 +460,7 @@ def test_devices_that_only_sample_change_no_bit(tmp_path, every):
     assert on(apart.state.train.params) == set(learning.devices.flat)
     assert every is None or on(apart.state.reference) == set(learning.devices.flat)
     three = meshes.make_mesh({"data": 3}, jax.devices()[5:])
-    with pytest.raises(SettingError, match="batch_size=16 rows do not divide evenly over the 3"):
+    with pytest.raises(SettingError, match="batch_size=16 does not divide evenly over the 3"):
         full_trainer(tmp_path / "three", sampling=three, **options)
 
 
@@ -512,12 +512,11 @@ def test_mesh_axes_may_share_the_axes_of_a_slice(sizes, fits):
 
 
 def test_batches_that_do_not_divide_over_devices_are_refused():
-    with pytest.raises(
-        SettingError, match="batch_size=12 rows do not divide evenly over 8 devices"
-    ):
+    with pytest.raises(SettingError, match="batch_size=12 does not divide evenly over 8 devices"):
         meshes.check_rows(dataclasses.replace(PPO, batch_size=12), 8)
-    with pytest.raises(SettingError, match="batch_size / minibatches=4 rows"):
+    with pytest.raises(SettingError, match="batch_size / minibatches=4 does"):
         meshes.check_rows(dataclasses.replace(PPO, batch_size=16, minibatches=4), 8)
+    meshes.check_rows(dataclasses.replace(PPO, micro_batch=3, pack=128), 8)  # of 3 bins each
 
 
 def test_a_model_is_loaded_into_its_sharding(tmp_path):
