@@ -269,7 +269,10 @@ def test_persist_retries_reward_errors_within_its_time_limit():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Run six updates of `ppo-jax train`, with a checkpoint after every second update."""
+    """Run six updates of `ppo-jax train`, with a checkpoint after every second update.
+
+    The run is packed and has slots, so that replays and resumes of such runs are tested.
+    """
     place = tmp_path_factory.mktemp("command")
     pretrained.save_policy(place / "model", tiny_policy(layers=1), word_tokenizer())
     (place / "prompts.txt").write_text("a b\nc\nd e f\n")
@@ -291,6 +294,8 @@ def train_command(place, out, **more):
         "loop.keep": 9,
         "ppo.batch-size": 8,
         "ppo.max-new-tokens": 4,
+        "ppo.rollout-slots": 2,
+        "ppo.pack": 64,
         "lora.rank": 2,
         "ppo.learning-rate": 0.03,
     } | more

@@ -19,7 +19,9 @@ from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.kl import kl_full, kl_k1
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.score_rules import ScoreAt
+from ppo_jax.ppo import iteration
 from ppo_jax.ppo.forward import forward_packed, forward_responses
+from ppo_jax.ppo.gradients import minibatch_gradient
 from ppo_jax.ppo.loss import ppo_loss_fn
 from ppo_jax.ppo.packing import BLOCK, Bins, check_packing, pack_rows, place_rows, sum_bins
 from ppo_jax.ppo.scoring import score_rollout
@@ -29,7 +31,7 @@ from ppo_jax.ppo.update import ppo_update
 from ppo_jax.run.assembly import Learner
 from ppo_jax.run.settings import LoopConfig
 from ppo_jax.run.trainer import Trainer
-from ppo_jax.types import Rollout
+from ppo_jax.types import Experience, Rollout
 
 LENGTH = 5 * BLOCK
 
@@ -227,10 +229,62 @@ def test_a_kl_estimator_may_read_the_logits_of_packed_rows():
         assert abs(kl).max() > 0.01
 
 
+@pytest.mark.parametrize("multiple, full", [(1, 4), (2, 2)])
+def test_full_rows_fit_the_shortest_bins(multiple, full):
+    """The last token of a row is not computed, so a bin may be one shorter than a full row."""
+    length = multiple * BLOCK
+    config = dataclasses.replace(PLAIN, positions=length + 1, layers=1)
+    model, critic = language_model(config), heads.shared_critic()
+    policy = init_params(config, jax.random.key(0))
+    params = {"policy": policy, "critic": {"head": heads.zero_head(32)}}
+    tokens = jax.random.randint(jax.random.key(1), (4, length + 1), 0, 97)
+    mask = (jnp.arange(4)[:, None] < full) | (jnp.arange(length + 1)[None] < 9)
+    x = jnp.ones((4, length - 1))
+    rollout = Rollout(tokens, mask, mask[:, 2:], x, mask[:, 0])
+    batch = Experience(tokens, mask, mask[:, 2:], mask[:, 2:], -x, x, x, x)
+    bins = Bins(length)
+    check_packing(model, critic, bins, length + 1)
+
+    def numbers(bins):
+        by = {"temperature": 0.7, "bins": bins}
+        scores = score_rollout(model, critic, params, policy, rollout, **by)
+        loss_fn = ppo_loss_fn(model, critic, *LOSS, **by)
+        gradient, _ = minibatch_gradient(loss_fn, params, batch, bins=bins)
+        return scores.logprobs, scores.entropies, gradient
+
+    packed, rows = (jax.jit(numbers, static_argnums=0)(x) for x in (bins, None))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), packed, rows)
+    with pytest.raises(ValueError, match=f"length={length} must .* hold {length + 1} tokens"):
+        sum_bins(jnp.sum, mask, bins)
+
+
+def test_sampling_needs_no_model_that_can_be_packed():
+    """Nor does it need as many prompts as slots."""
+    model, critic = language_model(PLAIN), heads.shared_critic()
+    hidden = lambda params, tokens, mask, cache=None, last=None: model.hidden(
+        params, tokens, mask, cache, last
+    )
+    config = PPOConfig(batch_size=8, pack=64, rollout_slots=4, max_new_tokens=3)
+    agent = Agent(model._replace(hidden=hidden), critic, config, (0,), 0)
+    policy = init_params(PLAIN, jax.random.key(0))
+    params = {"policy": policy, "critic": {"head": heads.zero_head(32)}}
+    state = iteration.init_state(agent, params, jax.random.key(1), updates=1)
+    prompts = jnp.ones((2, 5), int)
+    rollout = jax.eval_shape(
+        functools.partial(iteration.sample, agent), state, prompts, prompts > 0
+    )
+    assert rollout.response_mask.shape == (2, 3)
+    with pytest.raises(SettingError, match=r"pack=64 needs a model\.hidden function"):
+        iteration.score(agent, state, policy, rollout)
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path):
     for setting in ({"pack": 100}, {"pack": 0}, {"pack": 128, "score_at": ScoreAt.LAST_INDEX}):
         with pytest.raises(SettingError, match=f"pack.*{setting['pack']}"):
             PPOConfig(**setting)
+    with pytest.raises(SettingError, match=r"micro_batch=3 must divide"):
+        PPOConfig(micro_batch=3)
+    assert PPOConfig(micro_batch=3, pack=128).bins == Bins(128, 3)  # Bins need not divide rows.
     model, critic = language_model(PLAIN), heads.shared_critic()
     check_packing(model, critic, Bins(128), 129)
     with pytest.raises(SettingError, match=r"pack=128 must be at least 192 to hold .* 130 tokens"):

@@ -23,8 +23,10 @@ from ppo_jax.models.io import pretrained
 from ppo_jax.models.transformer import language_model
 from ppo_jax.plan.topology import make_topology
 from ppo_jax.ppo import iteration
+from ppo_jax.ppo.packing import sum_bins
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.compare import compare
+from ppo_jax.types import Rollout
 
 PPO = PPOConfig(
     batch_size=32,
@@ -174,6 +176,30 @@ def test_devices_pack_their_own_rows(on):
         on_one_device("llama", "sgd", False),
         "sgd",
     )
+
+
+@pytest.mark.slow
+def test_devices_of_fsdp_compute_different_bins():
+    """A step of 4 devices costs each of them as much as one bin, and there is a quarter as many."""
+    mask = jnp.arange(40)[None] < 7 + jnp.arange(32)[:, None]
+    prompts, shape = jnp.asarray(batch(0)[0]), (32, 34)
+    tokens = jnp.concatenate([prompts, jax.random.randint(jax.random.key(9), shape, 0, 61)], axis=1)
+    rollout = Rollout(tokens, mask, mask[:, 6:], jnp.zeros(shape), mask[:, 0])
+
+    def scored(on, devices):
+        mesh = meshes.make_mesh(on, devices)
+        agent, state, policy, _ = start("llama", "sgd", mesh=mesh, pack=128)
+        score = functools.partial(iteration.score, agent)
+        with jax.set_mesh(mesh):
+            program = jax.jit(score).lower(state, policy, rollout).compile()
+            scores, bins = program(state, policy, rollout), agent.config.bins
+            steps = sum_bins(lambda rows: jnp.int32(1), mask, bins)
+        return scores, program.cost_analysis()["flops"], int(steps)
+
+    one, flops, steps = scored({"data": 1}, jax.devices()[:1])
+    four, flops_of_each, fewer = scored({"fsdp": 4}, jax.devices()[:4])
+    assert (steps, fewer) == (16, 4) and flops_of_each < 1.1 * flops
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), four, one)
 
 
 @pytest.mark.slow
@@ -434,7 +460,7 @@ def test_devices_that_only_sample_change_no_bit(tmp_path, every):
     assert on(apart.state.train.params) == set(learning.devices.flat)
     assert every is None or on(apart.state.reference) == set(learning.devices.flat)
     three = meshes.make_mesh({"data": 3}, jax.devices()[5:])
-    with pytest.raises(SettingError, match="batch_size=16 rows do not divide evenly over the 3"):
+    with pytest.raises(SettingError, match="batch_size=16 does not divide evenly over the 3"):
         full_trainer(tmp_path / "three", sampling=three, **options)
 
 
@@ -486,12 +512,11 @@ def test_mesh_axes_may_share_the_axes_of_a_slice(sizes, fits):
 
 
 def test_batches_that_do_not_divide_over_devices_are_refused():
-    with pytest.raises(
-        SettingError, match="batch_size=12 rows do not divide evenly over 8 devices"
-    ):
+    with pytest.raises(SettingError, match="batch_size=12 does not divide evenly over 8 devices"):
         meshes.check_rows(dataclasses.replace(PPO, batch_size=12), 8)
-    with pytest.raises(SettingError, match="batch_size / minibatches=4 rows"):
+    with pytest.raises(SettingError, match="batch_size / minibatches=4 does"):
         meshes.check_rows(dataclasses.replace(PPO, batch_size=16, minibatches=4), 8)
+    meshes.check_rows(dataclasses.replace(PPO, micro_batch=3, pack=128), 8)  # of 3 bins each
 
 
 def test_a_model_is_loaded_into_its_sharding(tmp_path):

@@ -25,6 +25,7 @@ from helpers import (
     WORDS,
     command_line,
     full_trainer,
+    likes_b,
     options,
     simple_trainer,
     tiny_policy,
@@ -69,15 +70,29 @@ def test_learns_and_writes_its_folder(tmp_path, shared):
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    ppo = PPOConfig(**{**vars(SIMPLE_PPO), "kl_target": 0.5, "scale_scores": True})
-    whole = simple_trainer(tmp_path / "whole", ppo=ppo).run()
-    half = simple_trainer(tmp_path / "half", ppo=ppo, save_every=2)
-    half.step(), half.step()
+    """It is packed and has slots, and its responses are of 1 to 80 tokens; one program does all."""
+    changes = {"kl_target": 0.5, "scale_scores": True, "rollout_slots": 4, "pack": 128}
+    ppo = dataclasses.replace(SIMPLE_PPO, **changes, batch_size=16, epochs=1, max_new_tokens=80)
+    traced, lengths = [], []
+
+    def reward(prompts, responses):
+        lengths.extend(len(response.split()) for response in responses)
+        return likes_b(prompts, responses)
+
+    settings = {"ppo": ppo, "positions": 96, "reward": reward, "updates": 3}
+    trainer = functools.partial(simple_trainer, **settings)
+    half = trainer(tmp_path / "half", save_every=2)
+    half.step()
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: traced.append(name))
+    half.step()
+    assert not [name for name in traced if "compile" in name], traced
     half.save()
     half.checkpoints.close()
-    again = simple_trainer(tmp_path / "half", ppo=ppo, resume="yes")
+    again = trainer(tmp_path / "half", resume="yes")
     assert int(again.state.update) == 2
     resumed = again.run()
+    assert min(lengths) < 16 and max(lengths) > 64  # in two blocks of a bin, with its prompt
+    whole = trainer(tmp_path / "whole").run()
     for a, b in zip(
         jax.tree.leaves(whole.train.params), jax.tree.leaves(resumed.train.params), strict=True
     ):

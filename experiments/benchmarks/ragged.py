@@ -27,8 +27,7 @@ def sampler(work: Work) -> Callable:
     """Return the compiled rollout of responses whose lengths are lognormal."""
     agent = work_.agent(work)
     model = slots.with_lengths(agent.model, work.prompt_tokens)
-    config = dataclasses.replace(agent.config, pack=None)
-    return jit_steps(agent._replace(model=model, config=config, stop_ids=(0,))).sample
+    return jit_steps(agent._replace(model=model, stop_ids=(0,))).sample
 
 
 def timed(found: dict[str, list[float]], name: str, function: Callable, *args: Any) -> Any:

@@ -188,7 +188,7 @@ def _report_steps(options: Train, done: int, prompts: int, held_out: int, longes
     )
     print(
         f"{left * ppo.epochs * ppo.minibatches:,} optimizer steps on {ppo.minibatch_size:,} "
-        f"responses, {ppo.rows_at_a_time:,} at a time."
+        f"responses, {f'{ppo.rows_at_a_time:,} at a time' if ppo.bins is None else 'in bins'}."
     )
 
 

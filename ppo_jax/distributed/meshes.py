@@ -171,15 +171,14 @@ def check_rows(config: PPOConfig, shards: int) -> None:
     rows = {
         "batch_size": config.batch_size,
         "batch_size / minibatches": config.batch_size // config.minibatches,
-        # With packing, `micro_batch` counts bins, which each device fills separately.
-        "micro_batch": config.rows_at_a_time if config.pack is None else None,
+        "micro_batch": config.rows_at_a_time,
         "rollout_rows": config.rollout_rows,
         "rollout_slots": config.rollout_slots,
     }
     for name, count in rows.items():
         if count is not None and count % shards:
             raise SettingError(
-                f"{name}={count} rows do not divide evenly over {shards} devices; "
+                f"{name}={count} does not divide evenly over {shards} devices; "
                 "change this setting or the mesh."
             )
     check_groups(config, config.batch_size // shards)
@@ -199,7 +198,7 @@ def check_sampled_rows(config: PPOConfig, mesh: Mesh) -> None:
         count, shards = getattr(config, name), batch_shards(mesh)
         if count is not None and count % shards:
             raise SettingError(
-                f"{name}={count} rows do not divide evenly over the {shards} devices that sample; "
+                f"{name}={count} does not divide evenly over the {shards} devices that sample; "
                 "change this setting or rollout in the mesh."
             )
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ppo_jax.sharding import constrain_rows, row_shards
+
 
 def split_rows(tree: Any, parts: int) -> Any:
     """Reshape `[B, ...]` arrays to `[parts, B / parts, ...]`.
@@ -57,7 +59,7 @@ def map_chosen(function: Callable[..., Any], chosen: Array, *arrays: Array, size
       function: maps arrays `[size, ...]` to a pytree of arrays `[size]`, each entry by itself.
       chosen: `[N]` bool.
       *arrays: `[N, ...]` arrays.
-      size: number of entries at a time.
+      size: number of entries at a time on each device that rows are sharded over.
 
     Returns:
       The results, `[N]`; 0 where `chosen` is false.
@@ -67,6 +69,7 @@ def map_chosen(function: Callable[..., Any], chosen: Array, *arrays: Array, size
       >>> map_chosen(jnp.sqrt, x > 2, x, size=2).round(2)
       Array([0.  , 0.  , 1.73, 2.  ], dtype=float32)
     """
+    size = size * row_shards()
     parts = -(-len(chosen) // size)
     order = jnp.argsort(~chosen, stable=True)
     order = jnp.pad(order, (0, parts * size - len(chosen))).reshape(parts, size)
@@ -74,7 +77,7 @@ def map_chosen(function: Callable[..., Any], chosen: Array, *arrays: Array, size
 
     def part(inputs: tuple[Array, Array]) -> Any:
         begin, rows = inputs
-        taken = tuple(x[rows] for x in arrays)
+        taken = constrain_rows(tuple(x[rows] for x in arrays))
         shapes = jax.eval_shape(function, *taken)
         # Computed from `chosen`, so that a `shard_map` takes it to differ between shards as well.
         zero = 0 * total

@@ -144,8 +144,8 @@ def forward_packed(
       prompt_length: `P`.
       bins: the shape of the bins.
       temperature: sampling temperature; positive.
-      chunk: number of tokens whose logits are in memory at a time; `None` for a quarter of the
-        slots.
+      chunk: number of tokens whose logits are in memory at a time on each device that rows are
+        sharded over; `None` for a quarter of the slots.
 
     Returns:
       A `Forward`. Log-probs and entropies of tokens outside the mask are 0. The value and the

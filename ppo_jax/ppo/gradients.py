@@ -40,7 +40,7 @@ def minibatch_gradient(
       micro_batches: number of micro-batches; it must divide `B`.
       aggregation: the mean over tokens that `loss_fn` uses.
       bins: the shape of the bins that rows are packed into; `None` for no packing. A
-        micro-batch is then the rows of `bins.number` bins: `loss_fn` gets the whole minibatch each
+        micro-batch is then the rows of `bins.total` bins: `loss_fn` gets the whole minibatch each
         time, with the masks of all other rows false. `micro_batches` has no effect.
 
     Returns:
@@ -80,7 +80,7 @@ def minibatch_gradient(
 
     if bins is not None:
         of_bins = lambda chosen: part(_only(batch, chosen))
-        grads, metrics = sum_bins(of_bins, batch.mask, bins, add=add, axis_name=axis_name)
+        grads, metrics = sum_bins(of_bins, batch.mask[:, :-1], bins, add=add, axis_name=axis_name)
     elif micro_batches == 1:
         grads, metrics = part(batch)
     else:

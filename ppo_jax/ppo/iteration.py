@@ -86,6 +86,8 @@ def sample(
 ) -> Rollout:
     """Sample a response to each prompt.
 
+    At most `rollout_slots` responses are decoded at a time; fewer rows have a slot each.
+
     Args:
       agent: model, critic and settings.
       state: the state before the update; its policy samples.
@@ -101,7 +103,6 @@ def sample(
 
     Raises:
       ValueError: if the settings forbid the whole vocabulary.
-      SettingError: if the settings say to pack, but bins, model or critic do not allow it.
       AssertionError: if `prompts` and `prompt_mask` differ in shape, or are not int and bool.
 
     Example:
@@ -116,7 +117,6 @@ def sample(
       (1, 24)
     """
     c, key = agent.config, state.key_for(SAMPLE)
-    check_packing(agent.model, agent.critic, c.bins, prompts.shape[1] + c.max_new_tokens)
     params = overlay(frozen, state.params)["policy"]
 
     def sample_rows(rows: tuple[Array, Array, Array]) -> Rollout:
@@ -172,6 +172,7 @@ def score(
 
     Raises:
       ValueError: if there is no reference.
+      SettingError: if the settings say to pack, but bins, model or critic do not allow it.
       AssertionError: if the critic does not return values of shape `[B, R]`.
 
     Example:
@@ -187,6 +188,7 @@ def score(
       Array(0., dtype=float32)
     """
     c = agent.config
+    check_packing(agent.model, agent.critic, c.bins, rollout.tokens.shape[1])
     return score_rollout(
         agent.model,
         agent.critic,

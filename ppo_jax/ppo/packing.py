@@ -17,6 +17,7 @@ from jax import Array
 
 from ppo_jax.errors import SettingError
 from ppo_jax.ops.axes import separate
+from ppo_jax.sharding import row_shards
 from ppo_jax.types import AxisName, CriticFn, LanguageModel
 
 Tree = TypeVar("Tree")
@@ -34,16 +35,20 @@ class Bins(NamedTuple):
 
     Attributes:
       length: number of slots of a bin, a multiple of `BLOCK`.
-      number: number of bins at a time.
+      number: number of bins at a time on each device that the rows of a batch are sharded over.
 
     Example:
-      >>> bins = Bins(length=128)
-      >>> bins.number * bins.length
-      128
+      >>> Bins(length=128, number=2).total
+      2
     """
 
     length: int
     number: int = 1
+
+    @property
+    def total(self) -> int:
+        """Number of bins at a time on all devices, at this point of a program."""
+        return self.number * row_shards()
 
 
 class Placement(NamedTuple):
@@ -176,13 +181,9 @@ def pack_rows(mask: Array, bins: Bins) -> Packing:
       Array([[0, 0, 0, 2],
              [1, 1, 1, 2]], dtype=int32)
     """
-    (count, width), slots = mask.shape, bins.number * bins.length
-    if bins.length % BLOCK or bins.length < width:
-        raise ValueError(
-            f"A bin of length={bins.length} must be a multiple of {BLOCK} and hold {width} tokens."
-        )
-    first, last, lengths = _spans(mask)
-    place = place_rows(lengths, length=bins.length, count=bins.number)
+    (count, width), slots = mask.shape, bins.total * bins.length
+    first, last, lengths = _spans(mask, bins)
+    place = place_rows(lengths, length=bins.length, count=bins.total)
     columns = jnp.arange(width, dtype=jnp.int32)[None]
     starts = place.bins * bins.length + place.starts - first
     placed = (lengths > 0) & place.fits
@@ -190,14 +191,23 @@ def pack_rows(mask: Array, bins: Bins) -> Packing:
     to = jnp.where(kept, starts[:, None] + columns, slots)
     source = jnp.full(slots, count * width, jnp.int32)
     numbers = jnp.arange(count * width, dtype=jnp.int32).reshape(to.shape)
-    source = source.at[to].set(numbers, mode="drop").reshape(bins.number, bins.length)
+    source = source.at[to].set(numbers, mode="drop").reshape(bins.total, bins.length)
     at = starts[:, None] + jnp.clip(columns, first[:, None], last[:, None])
     at = jnp.where(placed[:, None], at, 0)
     return Packing(source // width, source % width, at, place.fits)
 
 
-def _spans(mask: Array) -> tuple[Array, Array, Array]:
-    """Return the first and the last real token of each row, and how many positions they span."""
+def _spans(mask: Array, bins: Bins) -> tuple[Array, Array, Array]:
+    """Return the first and the last real token of each row, and how many positions they span.
+
+    Raises:
+      ValueError: if a bin cannot hold a row whose tokens are all real, or has no possible length.
+    """
+    if bins.length % BLOCK or bins.length < mask.shape[1]:
+        raise ValueError(
+            f"A bin of length={bins.length} must be a multiple of {BLOCK} and hold {mask.shape[1]} "
+            "tokens."
+        )
     first = jnp.argmax(mask, axis=1).astype(jnp.int32)
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
     return first, last, jnp.where(mask.any(axis=1), last + 1 - first, 0)
@@ -211,12 +221,13 @@ def sum_bins(
     add: Callable[[Tree, Tree], Tree] = lambda a, b: jax.tree.map(jnp.add, a, b),
     axis_name: AxisName | None = None,
 ) -> Tree:
-    """Call a function for the rows of `bins.number` bins after the other, and add up its results.
+    """Call a function for the rows of `bins.total` bins after the other, and add up its results.
 
     Args:
       function: `function(chosen)` returns a pytree of arrays, computed from the rows where
         `chosen [B]` bool is true, which fit `bins`.
-      mask: `[B, S]` bool, real tokens.
+      mask: `[B, S]` bool, real tokens. A `function` that calls `forward_packed` needs it without
+        the last of the `T` columns, because that places the `T - 1` tokens that are computed.
       bins: the shape of the bins.
       add: adds two results. It starts with zeros.
       axis_name: mapped axis over which the rows are split. Each device packs its own rows, and all
@@ -225,6 +236,9 @@ def sum_bins(
     Returns:
       The sum.
 
+    Raises:
+      ValueError: if a bin is shorter than `S`, or its length is not a multiple of `BLOCK`.
+
     Example:
       >>> mask = jnp.arange(100)[None] < jnp.array([[100], [20], [90]])
       >>> lengths = mask.sum(axis=1)
@@ -232,14 +246,14 @@ def sum_bins(
       >>> sum_bins(longest, mask, Bins(length=192))
       Array(190, dtype=int32)
     """
-    _, _, lengths = _spans(mask)
+    _, _, lengths = _spans(mask, bins)
     place = place_rows(lengths, length=bins.length, count=len(mask))
-    steps = -(-place.used // bins.number)
+    steps = -(-place.used // bins.total)
     if axis_name is not None:
         steps = jax.lax.pmax(steps, axis_name)
 
     def step(i: Array, total: Tree) -> Tree:
-        return add(total, function((lengths > 0) & (place.bins // bins.number == i)))
+        return add(total, function((lengths > 0) & (place.bins // bins.total == i)))
 
     shapes = jax.eval_shape(function, lengths > 0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -145,7 +145,7 @@ def _score_bins(
         scores = score((tokens, mask & chosen, real & chosen))
         return jax.tree.map(lambda x: jnp.where(chosen, x, 0), scores)
 
-    return sum_bins(score_chosen, mask, bins, axis_name=axis_name)
+    return sum_bins(score_chosen, mask[:, :-1], bins, axis_name=axis_name)
 
 
 def make_experience(

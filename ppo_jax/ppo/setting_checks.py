@@ -55,6 +55,7 @@ def check_settings(config: "PPOConfig") -> None:
             value = getattr(config, name)
             if value is not None and not holds(value):
                 raise SettingError(f"{name} must {rule}, but is {value}.")
+    packed = config.pack is not None  # micro_batch is then a number of bins.
     for name, of, rows in (
         ("group_size", "batch_size", config.batch_size),
         ("minibatches", "batch_size", config.batch_size),
@@ -62,7 +63,7 @@ def check_settings(config: "PPOConfig") -> None:
         ("rollout_rows", "batch_size", config.batch_size),
     ):
         value = getattr(config, name)
-        if value is not None and rows % value:
+        if value is not None and rows % value and not (packed and name == "micro_batch"):
             raise SettingError(f"{name}={value} must divide {of}={rows}.")
     rows = config.rollout_rows or config.batch_size
     if config.rollout_slots is not None and config.rollout_slots > rows:

@@ -57,7 +57,7 @@ class PPOConfig:
     micro_batch: int | None = None
     """Gradients are accumulated over micro-batches of this many responses,
     which bounds the memory of activations. None: a whole minibatch at
-    once."""
+    once. With pack, this counts bins instead of responses."""
     rollout_rows: int | None = None
     """Responses are sampled this many at a time, which bounds the memory of
     the key/value cache. None: the whole batch at once."""
@@ -68,7 +68,8 @@ class PPOConfig:
     pack: int | None = None
     """Scoring and update compute bins of this many tokens (a multiple of 64)
     that hold several prompts and responses each, instead of padding them.
-    micro_batch bins are computed at once, 1 by default. None: no packing."""
+    Each device computes micro_batch bins at once, 1 by default. None: no
+    packing."""
     logit_chunk: int | None = None
     """Logits are computed for this many response positions at a time, which
     bounds their memory. None: all positions at once."""
@@ -252,8 +253,8 @@ class PPOConfig:
 
     @property
     def rows_at_a_time(self) -> int:
-        """The number of responses per forward and backward pass."""
-        return self.micro_batch or self.minibatch_size
+        """The number of responses per forward and backward pass, if they are not packed."""
+        return self.minibatch_size if self.pack else self.micro_batch or self.minibatch_size
 
     @property
     def micro_batches(self) -> int:
