@@ -245,8 +245,8 @@ def _call(function, args, log, folder, environment) -> None:
     try:
         function(*args)
     finally:
-        # JAX does this at the end of an ordinary process, but multiprocessing leaves it out. Without
-        # it a process that ends first takes the others with it.
+        # JAX does this at the end of an ordinary process, but multiprocessing leaves it out.
+        # Without it a process that ends first takes the others with it.
         jax.distributed.shutdown()
 
 
