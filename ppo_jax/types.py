@@ -92,6 +92,7 @@ class LanguageModel(NamedTuple):
       init_cache: makes an empty key/value cache.
       rounded: returns the parameters in the precision of decoding, which calls it before its loop.
       about: text that identifies the functions. A run can only be resumed with the same text.
+      positions: the largest number of positions that the model can read, or None for no limit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,6 +110,7 @@ class LanguageModel(NamedTuple):
     init_cache: CacheFn
     rounded: Callable[[Params], Params] = lambda params: params
     about: str = ""
+    positions: int | None = None
 
 
 class CriticFn(Protocol):

@@ -183,6 +183,12 @@ def states(tokens, mask, last, segments=None):
     return jax.jit(jax.grad(total, has_aux=True))(params)
 
 
+def test_padding_to_eight_positions_does_not_decide_the_form():
+    long = [attention.is_long(n) for n in range(1000, 1040)]
+    assert long == [attention.is_long(-(-n // 8) * 8) for n in range(1000, 1040)]
+    assert long == [-(-n // 8) * 8 >= 1024 for n in range(1000, 1040)]
+
+
 @pytest.mark.slow
 def test_padding_up_to_the_long_form_changes_no_state():
     gradient, hidden = states(TOKENS, TOKENS >= 0, 130)

@@ -7,6 +7,7 @@ import pytest
 from experiments import precision
 from experiments.benchmarks import long, peer_ours, phases, tpu
 from experiments.benchmarks import work as work_
+from ppo_jax.plan.compile import TooLarge
 from ppo_jax.plan.topology import CHIPS
 
 
@@ -59,6 +60,15 @@ def test_higher_precision_is_closer_to_float32(tmp_path):
     assert 1e-4 < found["default"]["mean"] < 0.1
     assert found["highest"]["mean"] < found["high"]["mean"] < 0.01 * found["default"]["mean"]
     assert found["highest"]["max"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_program_that_does_not_fit_is_reported(tmp_path, monkeypatch):
+    found = {"update": TooLarge("Ran out of memory.")}
+    monkeypatch.setattr(tpu, "compile_iteration", lambda *args, **options: found)
+    monkeypatch.setattr(tpu, "make_topology", lambda name: [])
+    monkeypatch.setattr(tpu, "make_mesh", lambda shape, devices: None)
+    case = tpu.run("gpt2-update", tpu.CASES["gpt2-update"], tpu.Options(out=tmp_path))
+    assert tpu.shown(case) == {"too_large": "Ran out of memory."}
 
 
 def test_the_time_of_logits_is_that_of_their_scopes_without_the_product():

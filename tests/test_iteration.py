@@ -129,7 +129,7 @@ def test_more_tokens_than_positions_are_refused():
     """A model has no positions beyond its table, and an index beyond it reads the last one."""
     agent, state, _, _ = problem()
     long = agent._replace(config=PPOConfig(batch_size=8, max_new_tokens=14))
-    with pytest.raises(ValueError, match="17 tokens does not fit positions=16"):
+    with pytest.raises(ValueError, match=r"max_new_tokens=14 need 17 positions.* the model has 16"):
         sample(long, state, PROMPTS, MASK)
     whole = agent._replace(config=PPOConfig(batch_size=8, max_new_tokens=13, min_new_tokens=13))
     rollout = sample(whole, state, PROMPTS, MASK)  # The last token is never read.

@@ -2,6 +2,7 @@
 
 import functools
 import unittest.mock
+from dataclasses import replace
 
 import huggingface_hub
 import jax
@@ -129,6 +130,22 @@ def test_memory_estimates_fall_with_adapters_remat_and_micro_batches():
         memory(config=load_config("gpt3-125m", "float32", True)[1])[activations]
         < 0.3 * estimate[activations]
     )
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_estimate_of_activations_is_linear_in_a_long_length(remat):
+    config = replace(load_config("llama3-8b", "bfloat16", remat)[1], layers=2)
+
+    def per_token(tokens, pack=None):
+        ppo = PPOConfig(micro_batch=1, pack=pack)
+        options = {"critic": "shared", "adapters": None, "prompt_tokens": tokens - 24}
+        uses = estimate_memory(config, ppo, **options)
+        return uses["activations of a micro-batch"] / (tokens if pack is None else pack)
+
+    # Scoring and update read all tokens but the last.
+    assert per_token(1018) == per_token(8192) == per_token(700, pack=1024)
+    assert per_token(700, pack=960) > 1.1 * per_token(8192)
+    assert per_token(512) < per_token(1017) > 1.1 * per_token(8192)
 
 
 def test_convert_merges_an_adapter_and_overwrites_nothing(tmp_path, capsys):

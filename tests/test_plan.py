@@ -15,11 +15,13 @@ import pytest
 from helpers import run_command_strictly, run_script, start_process
 from jax.sharding import AbstractMesh, AxisType
 
+from ppo_jax.errors import SettingError
 from ppo_jax.models.transformer import init_params
 from ppo_jax.plan import report
 from ppo_jax.plan.account import Collective, account
-from ppo_jax.plan.compile import Program, TooLarge
-from ppo_jax.plan.decoding import bound_seconds
+from ppo_jax.plan.compile import Program, TooLarge, compile_iteration
+from ppo_jax.plan.decoding import DecodeStep, bound_seconds
+from ppo_jax.plan.extrapolation import extrapolate
 from ppo_jax.plan.flops import matmul_flops
 from ppo_jax.plan.memory import load_config
 from ppo_jax.plan.topology import CHIPS, slice_shape
@@ -178,6 +180,40 @@ def test_plans_of_two_depths_extrapolate(tmp_path):
     )
 
 
+def program(name="update", peak=3, needed=8, **more):
+    """Return a program with 2 GiB of arguments."""
+    gib, costs = 2**30, (1.0, 1, 1.0, 0.0, 0.0, {}, 1.0)
+    return Program(name, 2 * gib, 0, peak * gib, needed * gib, *costs, **more)
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_its_seconds_leave_out(tmp_path):
+    """One step of bins of 1,024 tokens is planned, which the splash kernel reads."""
+    model = save_config(tmp_path, HF_LLAMA | {"max_position_embeddings": 1024})
+    options = ("--phases", "scoring", "--critic", "shared", "--mesh", "data=1")
+    found, printed = planned(tmp_path, "--model", model, *options, "--ppo.pack", "1024")
+    for note in ("which computes 1 x 1024 tokens on each", "no cycles for the splash kernel"):
+        assert note in printed and note in " ".join(found["scoring"]["notes"])
+
+
+def test_bins_that_are_too_short_are_refused_before_anything_is_compiled():
+    config, ppo = load_config("gpt2", "bfloat16", False)[1], PPOConfig(pack=64)
+    mesh = AbstractMesh((1, 1, 1), AXES)
+    with pytest.raises(SettingError, match="pack=64 must be at least 128 to hold"):
+        compile_iteration(config, ppo, mesh, CHIPS["v5e"], prompt_tokens=64)
+
+
+def test_extrapolated_seconds_of_decoding_have_a_note():
+    step, config = DecodeStep(1e-3, 0.0, 0), load_config("gpt2", "bfloat16", False)[1]
+    made = {"rollout": program("rollout", decode_step=step, notes=("A.",)), "update": program()}
+    found = extrapolate(lambda config: made, config, (2, 4))
+    own, note = found["rollout"].notes
+    assert own == "A." and note.startswith("The seconds of decoding say little about 12 layers")
+    printed = report.summary(found, config, AbstractMesh((1, 1, 1), AXES), CHIPS["v5e"])
+    assert f"  Note: {note}\n" in printed and found["update"].notes == ()
+    assert report.plan_figures(found, CHIPS["v5e"])["rollout"]["notes"] == ("A.", note)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -221,15 +257,11 @@ def test_accelerator_types_are_slices(name, shape):
 
 def test_advice_for_programs_that_do_not_fit():
     chip = CHIPS["v5e"]
-    gib = 2**30
-    program = lambda peak, needed: Program(
-        "update", 2 * gib, 0, peak * gib, needed * gib, 1.0, 1, 1.0, 0.0, 0.0, {}, 1.0
-    )
-    assert report.advice({"update": program(3, 8)}, chip) == []
-    assert "micro-batch" in report.advice({"update": program(20, 21)}, chip)[0]
-    assert "larger fsdp" in report.advice({"update": program(3, 40)}, chip)[0]
+    assert report.advice({"update": program(peak=3, needed=8)}, chip) == []
+    assert "micro-batch" in report.advice({"update": program(peak=20, needed=21)}, chip)[0]
+    assert "larger fsdp" in report.advice({"update": program(peak=3, needed=40)}, chip)[0]
     assert "rollout-rows" in report.advice({"rollout": TooLarge("no")}, chip)[0]
-    assert "larger fsdp" in report.advice({"update": TooLarge("no", 14 * gib)}, chip)[0]
+    assert "larger fsdp" in report.advice({"update": TooLarge("no", 14 * 2**30)}, chip)[0]
 
 
 @pytest.mark.slow

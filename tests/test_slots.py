@@ -76,14 +76,40 @@ def test_groups_of_heads_in_the_cache_change_no_sample(kv_heads, groups, slots):
     assert_same(sampled(grouped, params, slots=slots), sampled(model, params))
 
 
-def test_heads_are_grouped_for_the_platform_of_the_mesh():
-    config = tiny_config(layers=1, width=192, heads=3)
+def on_tpu():
+    """Return a context in which functions are traced for a TPU."""
     device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1, 1, 1), AXES, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_heads_are_grouped_for_the_platform_of_the_mesh():
+    config = tiny_config(layers=1, width=192, heads=3)
     shape = lambda: jax.eval_shape(lambda: language_model(config).init_cache(2, 6)).keys[0].shape
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_tpu():
         assert shape() == (2, 1, 6, 192)
     assert shape() == (2, 3, 6, 64)
+
+
+@pytest.mark.parametrize("prompt, slots", [(100, None), (100, 1), (1, None)])
+def test_a_tpu_samples_all_lengths_that_fit_the_positions(prompt, slots):
+    """Its cache has a multiple of 128 positions only if the model can read so many."""
+    config = tiny_config(layers=1, positions=200)
+    prompts, room = jnp.ones((2, prompt), int), 200 - prompt + 1  # The last token is never read.
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    def sample(new_tokens):
+        options = {"max_new_tokens": new_tokens, "slots": slots}
+        by = functools.partial(generate, language_model(config), **options)
+        return jax.eval_shape(by, params, KEY, prompts, prompts > 0).logprobs.shape
+
+    with on_tpu():
+        assert sample(room) == (2, room) and sample(room - 1) == (2, room - 1)
+        with pytest.raises(
+            ValueError,
+            match=f"Prompts of {prompt} tokens and max_new_tokens={room + 1} need 201 positions",
+        ):
+            sample(room + 1)
 
 
 def test_the_plan_counts_the_steps_of_a_cache_that_is_larger_than_needed():

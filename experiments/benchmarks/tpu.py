@@ -96,7 +96,7 @@ def main(options: Options) -> dict[str, Any]:
         if name not in found and options.only in name:
             found[name] = run(name, case, options)
             file.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps({name: _shown(case) for name, case in found.items()}, indent=2))
+    print(json.dumps({name: shown(case) for name, case in found.items()}, indent=2))
     return found
 
 
@@ -120,7 +120,7 @@ def run(name: str, case: Case, options: Options) -> dict[str, Any]:
         inspect=inspect,
     )
     found = plan_figures(programs, chip)[case.phase]
-    return {**case._asdict(), **found, "logits_s": logits[0]}
+    return {**case._asdict(), **found, **({"logits_s": logits[0]} if logits else {})}
 
 
 def logits_seconds(text: str, chip: Chip) -> float:
@@ -140,8 +140,10 @@ def logits_seconds(text: str, chip: Chip) -> float:
     return seconds
 
 
-def _shown(case: dict[str, Any]) -> dict[str, Any]:
+def shown(case: dict[str, Any]) -> dict[str, Any]:
     """Return the figures to print."""
+    if "too_large" in case:
+        return {"too_large": case["too_large"]}
     if case["phase"] == "update":
         return {name: case[name] for name in ("seconds", "share_of_peak", "logits_s", "compile_s")}
     step, bound = case["decode_step_s"], case["decode_bound_s"]

@@ -14,12 +14,18 @@ from ppo_jax.models.splash_attention import splash_attention
 from ppo_jax.models.visible import PADDING, Visible, in_reach
 from ppo_jax.sharding import platform
 
-LONG = 1024
-"""Sequences of this many tokens and more are read by `attend_long`, the last token left out."""
+LONG = 1017
+"""Passes over this many positions and more use `attend_long`. Padded to a multiple of eight, as in
+bfloat16, these are 1,024 and more."""
 
 # The matrix unit of a TPU multiplies tiles of eight rows. With fewer rows, the compiler uses the
 # vector unit, which reads keys and values several times more slowly.
 _TPU_ROWS = 8
+
+
+def is_long(positions: int) -> bool:
+    """Return whether a pass over so many positions uses `attend_long`."""
+    return positions >= LONG
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:
@@ -54,7 +60,7 @@ def attended_slots(
       `[B, S, N]` bool, or a `Visible` if there are so many tokens that `attend_long` is to be used.
     """
     S, N = mask_BS.shape[1], mask_BN.shape[1]
-    if S + 1 >= LONG:
+    if is_long(S):
         segments = jnp.zeros_like(mask_BS, jnp.int32) if segments_BS is None else segments_BS
         keys = jnp.zeros_like(mask_BN, jnp.int32) if segments_BS is None else segments_BS
         seen = Visible(

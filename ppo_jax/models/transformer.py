@@ -214,10 +214,9 @@ def language_model(config: TransformerConfig) -> LanguageModel:
       config: the configuration of the model.
 
     Returns:
-      The functions `hidden`, `logits`, `init_cache` and `rounded` of `ppo_jax.LanguageModel`, for
-      parameters as from `init_params`. `hidden` raises ValueError if `last` is not between 1 and
-      the number of positions of `tokens`, or if these, or the slots of the cache, are more than
-      `config.positions`.
+      The functions of `ppo_jax.LanguageModel`, for parameters as from `init_params`. `hidden`
+      raises ValueError if `last` is not between 1 and the number of positions of `tokens`, or if
+      these, or the slots of the cache, are more than `config.positions`.
 
     Example:
       >>> config = TransformerConfig(
@@ -255,4 +254,5 @@ def _language_model(config: TransformerConfig) -> LanguageModel:
         ),
         # Runs of earlier versions, whose lora_scale was 1 without adapters, can still be resumed.
         about=repr(config if config.lora_scale else replace(config, lora_scale=1.0)),
+        positions=config.positions,
     )

@@ -50,6 +50,8 @@ def filter_top_k(logits: Array, k: int) -> Array:
 def filter_top_p(logits: Array, p: float) -> Array:
     """Keep the fewest tokens whose probabilities add up to at least `p` (the nucleus).
 
+    Tokens that are as likely as the last of them are kept too.
+
     Args:
       logits: `[..., V]` float.
       p: in (0, 1]. With 1, all logits are kept.

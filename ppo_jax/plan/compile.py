@@ -4,7 +4,7 @@ The programs do not run and no parameter is allocated, because the compiler need
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.stages import Traced
+from jax.stages import Compiled, Traced
 
 from ppo_jax.distributed import compilation, meshes
 from ppo_jax.errors import SettingError
@@ -27,6 +27,7 @@ from ppo_jax.plan.topology import Chip
 from ppo_jax.ppo import iteration
 from ppo_jax.ppo.critic import no_critic
 from ppo_jax.ppo.critic_settings import choose_critic
+from ppo_jax.ppo.packing import check_packing
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.ppo.state import overlay
 from ppo_jax.sharding import placed, rows_sharding
@@ -53,6 +54,7 @@ class Program(NamedTuple):
       collectives: number and bytes of the collective operations, by kind.
       compile_s: seconds that the compilation took.
       decode_step: for the rollout, the mean decode step.
+      notes: sentences that say what the figures leave out.
 
     Example::
 
@@ -72,6 +74,7 @@ class Program(NamedTuple):
     collectives: dict[str, Collective]
     compile_s: float
     decode_step: DecodeStep | None = None
+    notes: tuple[str, ...] = ()
 
     def share_of_peak(self, chip: Chip) -> float:
         """Return the chip's share of its peak rate of arithmetic; 0 if the time is unknown."""
@@ -129,8 +132,8 @@ def compile_iteration(
       For each of the phases, the program or the reason why there is none.
 
     Raises:
-      SettingError: if the batch does not divide over the mesh, if there are no phases, or if the
-        settings do not go with the critic.
+      SettingError: if the batch does not divide over the mesh, if there are no phases, if a bin
+        of `ppo.pack` is too short, or if the settings do not go with the critic.
 
     Example::
 
@@ -141,8 +144,6 @@ def compile_iteration(
     """
     if not phases:
         raise SettingError("phases must name at least one of rollout, scoring and update.")
-    # A compiled program does not hold the number of bins, so the figures are without packing.
-    ppo = replace(ppo, pack=None)
     meshes.check_rows(ppo, meshes.batch_shards(mesh))
     if adapters is not None:
         config = replace(config, lora_scale=adapters.scale)
@@ -150,13 +151,14 @@ def compile_iteration(
     critics = {"none": no_critic, "shared": heads.shared_critic()}
     critic_fn = critics.get(critic) or heads.separate_critic(config)
     agent = iteration.Agent(language_model(config), critic_fn, ppo, stop_ids, 0)
+    check_packing(agent.model, critic_fn, ppo.bins, prompt_tokens + ppo.max_new_tokens)
     shapes = _state_shapes(agent, config, critic, adapters, mesh)
     state, frozen, reference = shapes
     # With adapters, policy and critic share a frozen trunk, which a program takes as two arguments.
     own_trunk = frozen is not None and critic == "separate"
     shared = size_of(frozen["critic"]["trunk"]) if own_trunk else 0
     resident = size_of((state, frozen, reference if frozen is None else None)) - shared
-    measure = partial(_measure, mesh=mesh, chip=chip, resident=resident, inspect=inspect)
+    measure = partial(_measure, ppo=ppo, mesh=mesh, chip=chip, resident=resident, inspect=inspect)
     with jax.set_mesh(mesh):
         traced = _trace(agent, mesh, shapes, prompt_tokens, phases)
         found = {
@@ -222,6 +224,7 @@ def _measure(
     name: str,
     traced: Traced,
     *,
+    ppo: PPOConfig,
     mesh: Mesh,
     chip: Chip,
     resident: int,
@@ -234,12 +237,9 @@ def _measure(
     subtract for that.
     """
     start = time.perf_counter()
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return TooLarge(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "), resident)
+    compiled = _compile(traced, resident)
+    if isinstance(compiled, TooLarge):
+        return compiled
     compile_s = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()  # Only other backends may return None.
     text = compiled.as_text() or ""
@@ -266,4 +266,30 @@ def _measure(
         collectives=costs.total.collectives,
         compile_s=compile_s,
         decode_step=decode_step(costs) if name == "rollout" else None,
+        notes=tuple(_notes(name, text, ppo)),
     )
+
+
+def _compile(traced: Traced, resident: int) -> Compiled | TooLarge:
+    """Compile one phase, or return why the compiler cannot fit it into the memory."""
+    try:
+        return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return TooLarge(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "), resident)
+
+
+def _notes(name: str, text: str, ppo: PPOConfig) -> Iterator[str]:
+    """Yield what the figures of a program leave out, given its HLO text."""
+    if ppo.bins is not None and name != "rollout":
+        yield (
+            "Arithmetic, bytes and seconds are of one step of each loop over bins, which computes "
+            f"{ppo.bins.number} x {ppo.pack} tokens on each shard of the rows. How many steps it "
+            "takes in a run depends on the lengths of the responses."
+        )
+    if "tpu_custom_call" in text:
+        yield (
+            "The seconds are too short, because the compiler gives no cycles for the splash kernel "
+            "of long sequences, so only the time of its bytes is counted."
+        )

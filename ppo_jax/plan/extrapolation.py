@@ -55,7 +55,15 @@ def extrapolate(
         for layers in depths
     )
     share = (config.layers - low) / (high - low)
-    return {name: _extend(few[name], many[name], share) for name in few}
+    found = {name: _extend(few[name], many[name], share) for name in few}
+    if isinstance(rollout := found.get("rollout"), Program):
+        note = (
+            f"The seconds of decoding say little about {config.layers} layers, because a model of "
+            f"{low} or {high} layers may keep its parameters in the memory of the core while it "
+            "decodes; plan without --depths for them."
+        )
+        found["rollout"] = rollout._replace(notes=(*rollout.notes, note))
+    return found
 
 
 def _extend(few: Program | TooLarge, many: Program | TooLarge, share: float) -> Program | TooLarge:
@@ -69,5 +77,7 @@ def _extend(few: Program | TooLarge, many: Program | TooLarge, share: float) -> 
         return type(a)(a + share * (b - a)) if isinstance(a, int | float) else a
 
     none = dict.fromkeys(few.collectives | many.collectives, Collective(0, 0))
-    few, many = (x._replace(collectives=none | x.collectives) for x in (few, many))
+    few, many = (
+        x._replace(collectives=none | x.collectives, notes=many.notes) for x in (few, many)
+    )
     return jax.tree.map(line, few, many)._replace(compile_s=few.compile_s + many.compile_s)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ppo_jax.errors import SettingError
 from ppo_jax.models import heads, lora, sizes
+from ppo_jax.models.attention import is_long
 from ppo_jax.models.config import TransformerConfig
 from ppo_jax.models.io import families, stored
 from ppo_jax.models.transformer import init_params
@@ -74,8 +75,9 @@ def estimate_memory(
     """Estimate the memory that a PPO step needs on one device, by what it is used for.
 
     The activations that a block keeps for its backward pass are, for each token, 10 vectors of the
-    model's width, 3 of the MLP's width, and the attention weights of each head. With `remat`, a
-    block keeps only its input, and one block at a time keeps the rest.
+    model's width, 3 of the MLP's width, and the attention weights of each head, unless the sequence
+    is so long that attention keeps none. With `remat`, a block keeps only its input, and one block
+    at a time keeps the rest.
 
     Args:
       config: the model of policy, reference and critic.
@@ -107,7 +109,8 @@ def estimate_memory(
     itemsize, tokens = jnp.dtype(config.dtype).itemsize, prompt_tokens + ppo.max_new_tokens
     at_once, length = (ppo.rows_at_a_time, tokens) if ppo.bins is None else ppo.bins[::-1]
     micro_tokens = at_once * length
-    token = 10 * config.width + 3 * config.mlp_width + config.heads * length
+    weights = 0 if is_long(length - 1) else config.heads * length
+    token = 10 * config.width + 3 * config.mlp_width + weights
     block = micro_tokens * token * itemsize
     models = 2 if critic == "separate" else 1
     kept = config.layers * (micro_tokens * config.width * itemsize if config.remat else block)

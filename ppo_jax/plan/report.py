@@ -46,10 +46,11 @@ def _lines(name: str, program: Program | TooLarge, chip: Chip) -> list[str]:
             f"{step.bound_s * 1e3:.3f} ms at {chip.bandwidth:g} GB/s, "
             f"{step.bound_s / step.seconds:.0%} of that"
         )
-    return lines + [
+    lines += [
         f"  {kind}: {c.count} of {gib(c.bytes)} together"
         for kind, c in sorted(program.collectives.items())
     ]
+    return lines + [f"  Note: {note}" for note in program.notes]
 
 
 def plan_figures(programs: Programs, chip: Chip) -> dict[str, Any]:

@@ -104,23 +104,25 @@ def start(
     )
 
 
-def stages(prompt_length: int, positions: int, platform: str) -> list[int]:
+def stages(prompt_length: int, positions: int, platform: str, most: int | None = None) -> list[int]:
     """Return the sizes of the cache in turn, in positions.
 
     Args:
       prompt_length: number of positions that are filled at first.
       positions: largest number of positions that are filled.
       platform: what the program runs on, such as `tpu` or `cpu`. On a TPU, sizes above 128 are
-        multiples of 128, so the last one may be larger than `positions`.
+        multiples of 128, so the last one may be larger than `positions`, but not than `most`.
+      most: the largest number of positions that the model can read; None for no limit.
 
     Example:
       >>> stages(64, 575, "cpu"), stages(256, 575, "cpu"), stages(16, 63, "cpu")
       ([192, 384, 575], [384, 575], [63])
-      >>> stages(64, 575, "tpu"), stages(16, 63, "tpu")
-      ([128, 256, 384, 512, 640], [63])
+      >>> stages(64, 575, "tpu"), stages(16, 63, "tpu"), stages(100, 199, "tpu", most=200)
+      ([128, 256, 384, 512, 640], [63], [128, 200])
     """
     if platform == "tpu":
         count, aligned, last = _STAGES_ON_TPU, _LANES, _multiple(positions, _LANES)
+        last = last if most is None else min(last, most)
     else:
         count, aligned, last = _STAGES, _ALIGNED, positions
     if positions <= _SMALLEST:
@@ -171,9 +173,16 @@ def decode(
 
 
 def longest(state: Decoding, prompt_length: int) -> Array:
-    """Return how many positions the longest unfinished row has in the cache, -1 if there is none.
+    """Return how many positions the longest unfinished row has in the cache.
 
     The newest token of each row is not in the cache yet.
+
+    Args:
+      state: the state.
+      prompt_length: `P`.
+
+    Returns:
+      `[]` int32, -1 if all rows have ended.
     """
     return jnp.max(jnp.where(state.done, -1, prompt_length + state.t - 1))
 
@@ -200,7 +209,18 @@ def _enlarged(cache: KVCache | None, size: int) -> KVCache | None:
 def read_newest(
     model: LanguageModel, params: Params, prompts: Array, prompt_mask: Array, state: Decoding
 ) -> tuple[Array, KVCache | None]:
-    """Compute the hidden states `[S, D]` of the newest tokens, and the cache with these added."""
+    """Compute the hidden states of the newest tokens.
+
+    Args:
+      model: functions of the policy.
+      params: its parameters.
+      prompts: `[B, P]` int32; read only without a cache, which needs `S` to be `B`.
+      prompt_mask: `[B, P]` bool, their real tokens.
+      state: the state, with `S` slots.
+
+    Returns:
+      The hidden states, `[S, D]`, and the cache with the newest tokens added, or None.
+    """
     if state.cache is not None:
         token = jnp.where(state.done, 0, state.token)
         hidden, cache = model.hidden(params, token[:, None], ~state.done[:, None], state.cache)
@@ -213,7 +233,12 @@ def read_newest(
 
 
 def append(state: Decoding, drawn: Drawn) -> Decoding:
-    """Add a token to the responses that have not ended."""
+    """Add a token to the responses that have not ended.
+
+    Args:
+      state: the state, with `S` slots.
+      drawn: the tokens, `[S]`.
+    """
     R = state.tokens.shape[1]
     here = jnp.where(state.done, R, state.t)  # A write beyond the last token has no effect.
 

@@ -80,8 +80,9 @@ def generate(
 
     Raises:
       ValueError: if `max_new_tokens` or `temperature` is not positive, `min_new_tokens` is not in
-        `0 .. max_new_tokens`, `min_new_tokens` forbids the whole vocabulary, `slots` is not in
-        `1 .. B`, or there are fewer slots than prompts and the model has no cache.
+        `0 .. max_new_tokens`, `min_new_tokens` forbids the whole vocabulary, `P + R - 1` is more
+        than the model's positions, `slots` is not in `1 .. B`, or there are fewer slots than
+        prompts and the model has no cache.
       AssertionError: if `prompts` and `prompt_mask` differ in shape, or are not int and bool, or
         the model does not return hidden states `[B, 1, D]` for `last=1`.
 
@@ -95,22 +96,9 @@ def generate(
       ...     ).responses.shape
       (2, 4)
     """
-    chex.assert_rank([prompts, prompt_mask], 2)
-    chex.assert_equal_shape([prompts, prompt_mask])
-    check_dtype(int, prompts=prompts)
-    check_dtype(bool, prompt_mask=prompt_mask)
-    if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens or temperature <= 0:
-        raise ValueError(
-            "generate needs max_new_tokens >= 1, 0 <= min_new_tokens <= max_new_tokens and "
-            f"temperature > 0, not max_new_tokens={max_new_tokens}, "
-            f"min_new_tokens={min_new_tokens}, temperature={temperature}."
-        )
-    B = len(prompts)
-    if slots is not None and not 1 <= slots <= B:
-        raise ValueError(f"slots={slots} must lie in 1 .. {B}, the number of prompts.")
-    # The model never sees which id fills the padding.
-    known = jnp.where(prompt_mask, prompts, 0)
-    row_ids = jnp.arange(B) if row_ids is None else row_ids
+    _check(model, prompts, prompt_mask, max_new_tokens, min_new_tokens, temperature, slots)
+    slots = len(prompts) if slots is None else slots
+    row_ids = jnp.arange(len(prompts)) if row_ids is None else row_ids
     params = constrain_params(model.rounded(params), DECODING_RULES)
     process = partial(sampling.process_logits, temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -121,17 +109,9 @@ def generate(
         ends = _is_stop(token, stop_ids) & (t >= truncate_after) if stop_at_end else False
         return Drawn(token, logprob, ends | (t == max_new_tokens - 1))
 
-    final = _decode(
-        model,
-        params,
-        draw,
-        known,
-        prompt_mask,
-        row_ids,
-        length=max_new_tokens,
-        pad_id=pad_id,
-        slots=B if slots is None else slots,
-    )
+    # The model never sees which id fills the padding.
+    rows = jnp.where(prompt_mask, prompts, 0), prompt_mask, row_ids
+    final = _decode(model, params, draw, *rows, length=max_new_tokens, pad_id=pad_id, slots=slots)
     return Rollout(
         tokens=jnp.concatenate([prompts, final.tokens], axis=1),
         mask=jnp.concatenate([prompt_mask, final.mask], axis=1),
@@ -139,6 +119,38 @@ def generate(
         logprobs=final.logprobs,
         ended=jnp.any((_is_stop(final.tokens, stop_ids) & final.mask)[:, truncate_after:], axis=1),
     )
+
+
+def _check(
+    model: LanguageModel,
+    prompts: Array,
+    prompt_mask: Array,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    temperature: float,
+    slots: int | None,
+) -> None:
+    """Check the arguments of `generate` that have the same names."""
+    chex.assert_rank([prompts, prompt_mask], 2)
+    chex.assert_equal_shape([prompts, prompt_mask])
+    check_dtype(int, prompts=prompts)
+    check_dtype(bool, prompt_mask=prompt_mask)
+    if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens or temperature <= 0:
+        raise ValueError(
+            "generate needs max_new_tokens >= 1, 0 <= min_new_tokens <= max_new_tokens and "
+            f"temperature > 0, not max_new_tokens={max_new_tokens}, "
+            f"min_new_tokens={min_new_tokens}, temperature={temperature}."
+        )
+    B, P = prompts.shape
+    if slots is not None and not 1 <= slots <= B:
+        raise ValueError(f"slots={slots} must lie in 1 .. {B}, the number of prompts.")
+    # The last token of a response is never read.
+    if model.positions is not None and P + max_new_tokens - 1 > model.positions:
+        raise ValueError(
+            f"Prompts of {P} tokens and max_new_tokens={max_new_tokens} need "
+            f"{P + max_new_tokens - 1} positions, because the last token needs none, but the model "
+            f"has {model.positions}."
+        )
 
 
 def _decode(
@@ -157,7 +169,7 @@ def _decode(
     B, P = prompts.shape
     # The last token is never read, so the cache needs no position for it.
     positions = P + length - 1
-    sizes = stages(P, positions, platform())
+    sizes = stages(P, positions, platform(), model.positions)
     empty = model.init_cache(B, sizes[0] if slots == B else P)
     hidden, cache = model.hidden(params, prompts, prompt_mask, empty, last=1)
     chex.assert_shape(hidden, (B, 1, None))

@@ -86,6 +86,13 @@ def refill(state: Decoding, queue: Queue) -> Decoding:
 
     The loop makes one iteration for each slot, and none in most steps. It changes the cache in
     place, where a conditional update of the whole cache would read and write all of it.
+
+    Args:
+      state: the state, with `S` slots in `G` groups.
+      queue: the rows, in the same groups.
+
+    Returns:
+      The state, whose free slots hold prompts and the first tokens of their responses.
     """
     free = lambda state: _vacant(state, queue).any()
     with jax.named_scope("trips=0"):  # The plan counts the steps without this, which is rare.
@@ -144,6 +151,10 @@ def make_room(state: Decoding, prompt_length: int) -> Decoding:
     """Move the cache to its beginning if it is full.
 
     The longest unfinished row then starts at position 0. It must be shorter than the cache.
+
+    Args:
+      state: the state, whose cache has `N` positions, `[S, G, N, F]` in each layer.
+      prompt_length: `P`.
     """
     assert state.cache is not None
     size, filled = state.cache.mask.shape[1], longest(state, prompt_length)
