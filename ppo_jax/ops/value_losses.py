@@ -126,7 +126,7 @@ def value_clipfrac(
     values, old_values, returns = (widen(x) for x in (values, old_values, returns))
     if clip is None:
         return aggregate(jnp.zeros_like(values), mask)
-    # This form leaves a value that has moved less exactly as it is, so that rounding counts nothing.
+    # This form leaves a value that has moved less as it is, so that rounding counts nothing.
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
     is_clipped = (clipped - returns) ** 2 > (values - returns) ** 2
     return aggregate(is_clipped.astype(jnp.float32), mask)
