@@ -20,6 +20,7 @@ from ppo_jax.ops.kl import kl_full, kl_k1
 from ppo_jax.ops.masked import BY_SEQUENCE, BY_TOKEN
 from ppo_jax.ops.score_rules import ScoreAt
 from ppo_jax.ppo import iteration
+from ppo_jax.ppo.batching import map_chosen
 from ppo_jax.ppo.forward import forward_packed, forward_responses
 from ppo_jax.ppo.gradients import minibatch_gradient
 from ppo_jax.ppo.loss import ppo_loss_fn
@@ -309,3 +310,17 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
             model.init_cache(1, 4),
             segments=jnp.ones((1, 2), int),
         )
+
+
+def test_parts_without_a_chosen_entry_are_left_out_for_each_shard_of_the_rows():
+    """Shards are mapped by `jax.vmap`, which computes both branches of a condition that differs."""
+    x = jnp.arange(1.0, 9.0).reshape(2, 4)
+    chosen = x > jnp.array([[3.0], [5.0]])
+
+    def roots(x):
+        return jax.vmap(lambda chosen, x: map_chosen(jnp.sqrt, chosen, x, size=1))(chosen, x)
+
+    found, gradient = jax.value_and_grad(lambda x: roots(x).sum())(x)
+    np.testing.assert_allclose(found, np.sqrt(x)[chosen].sum(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, jnp.where(chosen, 0.5 / jnp.sqrt(x), 0), rtol=1e-6)
+    assert "cond[" in str(jax.make_jaxpr(roots)(x))

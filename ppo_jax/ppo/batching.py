@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_batching import custom_vmap
 
 from ppo_jax.sharding import constrain_rows, row_shards
 
@@ -74,6 +75,7 @@ def map_chosen(function: Callable[..., Any], chosen: Array, *arrays: Array, size
     order = jnp.argsort(~chosen, stable=True)
     order = jnp.pad(order, (0, parts * size - len(chosen))).reshape(parts, size)
     total = jnp.sum(chosen)
+    most = _largest_mapped(total)
 
     def part(inputs: tuple[Array, Array]) -> Any:
         begin, rows = inputs
@@ -82,8 +84,23 @@ def map_chosen(function: Callable[..., Any], chosen: Array, *arrays: Array, size
         # Computed from `chosen`, so that a `shard_map` takes it to differ between shards as well.
         zero = 0 * total
         none = lambda *_: jax.tree.map(lambda x: jnp.full(x.shape, zero, x.dtype), shapes)
-        return jax.lax.cond(begin < total, function, none, *taken)
+        return jax.lax.cond(begin < most, function, none, *taken)
 
     out = jax.lax.map(part, (size * jnp.arange(parts), order))
     rank = jnp.maximum(jnp.cumsum(chosen) - 1, 0)
     return jax.tree.map(lambda x: jnp.where(chosen, x.reshape(-1)[rank], 0), out)
+
+
+@custom_vmap
+def _largest_mapped(x: Array) -> Array:
+    """Return a number, or its largest value over an axis that `jax.vmap` maps.
+
+    A `cond` on the result stays one under `jax.vmap`, which would compute both branches if the
+    condition differed from one mapped value to another.
+    """
+    return x
+
+
+@_largest_mapped.def_vmap
+def _(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+    return x.max(axis=0), False
