@@ -108,11 +108,11 @@ def likes_b(prompts: list[str], responses: list[str]) -> list[float]:
     return [response.split().count("b") / 2 for response in responses]
 
 
-def encode_rows(rows: list, tokenizer, ppo: PPOConfig) -> data.Prompts:
+def encode_rows(rows: list, tokenizer, ppo: PPOConfig, positions: int = 16) -> data.Prompts:
     """Encode texts or rows as prompts of the tiny model."""
     rows = data.read_rows(rows)
     return data.encode_prompts(
-        rows, tokenizer, positions=16, new_tokens=ppo.max_new_tokens, pad_id=0
+        rows, tokenizer, positions=positions, new_tokens=ppo.max_new_tokens, pad_id=0
     )
 
 
@@ -148,6 +148,7 @@ def simple_trainer(
     out,
     *,
     ppo=SIMPLE_PPO,
+    positions=16,
     shared=False,
     reward=likes_b,
     wrap=TextReward,
@@ -156,8 +157,8 @@ def simple_trainer(
     **loop,
 ) -> Trainer:
     """Return a run of plain PPO on the tiny model; `loop` overrides fields of `LoopConfig`."""
-    model, tokenizer = tiny_policy(layers=1), word_tokenizer()
-    prompts = encode_rows(["a b", "c", "d e f", "g"], tokenizer, ppo)
+    model, tokenizer = tiny_policy(layers=1, positions=positions), word_tokenizer()
+    prompts = encode_rows(["a b", "c", "d e f", "g"], tokenizer, ppo, positions)
     critic = heads.shared_critic() if shared else heads.separate_critic(model.config)
     fresh = heads.init_scorer(model.config, jax.random.key(1))
     params = {"policy": model.params, "critic": {"head": fresh["head"]} if shared else fresh}

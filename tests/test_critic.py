@@ -1,8 +1,10 @@
 """A critic with an optimizer of its own: what it learns, and what it leaves alone."""
 
 import dataclasses
+import functools
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,6 @@ from helpers import (
     has_zero_gradient,
     init_params,
     init_scorer,
-    save_tiny_gpt2,
     tiny_config,
     tiny_policy,
 )
@@ -28,7 +29,7 @@ from ppo_jax.distributed import meshes, placement
 from ppo_jax.errors import GradientError, SettingError
 from ppo_jax.hashing import digest
 from ppo_jax.models.heads import separate_critic, shared_critic, zero_head
-from ppo_jax.models.io.pretrained import load_policy
+from ppo_jax.models.io.pretrained import load_policy, save_policy
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ops.value_losses import value_clipfrac
 from ppo_jax.ppo import iteration
@@ -38,13 +39,14 @@ from ppo_jax.ppo.critic_settings import CriticConfig, choose_critic
 from ppo_jax.ppo.experience import prepare
 from ppo_jax.ppo.presets import PRESETS
 from ppo_jax.ppo.settings import PPOConfig
-from ppo_jax.ppo.state import Agent, init_state
+from ppo_jax.ppo.state import Agent, PPOState, init_state
 from ppo_jax.run.assembly import assemble
 from ppo_jax.run.differences import setting_differences
 from ppo_jax.run.faults import check_steps
 from ppo_jax.run.files import read_lines
 from ppo_jax.run.logging import measured
 from ppo_jax.run.report import make_report
+from ppo_jax.types import Metrics
 
 compiled = partial(jax.jit, static_argnames="agent")
 sample, score, learn = (compiled(f) for f in (iteration.sample, iteration.score, iteration.learn))
@@ -59,25 +61,49 @@ PLAIN = {
     "vf_coef": 1.0,
     "max_grad_norm": None,
 }
+PROMPTS = np.array([[7, 3, 4], [5, 6, 2]] * 4)
 
 
-def updates(count=1, *, shared=False, **settings):
-    """Return the states before, between and after some updates, and the metrics of each."""
-    ppo = PPOConfig(**(PLAIN | settings))
+@functools.cache
+def initial_policy():
+    return init_params(MODEL_CONFIG, jax.random.key(0))
+
+
+@jax.jit
+def task_scores(rollout):
+    return (rollout.responses == 5).sum(axis=1).astype(jnp.float32)
+
+
+class Learned(NamedTuple):
+    """The states before, between and after three updates, and the metrics of each update."""
+
+    states: list[PPOState]
+    metrics: list[Metrics]
+
+
+def agent_of(shared, **settings):
     critic = shared_critic() if shared else separate_critic(MODEL_CONFIG)
+    return Agent(language_model(MODEL_CONFIG), critic, PPOConfig(**(PLAIN | settings)), (0, 1), 0)
+
+
+def three_updates(*, shared=False, **settings):
+    """Make three updates; tests with equal settings share them."""
+    return learned(agent_of(shared, **settings), shared)
+
+
+@functools.cache
+def learned(agent, shared):
     head = init_scorer(MODEL_CONFIG, jax.random.key(1))
-    agent = Agent(language_model(MODEL_CONFIG), critic, ppo, (0, 1), 0)
-    policy = init_params(MODEL_CONFIG, jax.random.key(0))
-    params = {"policy": policy, "critic": {"head": zero_head(16)} if shared else head}
-    states, found = [init_state(agent, params, jax.random.key(2), updates=count)], []
-    prompts = jnp.array([[7, 3, 4], [5, 6, 2]] * 4)
-    for _ in range(count):
-        rollout = sample(agent, states[-1], prompts, prompts > 0)
-        scores = score(agent, states[-1], policy, rollout)
-        task = (rollout.responses == 5).sum(axis=1).astype(jnp.float32)
-        state, metrics = learn(agent, states[-1], rollout, scores, task)
-        states, found = [*states, state], [*found, metrics]
-    return states, found
+    params = {"policy": initial_policy(), "critic": {"head": zero_head(16)} if shared else head}
+    found = Learned([init_state(agent, params, jax.random.key(2), updates=3)], [])
+    for _ in range(3):
+        state = found.states[-1]
+        rollout = sample(agent, state, PROMPTS, PROMPTS > 0)
+        scores = score(agent, state, initial_policy(), rollout)
+        state, metrics = learn(agent, state, rollout, scores, task_scores(rollout))
+        found.states.append(state)
+        found.metrics.append(metrics)
+    return found
 
 
 def assert_close(x, y):
@@ -91,9 +117,9 @@ def assert_close(x, y):
 @pytest.mark.slow
 def test_it_learns_what_it_learns_together_with_the_policy():
     """Adam moves each parameter by itself, so apart from shuffles both ways are the same."""
-    (_, _, together), (joint, _) = updates(2, epochs=1)
-    (_, _, apart), (own, _) = updates(2, epochs=1, critic=OWN)
-    assert_close(apart.params, together.params)
+    together, apart = three_updates(epochs=1), three_updates(epochs=1, critic=OWN)
+    assert_close(apart.states[2].params, together.states[2].params)
+    joint, own = together.metrics[0], apart.metrics[0]
     np.testing.assert_allclose(own["loss/value"], joint["loss/value"], rtol=1e-5)
     np.testing.assert_allclose(own["loss/policy"], joint["loss/policy"], atol=1e-6)
     both = np.hypot(own["critic/grad_norm"], own["optimizer/grad_norm"])
@@ -104,7 +130,8 @@ def test_it_learns_what_it_learns_together_with_the_policy():
 
 @pytest.mark.slow
 def test_the_policy_waits_for_the_critic_to_warm_up():
-    states, found = updates(3, critic=dataclasses.replace(OWN, warmup_updates=2), warmup_steps=8)
+    critic = dataclasses.replace(OWN, warmup_updates=2)
+    states, found = three_updates(critic=critic, warmup_steps=8)
     assert digest(states[2].train) == digest(states[0].train)
     assert digest(states[3].train) != digest(states[0].train)
     assert [float(x["optimizer/steps"]) for x in found] == [0, 0, 2]
@@ -117,9 +144,9 @@ def test_the_policy_waits_for_the_critic_to_warm_up():
     for x in found:
         assert x["value/explained_variance_after"] > x["value/explained_variance"]
     # The policy then learns as in a first update, with its own warm-up of the learning rate.
-    (_, alone), _ = updates(1, critic=OWN, warmup_steps=8)
+    alone = three_updates(critic=OWN, warmup_steps=8).states[1]
     moved = [
-        jnp.abs(a["embedding"] - b.policy["embedding"]).max()
+        np.abs(a["embedding"] - b.policy["embedding"]).max()
         for a, b in ((states[3].policy, states[0]), (alone.policy, states[0]))
     ]
     np.testing.assert_allclose(moved[0], moved[1], rtol=0.3)
@@ -128,12 +155,12 @@ def test_the_policy_waits_for_the_critic_to_warm_up():
 @pytest.mark.slow
 def test_a_critic_makes_more_passes_and_decays_by_itself():
     critic = dataclasses.replace(OWN, epochs=5, decay_learning_rate=True, weight_decay=0.1)
-    states, found = updates(2, critic=critic)
-    assert [float(x["critic/steps"]) for x in found] == [5, 5]
-    assert [float(x["optimizer/steps"]) for x in found] == [2, 2]
+    states, found = three_updates(critic=critic)
+    assert [float(x["critic/steps"]) for x in found] == [5, 5, 5]
+    assert [float(x["optimizer/steps"]) for x in found] == [2, 2, 2]
     assert int(states[2].critic.step) == 10 and int(states[2].train.step) == 4
-    (_, constant), _ = updates(1, critic=dataclasses.replace(critic, decay_learning_rate=False))
-    assert digest(constant.critic.params) == digest(states[1].critic.params)
+    constant = three_updates(critic=dataclasses.replace(critic, decay_learning_rate=False)).states
+    assert digest(constant[1].critic.params) == digest(states[1].critic.params)
 
 
 @pytest.mark.slow
@@ -141,7 +168,7 @@ def test_attention_layers_of_the_critic_can_be_frozen():
     """With the settings of SAO, weight decay moves no parameter of attention either."""
     critic = dataclasses.replace(PRESETS["sao"].critic, learning_rate=1e-2, weight_decay=0.1)
     sao = vars(PRESETS["sao"]) | PLAIN | {"epochs": 1, "critic": critic, "vf_coef": 0.1}
-    states, (metrics, _) = updates(2, **sao)
+    states, (metrics, *_) = three_updates(**sao)
     before, after = (flatten_dict(s.params["critic"], sep="/") for s in (states[0], states[2]))
     for name in before:
         same = np.array_equal(before[name], after[name])
@@ -152,30 +179,37 @@ def test_attention_layers_of_the_critic_can_be_frozen():
 
 def test_a_head_on_the_trunk_of_the_policy_leaves_the_trunk_alone():
     critic = CriticConfig(learning_rate=0.1, epochs=20, warmup_updates=1)
-    states, (metrics,) = updates(shared=True, critic=critic, value_clip=None)
+    states, (metrics, *_) = three_updates(shared=True, critic=critic, value_clip=None)
     assert digest(states[1].policy) == digest(states[0].policy)
     assert metrics["value/explained_variance_after"] > 0.1
+
+
+# With a range this narrow, all values that have moved are clipped.
+NARROW = {"value_clip": 1e-6}
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_joint_update_says_what_the_values_of_its_last_epoch_explain(shared):
     """With one minibatch, the values of the second epoch are those after the first."""
-    config, policy = PPOConfig(**PLAIN), init_params(MODEL_CONFIG, jax.random.key(0))
-    states, (first,) = updates(epochs=1, shared=shared)
-    _, (both,) = updates(epochs=2, shared=shared)
+    states, (first, *_) = three_updates(shared=shared, epochs=1, **NARROW)
+    both = three_updates(shared=shared, epochs=2, **NARROW).metrics[0]
     name = "value/explained_variance"
     np.testing.assert_allclose(first[f"{name}_last_epoch"], first[name], atol=1e-4)
-    critic = shared_critic() if shared else separate_critic(MODEL_CONFIG)
-    agent = Agent(language_model(MODEL_CONFIG), critic, config, (0, 1), 0)
-    prompts = jnp.array([[7, 3, 4], [5, 6, 2]] * 4)
-    rollout = sample(agent, states[0], prompts, prompts > 0)
-    task = (rollout.responses == 5).sum(axis=1).astype(jnp.float32)
-    estimate = config.advantage.function(config, None)
-    scores = score(agent, states[0], policy, rollout)
+    agent = agent_of(shared, epochs=1, **NARROW)
+    rollout = sample(agent, states[0], PROMPTS, PROMPTS > 0)
+    estimate = agent.config.advantage.function(agent.config, None)
+    scores = score(agent, states[0], initial_policy(), rollout)
     made = prepare(
-        config, states[0], rollout, scores, task, None, advantage_fn=estimate, axis_name=None
+        agent.config,
+        states[0],
+        rollout,
+        scores,
+        task_scores(rollout),
+        None,
+        advantage_fn=estimate,
+        axis_name=None,
     ).experience
-    values = score(agent, states[1], policy, rollout).values
+    values = score(agent, states[1], initial_policy(), rollout).values
     returns, mask = np.asarray(made.returns), np.asarray(made.value_mask)
     left = np.var((returns - values)[mask]) / np.var(returns[mask])
     np.testing.assert_allclose(both[f"{name}_last_epoch"], 1 - left, atol=1e-4)
@@ -183,16 +217,16 @@ def test_a_joint_update_says_what_the_values_of_its_last_epoch_explain(shared):
 
 def test_a_joint_update_counts_the_clipped_values():
     """The first minibatch has the old values; after it, a narrow range clips nearly all steps."""
-    assert updates(epochs=1, value_clip=1e-6)[1][0]["value/clipfrac"] == 0
-    (metrics,) = updates(epochs=2, value_clip=1e-6)[1]
+    assert three_updates(epochs=1, **NARROW).metrics[0]["value/clipfrac"] == 0
+    metrics = three_updates(epochs=2, **NARROW).metrics[0]
     assert 0.2 < metrics["value/clipfrac"] <= 0.5
-    assert "value/clipfrac" not in updates(epochs=1, vf_coef=0.0)[1][0]
+    assert "value/clipfrac" not in three_updates(epochs=1, vf_coef=0.0).metrics[0]
 
 
 def test_an_early_stop_leaves_the_values_of_the_steps_that_were_computed():
-    (metrics,) = updates(epochs=4, target_kl=1e-6)[1]
+    metrics = three_updates(epochs=4, target_kl=1e-6, **NARROW).metrics[0]
     assert metrics["optimizer/stopped"] == 1 and metrics["optimizer/steps"] == 1
-    (both,) = updates(epochs=2)[1]
+    both = three_updates(epochs=2, **NARROW).metrics[0]
     name = "value/explained_variance_last_epoch"
     np.testing.assert_allclose(metrics[name], both[name], atol=1e-4)
 
@@ -284,7 +318,7 @@ def test_settings_that_cannot_be_meant_are_refused(settings, message):
 @pytest.mark.slow
 def test_a_critic_is_trained_before_ppo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_tiny_gpt2(tmp_path)
+    save_policy(tmp_path / "gpt2", tiny_policy(layers=1), tokenizer())
     Path("prompts.txt").write_text("a b\nc\nd e\nb b\n")
     Path("likes_b.py").write_text(
         "def score(prompts, responses):\n    return [float(x.count('b')) for x in responses]\n"

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from ppo_jax.ppo import iteration
 from ppo_jax.ppo.packing import sum_bins
 from ppo_jax.ppo.settings import PPOConfig
 from ppo_jax.run.compare import compare
-from ppo_jax.types import Rollout
+from ppo_jax.types import Params, Rollout
 
 PPO = PPOConfig(
     batch_size=32,
@@ -41,7 +42,6 @@ PPO = PPOConfig(
     temperature=0.8,
     adam_eps=1e-5,  # larger than the rounding of a gradient, which Adam would turn into full steps
 )
-MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, "pmap"]
 HF = {
     "gpt2": {
         "model_type": "gpt2",
@@ -80,13 +80,18 @@ HF = {
 LORA = lora.LoRA(rank=2, alpha=4.0, targets="(attn/(q|o)|mlp/up)$")
 
 
-def start(family, optimizer, *, adapters=False, mesh=None, **changes):
-    """Return the agent, and the state, reference and frozen parameters placed on the mesh."""
-    ppo = dataclasses.replace(PPO, **changes)
+IN_PARTS = {"micro_batch": 8, "rollout_rows": 16, "rollout_slots": 8}
+PACKED = {"micro_batch": 2, "pack": 192}
+MOVING = {"reference_every": 2, "reference_decay": 0.5, "kl_loss_coef": 1.0}
+ALL_AXES = "data=2,fsdp=2,tensor=2"
+
+
+@functools.cache
+def initial_params(family, adapters):
+    """Return the config and the trained, frozen and reference parameters on the host."""
     config = dataclasses.replace(
         pretrained.config_of(HF[family]), init_std=0.2, lora_scale=LORA.scale if adapters else 1.0
     )
-    agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (3, 4), 0)
     policy = init_params(config, jax.random.key(0))
     params, frozen = (
         {"policy": policy, "critic": init_scorer(config, jax.random.key(1), trunk=policy)},
@@ -94,7 +99,15 @@ def start(family, optimizer, *, adapters=False, mesh=None, **changes):
     )
     if adapters:
         params, frozen = lora.adapt(params, jax.random.key(3), LORA)
-    params, frozen, policy = (placement.place(tree, mesh) for tree in (params, frozen, policy))
+    return config, *jax.device_get((params, frozen, policy))
+
+
+def start(family, optimizer, *, adapters=False, mesh=None, **changes):
+    """Return the agent, and the state, reference and frozen parameters placed on the mesh."""
+    ppo = dataclasses.replace(PPO, **changes)
+    config, *trees = initial_params(family, adapters)
+    agent = iteration.Agent(language_model(config), heads.separate_critic(config), ppo, (3, 4), 0)
+    params, frozen, policy = (placement.place(tree, mesh) for tree in trees)
     state = compilation.start_state(agent, params, jax.random.key(2), updates=3, mesh=mesh)
     if optimizer == "sgd":
         train = TrainState.create(apply_fn=None, params=state.train.params, tx=optax.sgd(0.05))
@@ -102,80 +115,112 @@ def start(family, optimizer, *, adapters=False, mesh=None, **changes):
     return agent, state, policy, frozen
 
 
+@functools.cache
 def batch(number):
     key = jax.random.key(10 + number)
     prompts = np.asarray(jax.random.randint(key, (32, 6), 0, 61))
-    return prompts, np.asarray(jnp.arange(6)[None, :] >= jax.random.randint(key, (32, 1), 0, 5))
+    return prompts, np.arange(6) >= np.asarray(jax.random.randint(key, (32, 1), 0, 5))
 
 
-def three_updates(family, optimizer, *, adapters=False, on=None, **changes):
-    """Return samples `[3, B, R]` and the parameters after three updates."""
-    mesh = meshes.make_mesh(on) if isinstance(on, dict) else None
+class Finished(NamedTuple):
+    """Three updates: samples `[3, B, R]`, the parameters after them, and the HLO of an update."""
+
+    samples: np.ndarray
+    params: Params
+    reference: Params | None
+    hlo: str | None
+
+
+@functools.cache
+def three_updates(family, optimizer, adapters, on, **changes):
+    """Make three updates on one device, if `on` is None, on a mesh or under `pmap`."""
+    mesh = meshes.make_mesh(meshes.parse_mesh(on)) if on not in (None, "pmap") else None
     agent, state, policy, frozen = start(family, optimizer, adapters=adapters, mesh=mesh, **changes)
     steps = (
         replicas.pmap_steps(agent) if on == "pmap" else compilation.jit_steps(agent, mesh, state)
     )
-    samples = []
+    samples, hlo = [], None
     for number in range(3):
         rollout = steps.sample(state, *placement.to_mesh(batch(number), mesh), frozen=frozen)
         scores = steps.score(state, policy, rollout, frozen=frozen)
         seen = placement.to_host(rollout)
         task = (seen.responses % 7 == 1).sum(axis=1).astype(np.float32)
-        state, _ = steps.learn(state, rollout, scores, placement.to_mesh(task, mesh), frozen=frozen)
+        scored = (rollout, scores, placement.to_mesh(task, mesh))
+        state, _ = steps.learn(state, *scored, frozen=frozen)
         samples.append(np.where(seen.response_mask, seen.responses, -1))
-    return np.stack(samples), placement.to_host(state.train.params)
+    if mesh is not None:  # The program that ran, which JAX still holds.
+        with jax.set_mesh(mesh):
+            learn = steps.learn.__wrapped__.lower(state, *scored, frozen=frozen)
+        hlo = learn.compile().as_text()
+    return Finished(
+        np.stack(samples), *placement.to_host((state.train.params, state.reference)), hlo
+    )
 
 
-@functools.cache
-def on_one_device(family, optimizer, adapters):
-    return three_updates(family, optimizer, adapters=adapters)
+def on_one_device(family, optimizer="sgd", *, adapters=False, **changes):
+    return three_updates(family, optimizer, adapters, None, **changes)
 
 
-def assert_same(found, expected, optimizer):
-    np.testing.assert_array_equal(found[0], expected[0])
+def gpt2_on(on):
+    """Make updates with a moving reference: with AdamW where moments are sharded over all axes."""
+    if on == ALL_AXES:
+        return three_updates("gpt2", "adamw", False, on, micro_batch=8, **MOVING)
+    return three_updates("gpt2", "sgd", False, on, **MOVING)
+
+
+def gpt2_in_parts_on(on):
+    return three_updates("gpt2", "sgd", False, on, **IN_PARTS, **MOVING)
+
+
+def assert_same(found, expected, optimizer="sgd"):
+    np.testing.assert_array_equal(found.samples, expected.samples)
+    trees = [{"params": run.params, "reference": run.reference} for run in (found, expected)]
     for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1]), strict=True
+        jax.tree_util.tree_leaves_with_path(trees[0]), jax.tree.leaves(trees[1]), strict=True
     ):
         if optimizer == "sgd" or not has_zero_gradient(path):
             np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("on", MESHES, ids=str)
-def test_every_mesh_gives_the_result_of_one_device(on, optimizer):
-    assert_same(
-        three_updates("gpt2", optimizer, on=on), on_one_device("gpt2", optimizer, False), optimizer
-    )
+@pytest.mark.parametrize("on", ["data=8", "fsdp=8", "tensor=8", ALL_AXES, "pmap"])
+def test_every_mesh_gives_the_result_of_one_device(on):
+    """The reference moves between the second and the third update, sharded as the policy."""
+    optimizer = "adamw" if on == ALL_AXES else "sgd"
+    assert_same(gpt2_on(on), on_one_device("gpt2", optimizer, **MOVING), optimizer)
+
+
+@pytest.mark.slow
+def test_a_moving_reference_changes_the_result():
+    moving = on_one_device("gpt2", **MOVING)
+    fixed = on_one_device("gpt2", kl_loss_coef=1.0)
+    apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), moving.params, fixed.params)
+    assert max(jax.tree.leaves(apart["policy"])) > 1e-5
 
 
 @pytest.mark.parametrize(
-    "family, adapters, on",
+    "family, adapters, on, changes",
     slow_but(
-        [("llama", True, "pmap")],
+        [("llama", True, "pmap", PACKED)],
         [
-            ("llama", False, {"fsdp": 8}),
-            ("llama", False, MESHES[3]),
-            ("qwen3", False, MESHES[3]),
-            ("llama", True, MESHES[3]),
-            ("llama", True, "pmap"),
+            ("qwen3", False, ALL_AXES, PACKED),
+            ("llama", False, "data=2,fsdp=4", IN_PARTS | {"logit_chunk": 3}),
+            ("llama", True, ALL_AXES, IN_PARTS | {"logit_chunk": 3}),
+            ("llama", True, "pmap", PACKED),
         ],
     ),
     ids=str,
 )
-def test_every_family_gives_the_result_of_one_device(family, adapters, on):
-    found = three_updates(family, "sgd", adapters=adapters, on=on)
-    assert_same(found, on_one_device(family, "sgd", adapters), "sgd")
+def test_every_family_gives_the_result_of_one_device(family, adapters, on, changes):
+    """Each device packs its own rows, or computes them in parts."""
+    found = three_updates(family, "sgd", adapters, on, **changes)
+    assert_same(found, on_one_device(family, adapters=adapters))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on", [{"data": 2, "fsdp": 2, "tensor": 2}, "pmap"], ids=str)
-def test_devices_pack_their_own_rows(on):
-    assert_same(
-        three_updates("llama", "sgd", on=on, micro_batch=2, pack=192),
-        on_one_device("llama", "sgd", False),
-        "sgd",
-    )
+@pytest.mark.parametrize("on", ["data=8", "data=2,fsdp=4", "data=4,tensor=2"])
+def test_micro_batches_and_slots_on_a_mesh(on):
+    assert_same(gpt2_in_parts_on(on), on_one_device("gpt2", **MOVING))
 
 
 @pytest.mark.slow
@@ -202,46 +247,7 @@ def test_devices_of_fsdp_compute_different_bins():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), four, one)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "on, adapters",
-    [
-        ({"data": 8}, False),
-        ({"data": 2, "fsdp": 4}, False),
-        ({"data": 4, "tensor": 2}, True),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, False),
-    ],
-    ids=str,
-)
-def test_micro_batches_and_chunks_on_a_mesh(on, adapters):
-    found = three_updates(
-        "llama",
-        "sgd",
-        adapters=adapters,
-        on=on,
-        micro_batch=8,
-        rollout_rows=16,
-        rollout_slots=8,
-        logit_chunk=3,
-    )
-    assert_same(found, on_one_device("llama", "sgd", adapters), "sgd")
-
-
 # --- communication in the compiled update ---
-
-
-def compiled_update(on, **changes):
-    """Return the HLO of the update of the small GPT-2, and the state."""
-    mesh = meshes.make_mesh(on)
-    agent, state, policy, _ = start("gpt2", "adamw", mesh=mesh, **changes)
-    steps = compilation.jit_steps(agent, mesh, state)
-    rollout = steps.sample(state, *placement.to_mesh(batch(0), mesh))
-    scores = steps.score(state, policy, rollout)
-    task = placement.to_mesh(np.zeros(32, np.float32), mesh)
-    with jax.set_mesh(mesh):
-        return steps.learn.__wrapped__.lower(
-            state, rollout, scores, task
-        ).compile().as_text(), state
 
 
 def collectives(hlo, kind):
@@ -283,15 +289,16 @@ def test_slots_serve_the_rows_of_their_device():
     assert set(reduced) <= {0, width * prompt_tokens, width * 16, width * slots}
 
 
-def sizes(state):
-    return sorted(x.size for x in jax.tree.leaves(state.train.params))
+def sizes(params):
+    return sorted(x.size for x in jax.tree.leaves(params))
 
 
 @pytest.mark.slow
 def test_fsdp_gathers_a_layer_at_a_time():
-    hlo, state = compiled_update({"fsdp": 8})
-    gathered = [n for part in collectives(hlo, "all-gather").values() for n in part]
-    assert max(gathered) <= sizes(state)[-1] and sum(gathered) > sum(sizes(state)) / 4
+    run = gpt2_on("fsdp=8")
+    gathered = [n for part in collectives(run.hlo, "all-gather").values() for n in part]
+    parameters = sizes(run.params)
+    assert max(gathered) <= parameters[-1] and sum(gathered) > sum(parameters) / 4
 
 
 def test_decoding_moves_activations_and_not_parameters():
@@ -315,37 +322,40 @@ def test_decoding_moves_activations_and_not_parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"micro_batch": 8}], ids=str)
-def test_a_minibatch_reduces_its_gradient_once(changes):
-    hlo, state = compiled_update({"data": 8}, **changes)
-    total = sum(sizes(state))
-    reduced = {name: sum(part) for name, part in collectives(hlo, "all-reduce").items()}
+@pytest.mark.parametrize("run_on", [gpt2_on, gpt2_in_parts_on])
+def test_a_minibatch_reduces_its_gradient_once(run_on):
+    run = run_on("data=8")
+    total = sum(sizes(run.params))
+    reduced = {name: sum(part) for name, part in collectives(run.hlo, "all-reduce").items()}
     assert total <= max(reduced.values()) < total * 1.02  # the rest are sums for averages
     assert sum(reduced.values()) < total * 1.05
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "on",
-    [{"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
-    ids=str,
+    "run_on, on",
+    [
+        (gpt2_in_parts_on, "data=2,fsdp=4"),
+        (gpt2_in_parts_on, "data=4,tensor=2"),
+        (gpt2_on, ALL_AXES),
+    ],
 )
-def test_gradients_are_reduced_over_data_once_per_minibatch(on):
+def test_gradients_are_reduced_over_data_once_per_minibatch(run_on, on):
     """The loop over minibatches reduces the gradient over `data`.
 
     The loop over micro-batches inside it reduces only what `fsdp` scatters, or activations of
     `tensor`.
     """
-    hlo, state = compiled_update(on, micro_batch=8)
-    total = sum(sizes(state))
-    reduced = {name: sum(part) for name, part in collectives(hlo, "all-reduce").items()}
+    run = run_on(on)
+    total = sum(sizes(run.params))
+    reduced = {name: sum(part) for name, part in collectives(run.hlo, "all-reduce").items()}
     around = [
         name
         for name in reduced
-        if set(bodies(hlo).get(name, ())) & set(reduced) and name != "ENTRY"
+        if set(bodies(run.hlo).get(name, ())) & set(reduced) and name != "ENTRY"
     ]
     minibatch = max(around, key=reduced.get)
-    share = total * on["data"] / 8
+    share = total * meshes.parse_mesh(on)["data"] / 8
     assert (
         share <= reduced[minibatch] < share * 1.25
     )  # norms are replicated on all devices, position embeddings over tensor
@@ -358,18 +368,6 @@ def test_parameters_and_moments_are_sharded():
     for path, x in jax.tree_util.tree_leaves_with_path((state.train.params, state.train.opt_state)):
         if x.ndim == 2 and x.shape[-1] > 1:
             assert x.addressable_shards[0].data.size * 8 == x.size, jax.tree_util.keystr(path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("on", [MESHES[3], "pmap"], ids=str)
-def test_a_moving_reference_is_that_of_one_device(on):
-    """It is sharded as the policy, and moves between the second and the third update."""
-    moving = {"reference_every": 2, "reference_decay": 0.5, "kl_loss_coef": 1.0}
-    expected = three_updates("gpt2", "sgd", **moving)
-    assert_same(three_updates("gpt2", "sgd", on=on, **moving), expected, "sgd")
-    fixed = three_updates("gpt2", "sgd", kl_loss_coef=1.0)
-    apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), expected[1], fixed[1])
-    assert max(jax.tree.leaves(apart["policy"])) > 1e-5
 
 
 def test_a_moving_reference_is_sharded_as_the_policy():
@@ -535,23 +533,21 @@ def test_a_model_is_loaded_into_its_sharding(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_on_another_mesh(tmp_path):
+def test_a_run_is_resumed_on_another_mesh_and_compiles_once_on_each(tmp_path, caplog):
     ppo = dataclasses.replace(
         FULL_PPO, batch_size=16, minibatches=2, micro_batch=None, rollout_rows=None
     )
-    one = full_trainer(tmp_path / "one", ppo=ppo)
+    run = lambda name, **options: full_trainer(tmp_path / name, ppo=ppo, **options)
+    all_axes = meshes.make_mesh(meshes.parse_mesh(ALL_AXES))
+    one = run("one")
     one.run()
-    full_trainer(
-        tmp_path / "many",
-        ppo=ppo,
-        updates=2,
-        mesh=meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}),
-    ).run()
-    for mesh in (meshes.make_mesh({"fsdp": 8}), None):
-        many = full_trainer(
-            tmp_path / "many", ppo=ppo, updates=3 if mesh else 4, mesh=mesh, resume="yes"
-        )
-        many.run()
+    with jax.log_compiles():
+        run("many", updates=2, mesh=all_axes).run()
+        run("many", updates=3, mesh=meshes.make_mesh({"fsdp": 8}), resume="yes").run()
+        again = run("again", staleness=2, seed=1, mesh=all_axes)
+        again.step(), again.step()
+    many = run("many", resume="yes")
+    many.run()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
         one.state.train.params,
@@ -560,20 +556,8 @@ def test_a_run_is_resumed_on_another_mesh(tmp_path):
     assert (tmp_path / "many/samples.jsonl").read_text().count("\n") == (
         tmp_path / "one/samples.jsonl"
     ).read_text().count("\n")
-
-
-@pytest.mark.slow
-def test_one_compilation_in_twenty_updates(tmp_path, caplog):
-    mesh = meshes.make_mesh({"data": 4, "fsdp": 2})
-    ppo = dataclasses.replace(FULL_PPO, minibatches=1, micro_batch=8)
-    run = full_trainer(tmp_path / "run", ppo=ppo, updates=20, eval_every=5, mesh=mesh)
-    with jax.log_compiles():
-        run.run()
-    again = full_trainer(tmp_path / "again", ppo=ppo, staleness=2, seed=1, mesh=mesh)
-    with jax.log_compiles():  # A second run with equal settings uses the programs of the first.
-        again.step(), again.step()
     for name in ("sample", "score", "learn"):
-        assert caplog.text.count(f"Compiling jit({name})") == 1
+        assert caplog.text.count(f"Compiling jit({name})") == 2
 
 
 def test_a_loss_that_cannot_be_hashed_may_be_jitted():
