@@ -187,13 +187,13 @@ def score(
       >>> score(agent, state, policy, rollout).kl.max()  # the policy is still the reference
       Array(0., dtype=float32)
     """
-    c = agent.config
+    c, reference = agent.config, reference_params(state, ref_params, frozen)
     check_packing(agent.model, agent.critic, c.bins, rollout.tokens.shape[1])
     return score_rollout(
         agent.model,
         agent.critic,
         overlay(frozen, state.params),
-        reference_params(state, ref_params, frozen),
+        reference,
         rollout,
         temperature=c.temperature,
         kl_estimator=c.kl_estimator.function,
