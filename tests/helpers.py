@@ -554,7 +554,8 @@ def code_blocks(page: Path, *languages: str) -> list[str]:
 
 def save_tiny_gpt2(folder: Path) -> None:
     """Save a tiny model as `gpt2` in a folder, where the name refers to it and not to the hub."""
-    pretrained.save_policy(folder / "gpt2", tiny_policy(positions=64), word_tokenizer())
+    small = tiny_policy(positions=64, layers=1, width=8, mlp_width=16)
+    pretrained.save_policy(folder / "gpt2", small, word_tokenizer())
 
 
 def run_python_blocks(page: Path, folder: Path) -> dict:

@@ -14,10 +14,15 @@ import pytest
 from experiments import randomwalks as rw
 from ppo_jax.errors import SettingError
 
-SMALL = rw.Settings(out=Path("unused"), walks=200, sft_steps=60, updates=24, samples=8)
-SHORT = dataclasses.replace(
-    SMALL, sft_steps=8, updates=2, seeds=2, ppo=dataclasses.replace(rw.PPO, batch_size=160)
+SMALL = rw.Settings(
+    out=Path("unused"),
+    walks=200,
+    sft_steps=60,
+    updates=20,
+    samples=8,
+    ppo=dataclasses.replace(rw.PPO, batch_size=160, learning_rate=1e-3),
 )
+SHORT = dataclasses.replace(SMALL, sft_steps=8, updates=2, seeds=2)
 
 
 @pytest.fixture(scope="module")

@@ -200,13 +200,13 @@ def test_a_fork_starts_from_a_checkpoint_and_says_so(place, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_with_a_moving_reference_is_repeated_and_converted(place, tmp_path, capsys):
     """The reference after two updates is the policy, in a fork and a replay from there too."""
-    moving = {"ppo.reference-every": 2, "ppo.kl-loss-coef": 0.1}
+    moving = {"ppo.reference-every": 2, "ppo.kl-loss-coef": 0.1, "critic": "shared"}
     run = train(place, tmp_path / "run", **moving)
     kl = [row["objective/kl"] for row in shown(run)]
     assert kl[0] == kl[2] == 0 != kl[1]
     source = {"resume": "fork", "fork-from": run, "fork-update": 1}
     assert shown(train(place, tmp_path / "fork", **moving, **source)) == shown(run)[1:]
-    source |= {"fork-from": place / "whole", "critic": "shared"}
+    source["fork-from"] = place / "whole"
     fork = train(place, tmp_path / "other", **moving, **source)
     assert shown(fork)[0]["objective/kl"] == shown(place / "whole")[1]["objective/kl"] != 0
     for update in (1, 2):
