@@ -79,7 +79,8 @@ def test_groups_of_heads_in_the_cache_change_no_sample(kv_heads, groups, slots):
 def on_tpu():
     """Return a context in which functions are traced for a TPU."""
     device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((1, 1, 1), AXES, abstract_device=device)
+    types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), AXES, axis_types=types, abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
 
@@ -95,13 +96,14 @@ def test_heads_are_grouped_for_the_platform_of_the_mesh():
 def test_a_tpu_samples_all_lengths_that_fit_the_positions(prompt, slots):
     """Its cache has a multiple of 128 positions only if the model can read so many."""
     config = tiny_config(layers=1, positions=200)
-    prompts, room = jnp.ones((2, prompt), int), 200 - prompt + 1  # The last token is never read.
+    prompts, mask = jnp.ones((2, prompt), int), jnp.ones((2, prompt), bool)
+    room = 200 - prompt + 1  # The last token is never read.
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
     def sample(new_tokens):
         options = {"max_new_tokens": new_tokens, "slots": slots}
         by = functools.partial(generate, language_model(config), **options)
-        return jax.eval_shape(by, params, KEY, prompts, prompts > 0).logprobs.shape
+        return jax.eval_shape(by, params, KEY, prompts, mask).logprobs.shape
 
     with on_tpu():
         assert sample(room) == (2, room) and sample(room - 1) == (2, room - 1)
