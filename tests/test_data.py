@@ -222,6 +222,35 @@ def test_tokens_outside_the_vocabulary_are_refused():
         data.check_ids(np.array([[1, 2], [3, 4]]), 4)
 
 
+def test_packed_rows_hold_every_row_once_and_next_to_no_padding():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 17, 300)
+    mask = np.arange(16) < lengths[:, None]
+    tokens = rng.integers(1, 1000, mask.shape)
+    packed, segments, (new, same) = data.pack_examples(mask, tokens, tokens / 7, length=40)
+    assert packed.mean() > 0.95 and np.array_equal(new / 7, same)
+    assert not new[~packed].any() and new.dtype == tokens.dtype
+    found = []
+    for row, real, numbers in zip(new, packed, segments, strict=True):
+        kept = numbers[real]
+        assert kept[0] == 0 and set(np.diff(kept)) <= {0, 1}
+        found += [tuple(row[real][kept == k]) for k in range(kept[-1] + 1)]
+    rows = [tuple(row[:n]) for row, n in zip(tokens, lengths, strict=True) if n]
+    assert sorted(found) == sorted(rows)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[True, True, True]], "A row has 3 tokens, more than length=2."),
+        ([[False, True, False]], "must begin in its first column, without gaps"),
+    ],
+)
+def test_rows_that_cannot_be_packed_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        data.pack_examples(np.array(mask), length=2)
+
+
 def test_a_token_outside_the_reward_models_vocabulary_is_a_reward_error():
     reward = ModelReward(
         lambda params, tokens, mask: np.zeros(len(tokens)),

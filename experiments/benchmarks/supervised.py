@@ -1,5 +1,8 @@
 """Time SFT and reward-model training with and without padding, in turn.
 
+`step/*` are programs of one step, as in the commands `ppo-jax sft` and `reward`: on whole batches,
+and on their parts. `fit/*` are epochs of `fit`: on padded rows, and on packed ones.
+
     python -m experiments.benchmarks.supervised --out DIR
 
 The rows are the movie reviews of `experiments.movie_sentiment`, of 30 tokens on average and at most
@@ -22,6 +25,9 @@ import tyro
 from experiments import assets
 from experiments.movie_sentiment import SMALL_GPT, encode
 from ppo_jax import (
+    LanguageModel,
+    data,
+    fit,
     init_params,
     init_scorer,
     language_model,
@@ -52,6 +58,8 @@ class Supervised:
     """Rows of a step."""
     steps: int = 32
     """Timed steps of each kind, after as many that are not timed."""
+    epochs: int = 3
+    """Epochs of `fit` of each kind, the first of which is not timed."""
 
 
 def main(options: Supervised) -> dict[str, Any]:
@@ -80,7 +88,11 @@ def main(options: Supervised) -> dict[str, Any]:
         ),
     }
     for name, task in tasks.items():
-        found |= {f"{name}/{kind}": x for kind, x in _measure(options, lengths, *task).items()}
+        found |= {f"{name}/step/{kind}": x for kind, x in _measure(options, lengths, *task).items()}
+    found |= {
+        f"sft/fit/{kind}": x
+        for kind, x in _measure_fit(options, lm, arrays, tasks["sft"][1]).items()
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
@@ -140,6 +152,45 @@ def _measure(
         found[f"{name}/tokens_per_cpu_s"] = real / len(order) / busy
         found[f"{name}/share_real"] = real / computed[name]
     return found
+
+
+def _measure_fit(
+    options: Supervised, lm: LanguageModel, arrays: Arrays, params: Any
+) -> dict[str, float]:
+    """Return real tokens per second and CPU second of `fit` on padded and on packed rows.
+
+    A step of packed rows has about as many tokens as `batch_size` padded rows.
+    """
+    tokens, mask = arrays
+    learn = mask & (np.arange(mask.shape[1]) > 0)
+    width = max(96, mask.shape[1])
+    packed, segments, (packed_tokens, packed_learn) = data.pack_examples(
+        mask, tokens, learn, length=width + 1
+    )
+    size = max(round(options.batch_size * mask.sum() / len(mask) / width), 1)
+    cases: dict[str, tuple[Arrays, int]] = {
+        "padded": ((tokens, mask, learn), options.batch_size),
+        "packed": ((packed_tokens, packed, packed_learn, segments), size),
+    }
+    found = {}
+    for name, (rows, batch_size) in cases.items():
+        marks: list[np.ndarray] = []
+        fit(
+            functools.partial(sft_loss, lm),
+            params,
+            rows,
+            seed=0,
+            epochs=options.epochs,
+            batch_size=batch_size,
+            learning_rate=1e-4,
+            on_epoch=lambda *_, marks=marks: marks.append(_clocks()),
+        )
+        elapsed, busy = np.median(np.diff(marks, axis=0), axis=0)
+        share = len(rows[0]) // batch_size * batch_size / len(rows[0])
+        found[f"{name}/tokens_per_s"] = share * mask.sum() / elapsed
+        found[f"{name}/tokens_per_cpu_s"] = share * mask.sum() / busy
+        found[f"{name}/share_real"] = rows[1].mean()
+    return {name: float(x) for name, x in found.items()}
 
 
 def _clocks() -> np.ndarray:

@@ -12,7 +12,12 @@ from ppo_jax.types import LanguageModel, Params
 
 
 def sft_loss(
-    model: LanguageModel, params: Params, tokens: Array, mask: Array, loss_mask: Array
+    model: LanguageModel,
+    params: Params,
+    tokens: Array,
+    mask: Array,
+    loss_mask: Array,
+    segments: Array | None = None,
 ) -> LossAndAccuracy:
     """Compute the mean negative log-probability and the accuracy of the tokens to learn.
 
@@ -25,6 +30,9 @@ def sft_loss(
       mask: `[B, T]` bool, the real tokens.
       loss_mask: `[B, T]` bool, the tokens to learn, such as those of the response. The first
         position never counts, because nothing predicts it.
+      segments: `[B, T]` int32, the number of the example that a token belongs to, if a row holds
+        several, as `data.pack_examples` returns them. `loss_mask` must then be false at the first
+        token of each. None if each row is one example.
 
     Returns:
       The loss in nats per token, and the share of the tokens that have the greatest logit at their
@@ -52,7 +60,10 @@ def sft_loss(
     chex.assert_rank(tokens, 2)
     check_mask(mask, tokens)
     check_mask(loss_mask, tokens, name="loss_mask")
-    hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
+    if segments is None:
+        hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
+    else:
+        hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1], segments=segments[:, :-1])
     logits, marked = model.logits(params, hidden), (loss_mask & mask)[:, 1:]
     loss = -masked_mean(token_logprobs(logits, tokens[:, 1:]), marked)
     hits = (jnp.argmax(logits, axis=-1) == tokens[:, 1:]).astype(jnp.float32)

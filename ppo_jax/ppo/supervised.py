@@ -17,7 +17,6 @@ from ppo_jax.ppo.batch_parts import (
     SupervisedLoss,
     Weight,
     epoch_rows,
-    make_step,
     mean_weight,
     split_batch,
 )
@@ -78,15 +77,12 @@ def fit(
     learning_rate: float,
     weight_decay: float = 0.0,
     warmup: float = 0.05,
-    lengths: np.ndarray | None = None,
-    weight: Weight | None = None,
     on_epoch: Callable[[int, float, Params], Any] | None = None,
 ) -> Params:
     """Minimize a loss with AdamW, linear warm-up and cosine decay, on shuffled batches.
 
-    Gradients are clipped to a global norm of 1. Without `lengths` each epoch is one compiled scan.
-    With them, a step takes the parts of its batch that `split_batch` makes, which computes less
-    padding and gives the same result up to rounding.
+    Gradients are clipped to a global norm of 1. Each epoch is one compiled scan over its steps. To
+    compute little padding, pass rows that `data.pack_examples` has packed.
 
     Args:
       loss_fn: `loss_fn(params, *batch) -> (loss, accuracy)`.
@@ -99,10 +95,6 @@ def fit(
       learning_rate: peak of the schedule.
       weight_decay: AdamW's decoupled weight decay.
       warmup: share of all steps over which the learning rate rises.
-      lengths: `[n]` int, the number of columns that each row uses of the arrays with two or more
-        axes; None computes all columns.
-      weight: `weight(*batch)`, the weight of the means over a part of a batch, such as its number
-        of tokens to learn; by default its number of rows. Only used with `lengths`.
       on_epoch: called after each epoch with its number from 0, its mean loss and the parameters.
 
     Returns:
@@ -130,18 +122,10 @@ def fit(
         return state.apply_gradients(grads=grads), loss
 
     run_epoch = jax.jit(partial(jax.lax.scan, scan_step), donate_argnums=0)
-    step = make_step(loss_fn, weight=weight)
     state = start_training(params, tx)
     for epoch in range(epochs):
         order = batches(epoch=epoch)
-        if lengths is None:
-            state, losses = run_epoch(state, tuple(x[order] for x in arrays))
-        else:
-            found = []
-            for rows in order:
-                state, metrics = step(state, list(split_batch(arrays, rows, lengths)))
-                found.append(metrics["train/loss"])
-            losses = jnp.stack(found)
+        state, losses = run_epoch(state, tuple(x[order] for x in arrays))
         if on_epoch is not None:
             on_epoch(epoch, float(jnp.mean(losses)), state.params)
     return state.params
@@ -164,8 +148,11 @@ def evaluate_loss(
       params: the parameters.
       arrays: the held-out rows, `[n, ...]` each.
       batch_size: rows of a batch; the last batch may be smaller.
-      lengths: as in `fit`. With them, the batches are of rows of similar lengths.
-      weight: as in `fit`, used in any case.
+      lengths: `[n]` int, the number of columns that each row uses of the arrays with two or more
+        axes. The batches are then of rows of similar lengths, and are cut to the longest one. None
+        computes all columns of the rows in their order.
+      weight: `weight(*batch)`, the weight of the means over a batch, such as its number of tokens
+        to learn; by default its number of rows.
 
     Returns:
       The loss and the accuracy.

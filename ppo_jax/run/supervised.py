@@ -48,7 +48,7 @@ class Task:
       loss_fn: `loss_fn(params, *batch) -> (loss, accuracy)`.
       train: the rows to learn from, `[n, ...]` each.
       held_out: the rows that are held out, or None.
-      weight: as in `fit`.
+      weight: as in `evaluate_loss`.
       epochs: passes over the rows.
       batch_size: rows of a step.
       learning_rate: peak of the schedule.
