@@ -125,12 +125,11 @@ def fine_tune(settings: Settings, tokenizer, model: Pretrained, texts: Sequence[
     """Fine-tune the model on the sentences, several of them in a row."""
     lm = language_model(model.config)
     tokens, mask = encode(tokenizer, texts, end=True)
-    learn = mask & (np.arange(LENGTH) > 0)  # Nothing predicts the first token of a sentence.
-    mask, segments, (tokens, learn) = data.pack_examples(mask, tokens, learn, length=2 * LENGTH + 1)
+    mask, segments, [tokens] = data.pack_examples(mask, tokens, length=2 * LENGTH + 1)
     params = fit(
-        lambda p, *batch: sft_loss(lm, p, *batch),
+        lambda p, tokens, mask, segments: sft_loss(lm, p, tokens, mask, mask, segments),
         model.params,
-        (tokens, mask, learn, segments),
+        (tokens, mask, segments),
         seed=settings.seed,
         epochs=settings.sft_epochs,
         batch_size=ROWS,

@@ -162,15 +162,12 @@ def _measure_fit(
     A step of packed rows has about as many tokens as `batch_size` padded rows.
     """
     tokens, mask = arrays
-    learn = mask & (np.arange(mask.shape[1]) > 0)
     width = max(96, mask.shape[1])
-    packed, segments, (packed_tokens, packed_learn) = data.pack_examples(
-        mask, tokens, learn, length=width + 1
-    )
+    packed, segments, [packed_tokens] = data.pack_examples(mask, tokens, length=width + 1)
     size = max(round(options.batch_size * mask.sum() / len(mask) / width), 1)
     cases: dict[str, tuple[Arrays, int]] = {
-        "padded": ((tokens, mask, learn), options.batch_size),
-        "packed": ((packed_tokens, packed, packed_learn, segments), size),
+        "padded": ((tokens, mask, mask), options.batch_size),
+        "packed": ((packed_tokens, packed, packed, segments), size),
     }
     found = {}
     for name, (rows, batch_size) in cases.items():

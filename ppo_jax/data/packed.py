@@ -10,9 +10,8 @@ def pack_examples(
 
     Each row, in the given order, goes to the packed row with the least room that suffices (best
     fit). Rows without a real token are left out. For supervised training, shuffle the rows before,
-    take the packed rows as the rows of a batch, and pass their segments to the model, so that no
-    token sees another row. No prediction crosses the border of two rows if the tokens to learn
-    leave out the first token of each.
+    take the packed rows as the rows of a batch, and pass their segments to the model and the loss,
+    such as `sft_loss`, so that no token sees another row or is predicted from one.
 
     Args:
       mask: `[n, S]` bool, the real tokens, which begin in the first column.
@@ -25,8 +24,8 @@ def pack_examples(
       false.
 
     Raises:
-      ValueError: if a row is longer than `length`, or its real tokens do not begin in the first
-        column without gaps.
+      ValueError: if the arrays differ in shape, a row is longer than `length`, or its real tokens
+        do not begin in the first column without gaps.
 
     Example:
       >>> mask = np.array([[True, True, True], [True, False, False], [True, True, False]])
@@ -39,6 +38,9 @@ def pack_examples(
       array([[0, 0, 0, 1],
              [0, 0, 0, 0]], dtype=int32)
     """
+    mask, arrays = np.asarray(mask), tuple(map(np.asarray, arrays))
+    if any(x.shape != mask.shape for x in arrays):
+        raise ValueError(f"All arrays must have the shape {mask.shape} of the mask.")
     lengths = mask.sum(axis=1)
     if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
         raise ValueError(

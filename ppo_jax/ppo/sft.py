@@ -31,8 +31,8 @@ def sft_loss(
       loss_mask: `[B, T]` bool, the tokens to learn, such as those of the response. The first
         position never counts, because nothing predicts it.
       segments: `[B, T]` int32, the number of the example that a token belongs to, if a row holds
-        several, as `data.pack_examples` returns them. `loss_mask` must then be false at the first
-        token of each. None if each row is one example.
+        several, as `data.pack_examples` returns them. The first token of each then never counts.
+        None if each row is one example.
 
     Returns:
       The loss in nats per token, and the share of the tokens that have the greatest logit at their
@@ -60,11 +60,13 @@ def sft_loss(
     chex.assert_rank(tokens, 2)
     check_mask(mask, tokens)
     check_mask(loss_mask, tokens, name="loss_mask")
+    marked = (loss_mask & mask)[:, 1:]
     if segments is None:
         hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
     else:
         hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1], segments=segments[:, :-1])
-    logits, marked = model.logits(params, hidden), (loss_mask & mask)[:, 1:]
+        marked = marked & (segments[:, 1:] == segments[:, :-1])
+    logits = model.logits(params, hidden)
     loss = -masked_mean(token_logprobs(logits, tokens[:, 1:]), marked)
     hits = (jnp.argmax(logits, axis=-1) == tokens[:, 1:]).astype(jnp.float32)
     return loss, masked_mean(hits, marked)
