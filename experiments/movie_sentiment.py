@@ -62,7 +62,7 @@ SMALL_GPT = TransformerConfig(
     vocab_size=4000, positions=64, width=128, layers=4, heads=4, mlp_width=512
 )
 LENGTH = 48  # sentences are cut to this many tokens
-ROWS = 10  # packed rows of a step of fine-tuning, which hold some 32 sentences
+ROWS = 10  # packed rows of a training step, which hold some 32 sentences
 N_TRAIN, N_PPO = 8600, 1000  # sentences for the models and for PPO; the rest is the test set
 PPO = PPOConfig(
     batch_size=128,

@@ -249,7 +249,9 @@ def test_packed_rows_hold_every_row_once_and_next_to_no_padding():
 def test_rows_that_cannot_be_packed_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         data.pack_examples(np.array(mask), length=2)
-    with pytest.raises(ValueError, match=r"All arrays must have the shape \(1, 3\) of the mask."):
+    with pytest.raises(
+        ValueError, match=r"must all be \[n, S\], but have the shapes \[\(1, 3\), \(1, 2\)\]"
+    ):
         data.pack_examples(np.array(mask), np.zeros((1, 2)), length=3)
 
 

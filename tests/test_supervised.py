@@ -113,6 +113,9 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones():
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, accuracy), grads = gradient(params, packed_tokens, packed, packed_learn, segments)
     (expected, hits), padded = gradient(params, tokens, mask, learn)
+    assert sft.count_learned_tokens(
+        packed_tokens, packed, packed_learn, segments
+    ) == sft.count_learned_tokens(tokens, mask, learn)
     assert (float(loss), float(accuracy)) == pytest.approx((float(expected), float(hits)), rel=1e-5)
     largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(padded))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5 * largest), grads, padded)

@@ -1,13 +1,14 @@
-"""Time SFT and reward-model training with and without padding, in turn.
-
-`step/*` are programs of one step, as in the commands `ppo-jax sft` and `reward`: on whole batches,
-and on their parts. `fit/*` are epochs of `fit`: on padded rows, and on packed ones.
+"""Time SFT and reward-model training with and without padding.
 
     python -m experiments.benchmarks.supervised --out DIR
 
+`step/*` are programs of one step of 32 rows, as in the commands `ppo-jax sft` and `reward`: on
+whole batches and on their parts, in turn. `fit/*` are epochs of `fit`: on padded rows, then on
+packed ones.
+
 The rows are the movie reviews of `experiments.movie_sentiment`, of 30 tokens on average and at most
 48, and the model is its small GPT; or, with `--lengths ragged`, random tokens of lognormal lengths
-(median 64, sigma 1, at most 512). Each step has 32 rows.
+(median 64, sigma 1, at most 512).
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ from ppo_jax.run.supervised import row_lengths
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """Time steps on whole batches, and on their parts."""
+    """Time steps on whole batches and on their parts, and epochs on padded and on packed rows."""
 
     out: Path
     """Folder for summary.json."""
@@ -59,7 +60,7 @@ class Supervised:
     steps: int = 32
     """Timed steps of each kind, after as many that are not timed."""
     epochs: int = 3
-    """Epochs of `fit` of each kind, the first of which is not timed."""
+    """Epochs of `fit` of each kind, at least 2; the first one is not timed."""
 
 
 def main(options: Supervised) -> dict[str, Any]:

@@ -39,8 +39,11 @@ def pack_examples(
              [0, 0, 0, 0]], dtype=int32)
     """
     mask, arrays = np.asarray(mask), tuple(map(np.asarray, arrays))
-    if any(x.shape != mask.shape for x in arrays):
-        raise ValueError(f"All arrays must have the shape {mask.shape} of the mask.")
+    if mask.ndim != 2 or any(x.shape != mask.shape for x in arrays):
+        shapes = [x.shape for x in (mask, *arrays)]
+        raise ValueError(
+            f"The mask and the arrays must all be [n, S], but have the shapes {shapes}."
+        )
     lengths = mask.sum(axis=1)
     if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
         raise ValueError(
@@ -65,16 +68,20 @@ def pack_examples(
 def _places(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return each row's packed row, its number and its first column there; and the packed rows."""
     with_room: list[list[int]] = [[] for _ in range(length + 1)]  # packed rows by their room
+    rooms = 0  # A bit for each room that a packed row has.
     held: list[int] = []  # number of rows in each packed row
     rows, numbers, starts = (np.zeros(len(lengths), np.int64) for _ in range(3))
     for i in np.flatnonzero(lengths).tolist():
         size = int(lengths[i])
-        room = next((r for r in range(size, length) if with_room[r]), length)
-        if room == length:
-            with_room[length].append(len(held))
+        if enough := rooms >> size:
+            room = size + (enough & -enough).bit_length() - 1  # the lowest bit
+            row = with_room[room].pop()
+            rooms &= ~(0 if with_room[room] else 1 << room)
+        else:
+            room, row = length, len(held)
             held.append(0)
-        row = with_room[room].pop()
         rows[i], numbers[i], starts[i] = row, held[row], length - room
         held[row] += 1
         with_room[room - size].append(row)
+        rooms |= 1 << room - size
     return rows, numbers, starts, len(held)

@@ -216,7 +216,8 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     Returns:
       The functions of `ppo_jax.LanguageModel`, for parameters as from `init_params`. `hidden`
       raises ValueError if `last` is not between 1 and the number of positions of `tokens`, or if
-      these, or the slots of the cache, are more than `config.positions`.
+      these, or the slots of the cache, are more than `config.positions`. With `segments`, only
+      each segment must fit the positions, which is not checked.
 
     Example:
       >>> config = TransformerConfig(

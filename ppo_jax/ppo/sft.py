@@ -1,5 +1,7 @@
 """The supervised fine-tuning loss."""
 
+from typing import Any
+
 import chex
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,8 @@ def sft_loss(
         position never counts, because nothing predicts it.
       segments: `[B, T]` int32, the number of the example that a token belongs to, if a row holds
         several, as `data.pack_examples` returns them. The first token of each then never counts.
-        None if each row is one example.
+        Each example must fit the model's positions, which is not checked then. None if each row is
+        one example.
 
     Returns:
       The loss in nats per token, and the share of the tokens that have the greatest logit at their
@@ -60,18 +63,29 @@ def sft_loss(
     chex.assert_rank(tokens, 2)
     check_mask(mask, tokens)
     check_mask(loss_mask, tokens, name="loss_mask")
-    marked = (loss_mask & mask)[:, 1:]
+    marked = _learned(mask, loss_mask, segments)
     if segments is None:
         hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1])
     else:
+        chex.assert_equal_shape([tokens, segments])
         hidden, _ = model.hidden(params, tokens[:, :-1], mask[:, :-1], segments=segments[:, :-1])
-        marked = marked & (segments[:, 1:] == segments[:, :-1])
     logits = model.logits(params, hidden)
     loss = -masked_mean(token_logprobs(logits, tokens[:, 1:]), marked)
     hits = (jnp.argmax(logits, axis=-1) == tokens[:, 1:]).astype(jnp.float32)
     return loss, masked_mean(hits, marked)
 
 
-def count_learned_tokens(tokens: np.ndarray, mask: np.ndarray, loss_mask: np.ndarray) -> float:
+def _learned(mask: Any, loss_mask: Any, segments: Any) -> Any:
+    """Return which tokens but the first of a row are learned, `[B, T - 1]` bool."""
+    marked = (loss_mask & mask)[:, 1:]
+    return marked if segments is None else marked & (segments[:, 1:] == segments[:, :-1])
+
+
+def count_learned_tokens(
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    loss_mask: np.ndarray,
+    segments: np.ndarray | None = None,
+) -> float:
     """Count the tokens that `sft_loss` averages over."""
-    return float((mask & loss_mask)[:, 1:].sum())
+    return float(_learned(mask, loss_mask, segments).sum())
