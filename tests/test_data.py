@@ -240,19 +240,21 @@ def test_packed_rows_hold_every_row_once_and_next_to_no_padding():
 
 
 @pytest.mark.parametrize(
-    ("mask", "message"),
+    ("mask", "tokens", "message"),
     [
-        ([[True, True, True]], "A row has 3 tokens, more than length=2."),
-        ([[False, True, False]], "must begin in its first column, without gaps"),
+        ([[True, True, True]], [[1, 2, 3]], "A row has 3 tokens, more than length=2."),
+        ([[False, True]], [[1, 2]], "must begin in its first column, without gaps"),
+        (
+            [[True, True]],
+            [[1, 2, 3]],
+            r"must all be \[n, S\], but have the shapes \[\(1, 2\), \(1, 3",
+        ),
+        ([True, True], [1, 2], r"must all be \[n, S\], but have the shapes \[\(2,\), \(2,\)\]"),
     ],
 )
-def test_rows_that_cannot_be_packed_are_refused(mask, message):
+def test_rows_that_cannot_be_packed_are_refused(mask, tokens, message):
     with pytest.raises(ValueError, match=message):
-        data.pack_examples(np.array(mask), length=2)
-    with pytest.raises(
-        ValueError, match=r"must all be \[n, S\], but have the shapes \[\(1, 3\), \(1, 2\)\]"
-    ):
-        data.pack_examples(np.array(mask), np.zeros((1, 2)), length=3)
+        data.pack_examples(np.array(mask), np.array(tokens), length=2)
 
 
 def test_a_token_outside_the_reward_models_vocabulary_is_a_reward_error():

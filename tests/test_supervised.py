@@ -24,7 +24,7 @@ from ppo_jax.models import heads
 from ppo_jax.models.transformer import language_model
 from ppo_jax.ppo import reward_model, sft
 from ppo_jax.ppo.batch_parts import epoch_rows, make_step, split_batch
-from ppo_jax.ppo.supervised import evaluate_loss, start_training
+from ppo_jax.ppo.supervised import evaluate_loss, fit, start_training, supervised_optimizer
 from ppo_jax.run import trainer
 from ppo_jax.run.assembly import load_model
 from ppo_jax.run.compare import compare
@@ -102,6 +102,30 @@ def test_few_programs_are_compiled_for_all_lengths(caplog):
         for rows in np.concatenate([epoch_rows(64, batch_size=8, seed=0, epoch=e) for e in (0, 1)]):
             state, _ = step(state, list(split_batch(arrays, rows, lengths)))
     assert 2 <= caplog.text.count("Compiling jit(add)") <= 8
+
+
+def test_fit_takes_the_steps_of_all_epochs():
+    arrays = regression_rows(0, np.ones(20))
+    options = {"learning_rate": 0.05, "weight_decay": 0.1, "warmup": 0.2}
+    losses, params = [], {"w": jnp.zeros(20)}
+    ours = fit(
+        squared_error,
+        params,
+        arrays,
+        seed=3,
+        epochs=2,
+        batch_size=8,
+        on_epoch=lambda _, loss, __: losses.append(loss),
+        **options,
+    )
+    step, tx = make_step(squared_error), supervised_optimizer(4, **options)[0]
+    state, expected = start_training(params, tx), []
+    for epoch in (0, 1):
+        for rows in epoch_rows(20, batch_size=8, seed=3, epoch=epoch):
+            state, metrics = step(state, [tuple(x[rows] for x in arrays)])
+            expected.append(float(metrics["train/loss"]))
+    np.testing.assert_allclose(ours["w"], state.params["w"], atol=1e-6)
+    np.testing.assert_allclose(losses, np.reshape(expected, (2, 2)).mean(axis=1), rtol=1e-5)
 
 
 def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones():
