@@ -2,13 +2,12 @@
 
     python -m experiments.scaling --out DIR
 
-No TPU is needed: the TPU compiler compiles each study for a slice at two small depths, and the
-figures are extrapolated linearly to the full depth. Each study uses the first number of rows per
-device that fits into memory. Studies in DIR are not compiled again.
+No TPU is needed: the TPU compiler compiles the whole model of each study for a slice, which takes
+ten minutes to half an hour. Each study uses the first number of rows per device that fits into
+memory. Studies in DIR are not compiled again.
 """
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from ppo_jax import (
     PPOConfig,
     advice,
     compile_iteration,
-    extrapolate,
     make_mesh,
     make_topology,
     parse_mesh,
@@ -70,8 +68,6 @@ class Scaling:
     """Folder for summary.json and table.md."""
     only: str = ""
     """Only study models whose names contain this."""
-    depths: tuple[int, int] = (2, 4)
-    """The two compiled depths in layers; even, because GPT-3 alternates kinds of attention."""
 
 
 def main(options: Scaling) -> None:
@@ -85,7 +81,7 @@ def main(options: Scaling) -> None:
     }
     for study in STUDIES:
         if study not in done and options.only in study[0]:
-            done[study] = run(*study, options.depths)
+            done[study] = run(*study)
             rows = [done[study] for study in STUDIES if study in done]
             summary.write_text(json.dumps(rows, indent=2) + "\n")
             (options.out / "table.md").write_text("\n".join([HEAD, *map(_line, rows)]) + "\n")
@@ -97,7 +93,7 @@ def _read(file: Path) -> list[dict]:
     return json.loads(file.read_text()) if file.is_file() else []
 
 
-def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
+def run(model: str, topology: str, mesh: str) -> dict:
     """Compile a study with the first of `ROWS` that fits, or else the last; return its row."""
     chip = CHIPS[topology.partition(":")[0]]
     on = make_mesh(parse_mesh(mesh), make_topology(topology))
@@ -112,10 +108,7 @@ def run(model: str, topology: str, mesh: str, depths: tuple[int, int]) -> dict:
         ppo = PPOConfig(
             batch_size=4 * micro, minibatches=4, micro_batch=micro, max_new_tokens=RESPONSE
         )
-        compile_model = functools.partial(
-            compile_iteration, ppo=ppo, mesh=on, chip=chip, prompt_tokens=PROMPT
-        )
-        programs = extrapolate(compile_model, config, depths)
+        programs = compile_iteration(config, ppo=ppo, mesh=on, chip=chip, prompt_tokens=PROMPT)
         fits = not advice(programs, chip)
         if fits:
             break
