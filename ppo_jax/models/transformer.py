@@ -148,9 +148,12 @@ class Decoder(nn.Module):
         def rows(table: Array, at: Array) -> Array:
             return round_to(table[at], c.dtype).astype(jnp.float32)
 
-        # While decoding, the table stays sharded, and devices exchange the rows that they found.
-        by = ("tensor", "fsdp") if tokens_BS.shape[1] == 1 else "tensor"
-        x_BSD = rows(constrain(self.embedding, by, None), tokens_BS)
+        # The table stays sharded and devices exchange what they look up: over the vocabulary while
+        # decoding, otherwise over the features, so that none holds the gradient of a whole table.
+        decoding = tokens_BS.shape[1] == 1
+        axes = (("tensor", "fsdp"), None) if decoding else ("tensor", "fsdp")
+        x_BSD = rows(constrain(self.embedding, *axes), tokens_BS)
+        x_BSD = x_BSD if decoding else constrain(x_BSD, "data", None, "fsdp")
         if c.scale_embedding:
             x_BSD = x_BSD * jnp.sqrt(jnp.float32(c.width)).astype(c.dtype).astype(jnp.float32)
         if c.learned_positions:
