@@ -321,6 +321,27 @@ def test_decoding_moves_activations_and_not_parameters():
     assert moved["all-reduce"] <= 8 * config.width + 8  # the embedding's rows
 
 
+def test_no_device_holds_all_features_of_an_embedding():
+    """Tokens are looked up in the features of each device, so the gradient stays sharded too."""
+    mesh = meshes.make_mesh({"fsdp": 8})
+    config = dataclasses.replace(pretrained.config_of(HF["llama"]), vocab_size=1000, tied=True)
+    model = language_model(config)
+    params = sharding.placed(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), mesh)
+    tokens, mask = (
+        jax.ShapeDtypeStruct((16, 6), dtype, sharding=sharding.rows_sharding(mesh))
+        for dtype in (jnp.int32, bool)
+    )
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, tokens, mask):
+        return model.hidden(params, tokens, mask)[0].sum()
+
+    with jax.set_mesh(mesh):
+        hlo = gradient.lower(params, tokens, mask).compile().as_text()
+    assert f"f32[1000,{config.width // 8}]" in hlo and f"[1000,{config.width}]" not in hlo
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run_on", [gpt2_on, gpt2_in_parts_on])
 def test_a_minibatch_reduces_its_gradient_once(run_on):
