@@ -160,9 +160,17 @@ def gather_rows(x: Array) -> Array:
     return constrain(x, "data", PartitionSpec.UNCONSTRAINED) if free_size("fsdp") > 1 else x
 
 
-def split_features(x: Array) -> Array:
-    """Shard the features `[B, F]` that such a product gives, so that its parameters stay."""
-    return constrain(x, "data", ("tensor", "fsdp")) if free_size("fsdp") > 1 else x
+def split_features(x: Array, axes: Axes = ("tensor", "fsdp")) -> Array:
+    """Shard the features `[B, F]` that such a product gives, so that its parameters stay.
+
+    Args:
+      x: the result of the product.
+      axes: the mesh axes that shard the output of its kernel.
+
+    Returns:
+      `x` with the constraint.
+    """
+    return constrain(x, "data", axes) if free_size("fsdp") > 1 else x
 
 
 def free_size(axis: str) -> int:

@@ -49,12 +49,15 @@ class Linear(nn.Module):
       config: the configuration of the model.
       use_bias: whether there is a bias.
       init_std: standard deviation of a fresh kernel. None means that of the config.
+      output_axes: the mesh axes that shard the output while decoding on a mesh with `fsdp`, as in
+        `sharding_rules.DECODING_RULES`.
     """
 
     features: int
     config: TransformerConfig
     use_bias: bool = True
     init_std: float | None = None
+    output_axes: tuple[str, ...] = ("tensor", "fsdp")
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -82,7 +85,7 @@ class Linear(nn.Module):
                 "nd,dv->nv", round_to(down, c.dtype), self.get_variable("params", "lora_b")
             )
         out = round_to(out, c.dtype)
-        out = split_features(out) if decoding else out
+        out = split_features(out, self.output_axes) if decoding else out
         return out.reshape(*x.shape[:-1], self.features)
 
 
@@ -183,7 +186,7 @@ class Attention(nn.Module):
             allowed_BQN = jnp.tile(allowed_BSN, (1, H // K, 1))
             out = attend(q_BKQC, k_BKNC, v_BKNC, allowed_BQN, cap=c.attention_cap)
         out = out.reshape(B, H, S, C).transpose(0, 2, 1, 3).reshape(B, S, H * C)
-        output = Linear(c.width, c, use_bias=c.out_bias, init_std=c.residual_std, name="o")
+        output = Linear(c.width, c, c.out_bias, c.residual_std, output_axes=("fsdp",), name="o")
         return output(out), k_BKNC, v_BKNC
 
     def _heads(self, name: str, count: int, x: Array) -> Array:
@@ -233,7 +236,8 @@ class MLP(nn.Module):
             *(Linear(c.mlp_width, c, use_bias=c.mlp_bias, name=name)(x) for name in names)
         )
         up = constrain(up, BATCH, *(None,) * (x.ndim - 2), "tensor")
-        return Linear(c.width, c, use_bias=c.mlp_bias, init_std=c.residual_std, name="down")(up)
+        down = Linear(c.width, c, c.mlp_bias, c.residual_std, output_axes=("fsdp",), name="down")
+        return down(up)
 
 
 class Block(nn.Module):

@@ -182,7 +182,8 @@ class Decoder(nn.Module):
         out = soft_cap(product("nd,vd->nv", rows, matrix_VD)[:, : c.vocab_size], c.logit_cap)
         if c.lm_transform:
             out = out + self.lm_bias[None, :]
-        out = constrain(split_features(out), BATCH) if decoding else out
+        if decoding:  # In two steps, because the compiler would gather the logits of all rows.
+            out = constrain(constrain(split_features(out), BATCH, "tensor"), BATCH)
         return out.reshape(*hidden.shape[:-1], -1)
 
 
