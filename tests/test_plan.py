@@ -168,15 +168,15 @@ def test_fsdp_holds_one_gathered_layer_at_a_time():
 @pytest.mark.slow
 def test_plans_of_two_depths_extrapolate(tmp_path):
     model = save_config(tmp_path, HF_LLAMA | {"num_hidden_layers": 3})
-    options = ("--topology", "v6e:2x2", "--mesh", "fsdp=4", "--phases", "update")
+    options = ("--topology", "v6e:2x2", "--mesh", "fsdp=4", "--phases", "scoring")
     full, _ = planned(tmp_path, "--model", model, *options)
     extrapolated, _ = planned(tmp_path, "--model", model, *options, "--depths", "1", "2")
-    assert extrapolated["update"]["flops"] == pytest.approx(full["update"]["flops"], rel=1e-6)
-    assert extrapolated["update"]["arguments"] == pytest.approx(
-        full["update"]["arguments"], rel=0.02
+    assert extrapolated["scoring"]["flops"] == pytest.approx(full["scoring"]["flops"], rel=1e-6)
+    assert extrapolated["scoring"]["arguments"] == pytest.approx(
+        full["scoring"]["arguments"], rel=0.02
     )
-    assert extrapolated["update"]["collectives"]["all-gather"]["bytes"] == pytest.approx(
-        full["update"]["collectives"]["all-gather"]["bytes"], rel=0.25
+    assert extrapolated["scoring"]["collectives"]["all-gather"]["bytes"] == pytest.approx(
+        full["scoring"]["collectives"]["all-gather"]["bytes"], rel=0.25
     )
 
 
